@@ -1,0 +1,44 @@
+# make setup | demo | test | lint | bench. Everything lives in .venv; nothing outside this folder is touched.
+
+# The first Python of a version that all dependencies have wheels for.
+PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13 python3.10; do \
+	"$$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { echo "$$name"; break; }; done)
+
+# A driver decides: with one, the newest CUDA builds; without, the pinned set that runs on a CPU.
+ifneq ($(wildcard /proc/driver/nvidia/version),)
+PACKAGES := -e '.[gpu,test,dev]'
+else
+PACKAGES := -c constraints/cpu.txt -e '.[cpu,test,dev]'
+endif
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): setup.py constraints/cpu.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check $(PACKAGES)
+	@touch $@
+
+demo: setup
+	$(BIN)/namr train homeware --run runs/demo --overwrite
+	$(BIN)/namr evaluate runs/demo
+	$(BIN)/namr report runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m namr_dist.kernels.bench
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,33 @@
+"""Files that are either the old version or the whole new one, never a half of it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` (text is stored as UTF-8), also across a crash or a power cut.
+
+    A temporary file in the same folder is written and flushed to disk, then renamed over `path`.
+    The folder must exist. Raises OSError where writing fails; the old file then still stands and
+    the temporary one is gone.
+    """
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # Only once the folder is on disk does the rename survive a power cut.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
