@@ -1,0 +1,108 @@
+"""What all tests share: a small real shard set, the command line as a process, and the rule on skips."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from ranks import Ranks
+
+from namr_dist.data.manifest import ImageClass, Manifest
+from namr_dist.data.shards import Sample, write_shard
+
+REPOSITORY = Path(__file__).parent.parent
+
+# One thread a process: tests start several at a time on few cores, and results then never depend on how many.
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1"}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def]
+    """With NAMR_NO_SKIPS set (CI), a skipped test fails, unless it waits for a GPU."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("NAMR_NO_SKIPS") and "gpu" not in item.keywords:
+        report.outcome = "failed"
+        report.longrepr = f"skipped where nothing may be: {report.longrepr}"
+
+
+def picture(label: int, view: int, *, size: int = 48) -> np.ndarray:
+    """A class's colours and stripes, shifted and shaded by view: learnable, and never twice the same."""
+    rng = np.random.default_rng([label, view])
+    base, stripe = np.random.default_rng(label).uniform(30, 225, (2, 3))
+    rows, columns = np.mgrid[:size, :size]
+    wave = np.sin((rows * (1 + label % 5) + columns * (1 + label % 3) + 9 * view) * 2 * np.pi / size) > 0
+    image = np.where(wave[..., None], stripe, base) * rng.uniform(0.7, 1.2) + rng.normal(0, 12, (size, size, 3))
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def make_shards(folder: Path, *, classes: dict[str, int], images: int = 6, size: int = 48) -> Manifest:
+    """A shard set of synthetic pictures with so many classes in each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries: dict[int, ImageClass] = {}
+    shards = []
+    for split, count in classes.items():
+        first = len(entries)
+        for label in range(first, first + count):
+            entries[label] = ImageClass(label=label, name=f"thing {label}", category=f"kind {label % 3}", split=split)
+        samples = [Sample(key=f"{label:03d}_{view}", label=label,
+                          jpeg=simplejpeg.encode_jpeg(picture(label, view, size=size), quality=90))
+                   for label in range(first, first + count) for view in range(images)]
+        half = len(samples) // images // 2 * images
+        for number, part in enumerate((samples[:half], samples[half:])):
+            shards.append(write_shard(folder, f"{split}-{number}.tar", split, part, entries))
+    manifest = Manifest(name="synthetic", description="stripes", classes=tuple(entries.values()),
+                        shards=tuple(shards), folder=folder)
+    manifest.save()
+    return manifest
+
+
+@pytest.fixture(scope="session")
+def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """12 training, 4 validation and 6 test classes of six 48 px images each. Not to be changed."""
+    return make_shards(tmp_path_factory.mktemp("shards"), classes={"train": 12, "val": 4, "test": 6})
+
+
+@pytest.fixture
+def own_shard_set(tmp_path: Path) -> Manifest:
+    """The same, for a test that damages it."""
+    return make_shards(tmp_path / "shards", classes={"train": 12, "val": 4, "test": 6})
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two gloo processes for the whole session."""
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def namr() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line as a process of its own."""
+
+    def run(*words: object, **options) -> subprocess.CompletedProcess[str]:  # type: ignore[no-untyped-def]
+        return launch(sys.executable, "-m", "namr_dist.cli", *words, **options)
+
+    return run
+
+
+def launch(*words: object, timeout: float = 240, cwd: Path | None = None,
+           env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run any program with the tests' environment and return what it said."""
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=timeout, cwd=cwd,
+                          env={**_ENVIRONMENT, **(env or {})}, check=False)
+
+
+def small_run(manifest: Manifest, *, steps: int = 6) -> list[object]:
+    """Overrides that make homeware_conv4 a matter of seconds on the synthetic shard set."""
+    return ["--set.data.path", manifest.folder, "--set.data.classes_per_batch", 6, "--set.data.images_per_class", 3,
+            "--set.data.image_size", 32, "--set.data.workers", 1, "--set.model.width", 16,
+            "--set.model.structure_hidden", 24, "--set.optim.steps", steps, "--set.optim.warmup_steps", 2,
+            "--set.train.validate_every", 1000]
