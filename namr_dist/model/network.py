@@ -1,0 +1,36 @@
+"""The whole network: images → (z, s)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from namr_dist.config import ModelConfig
+from namr_dist.model.backbones import build_backbone
+from namr_dist.model.heads import SampleHead, StructureHead
+
+
+class EmbeddingNetwork(nn.Module):
+    """Backbone and the two heads.
+
+    With `bf16`, the backbone runs under autocast; the heads, whose outputs feed distances, stay in fp32.
+    """
+
+    def __init__(self, config: ModelConfig, *, image_size: int, bf16: bool = False) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config.backbone, batchnorm=config.batchnorm, pretrained=config.pretrained,
+                                       weights=config.weights, image_size=image_size)
+        self.sample_head = SampleHead(self.backbone.features, config.width)
+        self.structure_head = StructureHead(self.backbone.features, config.width, hidden=config.structure_hidden,
+                                            delta=config.delta)
+        self.bf16 = bf16
+
+    def features(self, images_bHW3: Tensor) -> Tensor:
+        """uint8 (b, H, H, 3) → pooled features fp32 (b, F)."""
+        with torch.autocast(images_bHW3.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.backbone(images_bHW3).to(self.sample_head.weight.dtype)
+
+    def forward(self, images_bHW3: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (b, H, H, 3) → z, s, both fp32 (b, D)."""
+        features_bF = self.features(images_bHW3)
+        return self.sample_head(features_bF), self.structure_head(features_bF)
