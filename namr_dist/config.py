@@ -1,0 +1,257 @@
+"""A run's whole configuration: frozen dataclasses, one per subject, a line of text under each field.
+
+A recipe (namr_dist/recipes/) is a function that returns a Config; `--set.section.field value` changes a field.
+The file config.json of a run holds all of it, and `Config.load` reads it back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from namr_dist.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: Path | None = None
+    """Folder of the shard set, with its manifest.json. None: homeware, the set that comes with the package."""
+    train_splits: tuple[str, ...] = ("train",)
+    """Splits whose images are trained on."""
+    validation_split: str | None = "val"
+    """Split that may choose things; None: no validation."""
+    test_split: str = "test"
+    """Split that `namr evaluate` measures."""
+    classes_per_batch: int = 32
+    """P: classes in the global batch, over all ranks; a multiple of the number of ranks."""
+    images_per_class: int = 4
+    """K: images of each of those classes."""
+    image_size: int = 224
+    """Side of the network's square input in pixels."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of an image's area that a training crop covers, least and most."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Width over height of a training crop, least and most."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    brightness: float = 0.2
+    """Training images are brightened by a factor within 1 ± this."""
+    contrast: float = 0.2
+    """Likewise for contrast."""
+    saturation: float = 0.2
+    """Likewise for saturation."""
+    test_crop: float = 0.875
+    """Share of the shorter side that the test transform keeps."""
+    workers: int = 2
+    """Processes a rank that read, decode and transform images."""
+    verify: bool = True
+    """Check every shard's size and SHA-256 before the first step (about 1 GB a second)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    backbone: str = "timm:resnet50"
+    """conv4, efficientnet_lite0 or timm:NAME."""
+    pretrained: bool = True
+    """Start from published weights; conv4 has none."""
+    weights: Path | None = None
+    """State dict for a timm: backbone, as .safetensors or .pt; None: the hub."""
+    batchnorm: Literal["frozen", "train"] = "frozen"
+    """Backbone batch norm: kept as pre-trained, or with statistics of the global batch."""
+    width: int = 512
+    """D: width of the sample and of the structure embedding."""
+    structure_hidden: int = 512
+    """Hidden width of the structure head."""
+    delta: float = 0.5
+    """δ: structure weights lie within 1 ± δ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletConfig:
+    margin: float = 0.2
+    """Margin, in units of the mean pairwise distance."""
+    mining: Literal["semihard", "hardest", "distance_weighted"] = "semihard"
+    """Which negatives are met."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarginConfig:
+    alpha: float = 0.2
+    """α: half the gap between positives and negatives."""
+    beta: float = 1.2
+    """β: boundary between them at the start; it is learnt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiSimilarityConfig:
+    alpha: float = 2.0
+    """α: sharpness of the positives' term."""
+    beta: float = 50.0
+    """β: sharpness of the negatives' term."""
+    base: float = 0.5
+    """λ: cosine similarity at which both are balanced."""
+    epsilon: float = 0.1
+    """ε: slack of the mining."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyAnchorConfig:
+    alpha: float = 32.0
+    """α: sharpness."""
+    margin: float = 0.1
+    """Margin in cosine similarity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingConfig:
+    weight: float = 2.0
+    """λ: weight of multi-cluster ranking beside the metric loss; 0 leaves it out (the baseline)."""
+    clusters: int = 2
+    """M: ordered cluster centres; 2 is NASA's loss."""
+    spread: float = 3.0
+    """t: the nearest centre lies t standard deviations below the mean distance, …"""
+    floor: float = 0.2
+    """φ: … though not below φ times the mean."""
+    sharpness: float = 10.0
+    """a: sharpness of the soft assignment to clusters."""
+    statistics: Literal["batch", "anchor"] = "batch"
+    """Mean and deviation of the distances: of the whole batch, or of each anchor's row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    metric: Literal["triplet", "margin", "multi_similarity", "proxy_anchor"] = "triplet"
+    """The labelled loss on the sample embedding."""
+    triplet: TripletConfig = field(default_factory=TripletConfig)
+    margin: MarginConfig = field(default_factory=MarginConfig)
+    multi_similarity: MultiSimilarityConfig = field(default_factory=MultiSimilarityConfig)
+    proxy_anchor: ProxyAnchorConfig = field(default_factory=ProxyAnchorConfig)
+    ranking: RankingConfig = field(default_factory=RankingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    steps: int = 10_000
+    """Training steps in all."""
+    backbone_lr: float = 1e-5
+    """Learning rate of the backbone at its peak."""
+    head_lr: float = 1e-4
+    """Learning rate of the two heads at its peak."""
+    loss_lr: float = 1e-2
+    """Learning rate of a loss's own parameters (proxies, β) at its peak."""
+    weight_decay: float = 1e-4
+    """AdamW's decay of weight matrices; biases, norms, proxies and β have none."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """After the warm-up: down to 0 by a half cosine, or down by `step_factor` at each of `step_at`."""
+    warmup_steps: int = 100
+    """Steps of linear rise."""
+    step_at: tuple[float, ...] = (0.6, 0.85)
+    """Shares of the steps at which the rate drops."""
+    step_factor: float = 0.1
+    clip: float = 10.0
+    """Largest norm of the whole gradient; 0: not clipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    seed: int = 0
+    """Fixes initial weights, plans, augmentation and sampling."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: share nothing, optimizer state, gradients, parameters among ranks."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the backbone's forward pass; auto: bf16 where the GPU has it, else fp32. Parameters stay fp32."""
+    log_every: int = 10
+    """Steps between two lines in the log; metrics.jsonl has every step."""
+    validate_every: int = 500
+    """Steps between two validations; one more follows the last step."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    recipe: str
+    """Name of the recipe this came from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Config:
+        """Read a run's config.json. Raises InputError if it is missing or not one."""
+        try:
+            return _build(cls, json.loads(path.read_text(encoding="utf-8")), str(path))
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing: {path.parent} is not the folder of a run") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON ({error}); the run has to be trained again") from None
+
+    def check(self) -> None:
+        """Raise InputError for values that no run can use, whatever the data."""
+        data, optim, train = self.data, self.optim, self.train
+        at_least_one = {"data.classes_per_batch": data.classes_per_batch, "data.image_size": data.image_size,
+                        "optim.steps": optim.steps, "train.log_every": train.log_every,
+                        "train.validate_every": train.validate_every, "model.width": self.model.width}
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise InputError(f"{name} is {value}; set it to at least 1")
+        if data.images_per_class < 2:
+            raise InputError(f"data.images_per_class is {data.images_per_class}; set it to at least 2, for a "
+                             "batch without two images of a class has no positives")
+        if data.classes_per_batch < 2:
+            raise InputError("data.classes_per_batch is 1; set it to at least 2, for a batch of one class has "
+                             "no negatives")
+        model = self.model
+        from_scratch = model.backbone == "conv4" or (not model.pretrained and model.weights is None)
+        if from_scratch and model.batchnorm == "frozen":
+            raise InputError(f"model.backbone {model.backbone} starts from scratch, so its batch norm cannot be "
+                             "frozen; set model.batchnorm to train")
+        if not 0 < self.model.delta < 1:
+            raise InputError(f"model.delta is {self.model.delta}; set it between 0 and 1, both excluded")
+        if optim.warmup_steps < 0 or optim.warmup_steps > optim.steps:
+            raise InputError(f"optim.warmup_steps is {optim.warmup_steps}; set it between 0 and optim.steps "
+                             f"({optim.steps})")
+        if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+            raise InputError(f"data.crop_scale is {data.crop_scale}; give two shares in order, above 0 and at most 1")
+        if data.workers < 0:
+            raise InputError(f"data.workers is {data.workers}; set it to at least 0")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """JSON value → the annotated type. Unknown or missing fields and wrong types raise InputError."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise InputError(f"{where} should be an object with fields, not {value!r}")
+        hints = typing.get_type_hints(kind)
+        if unknown := sorted(value.keys() - hints.keys()):
+            raise InputError(f"{where} has the unknown field {unknown[0]!r}: it was written by another version")
+        try:
+            return kind(**{name: _build(hints[name], entry, f"{where}: {name}") for name, entry in value.items()})
+        except TypeError as error:
+            raise InputError(f"{where} is incomplete: {error}") from None
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _build(arguments[0], value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise InputError(f"{where} is {value!r}, not one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        return tuple(_build(arguments[0], entry, where) for entry in value)
+    if kind is Path:
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind):
+        raise InputError(f"{where} is {value!r}, expected a {kind.__name__}")
+    return value

@@ -1,0 +1,25 @@
+"""One module a data set, one function a published run: each returns a whole Config.
+
+`namr train NAME` calls the function NAME; `find` looks it up in the modules listed here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from namr_dist.config import Config
+from namr_dist.errors import InputError
+from namr_dist.recipes.homeware import homeware, homeware_conv4
+
+ALL: tuple[Callable[[], Config], ...] = (homeware, homeware_conv4)
+
+
+def find(name: str) -> Config:
+    """The configuration of the recipe NAME. Raises InputError for an unknown one, naming the nearest."""
+    by_name = {recipe.__name__: recipe for recipe in ALL}
+    if name not in by_name:
+        near = difflib.get_close_matches(name, by_name, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"unknown recipe {name!r}; {hint}known are {', '.join(sorted(by_name))}")
+    return by_name[name]()

@@ -1,0 +1,29 @@
+"""homeware, the set inside the package: minutes on a laptop's CPU."""
+
+from __future__ import annotations
+
+from namr_dist.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+_DATA = DataConfig(classes_per_batch=20, images_per_class=4, image_size=96, test_crop=1.0)
+
+
+def homeware() -> Config:
+    """EfficientNet-Lite0 from ImageNet, triplet loss with multi-cluster ranking."""
+    return Config(
+        recipe="homeware",
+        data=_DATA,
+        model=ModelConfig(backbone="efficientnet_lite0", width=128),
+        optim=OptimConfig(steps=130, backbone_lr=1e-4, head_lr=1e-3, warmup_steps=10),
+        train=TrainConfig(validate_every=26),
+    )
+
+
+def homeware_conv4() -> Config:
+    """A small network from scratch at 64 px: no pre-trained weights, a few minutes, a modest result."""
+    return Config(
+        recipe="homeware_conv4",
+        data=DataConfig(classes_per_batch=20, images_per_class=4, image_size=64, test_crop=1.0),
+        model=ModelConfig(backbone="conv4", pretrained=False, batchnorm="train", width=128),
+        optim=OptimConfig(steps=400, backbone_lr=1e-3, head_lr=1e-3, warmup_steps=20),
+        train=TrainConfig(validate_every=100),
+    )
