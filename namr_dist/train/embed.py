@@ -1,0 +1,33 @@
+"""Images of a split → embeddings, on all ranks together, each image once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from namr_dist.data.stream import ImageSource, sequential_batches, stream
+from namr_dist.parallel.gather import gather_rows
+from namr_dist.parallel.ranks import Rank
+
+
+@torch.no_grad()
+def embed(forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, *, rank: Rank, batch_size: int,
+          workers: int) -> tuple[np.ndarray, ...]:
+    """Run `forward` (uint8 (b, H, H, 3) → tensors (b, …)) over all images; the results as fp32 arrays (N, …).
+
+    Every rank calls it, computes its share, and gets all rows, in the order of `images`. Memory O(N · width).
+    """
+    batches = sequential_batches(len(images), batch_size=batch_size, rank=rank.rank, world_size=rank.world_size)
+    places: list[Tensor] = []
+    parts: list[tuple[Tensor, ...]] = []
+    for batch in stream(images, batches, workers=workers):
+        outputs = forward(batch.images_bHW3.to(rank.device))
+        places.append(batch.index_b)
+        parts.append(tuple(output.float() for output in outputs))
+    place_M = gather_rows(torch.cat(places).to(rank.device)).cpu().numpy()
+    # Ranks that ran out repeated their last image: the first of equal places is as good as any.
+    first_N = np.unique(place_M, return_index=True)[1]
+    return tuple(gather_rows(torch.cat(column)).cpu().numpy()[first_N] for column in zip(*parts, strict=True))

@@ -1,0 +1,88 @@
+"""What a run says while it trains: metrics.jsonl for programs, TensorBoard, a bar or plain lines for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """One run's log. On a terminal a progress bar, else a line every so many steps.
+
+    Only the first rank has one. Lines are flushed as they come, so `tail -f` and a later crash see all of them.
+    """
+
+    def __init__(self, run: Path, *, steps: int, tensorboard: bool, name: str) -> None:
+        self._file: TextIO = open(run / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(run / "tensorboard"))
+        self._steps = steps
+        self._console = Console(file=sys.stderr)
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                                 TextColumn("{task.fields[note]}"), console=self._console)
+            self._task = self._bar.add_task(name, total=steps, note="")
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> RunLog:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+        if self._events:
+            self._events.close()
+        self._file.close()
+
+    @property
+    def time_s(self) -> float:
+        """Seconds since the log was opened."""
+        return time.perf_counter() - self._began
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, figures: dict[str, float | int]) -> None:
+        """One training step's figures; must hold `step`."""
+        self._write(figures)
+        if self._bar:
+            self._bar.update(self._task, completed=int(figures["step"]), note=f"loss {figures['loss']:.4f}")
+
+    def line(self, figures: dict[str, float | int]) -> None:
+        """The same figures as a line, where there is no bar."""
+        if not self._bar:
+            self.say(f"step {figures['step']:>6}/{self._steps}  epoch {figures['epoch']:>3}  "
+                     f"loss {figures['loss']:.4f}  metric {figures['metric_loss']:.4f}  "
+                     f"ranking {figures['ranking_loss']:.4f}  lr {figures['lr']:.2e}  "
+                     f"{figures['img_per_s']:.0f} img/s  {figures['time_s']:.0f} s")
+
+    def validation(self, step: int, figures: dict[str, float]) -> None:
+        """Recall and the like, in percent, on the validation classes."""
+        self._write({"step": step, "val": figures, "time_s": round(self.time_s, 3)})
+        self.say(f"step {step:>6}/{self._steps}  validation  "
+                 + "  ".join(f"{name} {value:.1f}" for name, value in figures.items()))
+
+    def _write(self, figures: dict) -> None:
+        self._file.write(json.dumps(figures) + "\n")
+        self._file.flush()
+        if self._events:
+            nested = figures.get("val")
+            values = {f"val/{name}": value for name, value in nested.items()} if nested else {
+                f"train/{name}": value for name, value in figures.items() if name != "step"}
+            for name, value in values.items():
+                self._events.add_scalar(name, value, figures["step"])

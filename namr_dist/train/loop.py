@@ -1,0 +1,265 @@
+"""Training on DeepSpeed, for one rank or many, on CPU (gloo) or GPU (NCCL)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from namr_dist.atomic import write_atomic
+from namr_dist.config import Config, OptimConfig
+from namr_dist.data.augment import TestTransform, TrainTransform
+from namr_dist.data.formats.homeware import embedded_shards
+from namr_dist.data.manifest import Manifest, SplitIndex
+from namr_dist.data.plan import check_plan, small_classes, steps_per_epoch
+from namr_dist.data.shards import verify_shards
+from namr_dist.data.stream import Batch, ShardImages, TrainPlan, stream
+from namr_dist.errors import InputError
+from namr_dist.parallel.ranks import Rank
+from namr_dist.retrieval.evaluate import evaluate_sample
+from namr_dist.train.checkpoint import final_checkpoint, initial_network, save_network
+from namr_dist.train.embed import embed
+from namr_dist.train.logging import RunLog
+from namr_dist.train.objective import StepLoss, TrainingModule
+from namr_dist.train.schedule import lr_factor
+
+# What a run writes beside its network (logs, events, embeddings, report), generously.
+_ROOM_FOR_LOGS_BYTES = 32 << 20
+
+
+def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> None:
+    """Train as `config` says and leave config.json, metrics.jsonl and the final checkpoint in the folder `run`.
+
+    Every rank calls it. Raises InputError, before the first step, for whatever can be known to be wrong by then.
+    """
+    config.check()
+    manifest = Manifest.load(config.data.path or embedded_shards())
+    index = manifest.index(*config.data.train_splits)
+    check_plan(index.label_N, classes_per_batch=config.data.classes_per_batch,
+               images_per_class=config.data.images_per_class, world_size=rank.world_size)
+    if config.data.verify and rank.local_rank == 0:
+        verify_shards(manifest, used_splits(config))
+    bf16, why = _precision(config, rank.device)
+    # Built before the process group is up, so that a wrong backbone or file is said at once and once.
+    network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16)
+    module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N))).to(rank.device)
+    if rank.first:
+        _claim_folder(run, overwrite=overwrite, need_bytes=_size_bytes(module))
+        write_atomic(run / "config.json", config.to_json())
+    engine = _engine(module, config, rank)
+    if not rank.first:
+        _steps(engine, config, manifest, index, rank, log=None)
+        _save(engine, config, run, rank)
+        return
+    with RunLog(run, steps=config.optim.steps, tensorboard=config.train.tensorboard, name=config.recipe) as log:
+        for line in _banner(config, manifest, index, run, rank, precision=f"{'bf16' if bf16 else 'fp32'} ({why})"):
+            log.say(line)
+        _steps(engine, config, manifest, index, rank, log=log)
+        _save(engine, config, run, rank)
+        log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {final_checkpoint(run)}")
+
+
+def used_splits(config: Config) -> set[str]:
+    """Splits that training and its validation read."""
+    validation = {config.data.validation_split} if config.data.validation_split else set()
+    return {*config.data.train_splits, *validation}
+
+
+def test_images(config: Config, manifest: Manifest, split: str) -> tuple[ShardImages, SplitIndex]:
+    """The images of a split under the test transform."""
+    index = manifest.index(split)
+    transform = TestTransform(size=config.data.image_size, crop_share=config.data.test_crop)
+    return ShardImages(manifest, index, transform), index
+
+
+def _precision(config: Config, device: torch.device) -> tuple[bool, str]:
+    wanted = config.train.precision
+    if device.type != "cuda":
+        if wanted == "bf16":
+            return True, "asked for; on a CPU it saves no time unless it has AMX"
+        return False, "CPU" if wanted == "auto" else "asked for"
+    if wanted != "auto":
+        return wanted == "bf16", "asked for"
+    able = torch.cuda.is_bf16_supported(including_emulation=False)
+    return able, "the GPU has it" if able else "the GPU has no bf16 units"
+
+
+def _size_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+def _claim_folder(run: Path, *, overwrite: bool, need_bytes: int) -> None:
+    if (run / "config.json").exists():
+        if not overwrite:
+            raise InputError(f"{run} already holds a run; choose another folder with --run, or replace it with "
+                             "--overwrite")
+        # Only what a run writes goes, never a whole folder that a user may have pointed to by mistake.
+        for name in ("checkpoints", "tensorboard"):
+            shutil.rmtree(run / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html"):
+            (run / name).unlink(missing_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomic(run / ".writable", "")
+        (run / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"run folder {run} cannot be written ({error.strerror}); choose another with --run") from None
+    free, need = shutil.disk_usage(run).free, need_bytes + _ROOM_FOR_LOGS_BYTES
+    if free < need:
+        raise InputError(f"run folder {run} has {free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}; "
+                         "free some or choose another disk with --run")
+
+
+def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
+    """AdamW's groups, each with its peak learning rate; empty ones (a loss without parameters) left out."""
+    network = module.network
+    parts = ((network.backbone, config.backbone_lr, True), (network.sample_head, config.head_lr, True),
+             (network.structure_head, config.head_lr, True), (module.metric_loss, config.loss_lr, False))
+    groups = []
+    for part, peak, may_decay in parts:
+        parameters = [value for value in part.parameters() if value.requires_grad]
+        for decays in (True, False):
+            # Vectors are biases and norms: pulling them to zero regularises nothing.
+            chosen = [value for value in parameters if (may_decay and value.dim() > 1) == decays]
+            if chosen:
+                groups.append({"params": chosen, "lr": peak, "weight_decay": config.weight_decay if decays else 0.0})
+    return groups
+
+
+def _engine(module: TrainingModule, config: Config, rank: Rank):  # type: ignore[no-untyped-def]
+    """DeepSpeed's engine around the module. Starts the process group."""
+    os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
+    import deepspeed
+
+    if rank.device.type == "cpu":
+        # A C++ op for faster sums within one machine: building it takes longer than it saves here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if rank.device.type == "cuda" else "gloo", verbose=False)
+    images = config.data.classes_per_batch * config.data.images_per_class
+    settings = {
+        "train_batch_size": images,
+        "train_micro_batch_size_per_gpu": images // rank.world_size,
+        "gradient_clipping": config.optim.clip,
+        "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.train.zero_stage, "overlap_comm": rank.device.type == "cuda",
+                              "contiguous_gradients": True, "stage3_param_persistence_threshold": 0},
+    }
+    optimizer = torch.optim.AdamW(_parameter_groups(module, config.optim))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings,
+                                      dist_init_required=False)
+    return engine
+
+
+def _steps(engine, config: Config, manifest: Manifest, index: SplitIndex, rank: Rank,  # type: ignore[no-untyped-def]
+           *, log: RunLog | None) -> None:
+    data, optim = config.data, config.optim
+    transform = TrainTransform(size=data.image_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio,
+                               flip=data.flip, brightness=data.brightness, contrast=data.contrast,
+                               saturation=data.saturation)
+    plan = TrainPlan(label_N=index.label_N, classes_per_batch=data.classes_per_batch,
+                     images_per_class=data.images_per_class, seed=config.train.seed, rank=rank.rank,
+                     world_size=rank.world_size, steps=optim.steps)
+    batches = stream(ShardImages(manifest, index, transform), plan, workers=data.workers,
+                     pin_memory=rank.device.type == "cuda")
+    peaks = [group["lr"] for group in engine.optimizer.param_groups]
+    per_epoch = steps_per_epoch(index.label_N, classes_per_batch=data.classes_per_batch)
+    pending: list[tuple[int, StepLoss, float]] = []
+    engine.train()
+    for step, batch in enumerate(batches):
+        factor = lr_factor(step, optim)
+        for group, peak in zip(engine.optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        losses = _one_step(engine, batch, rank.device, seed=(config.train.seed << 32) + step)
+        pending.append((step, losses, factor))
+        last = step + 1 == optim.steps
+        if (step + 1) % config.train.log_every == 0 or last or rank.device.type == "cpu":
+            # On a GPU, reading a loss waits for it: once for many steps.
+            _report(pending, config, per_epoch, log, line=(step + 1) % config.train.log_every == 0 or last)
+            pending.clear()
+        if data.validation_split and ((step + 1) % config.train.validate_every == 0 or last):
+            figures = _validate(engine, config, manifest, rank)
+            if log:
+                log.validation(step + 1, figures)
+
+
+def _one_step(engine, batch: Batch, device: torch.device, *, seed: int) -> StepLoss:  # type: ignore[no-untyped-def]
+    losses: StepLoss = engine(batch.images_bHW3.to(device, non_blocking=True),
+                              batch.labels_b.to(device, non_blocking=True), seed)
+    engine.backward(losses.total)
+    engine.step()
+    return dataclasses.replace(losses, total=losses.total.detach())
+
+
+def _report(pending: list[tuple[int, StepLoss, float]], config: Config, per_epoch: int, log: RunLog | None, *,
+            line: bool) -> None:
+    """Read the losses of the pending steps, stop if one is not finite, and log them."""
+    values = torch.stack([torch.stack([loss.total.detach(), loss.metric, loss.ranking])
+                          for _, loss, _ in pending]).tolist()
+    images = config.data.classes_per_batch * config.data.images_per_class
+    for (step, _, factor), (total, metric, ranking) in zip(pending, values, strict=True):
+        if not math.isfinite(total):
+            raise InputError(f"the loss is {total} at step {step + 1}; lower optim.backbone_lr and optim.head_lr, "
+                             "or optim.clip")
+        if log:
+            figures = {"step": step + 1, "epoch": step // per_epoch, "loss": total, "metric_loss": metric,
+                       "ranking_loss": ranking, "lr": config.optim.head_lr * factor,
+                       "img_per_s": round(images * (step + 1) / log.time_s, 1), "time_s": round(log.time_s, 3)}
+            log.step(figures)
+    if log and line:
+        log.line(figures)
+
+
+def _validate(engine, config: Config, manifest: Manifest, rank: Rank) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    assert config.data.validation_split
+    images, index = test_images(config, manifest, config.data.validation_split)
+    engine.eval()
+    z_ND, _ = embed(engine, images, rank=rank, batch_size=_eval_batch(config, rank), workers=config.data.workers)
+    engine.train()
+    return evaluate_sample(z_ND, index.label_N)
+
+
+def _eval_batch(config: Config, rank: Rank) -> int:
+    return config.data.classes_per_batch * config.data.images_per_class // rank.world_size
+
+
+def _save(engine, config: Config, run: Path, rank: Rank) -> None:  # type: ignore[no-untyped-def]
+    import deepspeed
+
+    network = engine.module.network
+    # Under ZeRO-3 no rank holds a whole parameter until it asks for it, and all ranks must ask together.
+    with deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=config.train.zero_stage == 3):
+        if rank.first:
+            save_network(final_checkpoint(run), network.state_dict(), config, step=config.optim.steps)
+    dist.barrier()
+
+
+def _banner(config: Config, manifest: Manifest, index: SplitIndex, run: Path, rank: Rank, *,
+            precision: str) -> list[str]:
+    """What runs, on what, which fast paths are on, and why not where they are not."""
+    device = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else \
+        f"CPU, {torch.get_num_threads()} threads a rank"
+    data, loss = config.data, config.loss
+    few = small_classes(index.label_N, images_per_class=data.images_per_class)
+    ranking = f" + {loss.ranking.weight:g} × multi-cluster ranking (M = {loss.ranking.clusters})" \
+        if loss.ranking.weight else ", no multi-cluster ranking"
+    return [
+        f"run       {config.recipe} → {run}",
+        f"device    {rank.world_size} × {device}; ZeRO {config.train.zero_stage}; {precision}",
+        f"data      {manifest.name}: {len(index)} images, {len(np.unique(index.label_N))} classes; batches of "
+        f"{data.classes_per_batch} × {data.images_per_class} at {data.image_size} px"
+        + (f"; {few} classes have fewer images and repeat some" if few else ""),
+        f"model     {config.model.backbone}, batch norm {config.model.batchnorm}, width {config.model.width}",
+        f"loss      {loss.metric}{ranking}; reference PyTorch (this version has no fused kernels)",
+    ]

@@ -1,0 +1,17 @@
+"""Learning rates as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from namr_dist.config import OptimConfig
+
+
+def lr_factor(step: int, config: OptimConfig) -> float:
+    """Share of the peak learning rate at `step` (0-based): linear warm-up, then half a cosine or steps down."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "step":
+        return config.step_factor ** sum(step >= share * config.steps for share in config.step_at)
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,123 @@
+"""Whole runs, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from conftest import REPOSITORY, launch, small_run
+
+from namr_dist.config import Config
+from namr_dist.data.manifest import Manifest
+
+LAUNCHER = REPOSITORY / "launchers" / "train.py"
+BIN = Path(sys.executable).parent
+
+
+def curve(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(shard_set: Manifest, namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of ten steps on one rank."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    done = namr("train", "homeware_conv4", "--run", run, *small_run(shard_set, steps=10))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_leaves_what_the_docs_say(trained: Path) -> None:
+    config = Config.load(trained / "config.json")
+    assert config.recipe == "homeware_conv4" and config.optim.steps == 10
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    for line in lines[:10]:
+        assert line["loss"] == pytest.approx(line["metric_loss"] + 2 * line["ranking_loss"], rel=1e-5)
+    assert set(lines[-1]["val"]) >= {"R@1", "MAP@R"}
+    assert list((trained / "tensorboard").iterdir())
+    state = safetensors.torch.load_file(trained / "checkpoints" / "final.safetensors")
+    assert state["sample_head.weight"].shape == (16, 128)
+
+
+def test_learns(trained: Path) -> None:
+    losses = curve(trained)
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_same_seed_same_curve(trained: Path, shard_set: Manifest, namr: Callable, tmp_path: Path) -> None:
+    again = namr("train", "homeware_conv4", "--run", tmp_path / "again", *small_run(shard_set, steps=10))
+    assert again.returncode == 0, again.stderr
+    assert curve(tmp_path / "again") == curve(trained)
+    other = namr("train", "homeware_conv4", "--run", tmp_path / "other", *small_run(shard_set, steps=10),
+                 "--set.train.seed", 1)
+    assert other.returncode == 0, other.stderr
+    assert curve(tmp_path / "other") != curve(trained)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 1), ("torchrun", 3), ("deepspeed", 2)])
+def test_two_ranks_follow_the_same_curve(trained: Path, shard_set: Manifest, tmp_path: Path, launcher: str,
+                                         stage: int) -> None:
+    start = {"torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", 2],
+             "deepspeed": [BIN / "deepspeed", "--num_accelerators", 2]}[launcher]
+    # The deepspeed launcher counts accelerators itself and has to be told that CPUs are meant.
+    done = launch(*start, LAUNCHER, "homeware_conv4", "--run", tmp_path / "two", *small_run(shard_set, steps=10),
+                  "--set.train.zero_stage", stage, cwd=tmp_path, env={"PATH": f"{BIN}:/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Sums over ranks run in another order, and training multiplies the difference from step to step.
+    assert curve(tmp_path / "two")[:5] == pytest.approx(curve(trained)[:5], rel=1e-4)
+    assert len(curve(tmp_path / "two")) == 10
+    one = safetensors.torch.load_file(trained / "checkpoints" / "final.safetensors")
+    two = safetensors.torch.load_file(tmp_path / "two" / "checkpoints" / "final.safetensors")
+    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in two.items()}
+
+
+@pytest.mark.parametrize("metric", ["margin", "multi_similarity", "proxy_anchor"])
+def test_other_losses_train(shard_set: Manifest, namr: Callable, tmp_path: Path, metric: str) -> None:
+    done = namr("train", "homeware_conv4", "--run", tmp_path / "run", *small_run(shard_set, steps=3),
+                "--set.loss.metric", metric, "--set.train.tensorboard", "False")
+    assert done.returncode == 0, done.stderr
+    assert len(curve(tmp_path / "run")) == 3
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_evaluate_report_embed(trained: Path, shard_set: Manifest, namr: Callable, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    done = namr("evaluate", run)
+    assert done.returncode == 0, done.stderr
+    assert "raw pixels" in done.stdout and "R@1" in done.stdout
+    metrics = json.loads((run / "metrics.json").read_text())
+    for mode in ("sample", "rerank", "adaptive", "symmetric", "calibrated"):
+        assert set(metrics["test"][mode]) >= {"R@1", "R@2", "R@4", "R@8", "MAP@R", "R-precision"}
+    assert metrics["protocol"]["test hash"] == shard_set.split_hash("test")
+    assert metrics["train"]["steps"] == 10
+    assert json.loads(namr("evaluate", run, "--json").stdout)["test"] == metrics["test"], "evaluation is not repeatable"
+    assert namr("report", run).returncode == 0
+    assert (run / "report.html").stat().st_size > 10_000
+
+    out = tmp_path / "embedded.safetensors"
+    assert namr("embed", run, "--shards", shard_set.folder, "--out", out).returncode == 0
+    from_shards = safetensors.torch.load_file(out)
+    evaluated = safetensors.torch.load_file(run / "embeddings.safetensors")
+    assert (from_shards["z"] - evaluated["z"]).abs().max() < 1e-5
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    index = shard_set.index("test")
+    for place in range(3):
+        shard = shard_set.shards[index.shard_N[place]]
+        tar = (shard_set.folder / shard.file).read_bytes()
+        start, length = int(index.offset_N[place]), int(index.length_N[place])
+        (pictures / f"{place}.jpg").write_bytes(tar[start : start + length])
+    done = namr("embed", run, "--images", pictures, "--out", out)
+    assert done.returncode == 0, done.stderr
+    from_files = safetensors.torch.load_file(out)
+    assert from_files["z"].shape == (3, 16)
+    assert (from_files["z"] - evaluated["z"][:3]).abs().max() < 0.05  # another JPEG decoder, a bit or two apart
