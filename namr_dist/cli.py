@@ -1,0 +1,218 @@
+"""The `namr` command: one verb, one small function."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from namr_dist import __version__
+from namr_dist.config import Config
+from namr_dist.errors import InputError
+
+_OVERRIDE = "--set."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0, or 2 for bad input, told in one line on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parsed, overrides = _parse(words)
+        parsed.verb(parsed, overrides)
+    except InputError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror}:{where}; free some space or give another folder"
+                     if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{error.strerror}:{where}")
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(text: str) -> int:
+    print(f"namr: error: {text}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="namr", description="Train, evaluate and serve image-retrieval embeddings with NAMR.")
+    parser.add_argument("--version", action="version", version=f"namr-dist {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = verbs.add_parser(
+        "train", help="train a recipe", description="Train a recipe. Any of its settings can be changed with "
+        "--set.SECTION.FIELD VALUE; --settings prints them all.")
+    train.add_argument("recipe", metavar="RECIPE", help="name of a recipe, such as homeware")
+    train.add_argument("--run", type=Path, help="folder of the run (runs/RECIPE)")
+    train.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+    train.add_argument("--settings", action="store_true", help="print every setting with its meaning, and stop")
+    train.set_defaults(verb=_train)
+
+    evaluate = verbs.add_parser("evaluate", help="measure a trained run on its test split",
+                                description="Measure a run on its test split: metrics.json, embeddings.safetensors.")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    evaluate.add_argument("--json", action="store_true", help="print metrics.json instead of a table")
+    evaluate.set_defaults(verb=_evaluate)
+
+    report = verbs.add_parser("report", help="write a run's report.html")
+    report.add_argument("run", type=Path, metavar="RUN", help="folder of an evaluated run")
+    report.set_defaults(verb=_report)
+
+    embed = verbs.add_parser("embed", help="embed images with a trained run",
+                             description="Embed a split of a shard set, or a folder of images, into a safetensors "
+                             "file with z, s (float32) and the images' names in its metadata.")
+    embed.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    source = embed.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shards", type=Path, metavar="FOLDER", help="a shard set")
+    source.add_argument("--images", type=Path, metavar="FOLDER", help="image files, searched recursively")
+    embed.add_argument("--split", default="test", help="split of the shard set (%(default)s)")
+    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
+    embed.set_defaults(verb=_embed)
+
+    shards = verbs.add_parser("shards", help="verify shard sets, show their statistics")
+    shard_verbs = shards.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, verb, text in (("verify", _shards_verify, "hash every shard and decode every image"),
+                             ("stats", _shards_stats, "count images and classes by split")):
+        entry = shard_verbs.add_parser(name, help=text)
+        entry.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="the shard set (homeware)")
+        entry.add_argument("--json", action="store_true", help="print JSON")
+        entry.set_defaults(verb=verb)
+
+    doctor = verbs.add_parser("doctor", help="what is installed, which fast paths are on, what to do about the rest")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(verb=_doctor)
+
+    own, overrides = _split_overrides(words)
+    parsed = parser.parse_args(own)
+    if overrides and parsed.verb is not _train:
+        parser.error(f"{overrides[0]} goes with `namr train`")
+    return parsed, overrides
+
+
+def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Words of `--set.section.field value…` apart from all others: an override's values end at the next option."""
+    own: list[str] = []
+    overrides: list[str] = []
+    into = own
+    for word in words:
+        if word.startswith(_OVERRIDE):
+            into = overrides
+        elif word.startswith("--"):
+            into = own
+        into.append(word)
+    return own, overrides
+
+
+def configure(recipe: str, overrides: Sequence[str], *, show_help: bool = False) -> Config:
+    """The recipe with its overrides.
+
+    A wrong field or value ends the program with tyro's message and code 2, `show_help` with all settings and 0.
+    """
+    import tyro
+
+    from namr_dist import recipes
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        set: Config
+
+    base = recipes.find(recipe)
+    words = ["--help"] if show_help else list(overrides)
+    return tyro.cli(Settings, args=words, default=Settings(set=base), prog=f"namr train {recipe}",
+                    config=(tyro.conf.FlagConversionOff,)).set
+
+
+def _train(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    config = configure(parsed.recipe, overrides, show_help=parsed.settings)
+    from namr_dist.parallel.ranks import discover, shut_down
+    from namr_dist.train.loop import train
+
+    train(config, parsed.run or Path("runs") / config.recipe, discover(), overwrite=parsed.overwrite)
+    shut_down()
+
+
+def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.retrieval.run import evaluate_run
+
+    metrics = evaluate_run(parsed.run)
+    if parsed.json:
+        print(json.dumps(metrics, indent=2))
+        return
+    from rich.console import Console
+
+    from namr_dist.retrieval.tables import results_table
+
+    Console().print(results_table(metrics))
+
+
+def _report(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.retrieval.run import report_run
+
+    print(report_run(parsed.run))
+
+
+def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.retrieval.run import embed_folder, embed_shards
+
+    count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards
+             else embed_folder(parsed.run, parsed.images, parsed.out))
+    print(f"{count} images → {parsed.out}")
+
+
+def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.data.shards import verify_shards
+
+    manifest = _manifest(parsed.folder)
+    images = verify_shards(manifest, manifest.splits, decode=True)
+    if parsed.json:
+        print(json.dumps({"name": manifest.name, "shards": len(manifest.shards), "images": images}))
+    else:
+        print(f"{manifest.name}: {images} images in {len(manifest.shards)} shards, all as the manifest says")
+
+
+def _shards_stats(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.data.manifest import statistics
+
+    figures = statistics(_manifest(parsed.folder))
+    if parsed.json:
+        print(json.dumps(figures, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(figures["name"]))
+    rows = figures["splits"]
+    for column in ("split", *next(iter(rows.values()))):
+        table.add_column(column.replace("_", " "), justify="left" if column == "split" else "right")
+    for split, row in rows.items():
+        table.add_row(split, *(f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
+    Console().print(table)
+
+
+def _manifest(folder: Path | None):  # type: ignore[no-untyped-def]
+    from namr_dist.data.formats.homeware import embedded_shards
+    from namr_dist.data.manifest import Manifest
+
+    return Manifest.load(folder or embedded_shards())
+
+
+def _doctor(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist import doctor
+
+    findings = doctor.examine()
+    if parsed.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        doctor.show(findings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""`namr doctor`: what is installed, which fast paths are on, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from namr_dist import __version__
+
+Status = Literal["ok", "slow", "missing"]
+
+_PACKAGES = ("torch", "triton", "deepspeed", "webdataset", "numpy", "simplejpeg", "timm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the doctor: `slow` works though not at its best, `missing` stops something."""
+
+    what: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; never raises for what it finds."""
+    findings = [Finding(what="namr-dist", status="ok",
+                        found=f"{__version__}, Python {platform.python_version()}, {Path(__file__).parent}")]
+    findings += [_package(name) for name in _PACKAGES]
+    checks: tuple[Callable[[], Finding], ...] = (_device, _precision, _kernels, _search, _zero, _data, _space)
+    for check in checks:
+        try:
+            findings.append(check())
+        except Exception as error:  # a doctor that falls over its patient is of no use
+            findings.append(Finding(what=check.__name__.strip("_"), status="missing",
+                                    found=f"{type(error).__name__}: {error}", remedy="run make setup again"))
+    return findings
+
+
+def show(findings: list[Finding]) -> None:
+    """Print the findings as a table."""
+    table = Table(title="namr doctor", title_justify="left")
+    table.add_column("")
+    for heading in ("what", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    marks = {"ok": "[green]ok[/]", "slow": "[yellow]slow[/]", "missing": "[red]missing[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.status], finding.what, finding.found, finding.remedy)
+    Console().print(table)
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(what=name, status="ok", found=importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(what=name, status="missing", found="not installed", remedy="run make setup")
+
+
+def _device() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
+        return Finding(what="device", status="ok", found=f"{torch.cuda.device_count()} × {', '.join(sorted(names))}")
+    driver = shutil.which("nvidia-smi") is not None
+    remedy = ("a driver is here, but this torch sees no GPU: remove .venv and run make setup" if driver
+              else "none, if this machine has no GPU")
+    return Finding(what="device", status="slow", found=f"CPU, {os.cpu_count()} cores, torch {torch.__version__}",
+                   remedy=remedy)
+
+
+def _precision() -> Finding:
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return Finding(what="precision", status="ok", found="bf16 on the GPU")
+    return Finding(what="precision", status="slow", found="fp32", remedy="bf16 needs a GPU of sm_80 or later")
+
+
+def _kernels() -> Finding:
+    return Finding(what="losses", status="slow", found="reference PyTorch, exact, O(B²) memory",
+                   remedy="none: this version has no fused kernels")
+
+
+def _search() -> Finding:
+    from namr_dist.retrieval.search import search_backend
+
+    backend = search_backend()
+    remedy = "pip install faiss-cpu" if backend.name == "torch-cpu" else ""
+    return Finding(what="search", status="slow" if remedy else "ok", found=f"{backend.name}: {backend.reason}",
+                   remedy=remedy)
+
+
+def _zero() -> Finding:
+    import torch.distributed as dist
+
+    backends = [name for name, have in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if have]
+    return Finding(what="ranks", status="ok" if backends else "missing", found=", ".join(backends) or "no backend")
+
+
+def _data() -> Finding:
+    from namr_dist.data.formats.homeware import embedded_shards
+    from namr_dist.data.manifest import Manifest
+    from namr_dist.data.shards import verify_shards
+
+    manifest = Manifest.load(embedded_shards())
+    images = verify_shards(manifest, manifest.splits)
+    return Finding(what="homeware", status="ok", found=f"{images} images, hashes as the manifest says")
+
+
+def _space() -> Finding:
+    free_mib = shutil.disk_usage(Path.cwd()).free / 2**20
+    shm = Path("/dev/shm")
+    shm_mib = shutil.disk_usage(shm).free / 2**20 if shm.is_dir() else 0.0
+    small = shm_mib < 64
+    return Finding(what="space", status="slow" if small else "ok",
+                   found=f"{free_mib:,.0f} MiB here, {shm_mib:,.0f} MiB shared memory",
+                   remedy="give the container more shared memory, or set data.workers 0" if small else "")

@@ -1,0 +1,152 @@
+"""Bad input: one clear line, no traceback, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import make_shards, small_run
+
+from namr_dist.data.manifest import Manifest
+from namr_dist.data.shards import Sample, write_shard
+
+
+def refused(done: subprocess.CompletedProcess[str], *named: str) -> None:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("namr: error: ")]
+    assert done.returncode == 2, f"exit code {done.returncode}\n{done.stderr}"
+    assert "Traceback" not in done.stderr + done.stdout
+    assert len(lines) == 1, done.stderr
+    for word in named:
+        assert word in lines[0]
+
+
+def train(namr: Callable, manifest: Manifest, run: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    return namr("train", "homeware_conv4", "--run", run, *small_run(manifest, steps=2), *more)
+
+
+def test_unknown_recipe(namr: Callable) -> None:
+    refused(namr("train", "homewear"), "unknown recipe 'homewear'", "did you mean 'homeware'")
+
+
+def test_no_shard_set(namr: Callable, tmp_path: Path) -> None:
+    refused(namr("train", "homeware", "--run", tmp_path / "run", "--set.data.path", tmp_path / "none"),
+            "no shard set at", "manifest.json is missing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_shard(namr: Callable, own_shard_set: Manifest, tmp_path: Path) -> None:
+    (own_shard_set.folder / "train-1.tar").unlink()
+    refused(train(namr, own_shard_set, tmp_path / "run"), "train-1.tar is missing", "copy it")
+
+
+def test_wrong_hash(namr: Callable, own_shard_set: Manifest, tmp_path: Path) -> None:
+    path = own_shard_set.folder / "train-0.tar"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 255
+    path.write_bytes(content)
+    refused(train(namr, own_shard_set, tmp_path / "run"), "train-0.tar has sha256", "copy it again")
+
+
+def test_truncated_jpeg(namr: Callable, tmp_path: Path) -> None:
+    """A shard whose hash is right, but which was built from half an image."""
+    manifest = make_shards(tmp_path / "shards", classes={"train": 12, "val": 4, "test": 6})
+    rebuild_with_half_an_image(manifest)
+    refused(train(namr, manifest, tmp_path / "run"), "003_2.jpg in", "train-0.tar is a truncated JPEG")
+    refused(namr("shards", "verify", manifest.folder), "003_2.jpg in", "is a truncated JPEG")
+
+
+def rebuild_with_half_an_image(manifest: Manifest) -> None:
+    shard = manifest.shards[0]
+    tar = (manifest.folder / shard.file).read_bytes()
+    images = zip(shard.keys, shard.labels, shard.offsets, shard.lengths, strict=True)
+    samples = [Sample(key=key, label=label, jpeg=tar[offset : offset + (length // 2 if key == "003_2" else length)])
+               for key, label, offset, length in images]
+    again = write_shard(manifest.folder, shard.file, shard.split, samples, manifest.class_by_label)
+    dataclasses.replace(manifest, shards=(again, *manifest.shards[1:])).save()
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (("--set.data.classes_per_batch", 13), "data.classes_per_batch is 13, but the training split has 12 classes"),
+    (("--set.data.images_per_class", 7), "data.images_per_class is 7, but the largest class has 6 images"),
+    (("--set.data.images_per_class", 1), "data.images_per_class is 1; set it to at least 2"),
+    (("--set.data.train_splits", "training"), "has no split 'training'; it has train, val, test"),
+    (("--set.model.backbone", "resnet50"), "model.backbone is 'resnet50'; known are"),
+    (("--set.model.batchnorm", "frozen"), "conv4 starts from scratch, so its batch norm cannot be frozen"),
+    (("--set.data.image_size", 50), "images are 50×50 px"),
+    (("--set.optim.steps", 0), "optim.steps is 0; set it to at least 1"),
+    (("--set.model.delta", 1.0), "model.delta is 1.0; set it between 0 and 1"),
+])
+def test_impossible_settings(namr: Callable, shard_set: Manifest, tmp_path: Path, change: tuple, named: str) -> None:
+    refused(train(namr, shard_set, tmp_path / "run", *change), named)
+
+
+@pytest.mark.parametrize("words", [
+    ("train", "homeware", "--set.data.nothing", "1"), ("train", "homeware", "--set.optim.steps", "many"),
+    ("train", "homeware", "--set.loss.metric", "contrastive"), ("train",), ("fly",), (),
+    ("evaluate", "x", "--set.train.seed", "1")])
+def test_wrong_words(namr: Callable, words: tuple[str, ...]) -> None:
+    done = namr(*words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip()
+
+
+def test_run_folder_is_a_file(namr: Callable, shard_set: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    refused(train(namr, shard_set, tmp_path / "run"), "run cannot be written (File exists)", "--run")
+
+
+def test_unwritable_run_folder(namr: Callable, shard_set: Manifest) -> None:
+    """/proc refuses new folders to everyone, root included."""
+    refused(train(namr, shard_set, Path("/proc/run")), "/proc/run cannot be written", "--run")
+
+
+def test_run_that_is_there_already(namr: Callable, shard_set: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    refused(train(namr, shard_set, tmp_path / "run"), "already holds a run", "--overwrite")
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 48 MiB, mounted by root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder],
+                                           check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_too_little_room_is_said_before_training(namr: Callable, shard_set: Manifest, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(40 << 20))
+    refused(train(namr, shard_set, small_disk / "run"), "has 8 MiB free, this run needs", "--run")
+    assert not (small_disk / "run" / "config.json").exists()
+
+
+def test_disk_that_fills_up_while_training(namr: Callable, shard_set: Manifest, small_disk: Path) -> None:
+    """There was room at the start; something else takes it. The line names the file and nothing half-written stays."""
+    run = small_disk / "run"
+    filler = f"""
+import pathlib, time
+while not pathlib.Path({str(run / "metrics.jsonl")!r}).exists():
+    time.sleep(0.05)
+open({str(small_disk / "filler")!r}, "wb").write(bytes(64 << 20))
+"""
+    with subprocess.Popen([sys.executable, "-c", filler], stderr=subprocess.DEVNULL) as process:
+        done = namr("train", "homeware_conv4", "--run", run, *small_run(shard_set, steps=400),
+                    "--set.train.tensorboard", "False")
+        process.wait()
+    refused(done, "No space left on device", str(run))
+    assert not (run / "checkpoints" / "final.safetensors").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "report"])
+def test_not_a_run(namr: Callable, tmp_path: Path, verb: str) -> None:
+    refused(namr(verb, tmp_path), "config.json is missing", "not the folder of a run")
