@@ -1,0 +1,65 @@
+"""Checks of what a caller passes to an op; every op of this package uses the same ones.
+
+Each raises ValueError saying what is wrong, which value it found and what to do.
+Shapes: B rows of the global batch, D embedding width.
+"""
+
+import torch
+from torch import Tensor
+
+MINING = ("semihard", "hardest", "distance_weighted")
+"""How `triplet_loss` may choose its triplets."""
+
+STATISTICS = ("batch", "anchor")
+"""What `multi_cluster_ranking` may take mean and deviation over."""
+
+
+def check_rows(name: str, rows_BD: Tensor) -> None:
+    """`rows_BD` must be a floating (B, D) tensor with B >= 2 and D >= 1."""
+    if not rows_BD.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {rows_BD.dtype}; convert it with .float()")
+    if rows_BD.dim() != 2 or rows_BD.shape[1] < 1:
+        raise ValueError(f"{name} must have shape (B, D) with D >= 1, got {tuple(rows_BD.shape)}")
+    if rows_BD.shape[0] < 2:
+        raise ValueError(
+            f"{name} has {rows_BD.shape[0]} row(s); a loss over pairs needs B >= 2, so use a larger batch"
+        )
+
+
+def check_same_shape(name: str, rows: Tensor, other_name: str, other: Tensor) -> None:
+    """`rows` and `other` must agree in shape."""
+    if rows.shape != other.shape:
+        raise ValueError(
+            f"{name} and {other_name} must have one shape, got {tuple(rows.shape)} and {tuple(other.shape)}; "
+            "pass both embeddings of the same images"
+        )
+
+
+def check_labels(labels_B: Tensor, rows_BD: Tensor) -> None:
+    """`labels_B` must hold one integer for each row of `rows_BD`, on the same device."""
+    if labels_B.is_floating_point() or labels_B.is_complex() or labels_B.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels_B.dtype}; convert them with .long()")
+    if labels_B.dim() != 1 or labels_B.shape[0] != rows_BD.shape[0]:
+        raise ValueError(
+            f"labels must have shape ({rows_BD.shape[0]},), one per row, got {tuple(labels_B.shape)}"
+        )
+    if labels_B.device != rows_BD.device:
+        raise ValueError(
+            f"labels are on {labels_B.device} and the rows on {rows_BD.device}; move them with .to()"
+        )
+
+
+def check_mining(mining: str) -> None:
+    """`mining` must be one of `MINING`."""
+    if mining not in MINING:
+        raise ValueError(f"unknown mining {mining!r}; use one of {', '.join(MINING)}")
+
+
+def check_clusters(*, clusters: int, floor: float, statistics: str) -> None:
+    """At least two clusters, a near centre between 0 and the far one, a known kind of statistics."""
+    if clusters < 2:
+        raise ValueError(f"clusters must be at least 2 (a near and a far one), got {clusters}")
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"floor is a fraction of the mean distance and must lie in [0, 1], got {floor}")
+    if statistics not in STATISTICS:
+        raise ValueError(f"unknown statistics {statistics!r}; use one of {', '.join(STATISTICS)}")
