@@ -1,0 +1,52 @@
+"""Multi-cluster ranking as a module: the label-free loss that trains the structure embedding."""
+
+from torch import Tensor, nn
+
+from namr_dist import kernels
+
+
+class MultiClusterRanking(nn.Module):
+    """L_mcr of docs/algorithm.md, "Multi-cluster ranking".
+
+    clusters: M, ordered cluster centres; 2 follows the NASA authors' published formulas.
+    spread: t, how many deviations below the mean the nearest centre lies.
+    floor: φ, the nearest centre's least value as a fraction of the mean distance.
+    sharpness: a, of the soft assignment of a distance to the centres.
+    statistics: "batch" or "anchor", what mean and deviation run over.
+    Raises ValueError for fewer than two clusters, a floor outside [0, 1], other statistics.
+    """
+
+    def __init__(
+        self,
+        *,
+        clusters: int = 2,
+        spread: float = 3.0,
+        floor: float = 0.2,
+        sharpness: float = 10.0,
+        statistics: str = "batch",
+    ) -> None:
+        super().__init__()
+        kernels.check_clusters(clusters=clusters, floor=floor, statistics=statistics)
+        self.clusters = clusters
+        self.spread = spread
+        self.floor = floor
+        self.sharpness = sharpness
+        self.statistics = statistics
+
+    def forward(self, z_BD: Tensor, s_BD: Tensor) -> Tensor:
+        """z_BD: sample embeddings, floating (B, D).  s_BD: structure embeddings, positive, (B, D)."""
+        return kernels.multi_cluster_ranking(
+            z_BD,
+            s_BD,
+            clusters=self.clusters,
+            spread=self.spread,
+            floor=self.floor,
+            sharpness=self.sharpness,
+            statistics=self.statistics,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"clusters={self.clusters}, spread={self.spread}, floor={self.floor}, "
+            f"sharpness={self.sharpness}, statistics={self.statistics!r}"
+        )
