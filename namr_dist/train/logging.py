@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +19,9 @@ class RunLog:
     """
 
     def __init__(self, run: Path, *, steps: int, tensorboard: bool, name: str) -> None:
-        self._file: TextIO = open(run / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        # Unbuffered: a line that did not fit the disk is not tried again when the file is closed.
+        self._path = run / "metrics.jsonl"
+        self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
         self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -78,8 +79,11 @@ class RunLog:
                  + "  ".join(f"{name} {value:.1f}" for name, value in figures.items()))
 
     def _write(self, figures: dict) -> None:
-        self._file.write(json.dumps(figures) + "\n")
-        self._file.flush()
+        try:
+            self._file.write((json.dumps(figures) + "\n").encode())
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
         if self._events:
             nested = figures.get("val")
             values = {f"val/{name}": value for name, value in nested.items()} if nested else {
