@@ -26,7 +26,7 @@ $(INSTALLED): setup.py constraints/cpu.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/namr train homeware --run runs/demo --overwrite
+	$(BIN)/namr train homeware --run-dir runs/demo --overwrite
 	$(BIN)/namr evaluate runs/demo
 	$(BIN)/namr report runs/demo
 

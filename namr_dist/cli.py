@@ -9,10 +9,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from namr_dist import __version__
 from namr_dist.config import Config
 from namr_dist.errors import InputError
+
+if TYPE_CHECKING:  # verbs import what they need, so that --help and mistakes answer at once
+    from namr_dist.data.manifest import Manifest
 
 _OVERRIDE = "--set."
 
@@ -51,7 +55,8 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "train", help="train a recipe", description="Train a recipe. Any of its settings can be changed with "
         "--set.SECTION.FIELD VALUE; --settings prints them all.")
     train.add_argument("recipe", metavar="RECIPE", help="name of a recipe, such as homeware")
-    train.add_argument("--run", type=Path, help="folder of the run (runs/RECIPE)")
+    # Not --run: torchrun's own parser takes that for a shortened option of its own, wherever it stands.
+    train.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
     train.add_argument("--overwrite", action="store_true", help="replace the run that is there")
     train.add_argument("--settings", action="store_true", help="print every setting with its meaning, and stop")
     train.set_defaults(verb=_train)
@@ -135,7 +140,7 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> None:
     from namr_dist.parallel.ranks import discover, shut_down
     from namr_dist.train.loop import train
 
-    train(config, parsed.run or Path("runs") / config.recipe, discover(), overwrite=parsed.overwrite)
+    train(config, parsed.run_dir or Path("runs") / config.recipe, discover(), overwrite=parsed.overwrite)
     shut_down()
 
 
@@ -197,7 +202,7 @@ def _shards_stats(parsed: argparse.Namespace, _: list[str]) -> None:
     Console().print(table)
 
 
-def _manifest(folder: Path | None):  # type: ignore[no-untyped-def]
+def _manifest(folder: Path | None) -> Manifest:
     from namr_dist.data.formats.homeware import embedded_shards
     from namr_dist.data.manifest import Manifest
 

@@ -33,6 +33,9 @@ class DataConfig:
     """K: images of each of those classes."""
     image_size: int = 224
     """Side of the network's square input in pixels."""
+    test_size: int | None = None
+    """The same for validation, evaluation and embedding; None: image_size. Random crops enlarge what they show,
+    so a network that pools often does better at a larger size than it was trained at (Touvron et al. 2019)."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of an image's area that a training crop covers, least and most."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
@@ -196,6 +199,11 @@ class Config:
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is not JSON ({error}); the run has to be trained again") from None
 
+    @property
+    def test_size(self) -> int:
+        """Side of the network's input at test time in pixels."""
+        return self.data.test_size or self.data.image_size
+
     def check(self) -> None:
         """Raise InputError for values that no run can use, whatever the data."""
         data, optim, train = self.data, self.optim, self.train
@@ -229,7 +237,7 @@ class Config:
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """JSON value → the annotated type. Unknown or missing fields and wrong types raise InputError."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise InputError(f"{where} should be an object with fields, not {value!r}")
         hints = typing.get_type_hints(kind)

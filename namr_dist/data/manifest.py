@@ -12,6 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,13 @@ class Shard:
     """First byte of each JPEG in the tar."""
     lengths: tuple[int, ...]
     """Bytes of each JPEG."""
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Shard:
+        """JSON has lists where this has tuples. Raises TypeError for missing or unknown fields."""
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
+                                  for key, value in entry.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +112,7 @@ class Manifest:
                 name=data["name"],
                 description=data["description"],
                 classes=tuple(ImageClass(**entry) for entry in data["classes"]),
-                shards=tuple(
-                    Shard(**{key: tuple(value) if isinstance(value, list) else value
-                             for key, value in entry.items()})
-                    for entry in data["shards"]
-                ),
+                shards=tuple(Shard.from_json(entry) for entry in data["shards"]),
                 folder=path.parent,
             )
         except (KeyError, TypeError) as error:

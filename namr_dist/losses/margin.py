@@ -16,7 +16,8 @@ class MarginLoss(nn.Module):
     def __init__(self, *, alpha: float = 0.2, beta: float = 1.2) -> None:
         super().__init__()
         self.alpha = alpha
-        self.beta = nn.Parameter(torch.tensor(float(beta), dtype=torch.float32))
+        # One element, not a scalar: DeepSpeed cannot broadcast a parameter without dimensions.
+        self.beta = nn.Parameter(torch.full((1,), float(beta)))
 
     def forward(self, z_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
         """z_BD: floating (B, D), any length.  labels_B: integers.  seed: picks the sampled negatives."""

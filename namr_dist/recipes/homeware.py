@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from namr_dist.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
-_DATA = DataConfig(classes_per_batch=20, images_per_class=4, image_size=96, test_crop=1.0)
-
 
 def homeware() -> Config:
     """EfficientNet-Lite0 from ImageNet, triplet loss with multi-cluster ranking."""
     return Config(
         recipe="homeware",
-        data=_DATA,
+        data=DataConfig(classes_per_batch=20, images_per_class=4, image_size=96, test_size=128,
+                        crop_scale=(0.4, 1.0), test_crop=1.0),
         model=ModelConfig(backbone="efficientnet_lite0", width=128),
-        optim=OptimConfig(steps=130, backbone_lr=1e-4, head_lr=1e-3, warmup_steps=10),
-        train=TrainConfig(validate_every=26),
+        optim=OptimConfig(steps=120, backbone_lr=2e-4, head_lr=1e-3, warmup_steps=10),
+        train=TrainConfig(validate_every=40),
     )
 
 

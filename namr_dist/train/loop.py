@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from namr_dist.data.plan import check_plan, small_classes, steps_per_epoch
 from namr_dist.data.shards import verify_shards
 from namr_dist.data.stream import Batch, ShardImages, TrainPlan, stream
 from namr_dist.errors import InputError
+from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.ranks import Rank
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, save_network
@@ -31,6 +33,9 @@ from namr_dist.train.embed import embed
 from namr_dist.train.logging import RunLog
 from namr_dist.train.objective import StepLoss, TrainingModule
 from namr_dist.train.schedule import lr_factor
+
+if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
+    from deepspeed import DeepSpeedEngine
 
 # What a run writes beside its network (logs, events, embeddings, report), generously.
 _ROOM_FOR_LOGS_BYTES = 32 << 20
@@ -51,6 +56,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> 
     bf16, why = _precision(config, rank.device)
     # Built before the process group is up, so that a wrong backbone or file is said at once and once.
     network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16)
+    _check_sizes(network, config, rank.device)
     module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N))).to(rank.device)
     if rank.first:
         _claim_folder(run, overwrite=overwrite, need_bytes=_size_bytes(module))
@@ -77,7 +83,7 @@ def used_splits(config: Config) -> set[str]:
 def test_images(config: Config, manifest: Manifest, split: str) -> tuple[ShardImages, SplitIndex]:
     """The images of a split under the test transform."""
     index = manifest.index(split)
-    transform = TestTransform(size=config.data.image_size, crop_share=config.data.test_crop)
+    transform = TestTransform(size=config.test_size, crop_share=config.data.test_crop)
     return ShardImages(manifest, index, transform), index
 
 
@@ -93,6 +99,21 @@ def _precision(config: Config, device: torch.device) -> tuple[bool, str]:
     return able, "the GPU has it" if able else "the GPU has no bf16 units"
 
 
+@torch.no_grad()
+def _check_sizes(network: EmbeddingNetwork, config: Config, device: torch.device) -> None:
+    """Raise InputError if the backbone refuses images of the training or of the test size."""
+    network.eval()
+    for name, size in (("image_size", config.data.image_size), ("test_size", config.test_size)):
+        try:
+            network(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device))
+        except InputError:
+            raise
+        except (AssertionError, RuntimeError) as error:
+            raise InputError(f"model.backbone {config.model.backbone} does not take images of {size} px "
+                             f"({str(error).splitlines()[0]}); change data.{name}") from None
+    network.train()
+
+
 def _size_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
@@ -100,7 +121,7 @@ def _size_bytes(module: nn.Module) -> int:
 def _claim_folder(run: Path, *, overwrite: bool, need_bytes: int) -> None:
     if (run / "config.json").exists():
         if not overwrite:
-            raise InputError(f"{run} already holds a run; choose another folder with --run, or replace it with "
+            raise InputError(f"{run} already holds a run; choose another folder with --run-dir, or replace it with "
                              "--overwrite")
         # Only what a run writes goes, never a whole folder that a user may have pointed to by mistake.
         for name in ("checkpoints", "tensorboard"):
@@ -112,11 +133,12 @@ def _claim_folder(run: Path, *, overwrite: bool, need_bytes: int) -> None:
         write_atomic(run / ".writable", "")
         (run / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"run folder {run} cannot be written ({error.strerror}); choose another with --run") from None
+        raise InputError(f"run folder {run} cannot be written ({error.strerror}); choose another with "
+                         "--run-dir") from None
     free, need = shutil.disk_usage(run).free, need_bytes + _ROOM_FOR_LOGS_BYTES
     if free < need:
         raise InputError(f"run folder {run} has {free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}; "
-                         "free some or choose another disk with --run")
+                         "free some or choose another disk with --run-dir")
 
 
 def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
@@ -135,7 +157,7 @@ def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]
     return groups
 
 
-def _engine(module: TrainingModule, config: Config, rank: Rank):  # type: ignore[no-untyped-def]
+def _engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeedEngine:
     """DeepSpeed's engine around the module. Starts the process group."""
     os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -162,7 +184,7 @@ def _engine(module: TrainingModule, config: Config, rank: Rank):  # type: ignore
     return engine
 
 
-def _steps(engine, config: Config, manifest: Manifest, index: SplitIndex, rank: Rank,  # type: ignore[no-untyped-def]
+def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: SplitIndex, rank: Rank,
            *, log: RunLog | None) -> None:
     data, optim = config.data, config.optim
     transform = TrainTransform(size=data.image_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio,
@@ -194,7 +216,7 @@ def _steps(engine, config: Config, manifest: Manifest, index: SplitIndex, rank: 
                 log.validation(step + 1, figures)
 
 
-def _one_step(engine, batch: Batch, device: torch.device, *, seed: int) -> StepLoss:  # type: ignore[no-untyped-def]
+def _one_step(engine: DeepSpeedEngine, batch: Batch, device: torch.device, *, seed: int) -> StepLoss:
     losses: StepLoss = engine(batch.images_bHW3.to(device, non_blocking=True),
                               batch.labels_b.to(device, non_blocking=True), seed)
     engine.backward(losses.total)
@@ -221,7 +243,7 @@ def _report(pending: list[tuple[int, StepLoss, float]], config: Config, per_epoc
         log.line(figures)
 
 
-def _validate(engine, config: Config, manifest: Manifest, rank: Rank) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank: Rank) -> dict[str, float]:
     assert config.data.validation_split
     images, index = test_images(config, manifest, config.data.validation_split)
     engine.eval()
@@ -234,7 +256,7 @@ def _eval_batch(config: Config, rank: Rank) -> int:
     return config.data.classes_per_batch * config.data.images_per_class // rank.world_size
 
 
-def _save(engine, config: Config, run: Path, rank: Rank) -> None:  # type: ignore[no-untyped-def]
+def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> None:
     import deepspeed
 
     network = engine.module.network

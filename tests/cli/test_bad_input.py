@@ -26,7 +26,7 @@ def refused(done: subprocess.CompletedProcess[str], *named: str) -> None:
 
 
 def train(namr: Callable, manifest: Manifest, run: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return namr("train", "homeware_conv4", "--run", run, *small_run(manifest, steps=2), *more)
+    return namr("train", "homeware_conv4", "--run-dir", run, *small_run(manifest, steps=2), *more)
 
 
 def test_unknown_recipe(namr: Callable) -> None:
@@ -34,7 +34,7 @@ def test_unknown_recipe(namr: Callable) -> None:
 
 
 def test_no_shard_set(namr: Callable, tmp_path: Path) -> None:
-    refused(namr("train", "homeware", "--run", tmp_path / "run", "--set.data.path", tmp_path / "none"),
+    refused(namr("train", "homeware", "--run-dir", tmp_path / "run", "--set.data.path", tmp_path / "none"),
             "no shard set at", "manifest.json is missing")
     assert not (tmp_path / "run").exists()
 
@@ -97,12 +97,12 @@ def test_wrong_words(namr: Callable, words: tuple[str, ...]) -> None:
 
 def test_run_folder_is_a_file(namr: Callable, shard_set: Manifest, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    refused(train(namr, shard_set, tmp_path / "run"), "run cannot be written (File exists)", "--run")
+    refused(train(namr, shard_set, tmp_path / "run"), "run cannot be written (File exists)", "--run-dir")
 
 
 def test_unwritable_run_folder(namr: Callable, shard_set: Manifest) -> None:
     """/proc refuses new folders to everyone, root included."""
-    refused(train(namr, shard_set, Path("/proc/run")), "/proc/run cannot be written", "--run")
+    refused(train(namr, shard_set, Path("/proc/run")), "/proc/run cannot be written", "--run-dir")
 
 
 def test_run_that_is_there_already(namr: Callable, shard_set: Manifest, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_too_little_room_is_said_before_training(namr: Callable, shard_set: Manifest, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(40 << 20))
-    refused(train(namr, shard_set, small_disk / "run"), "has 8 MiB free, this run needs", "--run")
+    refused(train(namr, shard_set, small_disk / "run"), "has 8 MiB free, this run needs", "--run-dir")
     assert not (small_disk / "run" / "config.json").exists()
 
 
@@ -140,7 +140,7 @@ while not pathlib.Path({str(run / "metrics.jsonl")!r}).exists():
 open({str(small_disk / "filler")!r}, "wb").write(bytes(64 << 20))
 """
     with subprocess.Popen([sys.executable, "-c", filler], stderr=subprocess.DEVNULL) as process:
-        done = namr("train", "homeware_conv4", "--run", run, *small_run(shard_set, steps=400),
+        done = namr("train", "homeware_conv4", "--run-dir", run, *small_run(shard_set, steps=400),
                     "--set.train.tensorboard", "False")
         process.wait()
     refused(done, "No space left on device", str(run))

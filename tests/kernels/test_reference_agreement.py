@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from namr_dist.kernels.reference_mining import distance_weighted_negatives, pairs_of, semihard_negatives
 from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor
 
 from namr_dist import kernels
+from namr_dist.kernels.reference_mining import distance_weighted_negatives, pairs_of, semihard_negatives
 
 
 def _batch(B: int = 20, D: int = 6, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from namr_dist.kernels import reference
 from torch import Tensor
 
 from namr_dist import kernels
+from namr_dist.kernels import reference
 
 
 def _batch(B: int = 6, D: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from namr_dist.kernels.random import gumbel, hash_counters, uniform
-from namr_dist.kernels.reference_mining import distance_weighted_negatives, log_weights, pairs_of
 from torch import Tensor
 
 from namr_dist import kernels
+from namr_dist.kernels.random import gumbel, hash_counters, uniform
+from namr_dist.kernels.reference_mining import distance_weighted_negatives, log_weights, pairs_of
 
 
 def _hash_in_plain_integers(seed: int, *counters: int) -> int:

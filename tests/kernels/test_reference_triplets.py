@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from namr_dist.kernels.reference_mining import pairs_of, semihard_negatives
 from torch import Tensor
 
 from namr_dist import kernels
+from namr_dist.kernels.reference_mining import pairs_of, semihard_negatives
 
 
 def _batch(B: int = 14, D: int = 3, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def curve(run: Path) -> list[float]:
 def trained(shard_set: Manifest, namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of ten steps on one rank."""
     run = tmp_path_factory.mktemp("runs") / "one"
-    done = namr("train", "homeware_conv4", "--run", run, *small_run(shard_set, steps=10))
+    done = namr("train", "homeware_conv4", "--run-dir", run, *small_run(shard_set, steps=10))
     assert done.returncode == 0, done.stderr
     return run
 
@@ -52,10 +52,10 @@ def test_learns(trained: Path) -> None:
 
 
 def test_same_seed_same_curve(trained: Path, shard_set: Manifest, namr: Callable, tmp_path: Path) -> None:
-    again = namr("train", "homeware_conv4", "--run", tmp_path / "again", *small_run(shard_set, steps=10))
+    again = namr("train", "homeware_conv4", "--run-dir", tmp_path / "again", *small_run(shard_set, steps=10))
     assert again.returncode == 0, again.stderr
     assert curve(tmp_path / "again") == curve(trained)
-    other = namr("train", "homeware_conv4", "--run", tmp_path / "other", *small_run(shard_set, steps=10),
+    other = namr("train", "homeware_conv4", "--run-dir", tmp_path / "other", *small_run(shard_set, steps=10),
                  "--set.train.seed", 1)
     assert other.returncode == 0, other.stderr
     assert curve(tmp_path / "other") != curve(trained)
@@ -68,7 +68,7 @@ def test_two_ranks_follow_the_same_curve(trained: Path, shard_set: Manifest, tmp
     start = {"torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", 2],
              "deepspeed": [BIN / "deepspeed", "--num_accelerators", 2]}[launcher]
     # The deepspeed launcher counts accelerators itself and has to be told that CPUs are meant.
-    done = launch(*start, LAUNCHER, "homeware_conv4", "--run", tmp_path / "two", *small_run(shard_set, steps=10),
+    done = launch(*start, LAUNCHER, "homeware_conv4", "--run-dir", tmp_path / "two", *small_run(shard_set, steps=10),
                   "--set.train.zero_stage", stage, cwd=tmp_path, env={"PATH": f"{BIN}:/usr/bin:/bin"})
     assert done.returncode == 0, done.stderr[-3000:]
     # Sums over ranks run in another order, and training multiplies the difference from step to step.
@@ -81,7 +81,7 @@ def test_two_ranks_follow_the_same_curve(trained: Path, shard_set: Manifest, tmp
 
 @pytest.mark.parametrize("metric", ["margin", "multi_similarity", "proxy_anchor"])
 def test_other_losses_train(shard_set: Manifest, namr: Callable, tmp_path: Path, metric: str) -> None:
-    done = namr("train", "homeware_conv4", "--run", tmp_path / "run", *small_run(shard_set, steps=3),
+    done = namr("train", "homeware_conv4", "--run-dir", tmp_path / "run", *small_run(shard_set, steps=3),
                 "--set.loss.metric", metric, "--set.train.tensorboard", "False")
     assert done.returncode == 0, done.stderr
     assert len(curve(tmp_path / "run")) == 3

@@ -114,7 +114,7 @@ def _corner_normals(vertices: FloatArray, faces: _Faces) -> FloatArray:
     following[starts + faces.size - 1] = starts
     # Relative to the face's first corner the cross products keep their precision far from the origin.
     local = corners - np.repeat(corners[starts], faces.size, axis=0)
-    area = np.add.reduceat(np.cross(local, local[following]), starts, axis=0)
+    area = np.add.reduceat(np.cross(local, local[following]), starts, axis=0).astype(np.float64)
     flat = np.repeat(_unit(area), faces.size, axis=0)
     weight = np.repeat(area * faces.smooth[:, None], faces.size, axis=0)
     total = np.stack([np.bincount(faces.vertex, weight[:, axis], len(vertices)) for axis in range(3)], axis=1)
