@@ -1,0 +1,226 @@
+"""Every retrieval mode and its controls, measured on one set of embeddings.
+
+Shapes: Q queries, N items, D width.
+
+The controls ask whether the learnt structure embedding s carries anything that retrieval can use:
+the same mode with s = 1 everywhere, and with s permuted between images. A mode is only worth its
+cost where it beats both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from namr_dist.errors import InputError
+from namr_dist.retrieval.arrays import Float32, Float64, Int64, as_labels, as_matrix, unit_rows
+from namr_dist.retrieval.index import (
+    DENSITY_NEIGHBOURS,
+    GALLERY_DENSITY_WEIGHT,
+    Served,
+    adaptive_vectors,
+    as_weights,
+    calibrated_vectors,
+    local_density,
+    sample_vectors,
+    symmetric_vectors,
+)
+from namr_dist.retrieval.metrics import clustering_scores, relevant_counts, retrieval_scores
+from namr_dist.retrieval.rerank import check_delta, rerank_candidates
+from namr_dist.retrieval.search import checked_query_ids, search_backend, search_excluding_self
+
+Distance = Literal["euclidean", "cosine"]
+
+MODES = ("sample", "rerank", "adaptive", "symmetric", "calibrated")
+CONTROLS = ("adaptive_s1", "adaptive_shuffled", "symmetric_s1", "symmetric_shuffled", "rerank_shuffled")
+LOOKS_AT_GALLERY = ("calibrated",)
+"""modes whose distance depends on items other than the two compared: to be reported apart"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """Queries or items in float64; s is None where a model has no structure head."""
+
+    z: Float64
+    s: Float64 | None
+    labels: Int64
+
+
+def _side(z: Any, s: Any, labels: Any, delta: float, distance: Distance, name: str) -> _Side:
+    z_ND = as_matrix(z, f"{name} z")
+    labels_N = as_labels(labels, len(z_ND), f"{name} labels")
+    s_ND = None if s is None else as_weights(s, z_ND, f"{name} s")
+    if s_ND is not None:
+        check_delta(s_ND, delta)
+    if distance not in ("euclidean", "cosine"):
+        raise InputError(f"distance = {distance!r}: take 'euclidean' or 'cosine'")
+    return _Side(z=unit_rows(z_ND) if distance == "cosine" else z_ND, s=s_ND, labels=labels_N)
+
+
+class _Ranking:
+    """Ranks one set of queries against one set of items, and scores the result."""
+
+    def __init__(self, queries: _Side, items: _Side, own_Q: Int64, ks: Sequence[int]) -> None:
+        self.queries, self.items, self.own_Q, self.ks = queries, items, own_Q, ks
+        relevant_Q = relevant_counts(queries.labels, items.labels, query_ids_Q=own_Q)
+        self.k = max(max(ks), int(relevant_Q.max()))
+        self.counts = {
+            "queries": int((relevant_Q > 0).sum()),
+            "left_out": int((relevant_Q == 0).sum()),
+            "items": len(items.z),
+            "classes": len(np.unique(items.labels)),
+            "largest_R": int(relevant_Q.max()),
+        }
+
+    def nearest(self, served: Served, k: int) -> tuple[Float32, Int64]:
+        return search_excluding_self(
+            served.queries_QV, served.items_NV, k, query_ids_Q=self.own_Q, metric=served.metric
+        )
+
+    def percent(self, ranked_QK: Int64) -> dict[str, float]:
+        return retrieval_scores(
+            ranked_QK, self.queries.labels, self.items.labels, ks=self.ks, query_ids_Q=self.own_Q
+        ).percent
+
+    def served_percent(self, served: Served) -> dict[str, float]:
+        return self.percent(self.nearest(served, self.k)[1])
+
+
+def _shuffled(queries: _Side, items: _Side, own_Q: Int64, seed: int) -> tuple[Float64, Float64]:
+    """s of queries and items, permuted between images; a query that is also an item keeps one s."""
+    assert queries.s is not None and items.s is not None
+    rng = np.random.default_rng(seed)
+    items_s = items.s[rng.permutation(len(items.s))]
+    queries_s = queries.s[rng.permutation(len(queries.s))]
+    return np.where((own_Q >= 0)[:, None], items_s[own_Q], queries_s), items_s
+
+
+def evaluate(
+    z_ND: Any,
+    s_ND: Any | None,
+    labels_N: Any,
+    *,
+    delta: float,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    seed: int = 0,
+    candidates: int = 100,
+    distance: Distance = "euclidean",
+) -> dict[str, Any]:
+    """Leave-one-out evaluation: every image queries all the others.
+
+    z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None (only the modes that do
+    without them are measured); labels_N: (N,) integers. numpy or torch, any float type.
+    delta: δ of the structure head; ks: the cut-offs of R@k; seed: of the permuted controls and of
+    k-means; candidates: C of the re-ranking (raised to the k that MAP@R needs); distance: "cosine"
+    scales the rows of z to length 1 before anything else.
+
+    Returns blocks that go into metrics.json as they are, all metrics in percent:
+      test           {mode: {"R@1", ..., "MAP@R", "R-precision"}} for MODES and CONTROLS; "sample" has
+                     "NMI" and "AMI" besides
+      test_counts    queries, left_out (no other image of their class), items, classes, largest_R,
+                     rerank_candidates, rerank_certified_percent
+      test_protocol  distance, seeds, k-means engine, search back end, modes that look at the gallery
+    Raises InputError on bad shapes, NaN, and s outside 1 ± δ.
+    Memory: some copies of the (N, 4D + 1) matrix of the symmetric mode, and blocks of 128 MiB.
+    """
+    side = _side(z_ND, s_ND, labels_N, delta, distance, "test")
+    own_N = np.arange(len(side.z))
+    return _evaluate(side, side, own_N, delta, ks, seed, candidates, distance)
+
+
+def evaluate_sample(
+    z_ND: Any, labels_N: Any, *, ks: Sequence[int] = (1, 2, 4, 8), distance: Distance = "euclidean"
+) -> dict[str, float]:
+    """R@k, MAP@R and R-precision of the sample mode alone, leave one out, in percent: for validation while
+    training and for embeddings without s.
+
+    Arguments and errors as in :func:`evaluate`.
+    """
+    side = _side(z_ND, None, labels_N, 0.0, distance, "sample")
+    ranking = _Ranking(side, side, np.arange(len(side.z)), ks)
+    return ranking.served_percent(sample_vectors(side.z, side.z))
+
+
+def evaluate_queries(
+    query_z_QD: Any,
+    query_s_QD: Any | None,
+    query_labels_Q: Any,
+    item_z_ND: Any,
+    item_s_ND: Any | None,
+    item_labels_N: Any,
+    *,
+    delta: float,
+    query_ids_Q: Int64 | None = None,
+    ks: Sequence[int] = (1, 10, 20, 30),
+    seed: int = 0,
+    candidates: int = 100,
+    distance: Distance = "euclidean",
+) -> dict[str, Any]:
+    """As :func:`evaluate` for queries that search a gallery of their own, as In-Shop has it.
+
+    query_ids_Q: (Q,) each query's index among the items, to leave it out; None: no query is an item.
+    NMI and AMI are those of the items.
+    """
+    queries = _side(query_z_QD, query_s_QD, query_labels_Q, delta, distance, "query")
+    items = _side(item_z_ND, item_s_ND, item_labels_N, delta, distance, "item")
+    if (queries.s is None) != (items.s is None):
+        raise InputError("structure embeddings: given for one side only; pass both, or None for both")
+    outside_Q = np.full(len(queries.z), -1, dtype=np.int64) if query_ids_Q is None else query_ids_Q
+    own_Q = checked_query_ids(outside_Q, len(queries.z), len(items.z))
+    return _evaluate(queries, items, own_Q, delta, ks, seed, candidates, distance)
+
+
+def _evaluate(
+    queries: _Side,
+    items: _Side,
+    own_Q: Int64,
+    delta: float,
+    ks: Sequence[int],
+    seed: int,
+    candidates: int,
+    distance: Distance,
+) -> dict[str, Any]:
+    if not ks or min(ks) < 1:
+        raise InputError(f"ks = {tuple(ks)}: give at least one cut-off, each 1 or more")
+    ranking = _Ranking(queries, items, own_Q, ks)
+    zq, z = queries.z, items.z
+    # Candidates beyond the other items would only be padding.
+    count = max(ranking.k, min(candidates, len(z)))
+    plain_QC, plain_ids_QC = ranking.nearest(sample_vectors(zq, z), count)
+    clusters = clustering_scores(z, items.labels, seed=seed)
+    scores = {"sample": ranking.percent(plain_ids_QC) | clusters.percent}
+    counts: dict[str, Any] = dict(ranking.counts)
+
+    if queries.s is not None and items.s is not None:
+        ones_q, ones = np.ones_like(zq), np.ones_like(z)
+        mixed_q, mixed = _shuffled(queries, items, own_Q, seed)
+        for name, sq in (("rerank", queries.s), ("rerank_shuffled", mixed_q)):
+            reranked = rerank_candidates(zq, sq, z, plain_QC, plain_ids_QC, k=ranking.k, delta=delta)
+            scores[name] = ranking.percent(reranked.ids_QK)
+            if name == "rerank":
+                counts["rerank_candidates"] = count
+                counts["rerank_certified_percent"] = reranked.certified_percent
+        for suffix, sq, s in (("", queries.s, items.s), ("_s1", ones_q, ones), ("_shuffled", mixed_q, mixed)):
+            scores["adaptive" + suffix] = ranking.served_percent(adaptive_vectors(zq, sq, z))
+            scores["symmetric" + suffix] = ranking.served_percent(symmetric_vectors(zq, sq, z, s))
+    scores["calibrated"] = ranking.served_percent(calibrated_vectors(zq, z, local_density(z)))
+
+    backend = search_backend()
+    return {
+        "test": {mode: scores[mode] for mode in (*MODES, *CONTROLS) if mode in scores},
+        "test_counts": counts,
+        "test_protocol": {
+            "distance": distance,
+            "recall_cut_offs": list(ks),
+            "shuffle_seed": seed,
+            "k_means": f"{clusters.engine}, k = {clusters.clusters}, 1 start, seed {clusters.seed}",
+            "nmi_and_ami_normalisation": "arithmetic",
+            "calibrated": f"d² − {GALLERY_DENSITY_WEIGHT} × mean d² to its {DENSITY_NEIGHBOURS} nearest",
+            "looks_at_gallery": list(LOOKS_AT_GALLERY),
+            "search_backend": backend.name,
+            "search_backend_reason": backend.reason,
+        },
+    }

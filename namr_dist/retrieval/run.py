@@ -1,0 +1,190 @@
+"""A trained run and a set of images → embeddings, figures, report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from namr_dist import __version__
+from namr_dist.atomic import write_atomic
+from namr_dist.config import Config
+from namr_dist.data.augment import TestTransform
+from namr_dist.data.folder import FolderImages
+from namr_dist.data.formats.homeware import embedded_shards
+from namr_dist.data.manifest import Manifest
+from namr_dist.data.shards import verify_shards
+from namr_dist.data.stream import ShardImages
+from namr_dist.errors import InputError
+from namr_dist.parallel.ranks import Rank
+from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
+from namr_dist.retrieval.report import write_report
+from namr_dist.retrieval.search import search_backend
+from namr_dist.train.checkpoint import final_checkpoint, initial_network, load_network
+from namr_dist.train.embed import embed
+
+_BATCH = 128
+_RAW_PIXELS = 32
+
+
+def evaluate_run(run: Path) -> dict:
+    """Measure a run on its test split; write RUN/metrics.json and RUN/embeddings.safetensors; return the figures.
+
+    Beside the trained network stand raw pixels (32 × 32), the network before training and the frozen backbone's
+    pooled features. Raises InputError if the run is not finished or its data are not as they were.
+    """
+    config = Config.load(run / "config.json")
+    rank = _this_process()
+    network, steps = load_network(final_checkpoint(run), config, device=rank.device)
+    manifest = _manifest(config)
+    split = config.data.test_split
+    verify_shards(manifest, [split])
+    index = manifest.index(split)
+    images = ShardImages(manifest, index, _transform(config))
+    workers = config.data.workers
+    z_ND, s_ND = embed(network, images, rank=rank, batch_size=_BATCH, workers=workers)
+
+    before = initial_network(config, device=rank.device, pretrained=True).eval()
+
+    def measure_start(batch_bHW3: Tensor) -> tuple[Tensor, ...]:
+        features_bF = before.features(batch_bHW3)
+        return before.sample_head(features_bF), features_bF, _raw_pixels(batch_bHW3)
+
+    start_ND, features_NF, pixels_NP = embed(measure_start, images, rank=rank, batch_size=_BATCH, workers=workers)
+    measured = evaluate(z_ND, s_ND, index.label_N, delta=config.model.delta, seed=config.train.seed)
+    metrics = {
+        **measured,
+        "baselines": {
+            "raw pixels": evaluate_sample(pixels_NP, index.label_N),
+            "untrained model": evaluate_sample(start_ND, index.label_N),
+            "frozen backbone": evaluate_sample(features_NF, index.label_N, distance="cosine"),
+        },
+        "train": _training_figures(run, steps),
+        "protocol": _protocol(config, manifest, steps),
+    }
+    tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), "labels": torch.from_numpy(index.label_N)}
+    write_atomic(run / "embeddings.safetensors", safetensors.torch.save(tensors))
+    write_atomic(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def report_run(run: Path) -> Path:
+    """Write RUN/report.html from what training and evaluation left; return its path."""
+    config = Config.load(run / "config.json")
+    manifest = _manifest(config)
+    index = manifest.index(config.data.test_split)
+    images = ShardImages(manifest, index, _transform(config))
+    classes = [manifest.class_by_label[int(label)] for label in index.label_N]
+    return write_report(run, images.jpeg, [entry.name for entry in classes], [entry.category for entry in classes])
+
+
+def embed_shards(run: Path, folder: Path, split: str, out: Path) -> int:
+    """Embed a split of a shard set into `out`; return the number of images."""
+    config = Config.load(run / "config.json")
+    manifest = Manifest.load(folder)
+    verify_shards(manifest, [split])
+    index = manifest.index(split)
+    return _embed_to(run, config, ShardImages(manifest, index, _transform(config)), index.keys, out,
+                     labels_N=index.label_N)
+
+
+def embed_folder(run: Path, folder: Path, out: Path) -> int:
+    """Embed every JPEG, PNG, WebP and BMP file below a folder into `out`; return their number."""
+    config = Config.load(run / "config.json")
+    images = FolderImages(folder, _transform(config))
+    return _embed_to(run, config, images, images.names, out)
+
+
+def _embed_to(run: Path, config: Config, images: ShardImages | FolderImages, names: tuple[str, ...], out: Path, *,
+              labels_N: np.ndarray | None = None) -> int:
+    rank = _this_process()
+    network, _ = load_network(final_checkpoint(run), config, device=rank.device)
+    z_ND, s_ND = embed(network, images, rank=rank, batch_size=_BATCH, workers=config.data.workers)
+    tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND)}
+    if labels_N is not None:
+        tensors["labels"] = torch.from_numpy(labels_N)
+    write_atomic(out, safetensors.torch.save(tensors, {"names": json.dumps(names), "run": run.name}))
+    return len(names)
+
+
+def _this_process() -> Rank:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Rank(rank=0, world_size=1, local_rank=0, device=device)
+
+
+def _manifest(config: Config) -> Manifest:
+    return Manifest.load(config.data.path or embedded_shards())
+
+
+def _transform(config: Config) -> TestTransform:
+    return TestTransform(size=config.test_size, crop_share=config.data.test_crop)
+
+
+def _raw_pixels(images_bHW3: Tensor) -> Tensor:
+    small = nn.functional.interpolate(images_bHW3.permute(0, 3, 1, 2).float(), (_RAW_PIXELS, _RAW_PIXELS),
+                                      mode="area")
+    return small.flatten(1)
+
+
+def _training_figures(run: Path, steps: int) -> dict:
+    """Wall time and speed of training, from its log."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: the log of the training belongs to a run")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    return {"steps": steps, "seconds": lines[-1]["time_s"] if lines else 0.0,
+            "img_per_s": logged[-1]["img_per_s"] if logged else 0.0}
+
+
+def _protocol(config: Config, manifest: Manifest, steps: int) -> dict:
+    data, model, loss = config.data, config.model, config.loss
+    backend = search_backend()
+    return {
+        "data set": manifest.name,
+        "train splits": ", ".join(data.train_splits),
+        "train hash": manifest.split_hash(*data.train_splits),
+        "test split": data.test_split,
+        "test hash": manifest.split_hash(data.test_split),
+        "query": "leave one out over the test split; a query's own index is left out, not its first hit",
+        "test transform": f"middle square, {data.test_crop:g} of the shorter side, to {config.test_size} px, bicubic",
+        "backbone": model.backbone + (" (pre-trained)" if model.pretrained else " (from scratch)"),
+        "batch norm": model.batchnorm,
+        "width": model.width,
+        "metric loss": loss.metric,
+        "ranking": f"λ = {loss.ranking.weight:g}, M = {loss.ranking.clusters}" if loss.ranking.weight else "none",
+        "batch": f"{data.classes_per_batch} classes × {data.images_per_class} images",
+        "seed": config.train.seed,
+        "steps": steps,
+        "checkpoint": "the last; its number of steps was fixed in the recipe",
+        "distance": "Euclidean; the frozen backbone by cosine",
+        "search": f"{backend.name} ({backend.reason})",
+        "versions": f"namr-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": _machine(),
+        "commit": _commit(),
+    }
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
+                  if line.startswith("model name")]
+        cpu = f"{models[0]}, {len(models)} cores" if models else cpu
+    return cpu
+
+
+def _commit() -> str:
+    """Commit of the source tree this runs from, if it is one."""
+    found = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+                           capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else "not a source checkout"
