@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from namr_dist.errors import InputError
+from namr_dist.parallel.allocator import keep_freed_memory
 
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -42,16 +43,25 @@ def discover() -> Rank:
         raise InputError(f"the launcher set no {', '.join(missing)}; start with torchrun or deepspeed, or unset "
                          "RANK and WORLD_SIZE for a single process")
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"LOCAL_RANK is {local_rank}, but this machine shows {torch.cuda.device_count()} GPUs; "
-                             "start one process a GPU")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
     return Rank(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), local_rank=local_rank,
-                device=device)
+                device=_device(local_rank))
+
+
+def only_rank() -> Rank:
+    """This process by itself, whatever launched it: for work that is not shared."""
+    return Rank(rank=0, world_size=1, local_rank=0, device=_device(0))
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(f"LOCAL_RANK is {local_rank}, but this machine shows {torch.cuda.device_count()} GPUs; "
+                         "start one process a GPU")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def world_size() -> int:

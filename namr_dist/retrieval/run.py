@@ -21,10 +21,10 @@ from namr_dist.data.formats.homeware import embedded_shards
 from namr_dist.data.manifest import Manifest
 from namr_dist.data.shards import verify_shards
 from namr_dist.data.stream import ShardImages
-from namr_dist.errors import InputError
-from namr_dist.parallel.ranks import Rank
+from namr_dist.parallel.ranks import only_rank
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 from namr_dist.retrieval.report import write_report
+from namr_dist.retrieval.run_record import read_log
 from namr_dist.retrieval.search import search_backend
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, load_network
 from namr_dist.train.embed import embed
@@ -40,7 +40,7 @@ def evaluate_run(run: Path) -> dict:
     pooled features. Raises InputError if the run is not finished or its data are not as they were.
     """
     config = Config.load(run / "config.json")
-    rank = _this_process()
+    rank = only_rank()
     network, steps = load_network(final_checkpoint(run), config, device=rank.device)
     manifest = _manifest(config)
     split = config.data.test_split
@@ -103,7 +103,7 @@ def embed_folder(run: Path, folder: Path, out: Path) -> int:
 
 def _embed_to(run: Path, config: Config, images: ShardImages | FolderImages, names: tuple[str, ...], out: Path, *,
               labels_N: np.ndarray | None = None) -> int:
-    rank = _this_process()
+    rank = only_rank()
     network, _ = load_network(final_checkpoint(run), config, device=rank.device)
     z_ND, s_ND = embed(network, images, rank=rank, batch_size=_BATCH, workers=config.data.workers)
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND)}
@@ -111,11 +111,6 @@ def _embed_to(run: Path, config: Config, images: ShardImages | FolderImages, nam
         tensors["labels"] = torch.from_numpy(labels_N)
     write_atomic(out, safetensors.torch.save(tensors, {"names": json.dumps(names), "run": run.name}))
     return len(names)
-
-
-def _this_process() -> Rank:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Rank(rank=0, world_size=1, local_rank=0, device=device)
 
 
 def _manifest(config: Config) -> Manifest:
@@ -134,13 +129,9 @@ def _raw_pixels(images_bHW3: Tensor) -> Tensor:
 
 def _training_figures(run: Path, steps: int) -> dict:
     """Wall time and speed of training, from its log."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path} is missing: the log of the training belongs to a run")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    logged = [line for line in lines if "loss" in line]
-    return {"steps": steps, "seconds": lines[-1]["time_s"] if lines else 0.0,
-            "img_per_s": logged[-1]["img_per_s"] if logged else 0.0}
+    lines = read_log(run / "metrics.jsonl")
+    speeds = [line["img_per_s"] for line in lines if "img_per_s" in line]
+    return {"steps": steps, "seconds": lines[-1]["time_s"], "img_per_s": float(np.median(speeds))}
 
 
 def _protocol(config: Config, manifest: Manifest, steps: int) -> dict:

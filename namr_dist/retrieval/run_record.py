@@ -50,7 +50,8 @@ def _object(path: Path, made_by: str) -> dict[str, Any]:
     return value
 
 
-def _log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a last line cut short is left out. Raises InputError for any other bad line."""
     lines = _bytes(path, "train the run first").decode("utf-8", errors="replace").split("\n")
     entries = []
     for number, line in enumerate(lines, start=1):
@@ -72,7 +73,7 @@ def read_run(run_dir: Path) -> RunRecord:
     """Read a run's folder. Raises InputError where a file is missing or is not what it should be."""
     evaluate_first = "evaluate the run first"
     config = _object(run_dir / "config.json", "train the run first")
-    log = _log(run_dir / "metrics.jsonl")
+    log = read_log(run_dir / "metrics.jsonl")
     metrics = _object(run_dir / "metrics.json", evaluate_first)
     if not isinstance(metrics.get("test"), dict) or not isinstance(metrics["test"].get("sample"), dict):
         raise InputError(f"{run_dir / 'metrics.json'} has no test.sample: {evaluate_first}")
@@ -87,7 +88,7 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(
         name=run_dir.resolve().name,
         config=config,
-        steps=[entry for entry in log if "val" not in entry],
+        steps=[entry for entry in log if "loss" in entry],
         validations=[entry for entry in log if isinstance(entry.get("val"), dict)],
         metrics=metrics,
         z_ND=z_ND,

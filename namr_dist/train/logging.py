@@ -34,6 +34,7 @@ class RunLog:
             self._bar = Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                                  TextColumn("{task.fields[note]}"), console=self._console)
             self._task = self._bar.add_task(name, total=steps, note="")
+        self._latest: dict[str, float | int] = {}
         self._began = time.perf_counter()
 
     def __enter__(self) -> RunLog:
@@ -59,18 +60,20 @@ class RunLog:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, figures: dict[str, float | int]) -> None:
-        """One training step's figures; must hold `step`."""
+        """One training step's figures."""
         self._write(figures)
+        self._latest = figures
         if self._bar:
             self._bar.update(self._task, completed=int(figures["step"]), note=f"loss {figures['loss']:.4f}")
 
-    def line(self, figures: dict[str, float | int]) -> None:
-        """The same figures as a line, where there is no bar."""
+    def speed(self, step: int, img_per_s: float) -> None:
+        """Images a second since the last such call, validation left out; a line for people, if there is no bar."""
+        self._write({"step": step, "img_per_s": round(img_per_s, 1), "time_s": round(self.time_s, 3)})
         if not self._bar:
-            self.say(f"step {figures['step']:>6}/{self._steps}  epoch {figures['epoch']:>3}  "
-                     f"loss {figures['loss']:.4f}  metric {figures['metric_loss']:.4f}  "
-                     f"ranking {figures['ranking_loss']:.4f}  lr {figures['lr']:.2e}  "
-                     f"{figures['img_per_s']:.0f} img/s  {figures['time_s']:.0f} s")
+            latest = self._latest
+            self.say(f"step {step:>6}/{self._steps}  epoch {latest['epoch']:>3}  loss {latest['loss']:.4f}  "
+                     f"metric {latest['metric_loss']:.4f}  ranking {latest['ranking_loss']:.4f}  "
+                     f"lr {latest['lr']:.2e}  {img_per_s:.0f} img/s  {self.time_s:.0f} s")
 
     def validation(self, step: int, figures: dict[str, float]) -> None:
         """Recall and the like, in percent, on the validation classes."""

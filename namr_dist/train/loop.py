@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -197,7 +198,9 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
                      pin_memory=rank.device.type == "cuda")
     peaks = [group["lr"] for group in engine.optimizer.param_groups]
     per_epoch = steps_per_epoch(index.label_N, classes_per_batch=data.classes_per_batch)
+    images = data.classes_per_batch * data.images_per_class
     pending: list[tuple[int, StepLoss, float]] = []
+    line_steps, line_began = 0, time.perf_counter()
     engine.train()
     for step, batch in enumerate(batches):
         factor = lr_factor(step, optim)
@@ -206,14 +209,23 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
         losses = _one_step(engine, batch, rank.device, seed=(config.train.seed << 32) + step)
         pending.append((step, losses, factor))
         last = step + 1 == optim.steps
-        if (step + 1) % config.train.log_every == 0 or last or rank.device.type == "cpu":
+        line = (step + 1) % config.train.log_every == 0 or last
+        validate = bool(data.validation_split) and ((step + 1) % config.train.validate_every == 0 or last)
+        if line or validate or rank.device.type == "cpu":
             # On a GPU, reading a loss waits for it: once for many steps.
-            _report(pending, config, per_epoch, log, line=(step + 1) % config.train.log_every == 0 or last)
+            _report(pending, config, per_epoch, log)
+            line_steps += len(pending)
             pending.clear()
-        if data.validation_split and ((step + 1) % config.train.validate_every == 0 or last):
+        if line:
+            if log:
+                log.speed(step + 1, images * line_steps / (time.perf_counter() - line_began))
+            line_steps, line_began = 0, time.perf_counter()
+        if validate:
+            paused = time.perf_counter()
             figures = _validate(engine, config, manifest, rank)
             if log:
                 log.validation(step + 1, figures)
+            line_began += time.perf_counter() - paused
 
 
 def _one_step(engine: DeepSpeedEngine, batch: Batch, device: torch.device, *, seed: int) -> StepLoss:
@@ -224,23 +236,16 @@ def _one_step(engine: DeepSpeedEngine, batch: Batch, device: torch.device, *, se
     return dataclasses.replace(losses, total=losses.total.detach())
 
 
-def _report(pending: list[tuple[int, StepLoss, float]], config: Config, per_epoch: int, log: RunLog | None, *,
-            line: bool) -> None:
+def _report(pending: list[tuple[int, StepLoss, float]], config: Config, per_epoch: int, log: RunLog | None) -> None:
     """Read the losses of the pending steps, stop if one is not finite, and log them."""
-    values = torch.stack([torch.stack([loss.total.detach(), loss.metric, loss.ranking])
-                          for _, loss, _ in pending]).tolist()
-    images = config.data.classes_per_batch * config.data.images_per_class
+    values = torch.stack([torch.stack([loss.total, loss.metric, loss.ranking]) for _, loss, _ in pending]).tolist()
     for (step, _, factor), (total, metric, ranking) in zip(pending, values, strict=True):
         if not math.isfinite(total):
             raise InputError(f"the loss is {total} at step {step + 1}; lower optim.backbone_lr and optim.head_lr, "
                              "or optim.clip")
         if log:
-            figures = {"step": step + 1, "epoch": step // per_epoch, "loss": total, "metric_loss": metric,
-                       "ranking_loss": ranking, "lr": config.optim.head_lr * factor,
-                       "img_per_s": round(images * (step + 1) / log.time_s, 1), "time_s": round(log.time_s, 3)}
-            log.step(figures)
-    if log and line:
-        log.line(figures)
+            log.step({"step": step + 1, "epoch": step // per_epoch, "loss": total, "metric_loss": metric,
+                      "ranking_loss": ranking, "lr": config.optim.head_lr * factor, "time_s": round(log.time_s, 3)})
 
 
 def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank: Rank) -> dict[str, float]:

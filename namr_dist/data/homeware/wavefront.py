@@ -114,11 +114,11 @@ def _corner_normals(vertices: FloatArray, faces: _Faces) -> FloatArray:
     following[starts + faces.size - 1] = starts
     # Relative to the face's first corner the cross products keep their precision far from the origin.
     local = corners - np.repeat(corners[starts], faces.size, axis=0)
-    area = np.add.reduceat(np.cross(local, local[following]), starts, axis=0).astype(np.float64)
+    area: FloatArray = np.add.reduceat(np.cross(local, local[following]), starts, axis=0)
     flat = np.repeat(_unit(area), faces.size, axis=0)
     weight = np.repeat(area * faces.smooth[:, None], faces.size, axis=0)
     total = np.stack([np.bincount(faces.vertex, weight[:, axis], len(vertices)) for axis in range(3)], axis=1)
-    average = _unit(total)[faces.vertex]
+    average = _unit(total.astype(np.float64))[faces.vertex]
     rounded = np.repeat(faces.smooth, faces.size) & ((average * flat).sum(axis=1) > _CREASE_COSINE)
     return np.where(rounded[:, None], average, flat)
 

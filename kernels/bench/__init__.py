@@ -1,0 +1,1 @@
+"""Benchmarks of the ops: `python -m namr_dist.kernels.bench`."""
