@@ -107,7 +107,7 @@ def test_learnt_parameters() -> None:
     }
     assert learnt == {
         "triplet": {},
-        "margin": {"beta": ()},
+        "margin": {"beta": (1,)},
         "multi_similarity": {},
         "proxy_anchor": {"proxies": (4, 5)},
     }
