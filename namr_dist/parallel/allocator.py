@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc maps every large block afresh and gives it back when freed: each step then touches gigabytes of
     new pages, a fifth of its time on two cores (kernels on a GPU have torch's own caching allocator). The price is
-    that the process keeps its peak, about a third more resident memory.
+    that the process keeps its peak until it ends. Measured: docs/experiments.md.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
