@@ -46,8 +46,8 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         measure(sys.argv[1] == "kept")
     else:
-        print(f"80 images of 96 px, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}; "
-              f"median [p20–p80] of {STEPS - 1} steps", flush=True)
+        print(f"80 images of 96 px, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+              f"{platform.machine()}; median [p20–p80] of {STEPS - 1} steps", flush=True)
         for _ in range(ROUNDS):
             for way in ("returned", "kept"):
                 subprocess.run([sys.executable, __file__, way], check=True)
