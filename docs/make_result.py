@@ -38,7 +38,7 @@ def table(metrics: dict) -> str:
     lines = [
         f"`make demo`: {protocol['backbone']}, {protocol['metric loss']} loss with multi-cluster ranking "
         f"({protocol['ranking']}), {train['steps']} steps of {protocol['batch']} in {train['seconds']:.0f} s on "
-        f"{protocol['machine']}. Test: {metrics['test_counts']['queries']:,} rendered views of "
+        f"{protocol['trained on']}. Test: {metrics['test_counts']['queries']:,} rendered views of "
         f"{metrics['test_counts']['classes']} household products that training never saw, leave one out, "
         f"Euclidean; one run, seed {protocol['seed']}.", "",
         "| embedding | R@1 | R@8 | MAP@R |", "| --- | ---: | ---: | ---: |",

@@ -22,13 +22,13 @@ from namr_dist.train.embed import embed
 
 def main(run: Path, sizes: list[int]) -> None:
     config, rank = Config.load(run / "config.json"), only_rank()
-    network, steps = load_network(final_checkpoint(run), config, device=rank.device)
+    network, trained = load_network(final_checkpoint(run), config, device=rank.device)
     manifest = Manifest.load(config.data.path or embedded_shards())
     index = manifest.index("val")
     for size in sizes:
         images = ShardImages(manifest, index, TestTransform(size=size, crop_share=config.data.test_crop))
         z_ND, _ = embed(network, images, rank=rank, batch_size=128, workers=config.data.workers)
-        print(json.dumps({"steps": steps, "backbone_lr": config.optim.backbone_lr,
+        print(json.dumps({"steps": trained["steps"], "backbone_lr": config.optim.backbone_lr,
                           "crop_scale": config.data.crop_scale, "image_size": config.data.image_size,
                           "test_size": size, "val": evaluate_sample(z_ND, index.label_N)}), flush=True)
 

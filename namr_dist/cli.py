@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT):
+        if error.errno is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror}:{where}; free some space or give another folder"
-                     if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{error.strerror}:{where}")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return _fail(f"{error.strerror}: {error.filename or 'no file named'}"
+                     + ("; free some space or give another folder" if full else "; give another path"))
     except KeyboardInterrupt:
         return 130
     return 0
@@ -167,6 +167,8 @@ def _report(parsed: argparse.Namespace, _: list[str]) -> None:
 def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.retrieval.run import embed_folder, embed_shards
 
+    if parsed.out.is_dir() or not parsed.out.parent.is_dir():
+        raise InputError(f"--out {parsed.out} is not a file in a folder that exists; give one")
     count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards
              else embed_folder(parsed.run, parsed.images, parsed.out))
     print(f"{count} images → {parsed.out}")

@@ -53,7 +53,7 @@ class DataConfig:
     workers: int = 2
     """Processes a rank that read, decode and transform images."""
     verify: bool = True
-    """Check every shard's size and SHA-256 before the first step (about 1 GB a second)."""
+    """Check every shard's size and SHA-256 before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,8 @@ class Config:
         data, optim, train = self.data, self.optim, self.train
         at_least_one = {"data.classes_per_batch": data.classes_per_batch, "data.image_size": data.image_size,
                         "optim.steps": optim.steps, "train.log_every": train.log_every,
-                        "train.validate_every": train.validate_every, "model.width": self.model.width}
+                        "train.validate_every": train.validate_every, "model.width": self.model.width,
+                        "model.structure_hidden": self.model.structure_hidden, "data.test_size": self.test_size}
         for name, value in at_least_one.items():
             if value < 1:
                 raise InputError(f"{name} is {value}; set it to at least 1")
@@ -231,8 +232,39 @@ class Config:
                              f"({optim.steps})")
         if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
             raise InputError(f"data.crop_scale is {data.crop_scale}; give two shares in order, above 0 and at most 1")
-        if data.workers < 0:
-            raise InputError(f"data.workers is {data.workers}; set it to at least 0")
+        if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
+            raise InputError(f"data.crop_ratio is {data.crop_ratio}; give two ratios in order, above 0")
+        if not 0 < data.test_crop <= 1:
+            raise InputError(f"data.test_crop is {data.test_crop}; set it above 0 and at most 1")
+        self._check_roles()
+        ranking = self.loss.ranking
+        if ranking.clusters < 2:
+            raise InputError(f"loss.ranking.clusters is {ranking.clusters}; set it to at least 2, or "
+                             "loss.ranking.weight to 0 for no ranking")
+        if not 0 <= ranking.floor <= 1:
+            raise InputError(f"loss.ranking.floor is {ranking.floor}; set it between 0 and 1")
+        not_negative: dict[str, float] = {
+            "data.workers": data.workers, "data.brightness": data.brightness, "data.contrast": data.contrast,
+            "data.saturation": data.saturation, "loss.ranking.weight": ranking.weight,
+            "optim.backbone_lr": optim.backbone_lr, "optim.head_lr": optim.head_lr, "optim.loss_lr": optim.loss_lr,
+            "optim.weight_decay": optim.weight_decay, "optim.clip": optim.clip, "train.seed": train.seed}
+        for name, number in not_negative.items():
+            if number < 0:
+                raise InputError(f"{name} is {number}; set it to at least 0")
+
+    def _check_roles(self) -> None:
+        """A split that trains may not choose, and neither may be tested on: figures would say nothing."""
+        data = self.data
+        if not data.train_splits:
+            raise InputError("data.train_splits is empty; name at least one split")
+        roles: dict[str, set[str | None]] = {
+            "data.train_splits": {*data.train_splits}, "data.validation_split": {data.validation_split},
+            "data.test_split": {data.test_split}}
+        names = list(roles)
+        for place, name in enumerate(names):
+            for other in names[place + 1:]:
+                if shared := sorted(filter(None, roles[name] & roles[other])):
+                    raise InputError(f"split {shared[0]!r} is both in {name} and in {other}; give each its own")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

@@ -48,5 +48,5 @@ class FolderImages(ImageSource):
             with Image.open(path) as image:
                 # Cameras store a rotation beside the pixels; every viewer applies it.
                 return self._transform(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{path} cannot be decoded ({error}); repair or remove it") from None

@@ -100,7 +100,7 @@ class Manifest:
         except FileNotFoundError:
             raise InputError(
                 f"no shard set at {path.parent}: {FILE_NAME} is missing; "
-                "give the folder that holds it with --set.data.path"
+                "give the folder that holds it"
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as a manifest: {error}; rebuild the shard set") from None
@@ -128,6 +128,8 @@ class Manifest:
         write_atomic(self.folder / FILE_NAME, json.dumps(body, separators=(",", ":"), ensure_ascii=False) + "\n")
 
     def _check(self, path: Path) -> None:
+        if not self.classes or not any(shard.keys for shard in self.shards):
+            raise InputError(f"{path} lists no images; rebuild the shard set")
         split_of = {entry.label: entry.split for entry in self.classes}
         if len(split_of) != len(self.classes):
             raise InputError(f"{path}: a class label occurs twice; rebuild the shard set")
@@ -138,6 +140,11 @@ class Manifest:
             lists = (shard.labels, shard.offsets, shard.lengths)
             if any(len(entries) != len(shard.keys) for entries in lists):
                 raise InputError(f"{path}: the lists of {shard.file} differ in length; rebuild the shard set")
+            for offset, length in zip(shard.offsets, shard.lengths, strict=True):
+                if not (isinstance(offset, int) and isinstance(length, int) and offset >= 0
+                        and 0 < length <= shard.bytes - offset):
+                    raise InputError(f"{path}: {shard.file} has an image at byte {offset!r} of {length!r} bytes, "
+                                     f"outside its {shard.bytes}; rebuild the shard set")
             for label in set(shard.labels):
                 if split_of.get(label) != shard.split:
                     raise InputError(

@@ -65,7 +65,7 @@ def verify_shards(manifest: Manifest, splits: Iterable[str], *, decode: bool = F
     """Check every shard of the named splits against the manifest; return the number of images.
 
     Each tar must be there, with the stated size and SHA-256, and each JPEG must begin and end as one. With
-    `decode`, each is decoded as well, about 5,000 a second at 256 px. Raises InputError naming the shard (and
+    `decode`, each is decoded as well. Raises InputError naming the shard (and
     key) at the first difference.
     """
     images = 0

@@ -5,7 +5,6 @@ Batches are uint8 and leave normalisation to the device, so a quarter of the byt
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,18 +58,16 @@ class ShardImages(ImageSource):
         self._index = index
         self._transform = transform
         self._class_N = np.unique(index.label_N, return_inverse=True)[1]
-        self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._index)
 
     def jpeg(self, place: int) -> bytes:
         """The undecoded image."""
-        shard = int(self._index.shard_N[place])
-        if shard not in self._files:
-            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
-        # pread has no file position, so workers forked from one process may share the descriptor.
-        return os.pread(self._files[shard], int(self._index.length_N[place]), int(self._index.offset_N[place]))
+        # Opened anew each time: a set may have more shards than a process may have open files.
+        with open(self._paths[self._index.shard_N[place]], "rb", buffering=0) as file:
+            file.seek(int(self._index.offset_N[place]))
+            return file.read(int(self._index.length_N[place]))
 
     def _image(self, place: int, seed: int) -> np.ndarray:
         where = f"{self._index.keys[place]}.jpg in {self._paths[self._index.shard_N[place]]}"
@@ -85,6 +82,8 @@ class ShardImages(ImageSource):
             images = np.stack([self._image(place, seed) for place, seed in items])
         except InputError as error:
             return error
+        except OSError as error:
+            return InputError(f"shard {error.filename} cannot be read ({error.strerror}); copy it again")
         return Batch(images_bHW3=torch.from_numpy(images), labels_b=torch.from_numpy(self._class_N[places]),
                      index_b=torch.from_numpy(places))
 

@@ -10,6 +10,7 @@ import io
 from pathlib import Path
 from typing import Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -135,25 +136,64 @@ def timm_backbone(name: str, *, batchnorm: BatchNormMode, pretrained: bool, weig
     if not timm.is_model(name.split(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]) or "none with a similar name"
         raise InputError(f"model.backbone timm:{name} is no timm model; near: {near}")
-    if weights is not None and not weights.is_file():
-        raise InputError(f"model.weights {weights} is no file; give a state dict as .safetensors or .pt")
-    options: dict[str, object] = {"num_classes": 0}
-    if "vit" in name or "deit" in name:
-        options["img_size"] = image_size  # position embeddings are interpolated to it
-    if weights is not None:
-        options["checkpoint_path"] = str(weights)
+    use_hub = pretrained and weights is None
     try:
-        layers = timm.create_model(name, pretrained=pretrained and weights is None, **options)
+        try:
+            # Where there are position embeddings, they are interpolated to this size.
+            layers = timm.create_model(name, pretrained=use_hub, num_classes=0, img_size=image_size)
+        except TypeError:
+            layers = timm.create_model(name, pretrained=use_hub, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise InputError(f"weights for model.backbone timm:{name} cannot be had ({str(error).splitlines()[0]}); "
                          "give a file with model.weights or set model.pretrained to False") from None
-    return Backbone(layers, features=layers.num_features, mean=layers.default_cfg.get("mean", _IMAGENET_MEAN),
+    if weights is not None:
+        _load_weights(layers, weights, name)
+    return Backbone(layers, features=_pooled_features(layers, image_size, name),
+                    mean=layers.default_cfg.get("mean", _IMAGENET_MEAN),
                     std=layers.default_cfg.get("std", _IMAGENET_STD), size_multiple=1, batchnorm=batchnorm)
+
+
+def _load_weights(layers: nn.Module, path: Path, name: str) -> None:
+    """Fill a network from a state dict, whose classifier is left out. Raises InputError if anything is missing."""
+    if not path.is_file():
+        raise InputError(f"model.weights {path} is no file; give a state dict as .safetensors or .pt")
+    try:
+        state = (safetensors.torch.load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
+        wanted = layers.state_dict()
+        found = {key: state[key] for key in wanted if key in state}
+    except Exception as error:  # a file that is something else can fail in any way
+        raise InputError(f"model.weights {path} cannot be read as a state dict ({type(error).__name__}); "
+                         "give one as .safetensors or .pt") from None
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise InputError(f"model.weights {path} lacks {len(missing)} of timm:{name}'s {len(wanted)} entries, among "
+                         f"them {missing[0]}; give that network's own state dict")
+    try:
+        layers.load_state_dict(found)
+    except RuntimeError as error:
+        raise InputError(f"model.weights {path} does not fit timm:{name} "
+                         f"({str(error).splitlines()[-1].strip()}); give that network's own state dict") from None
+
+
+@torch.no_grad()
+def _pooled_features(layers: nn.Module, image_size: int, name: str) -> int:
+    """F, measured: a timm model's num_features is not always the width of what it returns."""
+    try:
+        pooled = layers.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(f"model.backbone timm:{name} does not take images of {image_size} px "
+                         f"({str(error).splitlines()[0]}); change data.image_size") from None
+    if pooled.dim() != 2:
+        raise InputError(f"model.backbone timm:{name} returns {tuple(pooled.shape)}, not one vector an image; "
+                         "take a model that pools")
+    return pooled.shape[1]
 
 
 def build_backbone(name: str, *, batchnorm: BatchNormMode, pretrained: bool, weights: Path | None,
                    image_size: int) -> Backbone:
     """The backbone called `name`: conv4, efficientnet_lite0 or timm:NAME. Raises InputError for another."""
+    if weights is not None and not name.startswith("timm:"):
+        raise InputError(f"model.weights goes with timm: backbones, and model.backbone is {name}; leave it out")
     if name == "conv4":
         return conv4(batchnorm=batchnorm)
     if name == "efficientnet_lite0":

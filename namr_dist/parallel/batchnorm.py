@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from namr_dist.errors import InputError
 from namr_dist.parallel.gather import sum_ranks
 from namr_dist.parallel.ranks import world_size
 
@@ -49,13 +50,24 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def use_global_batchnorm(module: nn.Module) -> None:
-    """Replace every BatchNorm1d/2d inside `module` by a GlobalBatchNorm with the same state."""
+    """Replace every batch norm inside `module` by a GlobalBatchNorm with the same state.
+
+    timm's layers that join a batch norm, a drop and an activation become a sequence of the three. Raises
+    InputError for another kind of batch norm, whose extra work would be lost.
+    """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                made = GlobalBatchNorm(child.num_features, eps=child.eps, momentum=child.momentum)
-                made.load_state_dict(child.state_dict())
-                made.train(child.training)
-                setattr(parent, name, made)
+            if not isinstance(child, nn.modules.batchnorm._BatchNorm) or isinstance(child, GlobalBatchNorm):
+                continue
+            made = GlobalBatchNorm(child.num_features, eps=child.eps, momentum=child.momentum)
+            made.load_state_dict(child.state_dict())
+            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                replaced: nn.Module = made
+            elif isinstance(drop := getattr(child, "drop", None), nn.Module) and isinstance(child.act, nn.Module):
+                replaced = nn.Sequential(made, drop, child.act)
+            else:
+                raise InputError(f"the backbone has a batch norm of type {type(child).__name__}, which cannot take "
+                                 "the global batch's statistics; set model.batchnorm to frozen")
+            setattr(parent, name, replaced.train(child.training))
 
 

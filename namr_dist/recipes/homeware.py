@@ -18,7 +18,7 @@ def homeware() -> Config:
 
 
 def homeware_conv4() -> Config:
-    """A small network from scratch at 64 px: no pre-trained weights, a few minutes, a modest result."""
+    """A small network from scratch at 64 px: no pre-trained weights, a modest result."""
     return Config(
         recipe="homeware_conv4",
         data=DataConfig(classes_per_batch=20, images_per_class=4, image_size=64, test_crop=1.0),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from namr_dist import __version__
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.augment import TestTransform
@@ -22,6 +19,7 @@ from namr_dist.data.manifest import Manifest
 from namr_dist.data.shards import verify_shards
 from namr_dist.data.stream import ShardImages
 from namr_dist.parallel.ranks import only_rank
+from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 from namr_dist.retrieval.report import write_report
 from namr_dist.retrieval.run_record import read_log
@@ -41,7 +39,7 @@ def evaluate_run(run: Path) -> dict:
     """
     config = Config.load(run / "config.json")
     rank = only_rank()
-    network, steps = load_network(final_checkpoint(run), config, device=rank.device)
+    network, trained = load_network(final_checkpoint(run), config, device=rank.device)
     manifest = _manifest(config)
     split = config.data.test_split
     verify_shards(manifest, [split])
@@ -65,8 +63,8 @@ def evaluate_run(run: Path) -> dict:
             "untrained model": evaluate_sample(start_ND, index.label_N),
             "frozen backbone": evaluate_sample(features_NF, index.label_N, distance="cosine"),
         },
-        "train": _training_figures(run, steps),
-        "protocol": _protocol(config, manifest, steps),
+        "train": _training_figures(run, trained),
+        "protocol": _protocol(config, manifest, trained),
     }
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), "labels": torch.from_numpy(index.label_N)}
     write_atomic(run / "embeddings.safetensors", safetensors.torch.save(tensors))
@@ -127,16 +125,16 @@ def _raw_pixels(images_bHW3: Tensor) -> Tensor:
     return small.flatten(1)
 
 
-def _training_figures(run: Path, steps: int) -> dict:
+def _training_figures(run: Path, trained: dict) -> dict:
     """Wall time and speed of training, from its log."""
     lines = read_log(run / "metrics.jsonl")
     speeds = [line["img_per_s"] for line in lines if "img_per_s" in line]
-    return {"steps": steps, "seconds": lines[-1]["time_s"], "img_per_s": float(np.median(speeds))}
+    return {"steps": trained["steps"], "seconds": lines[-1]["time_s"], "img_per_s": float(np.median(speeds))}
 
 
-def _protocol(config: Config, manifest: Manifest, steps: int) -> dict:
+def _protocol(config: Config, manifest: Manifest, trained: dict) -> dict:
     data, model, loss = config.data, config.model, config.loss
-    backend = search_backend()
+    backend, here = search_backend(), provenance()
     return {
         "data set": manifest.name,
         "train splits": ", ".join(data.train_splits),
@@ -152,30 +150,13 @@ def _protocol(config: Config, manifest: Manifest, steps: int) -> dict:
         "ranking": f"λ = {loss.ranking.weight:g}, M = {loss.ranking.clusters}" if loss.ranking.weight else "none",
         "batch": f"{data.classes_per_batch} classes × {data.images_per_class} images",
         "seed": config.train.seed,
-        "steps": steps,
+        "steps": trained["steps"],
         "checkpoint": "the last; its number of steps was fixed in the recipe",
+        "trained on": f"{trained['machine']}; {trained['ranks']} rank(s), ZeRO {trained['zero_stage']}, "
+                      f"{trained['precision']}",
+        "trained with": f"{trained['versions']}, commit {trained['commit']}",
+        "evaluated on": f"{here['machine']}; fp32",
+        "evaluated with": f"{here['versions']}, commit {here['commit']}",
         "distance": "Euclidean; the frozen backbone by cosine",
         "search": f"{backend.name} ({backend.reason})",
-        "versions": f"namr-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        "machine": _machine(),
-        "commit": _commit(),
     }
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
-                  if line.startswith("model name")]
-        cpu = f"{models[0]}, {len(models)} cores" if models else cpu
-    return cpu
-
-
-def _commit() -> str:
-    """Commit of the source tree this runs from, if it is one."""
-    found = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-                           capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else "not a source checkout"

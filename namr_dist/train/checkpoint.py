@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,17 +24,18 @@ def final_checkpoint(run: Path) -> Path:
     return run / "checkpoints" / "final.safetensors"
 
 
-def save_network(path: Path, state: dict[str, torch.Tensor], config: Config, *, step: int) -> None:
-    """Write the network's state dict, atomically."""
-    metadata = {"format": _FORMAT, "version": __version__, "step": str(step), "config": config.to_json()}
+def save_network(path: Path, state: dict[str, torch.Tensor], config: Config, *,
+                 trained: dict[str, Any]) -> None:
+    """Write the network's state dict, atomically. `trained` says how it came to be: steps, ranks, machine."""
+    metadata = {"format": _FORMAT, "version": __version__, "trained": json.dumps(trained), "config": config.to_json()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     data = safetensors.torch.save(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
 
 
-def load_network(path: Path, config: Config, *, device: torch.device) -> tuple[EmbeddingNetwork, int]:
-    """The network of a checkpoint, in eval mode, and the steps it was trained for.
+def load_network(path: Path, config: Config, *, device: torch.device) -> tuple[EmbeddingNetwork, dict[str, Any]]:
+    """The network of a checkpoint, in eval mode and fp32, and how it was trained.
 
     Raises InputError if the file is missing or does not fit.
     """
@@ -54,7 +57,7 @@ def load_network(path: Path, config: Config, *, device: torch.device) -> tuple[E
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the run's config.json ({str(error).splitlines()[-1].strip()}); "
                          "it belongs to another run") from None
-    return network, int(metadata["step"])
+    return network, json.loads(metadata["trained"])
 
 
 def initial_network(config: Config, *, device: torch.device, pretrained: bool, bf16: bool = False) -> EmbeddingNetwork:

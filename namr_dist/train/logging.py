@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -10,6 +11,9 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
 
 class RunLog:
@@ -22,11 +26,7 @@ class RunLog:
         # Unbuffered: a line that did not fit the disk is not tried again when the file is closed.
         self._path = run / "metrics.jsonl"
         self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
-        self._events = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(run / "tensorboard"))
+        self._events: _Events | None = _Events(run / "tensorboard") if tensorboard else None
         self._steps = steps
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
@@ -46,8 +46,10 @@ class RunLog:
                  trace: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
-        if self._events:
-            self._events.close()
+        # What could not be written has been told already; closing would only try, and fail, once more.
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            if self._events:
+                self._events.close()
         self._file.close()
 
     @property
@@ -88,8 +90,31 @@ class RunLog:
             error.filename = str(self._path)
             raise
         if self._events:
-            nested = figures.get("val")
-            values = {f"val/{name}": value for name, value in nested.items()} if nested else {
-                f"train/{name}": value for name, value in figures.items() if name != "step"}
+            values = figures.get("val") or {name: value for name, value in figures.items() if name != "step"}
+            self._events.write(figures["step"], values, group="val" if "val" in figures else "train")
+
+
+class _Events:
+    """TensorBoard event file, written by this thread.
+
+    tensorboardX's own SummaryWriter leaves that to another thread, and waits for it for ever once a full disk has
+    killed it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder = folder
+        self._writer = EventsWriter(str(folder / "events"))
+
+    def write(self, step: int, values: dict[str, float], *, group: str) -> None:
+        try:
             for name, value in values.items():
-                self._events.add_scalar(name, value, figures["step"])
+                summary = scalar(f"{group}/{name}", value)
+                self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self._writer.flush()
+        except OSError as error:
+            error.filename = str(self._folder)
+            raise
+
+    def close(self) -> None:
+        self._writer.close()

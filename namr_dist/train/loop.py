@@ -28,6 +28,7 @@ from namr_dist.data.stream import Batch, ShardImages, TrainPlan, stream
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.ranks import Rank
+from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, save_network
 from namr_dist.train.embed import embed
@@ -50,6 +51,10 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> 
     config.check()
     manifest = Manifest.load(config.data.path or embedded_shards())
     index = manifest.index(*config.data.train_splits)
+    for split in (config.data.validation_split, config.data.test_split):
+        if split is not None and len(manifest.index(split)) < rank.world_size:
+            raise InputError(f"split {split!r} of {manifest.folder} has fewer images than there are ranks "
+                             f"({rank.world_size}); use fewer ranks")
     check_plan(index.label_N, classes_per_batch=config.data.classes_per_batch,
                images_per_class=config.data.images_per_class, world_size=rank.world_size)
     if config.data.verify and rank.local_rank == 0:
@@ -199,7 +204,7 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
     peaks = [group["lr"] for group in engine.optimizer.param_groups]
     per_epoch = steps_per_epoch(index.label_N, classes_per_batch=data.classes_per_batch)
     images = data.classes_per_batch * data.images_per_class
-    pending: list[tuple[int, StepLoss, float]] = []
+    pending: list[tuple[int, StepLoss, float, float]] = []
     line_steps, line_began = 0, time.perf_counter()
     engine.train()
     for step, batch in enumerate(batches):
@@ -207,7 +212,7 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
         for group, peak in zip(engine.optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         losses = _one_step(engine, batch, rank.device, seed=(config.train.seed << 32) + step)
-        pending.append((step, losses, factor))
+        pending.append((step, losses, factor, log.time_s if log else 0.0))
         last = step + 1 == optim.steps
         line = (step + 1) % config.train.log_every == 0 or last
         validate = bool(data.validation_split) and ((step + 1) % config.train.validate_every == 0 or last)
@@ -236,16 +241,17 @@ def _one_step(engine: DeepSpeedEngine, batch: Batch, device: torch.device, *, se
     return dataclasses.replace(losses, total=losses.total.detach())
 
 
-def _report(pending: list[tuple[int, StepLoss, float]], config: Config, per_epoch: int, log: RunLog | None) -> None:
+def _report(pending: list[tuple[int, StepLoss, float, float]], config: Config, per_epoch: int,
+            log: RunLog | None) -> None:
     """Read the losses of the pending steps, stop if one is not finite, and log them."""
-    values = torch.stack([torch.stack([loss.total, loss.metric, loss.ranking]) for _, loss, _ in pending]).tolist()
-    for (step, _, factor), (total, metric, ranking) in zip(pending, values, strict=True):
+    values = torch.stack([torch.stack([loss.total, loss.metric, loss.ranking]) for _, loss, _, _ in pending]).tolist()
+    for (step, _, factor, time_s), (total, metric, ranking) in zip(pending, values, strict=True):
         if not math.isfinite(total):
             raise InputError(f"the loss is {total} at step {step + 1}; lower optim.backbone_lr and optim.head_lr, "
                              "or optim.clip")
         if log:
             log.step({"step": step + 1, "epoch": step // per_epoch, "loss": total, "metric_loss": metric,
-                      "ranking_loss": ranking, "lr": config.optim.head_lr * factor, "time_s": round(log.time_s, 3)})
+                      "ranking_loss": ranking, "lr": config.optim.head_lr * factor, "time_s": round(time_s, 3)})
 
 
 def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank: Rank) -> dict[str, float]:
@@ -268,7 +274,9 @@ def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> Non
     # Under ZeRO-3 no rank holds a whole parameter until it asks for it, and all ranks must ask together.
     with deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=config.train.zero_stage == 3):
         if rank.first:
-            save_network(final_checkpoint(run), network.state_dict(), config, step=config.optim.steps)
+            trained = {"steps": config.optim.steps, "ranks": rank.world_size, "zero_stage": config.train.zero_stage,
+                       "precision": "bf16" if network.bf16 else "fp32", **provenance()}
+            save_network(final_checkpoint(run), network.state_dict(), config, trained=trained)
     dist.barrier()
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import make_shards, small_run
 
+from namr_dist.cli import configure
 from namr_dist.data.manifest import Manifest
 from namr_dist.data.shards import Sample, write_shard
+from namr_dist.errors import InputError
 
 
 def refused(done: subprocess.CompletedProcess[str], *named: str) -> None:
@@ -79,10 +81,24 @@ def rebuild_with_half_an_image(manifest: Manifest) -> None:
     (("--set.model.batchnorm", "frozen"), "conv4 starts from scratch, so its batch norm cannot be frozen"),
     (("--set.data.image_size", 50), "images are 50×50 px"),
     (("--set.optim.steps", 0), "optim.steps is 0; set it to at least 1"),
+    (("--set.data.validation_split", "vall"), "has no split 'vall'; it has train, val, test"),
+    (("--set.data.train_splits", "train", "test"), "split 'test' is both in data.train_splits and in data.test_split"),
     (("--set.model.delta", 1.0), "model.delta is 1.0; set it between 0 and 1"),
 ])
 def test_impossible_settings(namr: Callable, shard_set: Manifest, tmp_path: Path, change: tuple, named: str) -> None:
     refused(train(namr, shard_set, tmp_path / "run", *change), named)
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"loss.ranking.clusters": 1}, "loss.ranking.clusters is 1"), ({"train.seed": -1}, "train.seed is -1"),
+    ({"data.crop_ratio": "0 1"}, "data.crop_ratio is"), ({"data.test_crop": 2.0}, "data.test_crop is 2.0"),
+    ({"optim.head_lr": -1.0}, "optim.head_lr is -1.0"), ({"model.structure_hidden": 0}, "structure_hidden is 0"),
+    ({"loss.ranking.floor": 1.5}, "loss.ranking.floor is 1.5"), ({"data.crop_scale": "0.9 0.2"}, "crop_scale is"),
+    ({"optim.warmup_steps": 500}, "optim.warmup_steps is 500")])
+def test_settings_out_of_range(change: dict[str, object], named: str) -> None:
+    words = [word for name, value in change.items() for word in (f"--set.{name}", *str(value).split())]
+    with pytest.raises(InputError, match=named):
+        configure("homeware", words).check()
 
 
 @pytest.mark.parametrize("words", [
@@ -140,11 +156,21 @@ while not pathlib.Path({str(run / "metrics.jsonl")!r}).exists():
 open({str(small_disk / "filler")!r}, "wb").write(bytes(64 << 20))
 """
     with subprocess.Popen([sys.executable, "-c", filler], stderr=subprocess.DEVNULL) as process:
-        done = namr("train", "homeware_conv4", "--run-dir", run, *small_run(shard_set, steps=400),
-                    "--set.train.tensorboard", "False")
+        done = namr("train", "homeware_conv4", "--run-dir", run, *small_run(shard_set, steps=400))
         process.wait()
     refused(done, "No space left on device", str(run))
     assert not (run / "checkpoints" / "final.safetensors").exists()
+
+
+def test_paths_of_the_wrong_kind(namr: Callable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(namr("evaluate", tmp_path / "file"), "Not a directory", "file")
+    refused(namr("embed", tmp_path, "--images", tmp_path, "--out", tmp_path), "--out", "not a file in a folder")
+
+
+def test_shard_that_vanishes_unverified(namr: Callable, own_shard_set: Manifest, tmp_path: Path) -> None:
+    (own_shard_set.folder / "train-1.tar").unlink()
+    refused(train(namr, own_shard_set, tmp_path / "run", "--set.data.verify", "False"), "train-1.tar cannot be read")
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "report"])

@@ -107,6 +107,9 @@ def edit(manifest: Manifest, change) -> None:  # type: ignore[no-untyped-def]
     (lambda body: body["shards"][0]["offsets"].pop(), "differ in length"),
     (lambda body: body["classes"][0].update(split="test"), "train-0.tar is of split 'train' but holds class 0"),
     (lambda body: body["shards"][1].update(keys=body["shards"][0]["keys"]), "occurs in two shards"),
+    (lambda body: body.update(shards=[]), "lists no images"),
+    (lambda body: body["shards"][0]["offsets"].__setitem__(3, 10**9), "has an image at byte 1000000000"),
+    (lambda body: body["shards"][0]["lengths"].__setitem__(3, -5), "of -5 bytes"),
     (lambda body: body["classes"].append(body["classes"][0]), "label occurs twice"),
 ])
 def test_wrong_manifests_are_refused(own_shard_set: Manifest, change, named: str) -> None:  # type: ignore[no-untyped-def]

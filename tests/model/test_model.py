@@ -126,3 +126,47 @@ def test_network_gives_both_embeddings() -> None:
     half_z, _ = bf16.eval()(images())
     torch.testing.assert_close(half_z, network.eval()(images())[0], rtol=0.05, atol=0.05)
     assert half_z.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["timm:efficientnet_b0", "timm:regnety_002", "timm:resnet18"])
+def test_global_batch_norm_changes_no_output(name: str) -> None:
+    """Some of timm's batch norms carry their activation with them; conversion must not lose it."""
+    torch.manual_seed(0)
+    frozen = backbone(name, batchnorm="frozen")
+    torch.manual_seed(0)
+    converted = backbone(name, batchnorm="train")
+    for layer in (frozen, converted):
+        for norm in layer.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.running_var.fill_(0.1)  # else a fresh network's signal dies on its way
+    assert torch.equal(frozen.eval()(images(64)), converted.eval()(images(64)))
+    assert frozen(images(64)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "width"), [("timm:mobilenetv3_small_100", 1024), ("timm:efficientvit_b0", 1280)])
+def test_features_are_measured(name: str, width: int) -> None:
+    made = backbone(name)
+    assert made.features == made(images()).shape[1] == width
+
+
+def test_published_weights_with_a_classifier(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(1)
+    whole = timm.create_model("resnet18")
+    torch.save(whole.state_dict(), tmp_path / "whole.pt")
+    made = backbone("timm:resnet18", weights=tmp_path / "whole.pt")
+    assert torch.equal(made.layers.conv1.weight, whole.conv1.weight)
+
+
+@pytest.mark.parametrize(("file", "named"), [("junk.pt", "cannot be read as a state dict"),
+                                             ("junk.safetensors", "cannot be read as a state dict"),
+                                             ("other.pt", "lacks .* of timm:resnet18's .* entries")])
+def test_useless_weights(tmp_path: Path, file: str, named: str) -> None:
+    path = tmp_path / file
+    if file == "other.pt":
+        torch.save({"conv1.weight": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(b"junk" * 50)
+    with pytest.raises(InputError, match=named):
+        backbone("timm:resnet18", weights=path)

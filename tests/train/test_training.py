@@ -67,7 +67,6 @@ def test_two_ranks_follow_the_same_curve(trained: Path, shard_set: Manifest, tmp
                                          stage: int) -> None:
     start = {"torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", 2],
              "deepspeed": [BIN / "deepspeed", "--num_accelerators", 2]}[launcher]
-    # The deepspeed launcher counts accelerators itself and has to be told that CPUs are meant.
     done = launch(*start, LAUNCHER, "homeware_conv4", "--run-dir", tmp_path / "two", *small_run(shard_set, steps=10),
                   "--set.train.zero_stage", stage, cwd=tmp_path, env={"PATH": f"{BIN}:/usr/bin:/bin"})
     assert done.returncode == 0, done.stderr[-3000:]
