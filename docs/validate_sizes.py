@@ -11,8 +11,7 @@ from pathlib import Path
 
 from namr_dist.config import Config
 from namr_dist.data.augment import TestTransform
-from namr_dist.data.formats.homeware import embedded_shards
-from namr_dist.data.manifest import Manifest
+from namr_dist.data.formats.homeware import open_shards
 from namr_dist.data.stream import ShardImages
 from namr_dist.parallel.ranks import only_rank
 from namr_dist.retrieval.evaluate import evaluate_sample
@@ -23,7 +22,7 @@ from namr_dist.train.embed import embed
 def main(run: Path, sizes: list[int]) -> None:
     config, rank = Config.load(run / "config.json"), only_rank()
     network, trained = load_network(final_checkpoint(run), config, device=rank.device)
-    manifest = Manifest.load(config.data.path or embedded_shards())
+    manifest = open_shards(config.data.path)
     index = manifest.index("val")
     for size in sizes:
         images = ShardImages(manifest, index, TestTransform(size=size, crop_share=config.data.test_crop))

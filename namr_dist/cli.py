@@ -1,4 +1,7 @@
-"""The `namr` command: one verb, one small function."""
+"""The `namr` command: one verb, one small function.
+
+Verbs import what they need, so that --help and mistakes answer at once.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from namr_dist import __version__
 from namr_dist.config import Config
 from namr_dist.errors import InputError
-
-if TYPE_CHECKING:  # verbs import what they need, so that --help and mistakes answer at once
-    from namr_dist.data.manifest import Manifest
 
 _OVERRIDE = "--set."
 
@@ -175,9 +174,10 @@ def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
 
 
 def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.data.formats.homeware import open_shards
     from namr_dist.data.shards import verify_shards
 
-    manifest = _manifest(parsed.folder)
+    manifest = open_shards(parsed.folder)
     images = verify_shards(manifest, manifest.splits, decode=True)
     if parsed.json:
         print(json.dumps({"name": manifest.name, "shards": len(manifest.shards), "images": images}))
@@ -186,9 +186,10 @@ def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> None:
 
 
 def _shards_stats(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.data.formats.homeware import open_shards
     from namr_dist.data.manifest import statistics
 
-    figures = statistics(_manifest(parsed.folder))
+    figures = statistics(open_shards(parsed.folder))
     if parsed.json:
         print(json.dumps(figures, indent=2))
         return
@@ -202,13 +203,6 @@ def _shards_stats(parsed: argparse.Namespace, _: list[str]) -> None:
     for split, row in rows.items():
         table.add_row(split, *(f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
     Console().print(table)
-
-
-def _manifest(folder: Path | None) -> Manifest:
-    from namr_dist.data.formats.homeware import embedded_shards
-    from namr_dist.data.manifest import Manifest
-
-    return Manifest.load(folder or embedded_shards())
 
 
 def _doctor(parsed: argparse.Namespace, _: list[str]) -> None:

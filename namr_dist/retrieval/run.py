@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
-from namr_dist.data.augment import TestTransform
 from namr_dist.data.folder import FolderImages
-from namr_dist.data.formats.homeware import embedded_shards
+from namr_dist.data.formats.homeware import open_shards
 from namr_dist.data.manifest import Manifest
 from namr_dist.data.shards import verify_shards
 from namr_dist.data.stream import ShardImages
@@ -25,7 +24,7 @@ from namr_dist.retrieval.report import write_report
 from namr_dist.retrieval.run_record import read_log
 from namr_dist.retrieval.search import search_backend
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, load_network
-from namr_dist.train.embed import embed
+from namr_dist.train.embed import embed, test_transform
 
 _BATCH = 128
 _RAW_PIXELS = 32
@@ -40,11 +39,11 @@ def evaluate_run(run: Path) -> dict:
     config = Config.load(run / "config.json")
     rank = only_rank()
     network, trained = load_network(final_checkpoint(run), config, device=rank.device)
-    manifest = _manifest(config)
+    manifest = open_shards(config.data.path)
     split = config.data.test_split
     verify_shards(manifest, [split])
     index = manifest.index(split)
-    images = ShardImages(manifest, index, _transform(config))
+    images = ShardImages(manifest, index, test_transform(config))
     workers = config.data.workers
     z_ND, s_ND = embed(network, images, rank=rank, batch_size=_BATCH, workers=workers)
 
@@ -75,9 +74,9 @@ def evaluate_run(run: Path) -> dict:
 def report_run(run: Path) -> Path:
     """Write RUN/report.html from what training and evaluation left; return its path."""
     config = Config.load(run / "config.json")
-    manifest = _manifest(config)
+    manifest = open_shards(config.data.path)
     index = manifest.index(config.data.test_split)
-    images = ShardImages(manifest, index, _transform(config))
+    images = ShardImages(manifest, index, test_transform(config))
     classes = [manifest.class_by_label[int(label)] for label in index.label_N]
     return write_report(run, images.jpeg, [entry.name for entry in classes], [entry.category for entry in classes])
 
@@ -88,14 +87,14 @@ def embed_shards(run: Path, folder: Path, split: str, out: Path) -> int:
     manifest = Manifest.load(folder)
     verify_shards(manifest, [split])
     index = manifest.index(split)
-    return _embed_to(run, config, ShardImages(manifest, index, _transform(config)), index.keys, out,
+    return _embed_to(run, config, ShardImages(manifest, index, test_transform(config)), index.keys, out,
                      labels_N=index.label_N)
 
 
 def embed_folder(run: Path, folder: Path, out: Path) -> int:
     """Embed every JPEG, PNG, WebP and BMP file below a folder into `out`; return their number."""
     config = Config.load(run / "config.json")
-    images = FolderImages(folder, _transform(config))
+    images = FolderImages(folder, test_transform(config))
     return _embed_to(run, config, images, images.names, out)
 
 
@@ -109,14 +108,6 @@ def _embed_to(run: Path, config: Config, images: ShardImages | FolderImages, nam
         tensors["labels"] = torch.from_numpy(labels_N)
     write_atomic(out, safetensors.torch.save(tensors, {"names": json.dumps(names), "run": run.name}))
     return len(names)
-
-
-def _manifest(config: Config) -> Manifest:
-    return Manifest.load(config.data.path or embedded_shards())
-
-
-def _transform(config: Config) -> TestTransform:
-    return TestTransform(size=config.test_size, crop_share=config.data.test_crop)
 
 
 def _raw_pixels(images_bHW3: Tensor) -> Tensor:

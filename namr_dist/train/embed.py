@@ -8,9 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from namr_dist.config import Config
+from namr_dist.data.augment import TestTransform
 from namr_dist.data.stream import ImageSource, sequential_batches, stream
 from namr_dist.parallel.gather import gather_rows
 from namr_dist.parallel.ranks import Rank
+
+
+def test_transform(config: Config) -> TestTransform:
+    """What every image passes that is embedded and not trained on."""
+    return TestTransform(size=config.test_size, crop_share=config.data.test_crop)
 
 
 @torch.no_grad()

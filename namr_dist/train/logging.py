@@ -91,7 +91,8 @@ class RunLog:
             raise
         if self._events:
             values = figures.get("val") or {name: value for name, value in figures.items() if name != "step"}
-            self._events.write(figures["step"], values, group="val" if "val" in figures else "train")
+            self._events.write(figures["step"], values, group="val" if "val" in figures else "train",
+                               flush="loss" not in figures)
 
 
 class _Events:
@@ -106,12 +107,13 @@ class _Events:
         self._folder = folder
         self._writer = EventsWriter(str(folder / "events"))
 
-    def write(self, step: int, values: dict[str, float], *, group: str) -> None:
+    def write(self, step: int, values: dict[str, float], *, group: str, flush: bool) -> None:
         try:
             for name, value in values.items():
                 summary = scalar(f"{group}/{name}", value)
                 self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
-            self._writer.flush()
+            if flush:  # waits for the disk: not at every step
+                self._writer.flush()
         except OSError as error:
             error.filename = str(self._folder)
             raise

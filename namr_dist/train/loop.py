@@ -19,8 +19,8 @@ from torch import nn
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config, OptimConfig
-from namr_dist.data.augment import TestTransform, TrainTransform
-from namr_dist.data.formats.homeware import embedded_shards
+from namr_dist.data.augment import TrainTransform
+from namr_dist.data.formats.homeware import open_shards
 from namr_dist.data.manifest import Manifest, SplitIndex
 from namr_dist.data.plan import check_plan, small_classes, steps_per_epoch
 from namr_dist.data.shards import verify_shards
@@ -31,7 +31,7 @@ from namr_dist.parallel.ranks import Rank
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, save_network
-from namr_dist.train.embed import embed
+from namr_dist.train.embed import embed, test_transform
 from namr_dist.train.logging import RunLog
 from namr_dist.train.objective import StepLoss, TrainingModule
 from namr_dist.train.schedule import lr_factor
@@ -49,7 +49,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> 
     Every rank calls it. Raises InputError, before the first step, for whatever can be known to be wrong by then.
     """
     config.check()
-    manifest = Manifest.load(config.data.path or embedded_shards())
+    manifest = open_shards(config.data.path)
     index = manifest.index(*config.data.train_splits)
     for split in (config.data.validation_split, config.data.test_split):
         if split is not None and len(manifest.index(split)) < rank.world_size:
@@ -58,7 +58,8 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> 
     check_plan(index.label_N, classes_per_batch=config.data.classes_per_batch,
                images_per_class=config.data.images_per_class, world_size=rank.world_size)
     if config.data.verify and rank.local_rank == 0:
-        verify_shards(manifest, used_splits(config))
+        validation = {config.data.validation_split} if config.data.validation_split else set()
+        verify_shards(manifest, {*config.data.train_splits, *validation})
     bf16, why = _precision(config, rank.device)
     # Built before the process group is up, so that a wrong backbone or file is said at once and once.
     network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16)
@@ -78,19 +79,6 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> 
         _steps(engine, config, manifest, index, rank, log=log)
         _save(engine, config, run, rank)
         log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {final_checkpoint(run)}")
-
-
-def used_splits(config: Config) -> set[str]:
-    """Splits that training and its validation read."""
-    validation = {config.data.validation_split} if config.data.validation_split else set()
-    return {*config.data.train_splits, *validation}
-
-
-def test_images(config: Config, manifest: Manifest, split: str) -> tuple[ShardImages, SplitIndex]:
-    """The images of a split under the test transform."""
-    index = manifest.index(split)
-    transform = TestTransform(size=config.test_size, crop_share=config.data.test_crop)
-    return ShardImages(manifest, index, transform), index
 
 
 def _precision(config: Config, device: torch.device) -> tuple[bool, str]:
@@ -125,15 +113,9 @@ def _size_bytes(module: nn.Module) -> int:
 
 
 def _claim_folder(run: Path, *, overwrite: bool, need_bytes: int) -> None:
-    if (run / "config.json").exists():
-        if not overwrite:
-            raise InputError(f"{run} already holds a run; choose another folder with --run-dir, or replace it with "
-                             "--overwrite")
-        # Only what a run writes goes, never a whole folder that a user may have pointed to by mistake.
-        for name in ("checkpoints", "tensorboard"):
-            shutil.rmtree(run / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html"):
-            (run / name).unlink(missing_ok=True)
+    if (run / "config.json").exists() and not overwrite:
+        raise InputError(f"{run} already holds a run; choose another folder with --run-dir, or replace it with "
+                         "--overwrite")
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / ".writable", "")
@@ -145,6 +127,12 @@ def _claim_folder(run: Path, *, overwrite: bool, need_bytes: int) -> None:
     if free < need:
         raise InputError(f"run folder {run} has {free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}; "
                          "free some or choose another disk with --run-dir")
+    # The old run goes once the new one can begin, and only what a run writes: never a whole folder that a user may
+    # have pointed to by mistake.
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html"):
+        (run / name).unlink(missing_ok=True)
 
 
 def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
@@ -256,15 +244,13 @@ def _report(pending: list[tuple[int, StepLoss, float, float]], config: Config, p
 
 def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank: Rank) -> dict[str, float]:
     assert config.data.validation_split
-    images, index = test_images(config, manifest, config.data.validation_split)
+    index = manifest.index(config.data.validation_split)
+    images = ShardImages(manifest, index, test_transform(config))
     engine.eval()
-    z_ND, _ = embed(engine, images, rank=rank, batch_size=_eval_batch(config, rank), workers=config.data.workers)
+    z_ND, _ = embed(engine, images, rank=rank, batch_size=engine.train_micro_batch_size_per_gpu(),
+                    workers=config.data.workers)
     engine.train()
     return evaluate_sample(z_ND, index.label_N)
-
-
-def _eval_batch(config: Config, rank: Rank) -> int:
-    return config.data.classes_per_batch * config.data.images_per_class // rank.world_size
 
 
 def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> None:

@@ -144,6 +144,12 @@ def test_too_little_room_is_said_before_training(namr: Callable, shard_set: Mani
     (small_disk / "filler").write_bytes(bytes(40 << 20))
     refused(train(namr, shard_set, small_disk / "run"), "has 8 MiB free, this run needs", "--run-dir")
     assert not (small_disk / "run" / "config.json").exists()
+    old = small_disk / "run" / "checkpoints" / "final.safetensors"
+    old.parent.mkdir()
+    old.write_bytes(b"weights")
+    (small_disk / "run" / "config.json").write_text("{}")
+    refused(train(namr, shard_set, small_disk / "run", "--overwrite"), "has 8 MiB free")
+    assert old.read_bytes() == b"weights", "the old run went although no new one could begin"
 
 
 def test_disk_that_fills_up_while_training(namr: Callable, shard_set: Manifest, small_disk: Path) -> None:
