@@ -63,3 +63,44 @@ def check_clusters(*, clusters: int, floor: float, statistics: str) -> None:
         raise ValueError(f"floor is a fraction of the mean distance and must lie in [0, 1], got {floor}")
     if statistics not in STATISTICS:
         raise ValueError(f"unknown statistics {statistics!r}; use one of {', '.join(STATISTICS)}")
+
+
+def check_single(name: str, value: Tensor) -> None:
+    """`value` must hold one floating number."""
+    if value.numel() != 1:
+        raise ValueError(f"{name} must hold a single number, got shape {tuple(value.shape)}")
+
+
+def check_proxies(proxies_CD: Tensor, rows_BD: Tensor) -> None:
+    """`proxies_CD` must be floating (C, D), C >= 1, as wide as the rows."""
+    if not proxies_CD.is_floating_point():
+        raise ValueError(f"proxies must be floating point, got {proxies_CD.dtype}; convert them with .float()")
+    if proxies_CD.dim() != 2 or proxies_CD.shape[0] < 1 or proxies_CD.shape[1] != rows_BD.shape[1]:
+        raise ValueError(
+            f"proxies must have shape (C, {rows_BD.shape[1]}), C >= 1, as wide as the embeddings, "
+            f"got {tuple(proxies_CD.shape)}"
+        )
+
+
+def check_proxy_labels(labels_B: Tensor, classes: int) -> None:
+    """Every label must lie in 0..classes-1: ValueError on a CPU; on a GPU a device assertion, which does not wait."""
+    outside_B = (labels_B < 0) | (labels_B >= classes)
+    if labels_B.device.type != "cpu":
+        torch._assert_async(~outside_B.any(), "a label has no proxy: labels must lie in 0..C-1")
+    elif outside_B.any():
+        raise ValueError(
+            f"label {int(labels_B[outside_B][0])} has no proxy: labels must lie in 0..{classes - 1}; "
+            "number the training classes from 0 or make as many proxies as there are classes"
+        )
+
+
+def check_finite(name: str, rows: Tensor) -> None:
+    """No NaN and no infinity; reads the tensor, so on a GPU it waits for the device."""
+    finite = torch.isfinite(rows)
+    if not finite.all():
+        where = tuple((~finite).nonzero()[0].tolist())
+        place = f"row {where[0]}" + (f", column {where[1]}" if len(where) > 1 else "") if where else "its only entry"
+        raise ValueError(
+            f"{name} is not finite: {float(rows[where])} at {place}; "
+            "look at the learning rate, the data of that row, or a division by a zero norm"
+        )

@@ -20,8 +20,11 @@ from .checks import (
     check_clusters,
     check_labels,
     check_mining,
+    check_proxies,
+    check_proxy_labels,
     check_rows,
     check_same_shape,
+    check_single,
 )
 from .reference_mining import distance_weighted_negatives, pairs_of, semihard_negatives
 from .reference_pairs import (
@@ -161,8 +164,7 @@ def margin_loss(
     """
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
-    if beta.numel() != 1:
-        raise ValueError(f"beta must hold a single number, got shape {tuple(beta.shape)}")
+    check_single("beta", beta)
     d_BB = pairwise_distance(x_BD, x_BD)
     beta = beta.reshape(()).to(d_BB.dtype)
     pairs = pairs_of(labels_B)
@@ -229,18 +231,9 @@ def proxy_anchor_loss(
     """
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
-    if proxies_CD.dim() != 2 or proxies_CD.shape[0] < 1 or proxies_CD.shape[1] != x_BD.shape[1]:
-        raise ValueError(
-            f"proxies must have shape (C, {x_BD.shape[1]}), C >= 1, as wide as the embeddings, "
-            f"got {tuple(proxies_CD.shape)}"
-        )
+    check_proxies(proxies_CD, x_BD)
     C = proxies_CD.shape[0]
-    outside = labels_B[(labels_B < 0) | (labels_B >= C)]
-    if outside.numel():
-        raise ValueError(
-            f"label {int(outside[0])} has no proxy: labels must lie in 0..{C - 1}; "
-            "number the training classes from 0 or make as many proxies as there are classes"
-        )
+    check_proxy_labels(labels_B, C)
     dtype = compute_dtype(x_BD, proxies_CD)
     similarity_BC = inner_products(x_BD.to(dtype), proxies_CD.to(dtype))
     own_BC = labels_B[:, None] == torch.arange(C, device=labels_B.device)

@@ -10,7 +10,7 @@ from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor
 
-from namr_dist import kernels
+from namr_dist.kernels import reference
 from namr_dist.kernels.reference_mining import distance_weighted_negatives, pairs_of, semihard_negatives
 
 
@@ -53,7 +53,7 @@ def test_triplet(mining: str, seed: int) -> None:
         margin=0.8, distance=LpDistance(normalize_embeddings=False), reducer=MeanReducer()
     )
     _same(
-        kernels.triplet_loss(z_BD, labels_B, margin=0.8, mining=mining, seed=9),
+        reference.triplet_loss(z_BD, labels_B, margin=0.8, mining=mining, seed=9),
         theirs(z_BD, labels_B, triplets),
         [z_BD],
     )
@@ -68,8 +68,8 @@ def test_margin(beta: float) -> None:
     ).double()
     triplets = _triplets(pairs, distance_weighted_negatives(z_BD, pairs, seed=2))
     _same(
-        kernels.margin_loss(kernels.unit_rows(z_BD), labels_B, beta=theirs.beta, alpha=0.2, seed=2),
-        theirs(kernels.unit_rows(z_BD), labels_B, triplets),
+        reference.margin_loss(reference.unit_rows(z_BD), labels_B, beta=theirs.beta, alpha=0.2, seed=2),
+        theirs(reference.unit_rows(z_BD), labels_B, triplets),
         [z_BD, theirs.beta],
     )
 
@@ -83,8 +83,8 @@ def test_multi_similarity(alpha: float, beta: float, base: float, epsilon: float
     theirs = losses.MultiSimilarityLoss(alpha=alpha, beta=beta, base=base)
     mined = miners.MultiSimilarityMiner(epsilon=epsilon)(z_BD, labels_B)
     _same(
-        kernels.multi_similarity_loss(
-            kernels.unit_rows(z_BD), labels_B, alpha=alpha, beta=beta, base=base, epsilon=epsilon
+        reference.multi_similarity_loss(
+            reference.unit_rows(z_BD), labels_B, alpha=alpha, beta=beta, base=base, epsilon=epsilon
         ),
         theirs(z_BD, labels_B, mined),
         [z_BD],
@@ -105,8 +105,8 @@ def test_proxy_anchor(alpha: float, margin: float) -> None:
     z_BD, labels_B = _batch(classes=5)
     theirs = losses.ProxyAnchorLoss(num_classes=8, embedding_size=6, margin=margin, alpha=alpha).double()
     _same(
-        kernels.proxy_anchor_loss(
-            kernels.unit_rows(z_BD), labels_B, kernels.unit_rows(theirs.proxies), alpha=alpha, margin=margin
+        reference.proxy_anchor_loss(
+            reference.unit_rows(z_BD), labels_B, reference.unit_rows(theirs.proxies), alpha=alpha, margin=margin
         ),
         theirs(z_BD, labels_B),
         [z_BD, theirs.proxies],
@@ -115,24 +115,24 @@ def test_proxy_anchor(alpha: float, margin: float) -> None:
 
 def test_gradcheck_margin_in_rows_and_beta() -> None:
     z_BD, labels_B = _batch(B=8, D=3, classes=3)
-    x_BD = kernels.unit_rows(z_BD).detach().requires_grad_()
+    x_BD = reference.unit_rows(z_BD).detach().requires_grad_()
     beta = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x, b: kernels.margin_loss(x, labels_B, beta=b, alpha=0.3, seed=1), [x_BD, beta]
+        lambda x, b: reference.margin_loss(x, labels_B, beta=b, alpha=0.3, seed=1), [x_BD, beta]
     )
 
 
 def test_gradcheck_multi_similarity() -> None:
     z_BD, labels_B = _batch(B=8, D=3, classes=3)
-    x_BD = kernels.unit_rows(z_BD).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: kernels.multi_similarity_loss(x, labels_B), [x_BD])
+    x_BD = reference.unit_rows(z_BD).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: reference.multi_similarity_loss(x, labels_B), [x_BD])
 
 
 def test_gradcheck_proxy_anchor_in_rows_and_proxies() -> None:
     z_BD, labels_B = _batch(B=6, D=3, classes=3)
     proxies_CD = torch.randn(4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    x_BD, p_CD = (kernels.unit_rows(rows).detach().requires_grad_() for rows in (z_BD, proxies_CD))
-    assert torch.autograd.gradcheck(lambda x, p: kernels.proxy_anchor_loss(x, labels_B, p), [x_BD, p_CD])
+    x_BD, p_CD = (reference.unit_rows(rows).detach().requires_grad_() for rows in (z_BD, proxies_CD))
+    assert torch.autograd.gradcheck(lambda x, p: reference.proxy_anchor_loss(x, labels_B, p), [x_BD, p_CD])
 
 
 def test_margin_counts_only_active_terms() -> None:
@@ -142,7 +142,7 @@ def test_margin_counts_only_active_terms() -> None:
     beta = torch.tensor(1.2, dtype=torch.float64)
     negative_B = distance_weighted_negatives(x_BD, pairs_of(labels_B), seed=0)[:, 0]
     active = [1.2 - abs(float(x_BD[a] - x_BD[n])) + 0.2 for a, n in enumerate(negative_B)]
-    got = kernels.margin_loss(x_BD, labels_B, beta=beta, alpha=0.2, seed=0)
+    got = reference.margin_loss(x_BD, labels_B, beta=beta, alpha=0.2, seed=0)
     assert float(got) == pytest.approx(sum(active) / len(active), rel=1e-14)
 
 
@@ -150,9 +150,9 @@ def test_sums_of_exponentials_do_not_overflow() -> None:
     x_BD, labels_B = torch.ones(4, 2, dtype=torch.float32), torch.tensor([0, 0, 1, 1])
     proxies_CD = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
     # exp(1000 · 2) is no float; the largest exponent is what is left of the logarithm.
-    got = kernels.proxy_anchor_loss(x_BD, labels_B, proxies_CD, alpha=1000.0, margin=0.0)
+    got = reference.proxy_anchor_loss(x_BD, labels_B, proxies_CD, alpha=1000.0, margin=0.0)
     assert float(got) == pytest.approx((2000 + math.log(2)) / 2 + (2000 + math.log(2)) / 2, rel=1e-6)
-    sharp = kernels.multi_similarity_loss(x_BD, labels_B, alpha=2.0, beta=1000.0, base=0.5)
+    sharp = reference.multi_similarity_loss(x_BD, labels_B, alpha=2.0, beta=1000.0, base=0.5)
     # One positive and two negatives an anchor, all at similarity 2.
     want = math.log1p(math.exp(-2 * 1.5)) / 2 + 1.5 + math.log(2) / 1000
     assert float(sharp) == pytest.approx(want, rel=1e-6)

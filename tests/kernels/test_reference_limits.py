@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from namr_dist import kernels
+from namr_dist.kernels import reference
 
 BETA = torch.tensor(1.2)
 
@@ -18,31 +18,31 @@ BETA = torch.tensor(1.2)
 def _proxies(x_BD: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(8)
     rows_CD = torch.randn(6, x_BD.shape[-1], generator=generator, dtype=torch.float64)
-    return kernels.unit_rows(rows_CD).to(x_BD.dtype if x_BD.is_floating_point() else torch.float64)
+    return reference.unit_rows(rows_CD).to(x_BD.dtype if x_BD.is_floating_point() else torch.float64)
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 PAIR_LOSSES: dict[str, Loss] = {
-    "semihard": lambda z, y: kernels.triplet_loss(z, y),
-    "hardest": lambda z, y: kernels.triplet_loss(z, y, mining="hardest"),
-    "distance_weighted": lambda z, y: kernels.triplet_loss(z, y, mining="distance_weighted"),
-    "margin": lambda z, y: kernels.margin_loss(z, y, beta=BETA),
-    "multi_similarity": lambda z, y: kernels.multi_similarity_loss(z, y),
+    "semihard": lambda z, y: reference.triplet_loss(z, y),
+    "hardest": lambda z, y: reference.triplet_loss(z, y, mining="hardest"),
+    "distance_weighted": lambda z, y: reference.triplet_loss(z, y, mining="distance_weighted"),
+    "margin": lambda z, y: reference.margin_loss(z, y, beta=BETA),
+    "multi_similarity": lambda z, y: reference.multi_similarity_loss(z, y),
 }
 LABELLED: dict[str, Loss] = {
     **PAIR_LOSSES,
-    "proxy_anchor": lambda z, y: kernels.proxy_anchor_loss(z, y, _proxies(z)),
+    "proxy_anchor": lambda z, y: reference.proxy_anchor_loss(z, y, _proxies(z)),
 }
 EVERY: dict[str, Loss] = {
     **LABELLED,
-    "ranking": lambda z, _: kernels.multi_cluster_ranking(z, torch.linspace(0.5, 1.5, z.numel()).view_as(z)),
-    "mean_distance": lambda z, _: kernels.mean_pairwise_distance(z),
+    "ranking": lambda z, _: reference.multi_cluster_ranking(z, torch.linspace(0.5, 1.5, z.numel()).view_as(z)),
+    "mean_distance": lambda z, _: reference.mean_pairwise_distance(z),
 }
 
 
 def _unit(B: int, D: int, dtype: torch.dtype = torch.float64) -> Tensor:
     rows_BD = torch.randn(B, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return kernels.unit_rows(rows_BD).to(dtype)
+    return reference.unit_rows(rows_BD).to(dtype)
 
 
 @pytest.mark.parametrize("loss", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
@@ -62,7 +62,7 @@ def test_without_a_triplet_the_loss_is_zero_with_a_gradient_of_zeros(loss: Loss,
 
 def test_beta_also_gets_a_zero_gradient() -> None:
     beta = torch.tensor(1.2, requires_grad=True)
-    kernels.margin_loss(_unit(4, 3), torch.zeros(4, dtype=torch.int64), beta=beta).backward()
+    reference.margin_loss(_unit(4, 3), torch.zeros(4, dtype=torch.int64), beta=beta).backward()
     assert beta.grad is not None and float(beta.grad) == 0.0
 
 
@@ -76,7 +76,7 @@ def test_all_rows_equal(loss: Loss) -> None:
 
 
 def test_triplet_on_equal_rows_is_the_margin() -> None:
-    value = kernels.triplet_loss(torch.ones(4, 2), torch.tensor([0, 0, 1, 1]), margin=0.3)
+    value = reference.triplet_loss(torch.ones(4, 2), torch.tensor([0, 0, 1, 1]), margin=0.3)
     assert float(value) == pytest.approx(0.3)
 
 
@@ -92,7 +92,7 @@ def test_proxy_anchor_with_two_rows_or_one_class(labels: list[int]) -> None:
             attract.append(math.log1p(sum(math.exp(-32 * (s - 0.1)) for s in own)))
         repel.append(math.log1p(sum(math.exp(32 * (s + 0.1)) for s in other)))
     want = sum(attract) / len(attract) + sum(repel) / 6
-    got = kernels.proxy_anchor_loss(x_BD, y_B, _proxies(x_BD))
+    got = reference.proxy_anchor_loss(x_BD, y_B, _proxies(x_BD))
     assert float(got) == pytest.approx(want, rel=1e-12)
 
 
@@ -203,12 +203,12 @@ def test_a_label_without_a_proxy(label: int, at: int) -> None:
     x_BD, y_B = _unit(4, 3), torch.tensor([0, 1, 2, 3])
     y_B[at] = label
     with pytest.raises(ValueError, match=rf"label {label} has no proxy.*0\.\.5"):
-        kernels.proxy_anchor_loss(x_BD, y_B, _proxies(x_BD))
+        reference.proxy_anchor_loss(x_BD, y_B, _proxies(x_BD))
 
 
 def test_proxies_and_beta_of_a_wrong_shape() -> None:
     x_BD, y_B = _unit(4, 3), torch.tensor([0, 0, 1, 1])
     with pytest.raises(ValueError, match=r"\(C, 3\).*\(2, 5\)"):
-        kernels.proxy_anchor_loss(x_BD, y_B, torch.zeros(2, 5))
+        reference.proxy_anchor_loss(x_BD, y_B, torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"single number, got shape \(2,\)"):
-        kernels.margin_loss(x_BD, y_B, beta=torch.ones(2))
+        reference.margin_loss(x_BD, y_B, beta=torch.ones(2))

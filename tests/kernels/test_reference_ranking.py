@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from namr_dist import kernels
 from namr_dist.kernels import reference
 
 
@@ -47,7 +46,7 @@ def _naive(z_BD: Tensor, s_BD: Tensor, M: int, t: float, phi: float, a: float, s
 @pytest.mark.parametrize(("t", "phi", "a"), [(3.0, 0.2, 10.0), (0.7, 0.1, 4.0)])
 def test_agrees_with_the_naive_loops(statistics: str, M: int, t: float, phi: float, a: float) -> None:
     inputs = _batch(seed=M)
-    ours = kernels.multi_cluster_ranking(
+    ours = reference.multi_cluster_ranking(
         *inputs, clusters=M, spread=t, floor=phi, sharpness=a, statistics=statistics
     )
     naive = _naive(*inputs, M, t, phi, a, statistics)
@@ -60,7 +59,7 @@ def test_agrees_with_the_naive_loops(statistics: str, M: int, t: float, phi: flo
 def test_the_defaults_are_those_of_the_algorithm() -> None:
     inputs = _batch()
     torch.testing.assert_close(
-        kernels.multi_cluster_ranking(*inputs),
+        reference.multi_cluster_ranking(*inputs),
         _naive(*inputs, 2, 3.0, 0.2, 10.0, "batch"),
         rtol=1e-12,
         atol=0,
@@ -70,7 +69,7 @@ def test_the_defaults_are_those_of_the_algorithm() -> None:
 def test_floor_and_spread_each_set_the_near_centre() -> None:
     z_BD, s_BD = (x.detach() for x in _batch(B=8))
     values = {
-        (spread, floor): float(kernels.multi_cluster_ranking(z_BD, s_BD, spread=spread, floor=floor))
+        (spread, floor): float(reference.multi_cluster_ranking(z_BD, s_BD, spread=spread, floor=floor))
         for spread in (0.5, 30.0, 40.0)
         for floor in (0.1, 0.2)
     }
@@ -90,7 +89,7 @@ def test_two_clusters_are_the_sigmoid_weighted_pair_of_the_forerunner() -> None:
     to_far_P, to_near_P = (D_P - far).abs(), (D_P - near).abs()
     p_far_P = torch.sigmoid(10.0 * (to_near_P - to_far_P))
     want = (p_far_P * to_far_P + (1 - p_far_P) * to_near_P).mean()
-    torch.testing.assert_close(kernels.multi_cluster_ranking(z_BD, s_BD), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(reference.multi_cluster_ranking(z_BD, s_BD), want, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("statistics", ["batch", "anchor"])
@@ -104,7 +103,7 @@ def test_gradcheck_with_the_centres_held_still(
     assert not centres.requires_grad
     monkeypatch.setattr(reference, "_cluster_centres", lambda *_, **__: centres)
     assert torch.autograd.gradcheck(
-        lambda z, s: kernels.multi_cluster_ranking(z, s, clusters=M, statistics=statistics), [z_BD, s_BD]
+        lambda z, s: reference.multi_cluster_ranking(z, s, clusters=M, statistics=statistics), [z_BD, s_BD]
     )
 
 
@@ -124,7 +123,7 @@ def test_centres_run_evenly_from_far_to_near() -> None:
 def test_all_rows_equal_give_zero_and_zero_gradient(statistics: str) -> None:
     z_BD = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
     s_BD = torch.full((4, 3), 1.2, dtype=torch.float64, requires_grad=True)
-    loss = kernels.multi_cluster_ranking(z_BD, s_BD, statistics=statistics)
+    loss = reference.multi_cluster_ranking(z_BD, s_BD, statistics=statistics)
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert torch.equal(z_BD.grad, torch.zeros_like(z_BD)) and torch.equal(s_BD.grad, torch.zeros_like(s_BD))
@@ -135,14 +134,14 @@ def test_one_pair_of_duplicates_among_others() -> None:
     twin_BD = z_BD.detach().clone()
     twin_BD[1] = twin_BD[0]
     twin_BD.requires_grad_()
-    loss = kernels.multi_cluster_ranking(twin_BD, s_BD)
+    loss = reference.multi_cluster_ranking(twin_BD, s_BD)
     loss.backward()
     assert loss.isfinite() and twin_BD.grad.isfinite().all() and s_BD.grad.isfinite().all()
     # The duplicates' own two terms count in the value: leaving them out changes the mean.
     apart_BD = twin_BD.detach().clone()
     apart_BD[1] += 1e-7
     torch.testing.assert_close(
-        loss.detach(), kernels.multi_cluster_ranking(apart_BD, s_BD).detach(), rtol=1e-5, atol=0
+        loss.detach(), reference.multi_cluster_ranking(apart_BD, s_BD).detach(), rtol=1e-5, atol=0
     )
 
 
@@ -150,7 +149,7 @@ def test_one_pair_of_duplicates_among_others() -> None:
 def test_two_rows(statistics: str) -> None:
     inputs = _batch(B=2)
     torch.testing.assert_close(
-        kernels.multi_cluster_ranking(*inputs, statistics=statistics),
+        reference.multi_cluster_ranking(*inputs, statistics=statistics),
         _naive(*inputs, 2, 3.0, 0.2, 10.0, statistics),
     )
 
@@ -158,8 +157,8 @@ def test_two_rows(statistics: str) -> None:
 def test_float32_far_from_the_origin_keeps_its_precision() -> None:
     z_BD, s_BD = (x.detach().float() for x in _batch(B=10, D=6))
     moved_BD = z_BD + 1000.0
-    exact = kernels.multi_cluster_ranking(moved_BD.double(), s_BD.double())
-    got = kernels.multi_cluster_ranking(moved_BD, s_BD)
+    exact = reference.multi_cluster_ranking(moved_BD.double(), s_BD.double())
+    got = reference.multi_cluster_ranking(moved_BD, s_BD)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
 
 
@@ -173,14 +172,14 @@ def test_float32_far_from_the_origin_keeps_its_precision() -> None:
 )
 def test_wrong_options(options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        kernels.multi_cluster_ranking(*_batch(), **options)
+        reference.multi_cluster_ranking(*_batch(), **options)
 
 
 def test_wrong_shapes() -> None:
     z_BD, s_BD = _batch()
     with pytest.raises(ValueError, match=r"\(6, 3\) and \(5, 3\)"):
-        kernels.multi_cluster_ranking(z_BD, s_BD[:5])
+        reference.multi_cluster_ranking(z_BD, s_BD[:5])
     with pytest.raises(ValueError, match="1 row"):
-        kernels.multi_cluster_ranking(z_BD[:1], s_BD[:1])
+        reference.multi_cluster_ranking(z_BD[:1], s_BD[:1])
     with pytest.raises(ValueError, match="int64"):
-        kernels.multi_cluster_ranking(z_BD, s_BD.long())
+        reference.multi_cluster_ranking(z_BD, s_BD.long())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from namr_dist import kernels
+from namr_dist.kernels import reference
 from namr_dist.kernels.reference_mining import pairs_of, semihard_negatives
 
 
@@ -50,7 +50,7 @@ def _naive_loss(z_BD: Tensor, triplets: list[tuple[int, int, int]], margin: floa
 def test_value_and_gradient_against_naive_loops(mining: str, seed: int) -> None:
     z_BD, labels_B = _batch(seed=seed)
     z_BD.requires_grad_()
-    ours = kernels.triplet_loss(z_BD, labels_B, margin=0.3, mining=mining)
+    ours = reference.triplet_loss(z_BD, labels_B, margin=0.3, mining=mining)
     naive = _naive_loss(z_BD, _naive_triplets(z_BD, labels_B, mining), 0.3)
     torch.testing.assert_close(ours, naive, rtol=1e-13, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(f, z_BD)[0] for f in (ours, naive)))
@@ -67,7 +67,7 @@ def test_semihard_meets_both_of_its_cases() -> None:
 def test_gradcheck(mining: str) -> None:
     z_BD, labels_B = _batch(B=7, classes=3, seed=1)
     assert torch.autograd.gradcheck(
-        lambda z: kernels.triplet_loss(z, labels_B, margin=0.9, mining=mining, seed=3),
+        lambda z: reference.triplet_loss(z, labels_B, margin=0.9, mining=mining, seed=3),
         [z_BD.requires_grad_()],
     )
 
@@ -78,7 +78,7 @@ def test_every_tie_goes_to_the_lowest_row() -> None:
     z_BD = torch.randint(0, 3, (24, 2), generator=generator).double()
     labels_B = torch.randint(4, (24,), generator=generator)
     pairs = pairs_of(labels_B)
-    chosen_BR = semihard_negatives(kernels.pairwise_squared_distance(z_BD, z_BD), pairs)
+    chosen_BR = semihard_negatives(reference.pairwise_squared_distance(z_BD, z_BD), pairs)
     got = [
         (a, int(pairs.positive_BR[a, r]), int(chosen_BR[a, r]))
         for a, r in pairs.valid_BR.nonzero().tolist()
@@ -92,7 +92,7 @@ def test_gradient_goes_to_the_lowest_of_tied_rows(mining: str) -> None:
     z_BD = torch.tensor([[0.0, 0], [3, 0], [-3, 0], [0, 4], [0, -4]], dtype=torch.float64)
     z_BD.requires_grad_()
     labels_B = torch.tensor([0, 0, 0, 1, 2])
-    loss = kernels.triplet_loss(z_BD, labels_B, margin=9.0, mining=mining)
+    loss = reference.triplet_loss(z_BD, labels_B, margin=9.0, mining=mining)
     naive = _naive_loss(z_BD, _naive_triplets(z_BD, labels_B, mining), 9.0)
     torch.testing.assert_close(*(torch.autograd.grad(f, z_BD)[0] for f in (loss, naive)))
 
@@ -101,7 +101,7 @@ def test_a_negative_as_far_as_the_positive_is_not_semihard() -> None:
     z_BD = torch.tensor([[0.0], [2.0], [-2.0], [3.0]], dtype=torch.float64)
     labels_B = torch.tensor([0, 0, 1, 1])
     # Anchor 0, positive at 2: the negative at 2 is skipped for the one at 3.
-    chosen_BR = semihard_negatives(kernels.pairwise_squared_distance(z_BD, z_BD), pairs_of(labels_B))
+    chosen_BR = semihard_negatives(reference.pairwise_squared_distance(z_BD, z_BD), pairs_of(labels_B))
     assert int(chosen_BR[0, 0]) == 3
 
 
@@ -115,18 +115,18 @@ def test_positives_are_listed_in_ascending_order_and_padded() -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
 def test_any_integer_labels(dtype: torch.dtype) -> None:
     z_BD, labels_B = _batch()
-    assert kernels.triplet_loss(z_BD, labels_B.to(dtype)) == kernels.triplet_loss(z_BD, 3 * labels_B - 50)
+    assert reference.triplet_loss(z_BD, labels_B.to(dtype)) == reference.triplet_loss(z_BD, 3 * labels_B - 50)
 
 
 def test_moving_rows_far_from_the_origin_keeps_the_float32_value() -> None:
     z_BD, labels_B = _batch(D=8)
     moved_BD = (z_BD + 1000.0).float()
-    exact = kernels.triplet_loss(moved_BD.double(), labels_B, margin=0.5)
+    exact = reference.triplet_loss(moved_BD.double(), labels_B, margin=0.5)
     torch.testing.assert_close(
-        kernels.triplet_loss(moved_BD, labels_B, margin=0.5).double(), exact, rtol=1e-5, atol=0
+        reference.triplet_loss(moved_BD, labels_B, margin=0.5).double(), exact, rtol=1e-5, atol=0
     )
 
 
 def test_unknown_mining() -> None:
     with pytest.raises(ValueError, match="'softest'.*semihard, hardest, distance_weighted"):
-        kernels.triplet_loss(*_batch(), mining="softest")
+        reference.triplet_loss(*_batch(), mining="softest")
