@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from ranks import Ranks
 
 from namr_dist.data.manifest import ImageClass, Manifest
@@ -20,6 +21,11 @@ REPOSITORY = Path(__file__).parent.parent
 
 # One thread a process: tests start several at a time on few cores, and results then never depend on how many.
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1"}
+
+# Triton's kernels run on CPU tensors in these processes, by its interpreter; with a GPU they are compiled instead.
+# Read when a kernel is defined, hence here, and after the environment of launched programs is fixed.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(hookwrapper=True)

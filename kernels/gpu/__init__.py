@@ -1,0 +1,26 @@
+"""The primitives on an NVIDIA GPU, in Triton: the same functions as in ../cpu, with the same meaning.
+
+For float32, bfloat16 and float16.  Results are float32.  Nothing here waits for the device.
+"""
+
+from .distances import distance_sum_gradient, row_moments
+from .mining import hardest_pairs, sampled_negatives, semihard_negatives
+from .multi_cluster import ranking
+from .multi_similarity import similarity_gradient, similarity_statistics
+from .pairs import pair_distance, pair_gradient
+from .proxy_anchor import proxy_gradient, proxy_sums
+
+__all__ = [
+    "distance_sum_gradient",
+    "hardest_pairs",
+    "pair_distance",
+    "pair_gradient",
+    "proxy_gradient",
+    "proxy_sums",
+    "ranking",
+    "row_moments",
+    "sampled_negatives",
+    "semihard_negatives",
+    "similarity_gradient",
+    "similarity_statistics",
+]
