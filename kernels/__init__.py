@@ -1,37 +1,37 @@
 """The losses of NAMR-dist as functions of tensors; nothing here knows of models, ranks or training.
 
 `from namr_dist import kernels; kernels.multi_cluster_ranking(z, s)`.
-Each op is defined under the same name in `reference.py`.
+Each op is defined under the same name in `reference.py`; on a GPU it is Triton (`gpu/`), elsewhere blocked PyTorch
+(`cpu/`).  The `*_of_rows` functions are the same ops for one rank's rows among all (docs/kernels.md).
 """
 
-from .reference import (
-    MINING,
-    STATISTICS,
-    check_clusters,
-    check_mining,
-    margin_loss,
-    mean_pairwise_distance,
-    multi_cluster_ranking,
-    multi_similarity_loss,
-    pairwise_distance,
-    pairwise_squared_distance,
-    proxy_anchor_loss,
-    triplet_loss,
-    unit_rows,
-)
+from .checks import MINING, STATISTICS, check_clusters, check_mining
+from .dispatch import describe
+from .distances import mean_distance_of_rows, mean_pairwise_distance
+from .margin import margin_loss, margin_of_rows
+from .multi_cluster import multi_cluster_ranking, ranking_of_rows
+from .multi_similarity import multi_similarity_loss, multi_similarity_of_rows
+from .proxy_anchor import proxy_anchor_loss, proxy_anchor_of_rows
+from .reference_pairs import unit_rows
+from .triplet import triplet_loss, triplet_of_rows
 
 __all__ = [
     "MINING",
     "STATISTICS",
     "check_clusters",
     "check_mining",
+    "describe",
     "margin_loss",
+    "margin_of_rows",
+    "mean_distance_of_rows",
     "mean_pairwise_distance",
     "multi_cluster_ranking",
     "multi_similarity_loss",
-    "pairwise_distance",
-    "pairwise_squared_distance",
+    "multi_similarity_of_rows",
     "proxy_anchor_loss",
+    "proxy_anchor_of_rows",
+    "ranking_of_rows",
     "triplet_loss",
+    "triplet_of_rows",
     "unit_rows",
 ]

@@ -10,18 +10,22 @@ class TripletLoss(nn.Module):
 
     margin: how much farther a negative must lie than a positive, in units of the scaled distance.
     mining: "semihard", "hardest" or "distance_weighted"; see `kernels.triplet_loss`.
+    most_positives: the most positives any row has, K - 1 for batches with K rows a class (None: counted each time,
+        which on a GPU waits for the device).
     Raises ValueError for an unknown mining.
     """
 
-    def __init__(self, *, margin: float = 0.2, mining: str = "semihard") -> None:
+    def __init__(self, *, margin: float = 0.2, mining: str = "semihard", most_positives: int | None = None) -> None:
         super().__init__()
         kernels.check_mining(mining)
         self.margin = margin
         self.mining = mining
+        self.most_positives = most_positives
 
     def forward(self, z_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
         """z_BD: (B, D), the global batch.  labels_B: integers.  seed: picks the sampled negatives."""
-        return kernels.triplet_loss(z_BD, labels_B, margin=self.margin, mining=self.mining, seed=seed)
+        return kernels.triplet_loss(z_BD, labels_B, margin=self.margin, mining=self.mining, seed=seed,
+                                    most_positives=self.most_positives)
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, mining={self.mining!r}"

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from namr_dist import kernels
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config, OptimConfig
 from namr_dist.data.augment import TrainTransform
@@ -64,7 +65,8 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> 
     # Built before the process group is up, so that a wrong backbone or file is said at once and once.
     network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16)
     _check_sizes(network, config, rank.device)
-    module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N))).to(rank.device)
+    module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N)),
+                            images_per_class=config.data.images_per_class).to(rank.device)
     if rank.first:
         _claim_folder(run, overwrite=overwrite, need_bytes=_size_bytes(module))
         write_atomic(run / "config.json", config.to_json())
@@ -282,5 +284,5 @@ def _banner(config: Config, manifest: Manifest, index: SplitIndex, run: Path, ra
         f"{data.classes_per_batch} × {data.images_per_class} at {data.image_size} px"
         + (f"; {few} classes have fewer images and repeat some" if few else ""),
         f"model     {config.model.backbone}, batch norm {config.model.batchnorm}, width {config.model.width}",
-        f"loss      {loss.metric}{ranking}; reference PyTorch (this version has no fused kernels)",
+        f"loss      {loss.metric}{ranking}; {kernels.describe(rank.device)}",
     ]

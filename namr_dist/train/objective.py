@@ -30,12 +30,13 @@ class StepLoss:
     ranking: Tensor
 
 
-def build_metric_loss(config: LossConfig, *, classes: int, width: int) -> nn.Module:
-    """The baseline loss that the configuration names, for labels 0..classes-1."""
+def build_metric_loss(config: LossConfig, *, classes: int, images_per_class: int, width: int) -> nn.Module:
+    """The baseline loss that the configuration names, for labels 0..classes-1, so many rows of each in a batch."""
+    positives = images_per_class - 1
     if config.metric == "triplet":
-        return TripletLoss(margin=config.triplet.margin, mining=config.triplet.mining)
+        return TripletLoss(margin=config.triplet.margin, mining=config.triplet.mining, most_positives=positives)
     if config.metric == "margin":
-        return MarginLoss(alpha=config.margin.alpha, beta=config.margin.beta)
+        return MarginLoss(alpha=config.margin.alpha, beta=config.margin.beta, most_positives=positives)
     if config.metric == "multi_similarity":
         similarity = config.multi_similarity
         return MultiSimilarityLoss(alpha=similarity.alpha, beta=similarity.beta, base=similarity.base,
@@ -51,11 +52,11 @@ class TrainingModule(nn.Module):
     and evaluation comes through the same forward for the same reason.
     """
 
-    def __init__(self, network: EmbeddingNetwork, config: LossConfig, *, classes: int) -> None:
+    def __init__(self, network: EmbeddingNetwork, config: LossConfig, *, classes: int, images_per_class: int) -> None:
         super().__init__()
         self.network = network
         width = network.sample_head.out_features
-        self.metric_loss = build_metric_loss(config, classes=classes, width=width)
+        self.metric_loss = build_metric_loss(config, classes=classes, images_per_class=images_per_class, width=width)
         ranking = config.ranking
         self.ranking_loss = MultiClusterRanking(clusters=ranking.clusters, spread=ranking.spread,
                                                 floor=ranking.floor, sharpness=ranking.sharpness,

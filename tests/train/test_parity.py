@@ -27,7 +27,8 @@ CLASSES, EACH = 6, 4
 def gradients(config: LossConfig, rank: int, world_size: int) -> tuple[float, dict[str, Tensor]]:
     """Loss and parameter gradients of one rank's share of a fixed batch, in float64."""
     torch.manual_seed(0)
-    module = TrainingModule(EmbeddingNetwork(MODEL, image_size=16), config, classes=CLASSES).double().train()
+    module = TrainingModule(EmbeddingNetwork(MODEL, image_size=16), config, classes=CLASSES,
+                            images_per_class=EACH).double().train()
     images = torch.randint(0, 256, (CLASSES * EACH, 16, 16, 3), dtype=torch.uint8)
     labels = torch.arange(CLASSES).repeat_interleave(EACH)
     share = len(labels) // world_size

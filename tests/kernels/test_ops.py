@@ -1,0 +1,308 @@
+"""The public ops against the float64 definition, on the CPU path and on Triton's kernels; and as PyTorch operators."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from op_cases import CLASSES, OPS, Batch, batch
+from torch import Tensor
+
+from namr_dist import kernels
+from namr_dist.kernels import cpu, dispatch, reference
+from namr_dist.kernels.gpu import launch
+
+LATTICE = torch.randint(-2, 3, (24, 8), generator=torch.Generator().manual_seed(5))
+BATCHES = {
+    "random": batch(41, 24),
+    "not a multiple of a tile": batch(133, 100),
+    "wider than an accumulator": batch(33, 300),
+    "two rows, one class": batch(2, 8, labels=torch.tensor([3, 3])),
+    "two rows, two classes": batch(2, 8, labels=torch.tensor([3, 1])),
+    "one class": batch(19, 8, labels=torch.full((19,), 4)),
+    "a class each": batch(CLASSES, 8, labels=torch.arange(CLASSES)),
+    "pairs of equal rows": batch(40, 24, z=batch(20, 24).z.repeat_interleave(2, 0)),
+    "all rows equal": batch(20, 24, z=batch(1, 24).z.repeat(20, 1)),
+    # Small integers: every order of summation is exact, so ties are ties in every implementation.
+    "a lattice with ties": batch(24, 8, z=LATTICE),
+    "far from the origin": batch(40, 24, z=batch(40, 24).z + 30),
+    "near-duplicates": batch(40, 24, z=batch(20, 24).z.repeat(2, 1) + 1e-3 * batch(40, 24, seed=3).z),
+}
+UNEVEN = (5, 1, 17)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each test runs on blocked PyTorch and on Triton's kernels; the latter through the interpreter."""
+    if request.param == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled on this machine; tests marked gpu run them")
+        monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cpu",))
+        # Few programs: each walks several tiles, and several share a row, so both ways of adding up are met.
+        monkeypatch.setattr(launch, "TARGET_PROGRAMS", 6)
+    yield request.param
+
+
+def _worst(got: Tensor, want: Tensor) -> float:
+    """Largest difference, as a share of the largest entry wanted."""
+    return float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-12))
+
+
+
+@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("name", OPS)
+def test_equals_the_definition_in_float64(path: str, name: str, case: str) -> None:
+    if name == "semihard" and (case == "near-duplicates" or (case, path) == ("pairs of equal rows", "triton")):
+        # A twin of the positive lies just within or just beyond it, and the loss itself jumps in the last bits.
+        # The interpreter's products of equal columns may differ in those; the lattice has exact twins.
+        return
+    op, given = OPS[name], BATCHES[case].rounded(torch.float32)
+    loss, gradients = op.value_and_gradients(kernels, given.leaves(torch.float32))
+    want_loss, want_gradients = op.value_and_gradients(reference, given.leaves(torch.float64))
+    assert loss.dtype == torch.float32 and all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert abs(float(loss) - float(want_loss)) <= 1e-5 * abs(float(want_loss))
+    for gradient, want in zip(gradients, want_gradients, strict=True):
+        if want.abs().max() == 0:
+            assert gradient.abs().max() == 0
+        else:
+            assert _worst(gradient, want) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["mean_distance", "ranking"])
+def test_rows_nearer_than_rounding_allows(path: str, name: str) -> None:
+    """At a hundred-thousandth of the usual distance the kernels' gradient is noisy, by the bound in docs/kernels.md."""
+    close = batch(40, 24, z=batch(20, 24).z.repeat(2, 1) + 1e-5 * batch(40, 24, seed=3).z)
+    op, given = OPS[name], close.rounded(torch.float32)
+    loss, gradients = op.value_and_gradients(kernels, given.leaves(torch.float32))
+    want_loss, want_gradients = op.value_and_gradients(reference, given.leaves(torch.float64))
+    assert abs(float(loss) - float(want_loss)) <= 1e-5 * abs(float(want_loss))
+    assert _worst(gradients[0], want_gradients[0]) <= (1e-4 if path == "cpu" else 0.016)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_half_types_are_added_up_in_float32(path: str, name: str, dtype: torch.dtype) -> None:
+    op, given = OPS[name], batch(70, 24, seed=2).rounded(dtype)
+    loss, gradients = op.value_and_gradients(kernels, given.leaves(dtype))
+    want_loss, want_gradients = op.value_and_gradients(reference, given.leaves(torch.float64))
+    assert loss.dtype == torch.float32 and all(gradient.dtype == dtype for gradient in gradients)
+    # Unit rows are normalised again by nothing: a rounded row of the batch is what both sides see.
+    assert abs(float(loss) - float(want_loss)) <= 1e-4 * abs(float(want_loss))
+    for gradient, want in zip(gradients, want_gradients, strict=True):
+        assert _worst(gradient, want) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_twenty_repeats_have_the_same_bits(path: str, name: str) -> None:
+    op, given = OPS[name], batch(40, 16, seed=4).leaves(torch.float32)
+    first_loss, first = op.value_and_gradients(kernels, given)
+    for _ in range(19):
+        loss, gradients = op.value_and_gradients(kernels, given)
+        assert torch.equal(loss, first_loss)
+        assert all(torch.equal(one, other) for one, other in zip(gradients, first, strict=True))
+
+
+def _on_ranks(function: Callable[[int, int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
+    """function(first, last, gather) in one thread a rank, of UNEVEN numbers of rows; gather waits for all."""
+    results: list[Any] = [None] * len(UNEVEN)
+    parts: list[Any] = [None] * len(UNEVEN)
+    barrier = threading.Barrier(len(UNEVEN), timeout=60)
+    turn = threading.Lock()  # Triton's interpreter serves one thread at a time
+
+    def run(rank: int) -> None:
+        def gather(local: Tensor) -> Tensor:
+            parts[rank] = local
+            turn.release()
+            barrier.wait()
+            everything = torch.cat(parts)
+            barrier.wait()
+            turn.acquire()
+            return everything
+
+        with torch.no_grad(), turn:
+            results[rank] = function(sum(UNEVEN[:rank]), sum(UNEVEN[: rank + 1]), gather)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(UNEVEN))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in results, "a rank failed"
+    return results
+
+
+ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "mean_distance": ("mean_distance", lambda b, i, j, gather: kernels.mean_distance_of_rows(
+        b.z[i:j], b.z, offset=i, gather=gather, with_grad=True)),
+    "ranking": ("ranking", lambda b, i, j, gather: kernels.ranking_of_rows(
+        b.z[i:j], b.s[i:j], b.z, b.s, offset=i, gather=gather, clusters=2, spread=3.0, floor=0.2, sharpness=10.0,
+        statistics="batch", with_grad=True)),
+    **{mining: (mining, lambda b, i, j, gather, mining=mining: kernels.triplet_of_rows(
+        b.z[i:j], b.labels[i:j], b.z, b.labels, offset=i, gather=gather, margin=0.2, mining=mining, seed=2**40 + 3,
+        most_positives=None, with_grad=True)) for mining in ("semihard", "hardest", "distance_weighted")},
+    "margin": ("margin", lambda b, i, j, gather: kernels.margin_of_rows(
+        b.x[i:j], b.labels[i:j], b.x, b.labels, b.beta, offset=i, gather=gather, alpha=0.2, seed=7,
+        most_positives=None, with_grad=True)),
+    "multi_similarity": ("multi_similarity", lambda b, i, j, gather: kernels.multi_similarity_of_rows(
+        b.x[i:j], b.labels[i:j], b.x, b.labels, offset=i, gather=gather, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1,
+        with_grad=True)),
+    "proxy_anchor": ("proxy_anchor", lambda b, i, j, gather: kernels.proxy_anchor_of_rows(
+        b.x[i:j], b.labels[i:j], b.proxies, gather=gather, alpha=32.0, margin=0.1, with_grad=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_several_ranks_make_the_same_loss_and_gradient(path: str, name: str) -> None:
+    whole, of_rows = ROWS[name]
+    given = batch(sum(UNEVEN), 24, seed=6).rounded(torch.float32)
+    plain = Batch(**{field: getattr(given, field).float() for field in ("z", "s", "x", "proxies", "beta")},
+                  labels=given.labels)  # fmt: skip
+    results = _on_ranks(lambda i, j, gather: of_rows(plain, i, j, gather))
+    want_loss, want_gradients = OPS[whole].value_and_gradients(reference, given.leaves(torch.float64))
+    for loss, *_ in results:
+        assert abs(float(loss) - float(want_loss)) <= 1e-5 * abs(float(want_loss))
+    for place, (argument, want) in enumerate(zip(OPS[whole].by, want_gradients, strict=True), start=1):
+        shares = [result[place] for result in results]
+        # A parameter's gradient is shared out among ranks, a row's belongs to its rank.
+        got = torch.stack(shares).sum(0) if argument in ("proxies", "beta") else torch.cat(shares)
+        assert _worst(got, want) <= 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if not name.startswith("ranking")])
+def test_gradcheck_in_float64(name: str) -> None:
+    given = batch(11, 5, seed=1).leaves(torch.float64)
+    op = OPS[name]
+
+    def function(*arguments: Tensor) -> Tensor:
+        fields = {"z": given.z, "s": given.s, "x": given.x, "proxies": given.proxies, "beta": given.beta}
+        return op.call(kernels, Batch(**(fields | dict(zip(op.by, arguments, strict=True))), labels=given.labels))
+
+    assert torch.autograd.gradcheck(function, [getattr(given, name) for name in op.by], eps=1e-7, atol=1e-5)
+
+
+class _RankingAroundFixedCentres(torch.autograd.Function):
+    """The centres carry no gradient, so a finite difference must not move them either."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, s: Tensor, far: Tensor, step: Tensor, clusters: int) -> Tensor:
+        loss, *gradients = cpu.ranking(z, s, z, s, far, step, offset=0, clusters=clusters, sharpness=4.0,
+                                       with_grad=True)  # fmt: skip
+        ctx.save_for_backward(*gradients)
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(gradient * grad for gradient in ctx.saved_tensors), None, None, None
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 7])
+def test_gradcheck_of_ranking_around_fixed_centres(clusters: int) -> None:
+    given = batch(11, 5, seed=1).leaves(torch.float64)
+    far = torch.linspace(1.5, 2.5, 11, dtype=torch.float64)
+    step = torch.full_like(far, 1.3 / clusters)
+    assert torch.autograd.gradcheck(
+        lambda z, s: _RankingAroundFixedCentres.apply(z, s, far, step, clusters), [given.z, given.s], eps=1e-7,
+        atol=1e-5)
+
+
+RAW: dict[str, tuple[str, Callable[[Batch], tuple[Any, ...]]]] = {
+    "mean_distance": ("mean_pairwise_distance", lambda b: (b.z, True)),
+    "ranking": ("multi_cluster_ranking", lambda b: (b.z, b.s, 3, 3.0, 0.2, 10.0, "batch", True)),
+    "without gradient": ("multi_cluster_ranking", lambda b: (
+        b.z.detach(), b.s.detach(), 3, 3.0, 0.2, 10.0, "anchor", False)),
+    "semihard": ("triplet_loss", lambda b: (b.z, b.labels, 0.2, "semihard", 0, None, True)),
+    "hardest": ("triplet_loss", lambda b: (b.z, b.labels, 0.2, "hardest", 0, None, True)),
+    "distance_weighted": ("triplet_loss", lambda b: (b.z, b.labels, 0.2, "distance_weighted", 2**40, 12, True)),
+    "margin": ("margin_loss", lambda b: (b.x, b.beta, b.labels, 0.2, 3, None, True)),
+    "multi_similarity": ("multi_similarity_loss", lambda b: (b.x, b.labels, 2.0, 50.0, 0.5, 0.1, True)),
+    "proxy_anchor": ("proxy_anchor_loss", lambda b: (b.x, b.proxies, b.labels, 32.0, 0.1, True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_opcheck(name: str) -> None:
+    op, arguments = RAW[name]
+    given = batch(13, 6, seed=3).leaves(torch.float32)
+    torch.library.opcheck(getattr(torch.ops.namr, op).default, arguments(given))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_into_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    op, given = OPS[name], batch(23, 8, seed=9).leaves(torch.float32)
+
+    def function(z: Tensor, s: Tensor, x: Tensor, proxies: Tensor, beta: Tensor, labels: Tensor) -> Tensor:
+        return 2 * op.call(kernels, Batch(z=z, s=s, x=x, proxies=proxies, beta=beta, labels=labels))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    arguments = (given.z, given.s, given.x, given.proxies, given.beta, given.labels)
+    by = [getattr(given, field) for field in op.by]
+    for one, other in zip(torch.autograd.grad(compiled(*arguments), by),
+                          torch.autograd.grad(function(*arguments), by), strict=True):  # fmt: skip
+        assert torch.equal(one, other)
+
+
+def test_a_new_seed_does_not_compile_anew() -> None:
+    torch._dynamo.reset()
+    given = batch(23, 8).leaves(torch.float32)
+    compiled = torch.compile(
+        lambda z, seed: kernels.triplet_loss(z, given.labels, mining="distance_weighted", seed=seed),
+        fullgraph=True, backend="aot_eager")  # fmt: skip
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        losses = [float(compiled(given.z, seed).detach()) for seed in (1, 2)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses += [float(compiled(given.z, seed).detach()) for seed in (3, 2**41, 5)]
+    assert len(set(losses)) == 5
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_nan_comes_out_and_debug_mode_names_the_row(path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, given = OPS[name], batch(21, 8)
+    field = op.by[0]
+    getattr(given, field)[17, 3] = float("nan")
+    if name in ("mean_distance", "ranking", "multi_similarity", "proxy_anchor"):  # mined losses may pass a row by
+        assert torch.isnan(op.call(kernels, given.leaves(torch.float32)))
+    monkeypatch.setenv("NAMR_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"nan at row 17, column 3"):
+        op.call(kernels, given.leaves(torch.float32))
+
+
+def test_second_derivatives_are_refused() -> None:
+    given = batch(9, 4).leaves(torch.float64)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(kernels.mean_pairwise_distance(given.z), given.z, create_graph=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_autocast_changes_nothing(path: str, name: str) -> None:
+    op, given = OPS[name], batch(21, 8).leaves(torch.float32)
+    plain, _ = op.value_and_gradients(kernels, given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, _ = op.value_and_gradients(kernels, given)
+    assert torch.equal(plain, inside)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_strided_rows(path: str, name: str) -> None:
+    op, given = OPS[name], batch(21, 8).rounded(torch.float32)
+    wide = {field: torch.stack([getattr(given, field).float(), getattr(given, field).float() + 9], -1)[..., 0]
+            for field in ("z", "s", "x", "proxies")}  # fmt: skip
+    strided = Batch(**{field: value.detach().requires_grad_() for field, value in wide.items()},
+                    beta=given.beta.float().requires_grad_(),
+                    labels=given.labels.repeat_interleave(2)[::2])  # fmt: skip
+    assert not strided.z.is_contiguous()
+    loss, gradients = op.value_and_gradients(kernels, strided)
+    want_loss, want = op.value_and_gradients(kernels, given.leaves(torch.float32))
+    assert torch.equal(loss, want_loss)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, want, strict=True))
+
+
+def test_too_few_slots_for_positives_are_refused() -> None:
+    given = batch(8, 4, labels=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])).leaves(torch.float32)
+    assert kernels.triplet_loss(given.z, given.labels, most_positives=2) == kernels.triplet_loss(given.z, given.labels)
+    assert kernels.triplet_loss(given.z, given.labels, most_positives=6) == kernels.triplet_loss(given.z, given.labels)
+    with pytest.raises(ValueError, match="most_positives is 1, but a class has 3 rows"):
+        kernels.triplet_loss(given.z, given.labels, most_positives=1)
