@@ -92,13 +92,12 @@ def _rank(distance, far, step, sharpness, CLUSTERS: tl.constexpr):
     η_m = far − m·step. A centre exactly at the distance has derivative 0.
     """
     if CLUSTERS == 2:  # one exponential a pair
-        r_far, r_near = tl.abs(distance - far), tl.abs(distance - far + step)
-        gap = r_near - r_far
-        p_far = tl.sigmoid(sharpness * gap)
-        p_near = 1 - p_far
-        loss = r_near - p_far * gap
-        slope_far = p_far * (1 + sharpness * p_near * gap) * _sign(distance - far)
-        return loss, slope_far + p_near * (1 - sharpness * p_far * gap) * _sign(distance - far + step)
+        from_far, from_near = distance - far, distance - far + step
+        gap = tl.abs(from_near) - tl.abs(from_far)
+        p_near = 1 / (1 + tl.exp(sharpness * gap))
+        loss = tl.abs(from_far) + p_near * gap
+        share = 1 - p_near + sharpness * p_near * (1 - p_near) * gap
+        return loss, share * _sign(from_far) + (1 - share) * _sign(from_near)
     nearest = tl.abs(distance - far)
     for m in tl.static_range(1, CLUSTERS):
         nearest = tl.minimum(nearest, tl.abs(distance - (far - m * step)))

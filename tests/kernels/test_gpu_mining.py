@@ -220,17 +220,10 @@ def test_smallest_and_largest_hashes() -> None:
     torch.testing.assert_close(out_2N[1].double(), -torch.log1p(-want_N.double()), rtol=3e-7, atol=0)
 
 
-def _keys(x_BD: Tensor, labels_B: Tensor, positive_BR: Tensor, seed: int) -> Tensor:
-    """log weight + noise of the reference in float64, (B, R, B), with x as it is: stored unit rows are rounded."""
-    D, distance_BB = x_BD.shape[1], _squared(x_BD).sqrt()
-    differ_BB = labels_B[:, None] != labels_B
-    d_BB = distance_BB.clamp(reference_mining.NEAREST, reference_mining.FARTHEST)
-    weight_BB = -(D - 2) * d_BB.log() - (D - 3) / 2 * torch.log1p(-d_BB.square() / 4)
-    eligible_BB = differ_BB & (distance_BB <= reference_mining.FARTHEST)
-    weight_BB = weight_BB.masked_fill(~eligible_BB, -math.inf)
-    uniform_BB = torch.zeros_like(weight_BB).masked_fill(~differ_BB, -math.inf)
-    weight_BB = torch.where(eligible_BB.any(1, keepdim=True), weight_BB, uniform_BB)
-    row_B = torch.arange(len(x_BD))
+def _keys(z_BD: Tensor, labels_B: Tensor, positive_BR: Tensor, seed: int) -> Tensor:
+    """log weight + noise of the reference in float64, (B, R, B)."""
+    weight_BB = reference_mining.log_weights(z_BD.double(), reference_mining.pairs_of(labels_B))
+    row_B = torch.arange(len(z_BD))
     noise_BRB = reference_random.gumbel(seed, row_B[:, None, None], positive_BR[:, :, None], row_B, dtype=torch.float64)
     return weight_BB[:, None] + noise_BRB
 

@@ -97,7 +97,7 @@ def test_half_types_are_added_up_in_float32(path: str, name: str, dtype: torch.d
 
 @pytest.mark.parametrize("name", OPS)
 def test_twenty_repeats_have_the_same_bits(path: str, name: str) -> None:
-    op, given = OPS[name], batch(40, 16, seed=4).leaves(torch.float32)
+    op, given = OPS[name], batch(33, 8, seed=4).leaves(torch.float32)
     first_loss, first = op.value_and_gradients(kernels, given)
     for _ in range(19):
         loss, gradients = op.value_and_gradients(kernels, given)
