@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench. Everything lives in .venv; nothing outside this folder is touched.
+# make setup | demo | test | test-all | lint | bench. Everything lives in .venv; nothing outside this folder is touched.
 
 # The first Python of a version that all dependencies have wheels for.
 PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13 python3.10; do \
@@ -15,7 +15,7 @@ endif
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-all lint bench clean
 
 setup: $(INSTALLED)
 
@@ -33,12 +33,16 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# With the tests that take minutes each: kernels compiled for every architecture, type and width.
+test-all: setup
+	$(BIN)/python -m pytest -m "whole or not whole"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m namr_dist.kernels.bench
+	$(BIN)/namr bench kernels
 
 clean:
 	rm -rf .venv build dist *.egg-info

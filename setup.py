@@ -35,7 +35,9 @@ RUNTIME = [
 EXTRAS = {
     "cpu": ["faiss-cpu>=1.9,<2"],
     "gpu": ["faiss-gpu>=1.15,<2"],
-    "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytorch-metric-learning>=2.9,<3", "selenium>=4.20,<5"],
+    "bench": ["matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3"],
+    "test": ["pytest>=8.3", "pytest-timeout>=2.3", "matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3",
+             "selenium>=4.20,<5"],
     "dev": ["ruff>=0.9", "mypy>=1.14"],
 }
 

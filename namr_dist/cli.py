@@ -90,6 +90,15 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         entry.add_argument("--json", action="store_true", help="print JSON")
         entry.set_defaults(verb=verb)
 
+    bench = verbs.add_parser("bench", help="measure the kernels on this machine")
+    bench_verbs = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    kernels = bench_verbs.add_parser("kernels", help="time and memory of the losses beside other implementations")
+    if words[:2] == ["bench", "kernels"]:  # the options live with the benchmark, which imports torch
+        from namr_dist.kernels.bench.options import add_arguments
+
+        add_arguments(kernels)
+    kernels.set_defaults(verb=_bench_kernels)
+
     doctor = verbs.add_parser("doctor", help="what is installed, which fast paths are on, what to do about the rest")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(verb=_doctor)
@@ -203,6 +212,16 @@ def _shards_stats(parsed: argparse.Namespace, _: list[str]) -> None:
     for split, row in rows.items():
         table.add_row(split, *(f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
     Console().print(table)
+
+
+def _bench_kernels(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.kernels.bench.options import execute
+    from namr_dist.kernels.bench.table import Refused
+
+    try:
+        execute(parsed)
+    except Refused as error:
+        raise InputError(str(error)) from None
 
 
 def _doctor(parsed: argparse.Namespace, _: list[str]) -> None:

@@ -1,1 +1,4 @@
-"""Benchmarks of the ops: `python -m namr_dist.kernels.bench`."""
+"""Benchmark of the losses: `namr bench kernels`, or `python -m namr_dist.kernels.bench`.
+
+Read `cases.py` (what is computed), `providers.py` (by whom), `gate.py` (who agrees), `measure.py` (how it is timed).
+"""

@@ -71,7 +71,7 @@ TABLE: tuple[Row, ...] = (
     Row("gather",    90,  16,  ANY, Config( 64,  64, 64, 8, 3)),
     Row("gather",   120,  16,  ANY, Config( 64,  64, 64, 8, 3)),
     Row("gather2",   80,  16,  ANY, Config( 64,  32, 64, 8, 3)),
-    Row("gather2",   90,  16,  ANY, Config( 64,  64, 64, 8, 3)),
+    Row("gather2",   90,  16,  ANY, Config( 64,  64, 32, 8, 3)),
     Row("gather2",  120,  16,  ANY, Config( 64,  32, 64, 8, 3)),
     Row("weights",   80,  32,  ANY, Config( 64,  64, 16, 8, 3)),
     Row("weights",   90,  32,  ANY, Config(128,  64, 32, 8, 3)),

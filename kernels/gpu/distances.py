@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .launch import architecture, launch, operands, splits
+from .launch import aligned, architecture, launch, operands, splits
 from .owner import owner_sums
 from .tiles import (
     local_rows,
@@ -34,15 +34,15 @@ def nearest_counted(dtype: torch.dtype) -> float:
 
 
 def centred(z_bD: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Local rows and batch, contiguous; float32 rows less the batch's mean, so that less cancels in products.
+    """Local rows and batch, aligned; float32 rows less the batch's mean, so that less cancels in products.
 
     Half types stay as they are: their products are exact in float32, and a subtraction would round.
     """
     if z_BD.dtype != torch.float32:
-        return z_bD.contiguous(), z_BD.contiguous()
+        return aligned(z_bD), aligned(z_BD)
     mean_D = z_BD.mean(0)
-    batch_BD = z_BD - mean_D
-    return (batch_BD if z_bD is z_BD else z_bD - mean_D), batch_BD
+    batch_BD = aligned(z_BD - mean_D)
+    return (batch_BD if z_bD is z_BD else aligned(z_bD - mean_D)), batch_BD
 
 
 def squared_norms(rows: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ def row_moments(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> tuple[Tensor, Ten
 
     Sums are of d less the row's root mean square distance, a pivot known beforehand, so that little cancels.
     """
-    (b, D), B = z_bD.shape, z_BD.shape[0]
     z_bD, z_BD = centred(z_bD, z_BD)
+    (b, D), B = z_bD.shape, z_BD.shape[0]
     norms_b, norms_B = squared_norms(z_bD), squared_norms(z_BD)
     pivot_b = mean_squares(z_bD, norms_b, z_BD, norms_B).sqrt()
     size = config("scan", architecture(z_BD.device), D, z_BD.dtype)
@@ -141,6 +141,7 @@ def _inverse_distances(
 
 def distance_sum_gradient(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> Tensor:
     """Gradient of Σ_{i≠j} ‖z_i − z_j‖ over the batch with respect to the local rows, 2 Σ_j (z_i − z_j) / d_ij."""
+    D = z_BD.shape[1]
     z_bD, z_BD = centred(z_bD, z_BD)
     norms_B = squared_norms(z_BD)
     unit = root_mean_square(z_BD, norms_B)
@@ -148,4 +149,4 @@ def distance_sum_gradient(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> Tensor:
         _inverse_distances, rows={"z": z_bD, "norms": squared_norms(z_bD)},
         fixed={"all_z": z_BD, "all_norms": norms_B, "unit": unit, "NEAREST": nearest_counted(z_BD.dtype)},
         matrices=lambda: [z_BD], accumulators=1, numbers=1, offset=offset, columns=z_BD.shape[0])  # fmt: skip
-    return torch.where(unit > 0, 2 / unit, 0.0) * (z_bD * total_b[:, None] - pulled_bD)
+    return torch.where(unit > 0, 2 / unit, 0.0) * (z_bD * total_b[:, None] - pulled_bD)[:, :D]

@@ -77,6 +77,15 @@ def operands(rows: Tensor) -> dict[str, Any]:
     }
 
 
+def aligned(rows: Tensor) -> Tensor:
+    """The rows one after another, their width a multiple of 16: zeros behind them change no product and no distance.
+
+    Only such rows are loaded in vectors, and the table's tile sizes are for kernels that do.
+    """
+    missing = -rows.shape[1] % 16
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
+
+
 def splits(b: int, B: int, config: Config) -> tuple[int, int]:
     """In how many parts to walk the batch, and tiles in each part.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference_mining import FARTHEST, NEAREST
 from .configs import config
-from .launch import architecture, launch, operands, splits
+from .launch import aligned, architecture, launch, operands, splits
 from .random import absorb, exponential, seed_words, seeded, uniform
 from .tiles import (
     CLOSE,
@@ -42,21 +42,21 @@ v ≥ 2^-32), and in the order of the noise alone, to which the power of two doe
 
 
 def _centred(z_bD: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Local rows and batch, contiguous; float32 rows less a point near the batch's mean, so that less cancels.
+    """Local rows and batch, aligned; float32 rows less a point near the batch's mean, so that less cancels.
 
     The point is the mean rounded to a power of two near the rows' spread: rows of small integers then stay exact,
     and so do ties between their distances.  Where all rows agree it is their value.  Half types stay as they are.
     """
     if z_BD.dtype != torch.float32:
-        return z_bD.contiguous(), z_BD.contiguous()
+        return aligned(z_bD), aligned(z_BD)
     mean_D = z_BD.mean(0)
     spread_D = (z_BD - mean_D).abs_().mean(0)
     mantissa_D, _ = torch.frexp(spread_D)
     step_D = spread_D / mantissa_D / 2  # 0.5 <= mantissa < 1, so this is a power of two, at most the spread
     low_D, high_D = torch.aminmax(z_BD, dim=0)
     centre_D = torch.where(low_D == high_D, low_D, (mean_D / step_D).round() * step_D)
-    batch_BD = z_BD - centre_D
-    return (batch_BD if z_bD is z_BD else z_bD - centre_D), batch_BD
+    batch_BD = aligned(z_BD - centre_D)
+    return (batch_BD if z_bD is z_BD else aligned(z_bD - centre_D)), batch_BD
 
 
 def _squared_norms(rows: Tensor) -> Tensor:
@@ -127,8 +127,8 @@ def hardest_pairs(
     z_bD: Tensor, z_BD: Tensor, labels_b: Tensor, labels_B: Tensor, *, offset: int
 ) -> tuple[Tensor, Tensor]:
     """The farthest row of each anchor's class and the nearest of another, int64 (b,); -1 where there is none."""
-    (b, D), B = z_bD.shape, z_BD.shape[0]
     z_bD, z_BD = _centred(z_bD, z_BD)
+    (b, D), B = z_bD.shape, z_BD.shape[0]
     size = config("rank", architecture(z_BD.device), D, z_BD.dtype)
     parts, tiles_per_split = splits(b, B, size)
     keys = torch.empty(2, parts, b, dtype=torch.float32, device=z_BD.device)
@@ -235,10 +235,11 @@ def semihard_negatives(
 
     positive_bR: row numbers, each anchor's padded at the end with -1, where the result int64 (b, R) is -1 too.
     """
-    (b, D), B, R = z_bD.shape, z_BD.shape[0], positive_bR.shape[1]
+    R = positive_bR.shape[1]
     if R == 0:
         return positive_bR
     z_bD, z_BD = _centred(z_bD, z_BD)
+    (b, D), B = z_bD.shape, z_BD.shape[0]
     rows = {"z": z_bD, "norms": _squared_norms(z_bD), "all_z": z_BD, "all_norms": _squared_norms(z_BD)}
     size = config("mine", architecture(z_BD.device), D, z_BD.dtype)
     # The first slot's reach lies below every distance: beyond it is the nearest negative of all.
@@ -261,14 +262,14 @@ def semihard_negatives(
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _sampled(
     z, inverses, labels, all_z, all_inverses, all_labels, positives, keys, found, seed_low, seed_high, b, B, width,
-    slots, offset, tiles_per_split,
+    slots, offset, dimensions, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """For each positive the negative of largest log weight + Gumbel noise: log 1/q − log E, so of least log q + log E.
 
     log q = (D − 2) log d + (D − 3)/2 · log(1 − d²/4), d clamped; E: exponential noise of (anchor, positive, negative).
-    d is the distance of the unit rows; inverses: 1/‖row‖, 0 for a row of zeros, which stays zero.
+    d is the distance of the unit rows in D = dimensions; inverses: 1/‖row‖, 0 for a row of zeros, which stays zero.
     """
     rows, rows_exist = local_rows(b, BLOCK_M)
     slot = tl.program_id(2) * SLOTS + tl.arange(0, SLOTS)
@@ -292,7 +293,7 @@ def _sampled(
         lengths = tl.where(inverse > 0, 1.0, 0.0)[:, None] + tl.where(column_inverse > 0, 1.0, 0.0)[None, :]
         squared = lengths - 2 * product * inverse[:, None] * column_inverse[None, :]
         clamped = tl.minimum(tl.maximum(squared, NEAREST_SQUARE), FARTHEST_SQUARE)
-        log_q = tl.log(clamped) * ((width - 2) * 0.5) + tl.log(1.0 - clamped * 0.25) * ((width - 3) * 0.5)
+        log_q = tl.log(clamped) * ((dimensions - 2) * 0.5) + tl.log(1.0 - clamped * 0.25) * ((dimensions - 3) * 0.5)
         _, differ = same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, 0)
         weight = tl.where(differ, tl.where(squared <= FARTHEST_SQUARE, log_q, FAR), INF)
         for s in range(tl.program_id(2) * SLOTS, last_slot):
@@ -324,12 +325,13 @@ def sampled_negatives(
     z: rows of any length; distances are those of the unit rows.  positive_bR: each anchor's padded at the end with -1,
     where the result is -1 too.  seed: its low 64 bits count.
     """
-    (b, D), B, R = z_bD.shape, z_BD.shape[0], positive_bR.shape[1]
+    dimensions, R = z_BD.shape[1], positive_bR.shape[1]
     if R == 0:
         return positive_bR
-    z_bD, z_BD = z_bD.contiguous(), z_BD.contiguous()
+    z_bD, z_BD = aligned(z_bD), aligned(z_BD)
+    (b, D), B = z_bD.shape, z_BD.shape[0]
     seed_low, seed_high = seed_words(seed)
-    size = config("rank", architecture(z_BD.device), D, z_BD.dtype)
+    size = config("mine", architecture(z_BD.device), D, z_BD.dtype)
     parts, tiles_per_split = splits(b, B, size)
     keys = torch.empty(parts, b, R, dtype=torch.float32, device=z_BD.device)
     found = torch.empty_like(keys, dtype=torch.int32)
@@ -337,5 +339,5 @@ def sampled_negatives(
            inverses=_inverse_lengths(z_bD), labels=labels_b.contiguous(), all_z=z_BD,
            all_inverses=_inverse_lengths(z_BD), all_labels=labels_B.contiguous(), positives=positive_bR.contiguous(),
            keys=keys, found=found, seed_low=seed_low, seed_high=seed_high, b=b, B=B, width=D, slots=R, offset=offset,
-           tiles_per_split=tiles_per_split, SLOTS=SLOTS, **operands(z_BD))  # fmt: skip
+           dimensions=float(dimensions), tiles_per_split=tiles_per_split, SLOTS=SLOTS, **operands(z_BD))  # fmt: skip
     return _least_of_parts(keys, found).masked_fill(positive_bR < 0, -1)

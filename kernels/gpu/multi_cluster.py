@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .configs import config
 from .distances import centred, nearest_counted, root_mean_square, squared_norms
-from .launch import architecture, launch, operands, splits
+from .launch import aligned, architecture, launch, operands, splits
 from .owner import owner_sums
 from .tiles import (
     CLOSE,
@@ -261,9 +261,10 @@ def ranking(
 
     Centres of anchor i: η_m = far_i − m·step_i, m = 0..clusters − 1.
     """
-    (b, D), B = z_bD.shape, z_BD.shape[0]
+    given = z_BD.shape[1]
     z_bD, z_BD = centred(z_bD, z_BD)
-    s_bD, s_BD = s_bD.to(z_bD.dtype).contiguous(), s_BD.to(z_bD.dtype).contiguous()
+    s_bD, s_BD = aligned(s_bD.to(z_bD.dtype)), aligned(s_BD.to(z_bD.dtype))
+    (b, D), B = z_bD.shape, z_BD.shape[0]
     here = slice(offset, offset + b)
     anchors = {"z": z_bD, "s": s_bD, "constants": _constants(z_bD, s_bD), "far": far_B[here], "step": step_B[here]}
     fixed: dict[str, Any] = {"sharpness": float(sharpness * (clusters - 1)), "CLUSTERS": clusters}
@@ -289,4 +290,4 @@ def ranking(
         matrices=lambda: [s_BD, s_BD * z_BD], accumulators=2, numbers=0, offset=offset, columns=B)  # fmt: skip
     grad_z_bD += z_bD * weight_bD - weight_z_bD
     per_unit = torch.where(unit > 0, 1 / unit, 0.0)
-    return loss_b, grad_z_bD * per_unit, grad_s_bD * per_unit
+    return loss_b, grad_z_bD[:, :given] * per_unit, grad_s_bD[:, :given] * per_unit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .launch import architecture, launch, operands, splits
+from .launch import aligned, architecture, launch, operands, splits
 from .owner import owner_sums
 from .tiles import (
     WEIGHT_SCALE,
@@ -118,11 +118,12 @@ def similarity_statistics(
 
     farthest is +inf without a positive, nearest −inf without a negative; attract and repel are then 0.
     """
+    x_bD, x_BD = aligned(x_bD), aligned(x_BD)
     (b, D), B = x_bD.shape, x_BD.shape[0]
     size = config("scan", architecture(x_BD.device), D, x_BD.dtype)
     parts, tiles_per_split = splits(b, B, size)
     grid = (triton.cdiv(b, size.block_m), parts)
-    pairs = {"x": x_bD.contiguous(), "labels": labels_b.contiguous(), "all_x": x_BD.contiguous(),
+    pairs = {"x": x_bD, "labels": labels_b.contiguous(), "all_x": x_BD,
              "all_labels": labels_B.contiguous(), "b": b, "B": B, "width": D, "offset": offset,
              "tiles_per_split": tiles_per_split, **operands(x_BD)}  # fmt: skip
     extremes = torch.empty(2, parts, b, dtype=torch.float32, device=x_BD.device)
@@ -214,11 +215,12 @@ def similarity_gradient(
     epsilon: float,
 ) -> Tensor:
     """Gradient of the batch's Σ_i L_i with respect to the local rows, float32 (b, D), given everybody's statistics."""
-    x_BD = x_BD.contiguous()
+    D = x_BD.shape[1]
+    x_bD, x_BD = aligned(x_bD), aligned(x_BD)
     (pulled_bD,), _ = owner_sums(
         _pair_weights,
-        rows={"x": x_bD.contiguous(), "labels": labels_b.contiguous(), "statistics": statistics_b4.contiguous()},
+        rows={"x": x_bD, "labels": labels_b.contiguous(), "statistics": statistics_b4.contiguous()},
         fixed={"all_x": x_BD, "all_labels": labels_B.contiguous(), "all_statistics": statistics_B4.contiguous(),
                "alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)},
         matrices=lambda: [x_BD], accumulators=1, numbers=0, offset=offset, columns=x_BD.shape[0])  # fmt: skip
-    return pulled_bD / WEIGHT_SCALE.value
+    return pulled_bD[:, :D] / WEIGHT_SCALE.value

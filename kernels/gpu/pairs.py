@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, config
-from .launch import architecture, launch
+from .launch import aligned, architecture, launch
 from .tiles import load_rows
 
 SEGMENT = Config(block_m=1, block_n=16, block_k=128, warps=4, stages=1)
@@ -39,9 +39,10 @@ def pair_distance(z_bD: Tensor, z_BD: Tensor, index_bS: Tensor) -> Tensor:
     distance_bS = torch.empty(index_bS.shape, dtype=torch.float32, device=z_BD.device)
     pairs = index_bS.numel()
     if pairs:
+        z_bD, z_BD = aligned(z_bD), aligned(z_BD)
         size = config("scan", architecture(z_BD.device), z_BD.shape[1], z_BD.dtype)
-        launch(_pair_distances, (triton.cdiv(pairs, size.block_m),), size, z=z_bD.contiguous(),
-               all_z=z_BD.contiguous(), index=index_bS.contiguous(), distances=distance_bS, pairs=pairs,
+        launch(_pair_distances, (triton.cdiv(pairs, size.block_m),), size, z=z_bD,
+               all_z=z_BD, index=index_bS.contiguous(), distances=distance_bS, pairs=pairs,
                slots=index_bS.shape[1], width=z_BD.shape[1])  # fmt: skip
     return distance_bS
 
@@ -86,11 +87,12 @@ def pair_gradient(z_BD: Tensor, index_BS: Tensor, weight_BS: Tensor, *, first: i
     weight_BS: d loss / d distance.  Pairs at distance 0 and those with index -1 give nothing.  One program owns a row
     and adds up its pairs in a fixed order; a row chosen by everybody takes that program B·S / 16 steps.
     """
-    D, S = z_BD.shape[1], index_BS.shape[1]
+    given, S = z_BD.shape[1], index_BS.shape[1]
+    z_BD, index_BS = aligned(z_BD), index_BS.contiguous()
+    D = z_BD.shape[1]
     grad_rD = torch.zeros(rows, D, dtype=torch.float32, device=z_BD.device)
     if S == 0 or rows == 0:
-        return grad_rD
-    z_BD, index_BS = z_BD.contiguous(), index_BS.contiguous()
+        return grad_rD[:, :given]
     distance_BS = pair_distance(z_BD, z_BD, index_BS)
     # Where the distance is NaN the coefficient is; an index of -1 has distance 0.
     coefficient_BS = torch.where(distance_BS == 0, 0.0, weight_BS / distance_BS)
@@ -99,4 +101,4 @@ def pair_gradient(z_BD: Tensor, index_BS: Tensor, weight_BS: Tensor, *, first: i
     launch(_pair_sums, (rows, triton.cdiv(D, SEGMENT.block_k)), SEGMENT, z=z_BD, index=index_BS,
            coefficients=coefficient_BS, order=order_P, bounds=bounds, sums=grad_rD, slots=S, first=first,
            width=D)  # fmt: skip
-    return grad_rD
+    return grad_rD[:, :given]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .launch import architecture, launch, operands, splits
+from .launch import aligned, architecture, launch, operands, splits
 from .owner import owner_sums
 from .tiles import (
     WEIGHT_SCALE,
@@ -195,6 +195,7 @@ def proxy_gradient(
     own_log, other_log: those logarithms over the whole batch. other_weight: one number in a 0-dim tensor.
     Returns the local rows' gradient (b, D) and their share of the proxies' gradient (C, D).
     """
+    D = x_bD.shape[1]
     x_bD, proxies_CD = _alike(x_bD, proxies_CD)
     labels_b = labels_b.contiguous()
     # In units of the largest, so that the weights of pairs lie within ±1 whatever the loss is scaled by.
@@ -210,10 +211,10 @@ def proxy_gradient(
         _proxies, rows={"proxies": proxies_CD} | of_proxies, fixed=fixed | {"x": x_bD, "labels": labels_b},
         matrices=lambda: [x_bD], accumulators=1, numbers=0, offset=0, columns=x_bD.shape[0])  # fmt: skip
     back = unit * (alpha / WEIGHT_SCALE.value)
-    return grad_x_bD * back, grad_proxies_CD * back
+    return grad_x_bD[:, :D] * back, grad_proxies_CD[:, :D] * back
 
 
 def _alike(x_bD: Tensor, proxies_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contiguous and of one type, the wider one: embeddings may be half, learnt proxies are float32."""
+    """Both aligned and of one type, the wider one: embeddings may be half, learnt proxies are float32."""
     dtype = torch.promote_types(x_bD.dtype, proxies_CD.dtype)
-    return x_bD.to(dtype).contiguous(), proxies_CD.to(dtype).contiguous()
+    return aligned(x_bD.to(dtype)), aligned(proxies_CD.to(dtype))

@@ -1,0 +1,134 @@
+"""What is measured: the losses, their data, and the floating-point work that none of them can avoid.
+
+Shapes: B rows of the batch, D width, C = B/4 classes, R = 3 positives of every row.
+
+Data: B rows, four a class, grouped by class, in loose clusters around random centres, so that mining has something
+to choose and every hinge has active and inactive terms.  Rows are scaled to a mean distance near 1 (multi-cluster
+ranking and triplets, as training does) or to length 1 (the others), then rounded to the case's dtype.
+
+Floor.  FLOPs of the matrix products that a loss needs whatever the implementation, over all B² pairs (no saving from
+symmetry), as multiples of B²D; proxy-anchor as multiples of BCD:
+
+                                    forward            backward
+    multi-cluster ranking           2 + 4 = 6          12       the product of inner width 2D: again, and its gradients
+    margin, triplets                2                  none     sparse: gathers of the mined pairs, O(BD)
+    multi-similarity                2                  4        the products again, and times the gradient matrix
+    proxy-anchor                    2                  4        the gradient matrix times proxies, and times rows
+
+floor = FLOPs / (2B²D / milliseconds of the bare X·Xᵀ in the same dtype, measured in the same rounds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PER_CLASS = 4
+POSITIVES = PER_CLASS - 1
+CLUSTERS = 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PASSES = ("forward", "backward", "forward+backward")
+_NOISE = 1.5
+"""Spread of a class beside that of the centres: positives at about 0.8 of the mean distance."""
+
+Form = Callable[..., Tensor]
+"""A loss as a provider writes it: (labels_B, *leaves) -> a scalar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """One loss: its second argument, how its terms are chosen, its necessary products."""
+
+    name: str
+    unit: bool
+    """Rows have length 1."""
+    second: str = ""
+    """The leaf beside the rows: "weights" (B, D), "beta" (1,), "proxies" (C, D), or none."""
+    kinked: bool = True
+    """A comparison (mining, a hinge, the sign of |D - η|) decides a pair's slope, so rounding may decide a near tie."""
+    sampled: bool = False
+    """Negatives are drawn at random; only this project's draws repeat those of the reference."""
+    forward_products: int = 2
+    backward_products: int = 0
+
+
+LOSSES = {loss.name: loss for loss in (
+    Loss(name="multi-cluster-ranking", unit=False, second="weights", forward_products=6, backward_products=12),
+    Loss(name="triplet-hardest", unit=False),
+    Loss(name="triplet-semihard", unit=False),
+    Loss(name="triplet-distance-weighted", unit=False, sampled=True),
+    Loss(name="margin", unit=True, second="beta", sampled=True),
+    Loss(name="multi-similarity", unit=True, backward_products=4),
+    Loss(name="proxy-anchor", unit=True, second="proxies", kinked=False, backward_products=4),
+)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One loss at one size; plain values only, so that it travels to another process."""
+
+    loss: str
+    rows: int
+    width: int
+    dtype: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.loss}  B {self.rows}  D {self.width}  {self.dtype}"
+
+    def floor_flops(self, part: str) -> float:
+        """FLOPs of the necessary products of a pass; 0 where there is none."""
+        loss = LOSSES[self.loss]
+        products = {"forward": loss.forward_products, "backward": loss.backward_products}
+        columns = self.rows // PER_CLASS if loss.second == "proxies" else self.rows
+        return products.get(part, sum(products.values())) * self.rows * columns * self.width
+
+    def matmul_flops(self) -> float:
+        """FLOPs of the bare X·Xᵀ."""
+        return 2 * self.rows**2 * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Labels and the tensors that receive a gradient: the rows first, then the loss's second argument."""
+
+    labels_B: Tensor
+    leaves: tuple[Tensor, ...]
+
+    def head(self, rows: int) -> Batch:
+        """The first rows with all that belongs to them; whole classes."""
+        share = rows / self.labels_B.shape[0]
+        return Batch(labels_B=self.labels_B[:rows], leaves=tuple(
+            leaf if leaf.dim() == 1 else leaf[: round(leaf.shape[0] * share)] for leaf in self.leaves))
+
+    def leaf_copy(self, dtype: torch.dtype | None = None) -> Batch:
+        """The same values as fresh leaves, in another dtype if one is given."""
+        return Batch(labels_B=self.labels_B, leaves=tuple(
+            leaf.detach().to(dtype or leaf.dtype, copy=True).requires_grad_() for leaf in self.leaves))
+
+
+def make_batch(case: Case) -> Batch:
+    """The data of a case: the same numbers in every process."""
+    loss, dtype = LOSSES[case.loss], DTYPES[case.dtype]
+    generator = torch.Generator().manual_seed(0)
+    B, D = case.rows, case.width
+    C = B // PER_CLASS
+    labels_B = torch.arange(C).repeat_interleave(PER_CLASS)
+    rows_BD = torch.randn(C, D, generator=generator)[labels_B] + _NOISE * torch.randn(B, D, generator=generator)
+    if loss.unit:
+        rows_BD = torch.nn.functional.normalize(rows_BD)
+    else:
+        rows_BD /= (2 * D * (1 + _NOISE**2)) ** 0.5
+    leaves = [rows_BD]
+    if loss.second == "weights":
+        leaves.append(0.5 + torch.rand(B, D, generator=generator))
+    elif loss.second == "beta":
+        leaves.append(torch.full((1,), 1.2))
+    elif loss.second == "proxies":
+        leaves.append(torch.nn.functional.normalize(torch.randn(C, D, generator=generator)))
+    # The boundary is a parameter of the model and stays in float32.
+    return Batch(labels_B=labels_B.to(case.device), leaves=tuple(
+        leaf.to(case.device, torch.float32 if leaf.dim() == 1 else dtype).requires_grad_() for leaf in leaves))
