@@ -10,7 +10,7 @@ Floor.  FLOPs of the matrix products that a loss needs whatever the implementati
 symmetry), as multiples of B²D; proxy-anchor as multiples of BCD:
 
                                     forward            backward
-    multi-cluster ranking           2 + 4 = 6          12       the product of inner width 2D: again, and its gradients
+    multi-cluster ranking           2 + 4 = 6          8        gradients of the product of inner width 2D, either side
     margin, triplets                2                  none     sparse: gathers of the mined pairs, O(BD)
     multi-similarity                2                  4        the products again, and times the gradient matrix
     proxy-anchor                    2                  4        the gradient matrix times proxies, and times rows
@@ -56,7 +56,7 @@ class Loss:
 
 
 LOSSES = {loss.name: loss for loss in (
-    Loss(name="multi-cluster-ranking", unit=False, second="weights", forward_products=6, backward_products=12),
+    Loss(name="multi-cluster-ranking", unit=False, second="weights", forward_products=6, backward_products=8),
     Loss(name="triplet-hardest", unit=False),
     Loss(name="triplet-semihard", unit=False),
     Loss(name="triplet-distance-weighted", unit=False, sampled=True),

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..reference_pairs import compute_dtype
 
-BLOCK_ELEMENTS = 1 << 20
-"""Numbers in one block; there are a few buffers of that size."""
+BLOCK_ELEMENTS = 3 << 17
+"""Numbers in one block; there are a few buffers of that size.  Larger ones are a little faster and take memory for it:
+docs/kernels.md has the figures."""
 SHORTEST = 16
 """Rows of a block at least, however many candidates there are: thinner matrix products run slowly."""
 NEAR = 2.0**-8
@@ -75,16 +76,16 @@ class SquaredDistances:
 
     def __init__(self, anchors_bD: Tensor, candidates_BD: Tensor, weights_bD: Tensor | None, *, centre_D: Tensor):
         self.anchors_bD, self.candidates_BD, self.weights_bD = anchors_bD, candidates_BD, weights_bD
-        self.z_bD, self.z_BD = anchors_bD - centre_D, candidates_BD - centre_D
-        square_bD, square_BD = self.z_bD.square(), self.z_BD.square()
-        self.norm_b, self.norm_B = square_bD.sum(1), square_BD.sum(1)
+        self.z_BD = candidates_BD - centre_D
+        self.z_bD = self.z_BD if anchors_bD is candidates_BD else anchors_bD - centre_D
+        self.norm_b, self.norm_B = self.z_bD.square().sum(1), self.z_BD.square().sum(1)
         if weights_bD is None:
             self.left_bK, self.right_BK = -2 * self.z_bD, self.z_BD
             self.limit_b = torch.full_like(self.norm_b, NEAR)
         else:
             weighted_bD = weights_bD * self.z_bD
             self.left_bK = torch.cat([weights_bD, -2 * weighted_bD], 1)
-            self.right_BK = torch.cat([square_BD, self.z_BD], 1)
+            self.right_BK = torch.cat([self.z_BD.square(), self.z_BD], 1)
             self.own_term_b = (weighted_bD * self.z_bD).sum(1)
             # The pair's scale is Σ_k s_ik (z_ik² + z_jk²); this bound needs no product of its own.
             self.limit_b = NEAR * weights_bD.amax(1)

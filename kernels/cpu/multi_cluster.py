@@ -35,17 +35,18 @@ def ranking(
     kappa = sharpness * (clusters - 1)
 
     distances = SquaredDistances(z_bD, z_BD, s_bD, centre_D=centre_D)
-    sweep = _Sweep(distances, s_bD, far_B[local], step_B[local], offset=offset, clusters=clusters, kappa=kappa)
     whole = b == B
+    sweep = _Sweep(distances, s_bD, far_B[local], step_B[local], offset=offset, clusters=clusters, kappa=kappa,
+                   same_rows=whole)  # fmt: skip
     loss_b = sweep.run(anchors=with_grad, candidates=with_grad and whole)
     if not with_grad:
         return loss_b, None, None
     grad_z_bD, grad_s_bD = sweep.grad_anchors_bD, sweep.grad_weights_bD
     if whole or b == 0:
-        return loss_b, grad_z_bD.add_(sweep.grad_candidates_ND) if whole else grad_z_bD, grad_s_bD
+        return loss_b, grad_z_bD, grad_s_bD
     # The local rows as candidates of everybody.
     distances = SquaredDistances(z_BD, z_bD, s_BD, centre_D=centre_D)
-    sweep = _Sweep(distances, s_BD, far_B, step_B, offset=-offset, clusters=clusters, kappa=kappa)
+    sweep = _Sweep(distances, s_BD, far_B, step_B, offset=-offset, clusters=clusters, kappa=kappa, same_rows=False)
     sweep.run(anchors=False, candidates=True)
     return loss_b, grad_z_bD.add_(sweep.grad_candidates_ND), grad_s_bD
 
@@ -63,12 +64,14 @@ class _Sweep:
         offset: int,
         clusters: int,
         kappa: float,
+        same_rows: bool,
     ):
+        """same_rows: the anchors are the candidates, and both sides add up in one gradient."""
         self.distances, self.s_bD, self.far_b, self.step_b = distances, s_bD, far_b, step_b
         self.offset, self.clusters, self.kappa = offset, clusters, kappa
         self.grad_anchors_bD = torch.zeros_like(distances.z_bD)
         self.grad_weights_bD = torch.zeros_like(distances.z_bD)
-        self.grad_candidates_ND = torch.zeros_like(distances.z_BD)
+        self.grad_candidates_ND = self.grad_anchors_bD if same_rows else torch.zeros_like(distances.z_BD)
 
     def run(self, *, anchors: bool, candidates: bool) -> Tensor:
         """loss_b; fills grad_anchors and grad_weights, or grad_candidates, or both."""
