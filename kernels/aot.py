@@ -340,7 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(asdict(outcome)) if options.json else outcome.line(), flush=True)
     for name in missing:
         print(f"aot: {name} is launched by no case: add one to CASES, or narrow widths hid it", file=sys.stderr)
-    print(f"aot: {len(work)} kernels compiled, {failed} beyond their limits", file=sys.stderr)
+    print(f"aot: {len(work)} kernels compiled by Triton {triton.__version__}, {failed} beyond their limits",
+          file=sys.stderr)
     return 1 if failed or missing else 0
 
 

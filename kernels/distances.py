@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .checks import check_rows
 from .dispatch import implementation
-from .ops import Gather, alone, loss_op, needs_grad
+from .ops import Gather, alone, exactly, loss_op, needs_grad
 
 
 def mean_pairwise_distance(z_BD: Tensor) -> Tensor:
@@ -19,6 +19,7 @@ def mean_pairwise_distance(z_BD: Tensor) -> Tensor:
     return value
 
 
+@exactly
 def mean_distance_of_rows(
     z_bD: Tensor, z_BD: Tensor, *, offset: int, gather: Gather, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:

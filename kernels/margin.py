@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .checks import check_labels, check_rows, check_single
 from .dispatch import implementation
-from .ops import Gather, alone, loss_op, needs_grad
+from .ops import Gather, alone, exactly, loss_op, needs_grad, seed_64
 from .positives import most_positives as count_most_positives
 from .positives import positives
 
@@ -36,10 +36,11 @@ def margin_loss(
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
     check_single("beta", beta)
-    loss, _, _ = _margin_loss(x_BD, beta, labels_B, alpha, seed, most_positives, needs_grad(x_BD, beta))
+    loss, _, _ = _margin_loss(x_BD, beta, labels_B, alpha, seed_64(seed), most_positives, needs_grad(x_BD, beta))
     return loss
 
 
+@exactly
 def margin_of_rows(
     x_bD: Tensor,
     labels_b: Tensor,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .checks import check_clusters, check_rows, check_same_shape
 from .dispatch import implementation
-from .ops import Gather, alone, loss_op, needs_grad
+from .ops import Gather, alone, exactly, loss_op, needs_grad
+from .reference_pairs import compute_dtype
 
 
 def multi_cluster_ranking(
@@ -56,6 +57,7 @@ def centres(
     return mean.contiguous(), ((mean - near) / (clusters - 1)).contiguous()
 
 
+@exactly
 def ranking_of_rows(
     z_bD: Tensor,
     s_bD: Tensor,
@@ -75,6 +77,9 @@ def ranking_of_rows(
 
     Ranks exchange two numbers a row before the gradient, and one for the loss.
     """
+    if z_BD.dtype != s_BD.dtype:
+        dtype = compute_dtype(z_BD, s_BD)
+        z_bD, s_bD, z_BD, s_BD = (rows.to(dtype) for rows in (z_bD, s_bD, z_BD, s_BD))
     primitives = implementation(z_BD)
     mean_b, scatter_b = primitives.row_moments(z_bD, z_BD, offset=offset)
     far_B, step_B = centres(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .checks import check_labels, check_rows
 from .dispatch import implementation
-from .ops import Gather, alone, loss_op, needs_grad
+from .ops import Gather, alone, exactly, loss_op, needs_grad
 
 
 def multi_similarity_loss(
@@ -35,6 +35,7 @@ def multi_similarity_loss(
     return loss
 
 
+@exactly
 def multi_similarity_of_rows(
     x_bD: Tensor,
     labels_b: Tensor,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .checks import check_labels, check_proxies, check_proxy_labels, check_rows
 from .dispatch import implementation
-from .ops import Gather, alone, compute_dtype, loss_op, needs_grad
+from .ops import Gather, alone, exactly, loss_op, needs_grad
+from .reference_pairs import compute_dtype
 
 
 def proxy_anchor_loss(
@@ -32,6 +33,7 @@ def proxy_anchor_loss(
     return loss
 
 
+@exactly
 def proxy_anchor_of_rows(
     x_bD: Tensor,
     labels_b: Tensor,

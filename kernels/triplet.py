@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .checks import check_labels, check_mining, check_rows
 from .dispatch import implementation
-from .ops import Gather, alone, loss_op, needs_grad
+from .ops import Gather, alone, exactly, loss_op, needs_grad, seed_64
 from .positives import most_positives as count_most_positives
 from .positives import positives
 
@@ -41,7 +41,7 @@ def triplet_loss(
     check_rows("z", z_BD)
     check_labels(labels_B, z_BD)
     check_mining(mining)
-    loss, _ = _triplet_loss(z_BD, labels_B, margin, mining, seed, most_positives, needs_grad(z_BD))
+    loss, _ = _triplet_loss(z_BD, labels_B, margin, mining, seed_64(seed), most_positives, needs_grad(z_BD))
     return loss
 
 
@@ -61,6 +61,7 @@ def mined_triplets(
         z_bD, z_BD, labels_b, labels_B, positive_bR, offset=offset, seed=seed)
 
 
+@exactly
 def triplet_of_rows(
     z_bD: Tensor,
     labels_b: Tensor,

@@ -19,8 +19,7 @@ from torch import Tensor
 from ..reference_pairs import compute_dtype
 
 BLOCK_ELEMENTS = 3 << 17
-"""Numbers in one block; there are a few buffers of that size.  Larger ones are a little faster and take memory for it:
-docs/kernels.md has the figures."""
+"""Numbers in one block; there are a few buffers of that size.  Larger ones are a little faster, for more memory."""
 SHORTEST = 16
 """Rows of a block at least, however many candidates there are: thinner matrix products run slowly."""
 NEAR = 2.0**-8
@@ -50,20 +49,6 @@ def computed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """All tensors in the type the op computes in."""
     dtype = compute_dtype(*tensors)
     return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-def centre_of(z_BD: Tensor) -> Tensor:
-    """A point (D,) near the middle of the rows: their mean, rounded to a power of two near the rows' spread.
-
-    Rounded, because rows of small integers then stay exact, and so do ties between their distances.
-    Where all rows agree it is their value, so equal rows become zeros.
-    """
-    mean_D = z_BD.mean(0)
-    spread_D = (z_BD - mean_D).abs_().mean(0)
-    mantissa_D, _ = torch.frexp(spread_D)
-    step_D = spread_D / mantissa_D / 2  # 0.5 <= mantissa < 1, so this is a power of two, at most the spread
-    low_D, high_D = torch.aminmax(z_BD, dim=0)
-    return torch.where(low_D == high_D, low_D, (mean_D / step_D).round() * step_D)
 
 
 class SquaredDistances:

@@ -6,7 +6,8 @@ Shapes: b local rows (rows offset..offset+b of the batch), B all rows, D width, 
 import torch
 from torch import Tensor
 
-from .blocks import SquaredDistances, centre_of, computed
+from ..centre import centre_of
+from .blocks import SquaredDistances, computed
 
 
 def row_moments(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> tuple[Tensor, Tensor]:

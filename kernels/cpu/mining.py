@@ -11,10 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from ..centre import centre_of
 from ..random import exponential
 from ..reference_mining import FARTHEST, NEAREST
 from ..reference_pairs import unit_rows
-from .blocks import Classes, SquaredDistances, centre_of, computed
+from .blocks import Classes, SquaredDistances, computed
 
 
 def hardest_pairs(

@@ -7,7 +7,8 @@ Formulas: docs/algorithm.md, "Multi-cluster ranking"; blocks.py for the distance
 import torch
 from torch import Tensor
 
-from .blocks import SquaredDistances, centre_of, computed
+from ..centre import centre_of
+from .blocks import SquaredDistances, computed
 
 
 def ranking(

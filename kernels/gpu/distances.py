@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..centre import centre_of
 from .configs import config
 from .launch import aligned, architecture, launch, operands, splits
 from .owner import owner_sums
 from .tiles import (
+    load_rows,
     local_rows,
     pull,
     split_tiles,
@@ -34,32 +36,47 @@ def nearest_counted(dtype: torch.dtype) -> float:
 
 
 def centred(z_bD: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Local rows and batch, aligned; float32 rows less the batch's mean, so that less cancels in products.
+    """Local rows and batch, aligned; float32 rows less a point in their middle, so that less cancels in products.
 
     Half types stay as they are: their products are exact in float32, and a subtraction would round.
     """
     if z_BD.dtype != torch.float32:
         return aligned(z_bD), aligned(z_BD)
-    mean_D = z_BD.mean(0)
-    batch_BD = aligned(z_BD - mean_D)
-    return (batch_BD if z_bD is z_BD else aligned(z_bD - mean_D)), batch_BD
+    centre_D = centre_of(z_BD)
+    batch_BD = aligned(z_BD - centre_D)
+    return (batch_BD if z_bD is z_BD else aligned(z_bD - centre_D)), batch_BD
 
 
 def squared_norms(rows: Tensor) -> Tensor:
-    """‖row‖² in float32."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+    """‖row‖² in float32, without a root in between, so that rows of small integers stay exact."""
+    return spreads(rows, torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device))
 
 
-def mean_squares(z_bD: Tensor, norms_b: Tensor, z_BD: Tensor, norms_B: Tensor) -> Tensor:
-    """mean_j ‖z_i − z_j‖² in closed form, (b,): good to a part in a thousand, for pivots and units."""
-    mean_D = z_BD.mean(0, dtype=torch.float32)
-    towards_b = torch.mv(z_bD, mean_D.to(z_bD.dtype)).float()
-    return (norms_b - 2 * towards_b + norms_B.mean()).clamp_min(0)
+@triton.jit
+def _spreads(z, mean, out, b, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Σ_k (z_ik − mean_k)²."""
+    rows, rows_exist = local_rows(b, BLOCK_M)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for k0 in range(0, width, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        middle = tl.load(mean + k, mask=k < width, other=0.0)
+        apart = tl.where((k < width)[None, :], load_rows(z, rows, rows_exist, k, width).to(tl.float32) - middle, 0.0)
+        total += tl.sum(apart * apart, 1)
+    tl.store(out + rows, total, mask=rows_exist)
 
 
-def root_mean_square(z_BD: Tensor, norms_B: Tensor) -> Tensor:
+def spreads(z: Tensor, mean_D: Tensor) -> Tensor:
+    """‖z_i − mean‖² of each row, float32; from the differences, so that nothing cancels or overflows in half types."""
+    b, D = z.shape
+    size = config("scan", architecture(z.device), D, z.dtype)
+    out = torch.empty(b, dtype=torch.float32, device=z.device)
+    launch(_spreads, (triton.cdiv(b, size.block_m),), size, z=z, mean=mean_D, out=out, b=b, width=D)
+    return out
+
+
+def root_mean_square(z_BD: Tensor) -> Tensor:
     """Root mean square distance of the batch, the unit that pair weights are kept in; one number."""
-    return mean_squares(z_BD, norms_B, z_BD, norms_B).mean().sqrt()
+    return (2 * spreads(z_BD, z_BD.mean(0, dtype=torch.float32)).mean()).sqrt()
 
 
 @triton.jit
@@ -95,7 +112,8 @@ def row_moments(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> tuple[Tensor, Ten
     z_bD, z_BD = centred(z_bD, z_BD)
     (b, D), B = z_bD.shape, z_BD.shape[0]
     norms_b, norms_B = squared_norms(z_bD), squared_norms(z_BD)
-    pivot_b = mean_squares(z_bD, norms_b, z_BD, norms_B).sqrt()
+    mean_D = z_BD.mean(0, dtype=torch.float32)
+    pivot_b = (spreads(z_bD, mean_D) + spreads(z_BD, mean_D).mean()).sqrt()
     size = config("scan", architecture(z_BD.device), D, z_BD.dtype)
     parts, tiles_per_split = splits(b, B, size)
     moments = pivot_b.new_empty(2, parts, b)
@@ -144,7 +162,7 @@ def distance_sum_gradient(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> Tensor:
     D = z_BD.shape[1]
     z_bD, z_BD = centred(z_bD, z_BD)
     norms_B = squared_norms(z_BD)
-    unit = root_mean_square(z_BD, norms_B)
+    unit = root_mean_square(z_BD)
     (pulled_bD,), (total_b,) = owner_sums(
         _inverse_distances, rows={"z": z_bD, "norms": squared_norms(z_bD)},
         fixed={"all_z": z_BD, "all_norms": norms_B, "unit": unit, "NEAREST": nearest_counted(z_BD.dtype)},

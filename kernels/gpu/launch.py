@@ -7,7 +7,7 @@ architecture and without a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,8 +92,8 @@ def splits(b: int, B: int, config: Config) -> tuple[int, int]:
     Enough programs to fill a GPU when there are few local rows; each part writes partial results of its own and
     a small sum over parts follows, in a fixed order.
     """
-    tiles = triton.cdiv(B, config.block_n)
-    wanted = triton.cdiv(TARGET_PROGRAMS, triton.cdiv(b, config.block_m))
+    tiles = max(1, triton.cdiv(B, config.block_n))
+    wanted = triton.cdiv(TARGET_PROGRAMS, max(1, triton.cdiv(b, config.block_m)))
     tiles_per_split = triton.cdiv(tiles, min(wanted, tiles))
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
 
@@ -105,5 +105,10 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any)
     seen = _recording.get()
     if seen is not None:
         seen.launches.append(Launch(kernel, given, config))
-    else:
+        return
+    if 0 in grid:  # a rank without rows
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    # Triton starts a kernel on the current device, which need not be the tensors'.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**given, num_warps=config.warps, num_stages=config.stages)

@@ -3,7 +3,7 @@
 Shapes: b local rows (rows offset..offset+b of the batch), B rows of the batch, D width, R the most positives any
 anchor has, S slots (numbers asked of each anchor at once), P parts of the batch.
 Every search is for the least of some key of a pair, ties to the lowest row number: the farthest positive is the one
-of least −d².  NaN comes before everything, so that a row with NaN is found and its NaN reaches the loss.
+of least −d².  There NaN comes before everything, so that a row with NaN is found and its NaN reaches the loss.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..reference_mining import FARTHEST, NEAREST
 from .configs import config
+from .distances import centred, squared_norms
 from .launch import aligned, architecture, launch, operands, splits
 from .random import absorb, exponential, seed_words, seeded, uniform
 from .tiles import (
@@ -39,29 +40,6 @@ FARTHEST_SQUARE = tl.constexpr(FARTHEST**2)
 FAR = tl.constexpr(2.0**40)
 """A negative beyond FARTHEST has the key FAR·v: above the keys of all within (log q < 1, log E < 3, while
 v ≥ 2^-32), and in the order of the noise alone, to which the power of two does nothing."""
-
-
-def _centred(z_bD: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Local rows and batch, aligned; float32 rows less a point near the batch's mean, so that less cancels.
-
-    The point is the mean rounded to a power of two near the rows' spread: rows of small integers then stay exact,
-    and so do ties between their distances.  Where all rows agree it is their value.  Half types stay as they are.
-    """
-    if z_BD.dtype != torch.float32:
-        return aligned(z_bD), aligned(z_BD)
-    mean_D = z_BD.mean(0)
-    spread_D = (z_BD - mean_D).abs_().mean(0)
-    mantissa_D, _ = torch.frexp(spread_D)
-    step_D = spread_D / mantissa_D / 2  # 0.5 <= mantissa < 1, so this is a power of two, at most the spread
-    low_D, high_D = torch.aminmax(z_BD, dim=0)
-    centre_D = torch.where(low_D == high_D, low_D, (mean_D / step_D).round() * step_D)
-    batch_BD = aligned(z_BD - centre_D)
-    return (batch_BD if z_bD is z_BD else aligned(z_bD - centre_D)), batch_BD
-
-
-def _squared_norms(rows: Tensor) -> Tensor:
-    """‖row‖² in float32 without a root in between, so that rows of small integers stay exact."""
-    return rows.float().square().sum(1)
 
 
 def _inverse_lengths(rows: Tensor) -> Tensor:
@@ -127,14 +105,14 @@ def hardest_pairs(
     z_bD: Tensor, z_BD: Tensor, labels_b: Tensor, labels_B: Tensor, *, offset: int
 ) -> tuple[Tensor, Tensor]:
     """The farthest row of each anchor's class and the nearest of another, int64 (b,); -1 where there is none."""
-    z_bD, z_BD = _centred(z_bD, z_BD)
+    z_bD, z_BD = centred(z_bD, z_BD)
     (b, D), B = z_bD.shape, z_BD.shape[0]
     size = config("rank", architecture(z_BD.device), D, z_BD.dtype)
     parts, tiles_per_split = splits(b, B, size)
     keys = torch.empty(2, parts, b, dtype=torch.float32, device=z_BD.device)
     found = torch.empty_like(keys, dtype=torch.int32)
-    launch(_hardest, (triton.cdiv(b, size.block_m), parts), size, z=z_bD, norms=_squared_norms(z_bD),
-           labels=labels_b.contiguous(), all_z=z_BD, all_norms=_squared_norms(z_BD), all_labels=labels_B.contiguous(),
+    launch(_hardest, (triton.cdiv(b, size.block_m), parts), size, z=z_bD, norms=squared_norms(z_bD),
+           labels=labels_b.contiguous(), all_z=z_BD, all_norms=squared_norms(z_BD), all_labels=labels_B.contiguous(),
            keys=keys, found=found, b=b, B=B, width=D, offset=offset, tiles_per_split=tiles_per_split,
            **operands(z_BD))  # fmt: skip
     return _least_of_parts(keys[0], found[0]), _least_of_parts(keys[1], found[1])
@@ -238,9 +216,9 @@ def semihard_negatives(
     R = positive_bR.shape[1]
     if R == 0:
         return positive_bR
-    z_bD, z_BD = _centred(z_bD, z_BD)
+    z_bD, z_BD = centred(z_bD, z_BD)
     (b, D), B = z_bD.shape, z_BD.shape[0]
-    rows = {"z": z_bD, "norms": _squared_norms(z_bD), "all_z": z_BD, "all_norms": _squared_norms(z_BD)}
+    rows = {"z": z_bD, "norms": squared_norms(z_bD), "all_z": z_BD, "all_norms": squared_norms(z_BD)}
     size = config("mine", architecture(z_BD.device), D, z_BD.dtype)
     # The first slot's reach lies below every distance: beyond it is the nearest negative of all.
     S = R + 1

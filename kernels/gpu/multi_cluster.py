@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
-from .distances import centred, nearest_counted, root_mean_square, squared_norms
+from .distances import centred, nearest_counted, root_mean_square
 from .launch import aligned, architecture, launch, operands, splits
 from .owner import owner_sums
 from .tiles import (
@@ -276,7 +276,7 @@ def ranking(
                B=B, width=D, offset=offset, tiles_per_split=tiles_per_split, **operands(z_BD))  # fmt: skip
         return losses.sum((0, 1)), None, None
 
-    unit = root_mean_square(z_BD, squared_norms(z_BD))
+    unit = root_mean_square(z_BD)
     fixed |= {"unit": unit, "NEAREST": nearest_counted(z_BD.dtype)}
     (pulled_bD, pulled_square_bD), (total_b, loss_b) = owner_sums(
         _anchors, rows=anchors, fixed=fixed | {"all_z": z_BD}, matrices=lambda: [z_BD, z_BD.square()],

@@ -60,7 +60,7 @@ def owner_sums(
 
     size = config("weights" if accumulators == 1 else "weights2", architecture(device), D, dtype)
     values = matrices()
-    chunk = max(size.block_m, CHUNK_BYTES // (dtype.itemsize * columns) // size.block_m * size.block_m)
+    chunk = max(size.block_m, CHUNK_BYTES // (dtype.itemsize * max(columns, 1)) // size.block_m * size.block_m)
     for start in range(0, b, chunk):
         some = slice(start, min(start + chunk, b))
         count = some.stop - start

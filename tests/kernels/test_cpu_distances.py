@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from namr_dist.kernels import cpu, reference
+from namr_dist.kernels.centre import centre_of
 from namr_dist.kernels.cpu import blocks
 
 SHAPES = [(2, 8), (3, 24), (17, 130), (100, 24), (300, 100)]
@@ -184,7 +185,7 @@ def test_small_distances_themselves_are_exact() -> None:
     # Two rows 1e-3 apart among rows 10 apart: the mean over two rows' distances would hide an error.
     z_BD = torch.zeros(3, 2)
     z_BD[1, 0], z_BD[2, 1] = 1e-3, 10.0
-    distances = blocks.SquaredDistances(z_BD, z_BD, None, centre_D=blocks.centre_of(z_BD))
+    distances = blocks.SquaredDistances(z_BD, z_BD, None, centre_D=centre_of(z_BD))
     squared = torch.stack([distances.squared(rows, offset=0)[0][0, 1].clone() for rows in distances.blocks()])
     assert float(squared[0]) == pytest.approx(1e-6, rel=1e-6)
 

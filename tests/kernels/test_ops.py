@@ -31,7 +31,7 @@ BATCHES = {
     "far from the origin": batch(40, 24, z=batch(40, 24).z + 30),
     "near-duplicates": batch(40, 24, z=batch(20, 24).z.repeat(2, 1) + 1e-3 * batch(40, 24, seed=3).z),
 }
-UNEVEN = (5, 1, 17)
+UNEVEN = (5, 1, 0, 17)
 
 
 @pytest.fixture(params=["cpu", "triton"])
@@ -306,3 +306,65 @@ def test_too_few_slots_for_positives_are_refused() -> None:
     assert kernels.triplet_loss(given.z, given.labels, most_positives=6) == kernels.triplet_loss(given.z, given.labels)
     with pytest.raises(ValueError, match="most_positives is 1, but a class has 3 rows"):
         kernels.triplet_loss(given.z, given.labels, most_positives=1)
+
+
+@pytest.mark.parametrize("name", ["mean_distance", "ranking"])
+def test_float16_rows_far_from_the_origin(path: str, name: str) -> None:
+    far = batch(32, 48, z=40 + 0.5 * batch(32, 48).z)
+    op, given = OPS[name], far.rounded(torch.float16)
+    _, gradients = op.value_and_gradients(kernels, given.leaves(torch.float16))
+    _, want = op.value_and_gradients(reference, given.leaves(torch.float64))
+    # Rows of half types are not centred: the gradient for s is made of squares that are large beside it.
+    for one, other, bound in zip(gradients, want, (5e-3, 0.05), strict=False):
+        assert _worst(one, other) <= bound
+
+
+def test_a_loss_scale_reaches_half_gradients_before_they_are_rounded(path: str) -> None:
+    given = batch(64, 8).leaves(torch.float16)
+    scale = 2.0**14
+    (plain,) = torch.autograd.grad(kernels.mean_pairwise_distance(given.z) * scale, given.z)
+    (exact,) = torch.autograd.grad(reference.mean_pairwise_distance(given.z.double()), given.z)
+    assert _worst(plain.double() / scale, exact.double()) <= 2 * torch.finfo(torch.float16).eps
+    # 2^-14 is where float16 becomes subnormal: what the scale is for.
+    (small,) = torch.autograd.grad(kernels.mean_pairwise_distance(given.z) * 2.0**-20 * 2.0**20, given.z)
+    assert torch.equal(small, torch.autograd.grad(kernels.mean_pairwise_distance(given.z), given.z)[0])
+
+
+def test_lower_precision_of_products_is_not_for_the_losses(path: str) -> None:
+    given = batch(40, 144).leaves(torch.float32)
+    want = OPS["ranking"].value_and_gradients(kernels, given)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        got = OPS["ranking"].value_and_gradients(kernels, given)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(got[0], want[0]) and all(map(torch.equal, got[1], want[1]))
+
+
+@pytest.mark.parametrize("seed", [2**63 + 5, 2**64 - 1, -3])
+def test_every_seed_of_64_bits_is_the_references(path: str, seed: int) -> None:
+    given = batch(30, 16, seed=2)
+    ours = kernels.triplet_loss(given.z.float(), given.labels, mining="distance_weighted", seed=seed)
+    want = reference.triplet_loss(given.z, given.labels, mining="distance_weighted", seed=seed)
+    assert abs(float(ours) - float(want)) <= 1e-5 * float(want)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+    given = batch(300, 8, labels=torch.arange(300) % 7)
+    for name in ("hardest", "semihard", "margin", "multi_similarity", "proxy_anchor"):
+        plain, narrow = given.leaves(torch.float32), given.leaves(torch.float32)
+        narrow = Batch(**{**vars(narrow), "labels": given.labels.to(dtype)})
+        assert torch.equal(OPS[name].call(kernels, plain), OPS[name].call(kernels, narrow))
+
+
+def test_arguments_of_two_types_are_computed_in_the_wider() -> None:
+    given = batch(20, 8)
+    got = kernels.multi_cluster_ranking(given.z.float(), given.s)
+    want = reference.multi_cluster_ranking(given.z.float(), given.s)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    x, beta = given.x.float(), given.beta.requires_grad_()
+    torch.library.opcheck(torch.ops.namr.margin_loss.default, (x, beta, given.labels, 0.2, 3, None, True))
