@@ -50,7 +50,7 @@ class Limits:
 LIMITS = {
     80: Limits(166_912, "mma.sync", spill=0),
     90: Limits(232_448, "wgmma", spill=0),
-    100: Limits(232_448, "tcgen05", spill=96),  # half types at odd sizes: a few scans, at most 80 bytes
+    100: Limits(232_448, "tcgen05", spill=96),  # half types at odd sizes: a few scans, at most 72 bytes
     120: Limits(101_376, "mma.sync", spill=32),  # half types, D = 64: one fused gradient, 20 bytes
 }
 SPILL_WIDTH = 512

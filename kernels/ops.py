@@ -41,7 +41,7 @@ def seed_64(seed: int) -> int:
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Without autocast, and with float32 products in float32 whatever torch.set_float32_matmul_precision says."""
     # By backend: torch.get_float32_matmul_precision refuses to answer those who use the newer settings.
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = cuda.fp32_precision, cpu.fp32_precision
     cuda.fp32_precision = cpu.fp32_precision = "ieee"
     try:
