@@ -7,7 +7,7 @@ last counts.  Rows that do not agree with the definition are left out; dashed li
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,13 @@ def _draw(figure: _Figure, points: dict[tuple[str, str, int], dict[str, str]], q
                                    sharex=True, layout="constrained")
     panels = grid.flatten()
     handles: dict[str, Any] = {}
+    sizes = sorted({rows for _, _, rows in points})
     for panel, loss in zip(panels, losses, strict=False):
-        sizes: set[int] = set()
         for provider in PROVIDERS:
             rows = [row for key, row in sorted(points.items()) if key[:2] == (loss, provider)]
             line = _line(panel, provider, rows, quantity)
             if line is not None:
                 handles.setdefault(provider, line)
-                sizes.update(int(row["B"]) for row in rows)
         panel.set_title(loss.replace("-", " ").replace("multi ", "multi-").replace("proxy ", "proxy-"), fontsize=10)
         _scale(panel, sizes)
     for panel in panels[len(losses):]:
@@ -123,12 +122,14 @@ def _line(panel: Any, provider: str, rows: list[dict[str, str]], quantity: str) 
     return line
 
 
-def _scale(panel: Any, sizes: Iterable[int]) -> None:
+def _scale(panel: Any, sizes: Sequence[int]) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    panel.set_xticks(sorted(sizes), [str(size) for size in sorted(sizes)])
+    # Fixed limits: around a single batch size, automatic ones come out upside down on a logarithmic axis.
+    panel.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
+    panel.set_xticks(sizes, [str(size) for size in sizes])
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.xaxis.set_minor_formatter(NullFormatter())
