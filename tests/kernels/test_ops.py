@@ -320,14 +320,13 @@ def test_float16_rows_far_from_the_origin(path: str, name: str) -> None:
 
 
 def test_a_loss_scale_reaches_half_gradients_before_they_are_rounded(path: str) -> None:
-    given = batch(64, 8).leaves(torch.float16)
-    scale = 2.0**14
-    (plain,) = torch.autograd.grad(kernels.mean_pairwise_distance(given.z) * scale, given.z)
-    (exact,) = torch.autograd.grad(reference.mean_pairwise_distance(given.z.double()), given.z)
-    assert _worst(plain.double() / scale, exact.double()) <= 2 * torch.finfo(torch.float16).eps
-    # 2^-14 is where float16 becomes subnormal: what the scale is for.
-    (small,) = torch.autograd.grad(kernels.mean_pairwise_distance(given.z) * 2.0**-20 * 2.0**20, given.z)
-    assert torch.equal(small, torch.autograd.grad(kernels.mean_pairwise_distance(given.z), given.z)[0])
+    rows = batch(64, 8)
+    given, scale = batch(64, 8, z=0.0005 * rows.z).rounded(torch.float16), 2.0**14
+    half, exact = given.leaves(torch.float16), given.leaves(torch.float64)
+    (scaled,) = torch.autograd.grad(kernels.multi_cluster_ranking(half.z, half.s) * scale, half.s)
+    (want,) = torch.autograd.grad(reference.multi_cluster_ranking(exact.z, exact.s), exact.s)
+    assert want.abs().max() < 2.0**-14  # float16 keeps few bits of numbers this small
+    assert _worst(scaled.double() / scale, want) <= 2 * torch.finfo(torch.float16).eps
 
 
 def test_lower_precision_of_products_is_not_for_the_losses(path: str) -> None:
