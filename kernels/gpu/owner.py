@@ -21,7 +21,7 @@ from .configs import config, widest_gather
 from .launch import architecture, launch, operands, splits
 
 CHUNK_BYTES = 64 * 2**20
-"""Most memory that a chunk of pair weights takes; 256 MiB were no faster in count: 128 rows already fill a GPU."""
+"""Memory of a chunk of pair weights; more only where one tile of rows takes more."""
 
 
 def owner_sums(
