@@ -11,6 +11,7 @@ from .distances import mean_distance_of_rows, mean_pairwise_distance
 from .margin import margin_loss, margin_of_rows
 from .multi_cluster import multi_cluster_ranking, ranking_of_rows
 from .multi_similarity import multi_similarity_loss, multi_similarity_of_rows
+from .ops import Gather, alone
 from .proxy_anchor import proxy_anchor_loss, proxy_anchor_of_rows
 from .reference_pairs import unit_rows
 from .triplet import triplet_loss, triplet_of_rows
@@ -18,6 +19,8 @@ from .triplet import triplet_loss, triplet_of_rows
 __all__ = [
     "MINING",
     "STATISTICS",
+    "Gather",
+    "alone",
     "check_clusters",
     "check_mining",
     "describe",

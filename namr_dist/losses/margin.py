@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from namr_dist import kernels
+from namr_dist.losses.rows import Rows, through_unit_rows, with_gradients
 
 
 class MarginLoss(nn.Module):
@@ -21,11 +22,14 @@ class MarginLoss(nn.Module):
         # One element, not a scalar: DeepSpeed cannot broadcast a parameter without dimensions.
         self.beta = nn.Parameter(torch.full((1,), float(beta)))
 
-    def forward(self, z_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
-        """z_BD: floating (B, D), any length.  labels_B: integers.  seed: picks the sampled negatives."""
-        return kernels.margin_loss(
-            kernels.unit_rows(z_BD), labels_B, beta=self.beta, alpha=self.alpha, seed=seed,
-            most_positives=self.most_positives)
+    def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
+        """The batch's loss, carrying this rank's share of the gradient for β, and its gradient for rows.z_bD, of
+        any length. seed: picks the sampled negatives."""
+        unit = rows.unit()
+        loss, grad_x_bD, grad_beta = kernels.margin_of_rows(
+            unit.z_bD, unit.labels_b, unit.z_BD, unit.labels_B, self.beta.detach(), offset=unit.offset,
+            gather=unit.gather, alpha=self.alpha, seed=seed, most_positives=self.most_positives, with_grad=True)
+        return with_gradients(loss, (self.beta, grad_beta)), through_unit_rows(rows.z_bD, grad_x_bD)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"

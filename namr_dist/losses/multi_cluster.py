@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from namr_dist import kernels
+from namr_dist.losses.rows import Rows
 
 
 class MultiClusterRanking(nn.Module):
@@ -33,17 +34,12 @@ class MultiClusterRanking(nn.Module):
         self.sharpness = sharpness
         self.statistics = statistics
 
-    def forward(self, z_BD: Tensor, s_BD: Tensor) -> Tensor:
-        """z_BD: sample embeddings, floating (B, D).  s_BD: structure embeddings, positive, (B, D)."""
-        return kernels.multi_cluster_ranking(
-            z_BD,
-            s_BD,
-            clusters=self.clusters,
-            spread=self.spread,
-            floor=self.floor,
-            sharpness=self.sharpness,
-            statistics=self.statistics,
-        )
+    def forward(self, rows: Rows, s_bD: Tensor, s_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The batch's loss and its gradients for rows.z_bD and s_bD. s: positive weights, of this rank and of all."""
+        return kernels.ranking_of_rows(
+            rows.z_bD, s_bD, rows.z_BD, s_BD, offset=rows.offset, gather=rows.gather, clusters=self.clusters,
+            spread=self.spread, floor=self.floor, sharpness=self.sharpness, statistics=self.statistics,
+            with_grad=True)
 
     def extra_repr(self) -> str:
         return (

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from namr_dist import kernels
+from namr_dist.losses.rows import Rows, through_unit_rows
 
 
 class MultiSimilarityLoss(nn.Module):
@@ -22,16 +23,13 @@ class MultiSimilarityLoss(nn.Module):
         self.base = base
         self.epsilon = epsilon
 
-    def forward(self, z_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
-        """z_BD: floating (B, D), any length.  labels_B: integers.  seed: not used, nothing is sampled."""
-        return kernels.multi_similarity_loss(
-            kernels.unit_rows(z_BD),
-            labels_B,
-            alpha=self.alpha,
-            beta=self.beta,
-            base=self.base,
-            epsilon=self.epsilon,
-        )
+    def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
+        """The batch's loss and its gradient for rows.z_bD, of any length. seed: not used, nothing is sampled."""
+        unit = rows.unit()
+        loss, grad_x_bD = kernels.multi_similarity_of_rows(
+            unit.z_bD, unit.labels_b, unit.z_BD, unit.labels_B, offset=unit.offset, gather=unit.gather,
+            alpha=self.alpha, beta=self.beta, base=self.base, epsilon=self.epsilon, with_grad=True)
+        return loss, through_unit_rows(rows.z_bD, grad_x_bD)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, base={self.base}, epsilon={self.epsilon}"

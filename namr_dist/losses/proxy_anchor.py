@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from namr_dist import kernels
+from namr_dist.losses.rows import Rows, through_unit_rows, with_gradients
 
 
 class ProxyAnchorLoss(nn.Module):
@@ -36,15 +37,14 @@ class ProxyAnchorLoss(nn.Module):
         self.proxies = nn.Parameter(torch.empty(classes, width, dtype=torch.float32))
         nn.init.kaiming_normal_(self.proxies, mode="fan_out", generator=generator)
 
-    def forward(self, z_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
-        """z_BD: floating (B, D), any length.  labels_B: integers, 0..C-1.  seed: not used."""
-        return kernels.proxy_anchor_loss(
-            kernels.unit_rows(z_BD),
-            labels_B,
-            kernels.unit_rows(self.proxies),
-            alpha=self.alpha,
-            margin=self.margin,
-        )
+    def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
+        """The batch's loss, carrying this rank's share of the gradient for the proxies, and its gradient for
+        rows.z_bD, of any length. rows.labels_b: 0..C-1. seed: not used."""
+        x_bD, proxies_CD = kernels.unit_rows(rows.z_bD), kernels.unit_rows(self.proxies)
+        loss, grad_x_bD, grad_unit_CD = kernels.proxy_anchor_of_rows(
+            x_bD, rows.labels_b, proxies_CD.detach(), gather=rows.gather_one, alpha=self.alpha, margin=self.margin,
+            with_grad=True)
+        return with_gradients(loss, (proxies_CD, grad_unit_CD)), through_unit_rows(rows.z_bD, grad_x_bD)
 
     def extra_repr(self) -> str:
         classes, width = self.proxies.shape

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from namr_dist import kernels
+from namr_dist.losses.rows import Rows
 
 
 class TripletLoss(nn.Module):
@@ -22,10 +23,11 @@ class TripletLoss(nn.Module):
         self.mining = mining
         self.most_positives = most_positives
 
-    def forward(self, z_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
-        """z_BD: (B, D), the global batch.  labels_B: integers.  seed: picks the sampled negatives."""
-        return kernels.triplet_loss(z_BD, labels_B, margin=self.margin, mining=self.mining, seed=seed,
-                                    most_positives=self.most_positives)
+    def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
+        """The batch's loss and its gradient for rows.z_bD. seed: picks the sampled negatives."""
+        return kernels.triplet_of_rows(
+            rows.z_bD, rows.labels_b, rows.z_BD, rows.labels_B, offset=rows.offset, gather=rows.gather,
+            margin=self.margin, mining=self.mining, seed=seed, most_positives=self.most_positives, with_grad=True)
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, mining={self.mining!r}"

@@ -1,6 +1,13 @@
-"""Rows of one rank → rows of all ranks, differentiably."""
+"""Rows of one rank → rows of all ranks, and how many bytes that took.
+
+A gradient never travels back: every rank computes the whole gradient of its own rows from what it gathered
+(train/objective.py). So half the bytes of a gather that autograd differentiates are sent.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,30 +17,84 @@ from torch.autograd.function import FunctionCtx
 from namr_dist.parallel.ranks import world_size
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, local_bD: Tensor) -> Tensor:
-        parts = [torch.empty_like(local_bD) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local_bD.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad_BD: Tensor) -> Tensor:
-        # Every rank computes the same loss from the same gathered rows, so its own rows' slice is already their
-        # whole gradient and nothing has to be sent. The factor undoes the mean that the optimizer takes over
-        # ranks: a parameter's gradient is the *sum* of what the ranks' rows contribute.
-        world, rank = dist.get_world_size(), dist.get_rank()
-        rows = grad_BD.shape[0] // world
-        return grad_BD[rank * rows : (rank + 1) * rows] * world
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather_rows(local_bD: Tensor) -> Tensor:
-    """(b, …) on each rank → (W·b, …) on all, in the order of ranks. Every rank must pass the same shape.
+class Traffic:
+    """Bytes that this rank received from others in gathers."""
 
-    Exact when every rank computes the same loss from the result and gradients are averaged over ranks, as
-    DeepSpeed does.
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def take(self) -> int:
+        """Bytes since the last call."""
+        taken, self.bytes = self.bytes, 0
+        return taken
+
+
+class RowGather:
+    """(b, …) on each rank → (B, …) on all, in the order of ranks; not differentiable.
+
+    counts_W: rows of each rank, some of which may be 0. A call needs rows of that number, and the same trailing
+    shape and dtype on all ranks. Rows stand at offset..offset+b of the result.
     """
-    return local_bD if world_size() == 1 else _GatherRows.apply(local_bD)
+
+    def __init__(self, counts_W: Sequence[int], *, traffic: Traffic | None = None) -> None:
+        assert len(counts_W) == world_size(), (counts_W, world_size())
+        self.counts_W = tuple(counts_W)
+        self.offset = sum(self.counts_W[: _rank()])
+        self.traffic = traffic or Traffic()
+
+    @property
+    def one_each(self) -> RowGather:
+        """The same for one row a rank."""
+        return RowGather((1,) * len(self.counts_W), traffic=self.traffic)
+
+    @torch.no_grad()
+    def __call__(self, local: Tensor) -> Tensor:
+        world, own, most = len(self.counts_W), self.counts_W[_rank()], max(self.counts_W)
+        if local.shape[0] != own:
+            raise ValueError(f"rank {_rank()} has {local.shape[0]} rows, but was counted with {own}")
+        if world == 1:
+            return local
+        # Collectives want equal shares: shorter ones are filled up, and the filling cut off again.
+        padded = local.contiguous() if own == most else local.new_zeros((most, *local.shape[1:]))
+        if own != most:
+            padded[:own] = local
+        gathered = local.new_empty((world * most, *local.shape[1:]))
+        dist.all_gather(list(gathered.chunk(world)), padded)
+        self.traffic.bytes += (world - 1) * math.prod(padded.shape) * padded.element_size()
+        if min(self.counts_W) == most:
+            return gathered
+        return torch.cat([part[:rows] for part, rows in zip(gathered.chunk(world), self.counts_W, strict=True)])
+
+
+def count_rows(rows: int, device: torch.device) -> tuple[int, ...]:
+    """Rows of every rank. A GPU is waited for: where the counts are known, they need not be asked."""
+    if world_size() == 1:
+        return (rows,)
+    mine = torch.tensor([rows], device=device)
+    return tuple(RowGather((1,) * world_size())(mine).tolist())
+
+
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return grad * world_size()
+
+
+def for_averaged_gradients(loss: Tensor) -> Tensor:
+    """The same loss for an optimizer that averages gradients over ranks, as DeepSpeed, DDP and FSDP do.
+
+    What a rank's backward pass computes is its own rows' share of the gradient; the shares add up to the
+    gradient. This undoes the division, here and nowhere else.
+    """
+    return loss if world_size() == 1 else _Averaged.apply(loss)
 
 
 class _SumRanks(torch.autograd.Function):

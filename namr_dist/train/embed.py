@@ -11,8 +11,8 @@ from torch import Tensor
 from namr_dist.config import Config
 from namr_dist.data.augment import TestTransform
 from namr_dist.data.stream import ImageSource, sequential_batches, stream
-from namr_dist.parallel.gather import gather_rows
-from namr_dist.parallel.ranks import Rank
+from namr_dist.parallel.gather import RowGather
+from namr_dist.parallel.ranks import Rank, world_size
 
 
 def test_transform(config: Config) -> TestTransform:
@@ -34,7 +34,8 @@ def embed(forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, 
         outputs = forward(batch.images_bHW3.to(rank.device))
         places.append(batch.index_b)
         parts.append(tuple(output.float() for output in outputs))
-    place_M = gather_rows(torch.cat(places).to(rank.device)).cpu().numpy()
+    gather = RowGather((sum(len(index_b) for index_b in places),) * world_size())
+    place_M = gather(torch.cat(places).to(rank.device)).cpu().numpy()
     # Ranks that ran out repeated their last image: the first of equal places is as good as any.
     first_N = np.unique(place_M, return_index=True)[1]
-    return tuple(gather_rows(torch.cat(column)).cpu().numpy()[first_N] for column in zip(*parts, strict=True))
+    return tuple(gather(torch.cat(column)).cpu().numpy()[first_N] for column in zip(*parts, strict=True))

@@ -1,11 +1,12 @@
 """What is minimised: the metric loss on z plus λ times multi-cluster ranking on (z, s), over the global batch.
 
-Shapes: b rows of one rank, B rows of all ranks, D width. Formulas: docs/algorithm.md.
+Shapes: b rows of one rank, B rows of all ranks, D width, W ranks. Formulas: docs/algorithm.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,18 @@ from namr_dist.losses.margin import MarginLoss
 from namr_dist.losses.multi_cluster import MultiClusterRanking
 from namr_dist.losses.multi_similarity import MultiSimilarityLoss
 from namr_dist.losses.proxy_anchor import ProxyAnchorLoss
+from namr_dist.losses.rows import Rows, with_gradients
 from namr_dist.losses.triplet import TripletLoss
 from namr_dist.model.network import EmbeddingNetwork
-from namr_dist.parallel.gather import gather_rows
+from namr_dist.parallel.gather import RowGather, Traffic, count_rows, for_averaged_gradients
+from namr_dist.train.phases import Phases
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepLoss:
-    """The parts of one step's loss, each a scalar. Only `total` carries a gradient."""
+class StepLoss(NamedTuple):
+    """The parts of one step's loss, each a scalar. Only `total` carries a gradient.
+
+    A tuple, because ZeRO-3 finds the tensors that a module returns in tuples, and not in dataclasses.
+    """
 
     total: Tensor
     metric: Tensor
@@ -45,6 +50,63 @@ def build_metric_loss(config: LossConfig, *, classes: int, images_per_class: int
                            margin=config.proxy_anchor.margin)
 
 
+class Objective(nn.Module):
+    """The loss of the global batch from one rank's embeddings: metric loss + λ · multi-cluster ranking.
+
+    Every rank calls it with its own rows and gets the same loss. Its backward pass gives the rank the whole
+    gradient of its own rows, as anchors and as candidates of all others, and sends nothing: what it needs was
+    gathered with the loss. Made for optimizers that average gradients over ranks (DeepSpeed, DDP, FSDP): the
+    gradients they arrive at are those of one process with the whole batch, for the loss's own parameters too.
+
+    classes: labels are 0..classes-1.  images_per_class: K, rows of a class in a batch.  width: D.
+    """
+
+    def __init__(self, config: LossConfig, *, classes: int, images_per_class: int, width: int,
+                 phases: Phases | None = None) -> None:
+        super().__init__()
+        self.metric_loss = build_metric_loss(config, classes=classes, images_per_class=images_per_class, width=width)
+        ranking = config.ranking
+        self.ranking_loss = MultiClusterRanking(clusters=ranking.clusters, spread=ranking.spread,
+                                                floor=ranking.floor, sharpness=ranking.sharpness,
+                                                statistics=ranking.statistics)
+        self.ranking_weight = ranking.weight
+        self.phases = phases or Phases(torch.device("cpu"))
+        self.traffic = Traffic()
+
+    def forward(self, z_bD: Tensor, s_bD: Tensor, labels_b: Tensor, *, seed: int = 0,
+                counts_W: Sequence[int] | None = None) -> StepLoss:
+        """seed: fixes what the loss draws at random. counts_W: rows of each rank (None: asked for). Ranks may hold
+        different numbers of rows, or none."""
+        with self.phases("gather"):
+            gather = RowGather(counts_W or count_rows(len(labels_b), z_bD.device), traffic=self.traffic)
+            z_BD, labels_B = gather(z_bD.detach()), gather(labels_b)
+            s_BD = gather(s_bD.detach()) if self.ranking_weight else None
+        with self.phases("loss"):
+            return self._loss(z_bD, s_bD, labels_b, z_BD, s_BD, labels_B, gather, seed)
+
+    def _loss(self, z_bD: Tensor, s_bD: Tensor, labels_b: Tensor, z_BD: Tensor, s_BD: Tensor | None,
+              labels_B: Tensor, gather: RowGather, seed: int) -> StepLoss:
+        # Distances in units of their mean: margins and centres mean the same at any scale of z.
+        mean, grad_mean_bD = kernels.mean_distance_of_rows(z_bD.detach(), z_BD, offset=gather.offset, gather=gather,
+                                                           with_grad=True)
+        mean = mean.where(mean > 0, 1.0)
+        rows = Rows(z_bD=z_bD.detach() / mean, labels_b=labels_b, z_BD=z_BD / mean, labels_B=labels_B,
+                    offset=gather.offset, gather=gather, gather_one=gather.one_each)
+        metric, grad_bD = self.metric_loss(rows, seed=seed)
+        ranking = torch.zeros_like(metric.detach())
+        known = []
+        if s_BD is not None:
+            ranking, grad_ranking_bD, grad_s_bD = self.ranking_loss(rows, s_bD.detach(), s_BD)
+            grad_bD = grad_bD + self.ranking_weight * grad_ranking_bD
+            known.append((s_bD, self.ranking_weight * grad_s_bD))
+        # Through the division: x = z / m(z) with every row's gradient g for x gives (g - (Σ g·x) dm/dz) / m.
+        pull = gather.one_each((grad_bD * rows.z_bD).sum()[None]).sum()
+        known.append((z_bD, (grad_bD - pull * grad_mean_bD) / mean))
+        # The metric loss itself carries the gradients of its own parameters.
+        total = with_gradients(metric + self.ranking_weight * ranking, *known, (metric, torch.ones_like(metric)))
+        return StepLoss(total=for_averaged_gradients(total), metric=metric.detach(), ranking=ranking)
+
+
 class TrainingModule(nn.Module):
     """Network and losses as the one module that DeepSpeed drives.
 
@@ -52,32 +114,19 @@ class TrainingModule(nn.Module):
     and evaluation comes through the same forward for the same reason.
     """
 
-    def __init__(self, network: EmbeddingNetwork, config: LossConfig, *, classes: int, images_per_class: int) -> None:
+    def __init__(self, network: EmbeddingNetwork, config: LossConfig, *, classes: int, images_per_class: int,
+                 phases: Phases | None = None) -> None:
         super().__init__()
         self.network = network
-        width = network.sample_head.out_features
-        self.metric_loss = build_metric_loss(config, classes=classes, images_per_class=images_per_class, width=width)
-        ranking = config.ranking
-        self.ranking_loss = MultiClusterRanking(clusters=ranking.clusters, spread=ranking.spread,
-                                                floor=ranking.floor, sharpness=ranking.sharpness,
-                                                statistics=ranking.statistics)
-        self.ranking_weight = ranking.weight
+        self.objective = Objective(config, classes=classes, images_per_class=images_per_class,
+                                   width=network.sample_head.out_features, phases=phases)
 
-    def forward(self, images_bHW3: Tensor, labels_b: Tensor | None = None,
-                seed: int = 0) -> StepLoss | tuple[Tensor, Tensor]:
-        """Without labels: this rank's (z, s). With labels: the loss of the global batch, the same on all ranks.
-
-        `seed` fixes what the loss draws at random.
-        """
-        z_bD, s_bD = self.network(images_bHW3)
+    def forward(self, images_bHW3: Tensor, labels_b: Tensor | None = None, seed: int = 0,
+                counts_W: Sequence[int] | None = None) -> StepLoss | tuple[Tensor, Tensor]:
+        """Without labels: this rank's (z, s). With labels: the loss of the global batch, the same on all ranks."""
+        features_bF = self.network.features(images_bHW3)
+        with self.objective.phases("heads"):
+            z_bD, s_bD = self.network.heads(features_bF)
         if labels_b is None:
             return z_bD, s_bD
-        z_BD, s_BD, labels_B = gather_rows(z_bD), gather_rows(s_bD), gather_rows(labels_b)
-        # Distances in units of their mean: margins and centres mean the same at any scale of z.
-        z_BD = z_BD / kernels.mean_pairwise_distance(z_BD).clamp_min(torch.finfo(z_BD.dtype).tiny)
-        metric = self.metric_loss(z_BD, labels_B, seed=seed)
-        if self.ranking_weight == 0:
-            return StepLoss(total=metric, metric=metric.detach(), ranking=torch.zeros_like(metric.detach()))
-        ranking = self.ranking_loss(z_BD, s_BD)
-        return StepLoss(total=metric + self.ranking_weight * ranking, metric=metric.detach(),
-                        ranking=ranking.detach())
+        return self.objective(z_bD, s_bD, labels_b, seed=seed, counts_W=counts_W)

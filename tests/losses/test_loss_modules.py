@@ -1,4 +1,4 @@
-"""The loss modules: defaults, what they normalise, what they learn, one calling convention."""
+"""The loss modules: defaults, what they normalise, what they learn, one calling convention, gradients as autograd's."""
 
 import inspect
 import math
@@ -14,7 +14,9 @@ from namr_dist.losses import (
     MultiSimilarityLoss,
     ProxyAnchorLoss,
     TripletLoss,
+    all_rows,
 )
+from namr_dist.losses.rows import with_gradients
 
 
 def _metric_losses() -> dict[str, nn.Module]:
@@ -30,6 +32,12 @@ def _metric_losses() -> dict[str, nn.Module]:
 NAMES = list(_metric_losses())
 
 
+def value_of(loss: nn.Module, z_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
+    """The loss of a whole batch on one process, differentiable in z too."""
+    value, grad_BD = loss(all_rows(z_BD.detach(), labels_B), seed=seed)
+    return with_gradients(value, (z_BD, grad_BD), (value, torch.ones_like(value)))
+
+
 def _batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     z_BD = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return z_BD.to(dtype), torch.arange(12) % 4
@@ -39,15 +47,17 @@ def _batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 def test_one_calling_convention(name: str) -> None:
     loss = _metric_losses()[name]
     parameters = inspect.signature(loss.forward).parameters
-    assert list(parameters) == ["z_BD", "labels_B", "seed"]
+    assert list(parameters) == ["rows", "seed"]
     assert parameters["seed"].kind is inspect.Parameter.KEYWORD_ONLY
-    value = loss(*_batch(), seed=3)
+    value, grad_BD = loss(all_rows(*_batch()), seed=3)
     assert value.shape == () and value.dtype == torch.float64 and value.isfinite()
+    assert grad_BD.shape == (12, 5) and not grad_BD.requires_grad
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_module_is_its_op_with_the_published_constants(name: str) -> None:
     loss, (z_BD, labels_B) = _metric_losses()[name], _batch()
+    z_BD.requires_grad_()
     x_BD = nn.functional.normalize(z_BD, dim=1)
     want = {
         "triplet": lambda: kernels.triplet_loss(z_BD, labels_B, margin=0.2, mining="semihard"),
@@ -60,14 +70,16 @@ def test_each_module_is_its_op_with_the_published_constants(name: str) -> None:
         ),
     }[name]()
     # Not float64's tolerance: beta and the proxies are float32, and so is the proxies' normalisation.
-    torch.testing.assert_close(loss(z_BD, labels_B, seed=3), want, rtol=1e-5, atol=0)
+    value, grad_BD = loss(all_rows(z_BD.detach(), labels_B), seed=3)
+    torch.testing.assert_close(value, want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad_BD, *torch.autograd.grad(want, z_BD), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_triplet_loss_sees_the_length_of_rows(name: str) -> None:
     loss, (z_BD, labels_B) = _metric_losses()[name], _batch()
     lengths_B1 = torch.linspace(0.5, 4.0, 12, dtype=torch.float64)[:, None]
-    value, stretched = loss(z_BD, labels_B, seed=1), loss(lengths_B1 * z_BD, labels_B, seed=1)
+    value, stretched = (value_of(loss, rows_BD, labels_B, seed=1) for rows_BD in (z_BD, lengths_B1 * z_BD))
     assert torch.isclose(value, stretched, rtol=1e-9, atol=0).item() == (name != "triplet")
 
 
@@ -76,7 +88,7 @@ def test_only_the_triplet_loss_sees_the_length_of_rows(name: str) -> None:
 def test_float32_and_bfloat16_reach_rows_and_parameters(name: str, dtype: torch.dtype) -> None:
     loss, (z_BD, labels_B) = _metric_losses()[name], _batch(dtype)
     z_BD.requires_grad_()
-    value = loss(z_BD, labels_B, seed=0)
+    value = value_of(loss, z_BD, labels_B, seed=0)
     value.backward()
     assert value.dtype == torch.float32
     assert z_BD.grad is not None and z_BD.grad.dtype == dtype and float(z_BD.grad.abs().max()) > 0
@@ -96,7 +108,7 @@ def test_float32_and_bfloat16_reach_rows_and_parameters(name: str, dtype: torch.
     ids=["weighted triplet", "margin", "semihard triplet", "multi-similarity"],
 )
 def test_the_seed_reaches_what_is_sampled(loss: nn.Module, sampled: bool) -> None:
-    values = {float(loss(*_batch(), seed=seed).detach()) for seed in range(6)}
+    values = {value_of(loss, *_batch(), seed=seed).item() for seed in range(6)}
     assert (len(values) > 1) == sampled
 
 
@@ -131,33 +143,30 @@ def test_proxies_start_kaiming_normal_from_the_generator_given() -> None:
 def test_training_the_proxies_lowers_the_loss() -> None:
     loss, (z_BD, labels_B) = _metric_losses()["proxy_anchor"], _batch()
     optimiser = torch.optim.SGD(loss.parameters(), lr=0.05)
-    first = float(loss(z_BD, labels_B, seed=0).detach())
+    first = value_of(loss, z_BD, labels_B, seed=0).item()
     for _ in range(20):
         optimiser.zero_grad()
-        loss(z_BD, labels_B, seed=0).backward()
+        value_of(loss, z_BD, labels_B, seed=0).backward()
         optimiser.step()
-    assert float(loss(z_BD, labels_B, seed=0).detach()) < 0.9 * first
+    assert value_of(loss, z_BD, labels_B, seed=0).item() < 0.9 * first
 
 
 @pytest.mark.parametrize("statistics", ["batch", "anchor"])
 @pytest.mark.parametrize("spread", [0.6, 30.0])  # the spread sets the near centre, then the floor does
 def test_multi_cluster_ranking_passes_all_its_options(statistics: str, spread: float) -> None:
-    z_BD, _ = _batch()
+    z_BD, labels_B = _batch()
     s_BD = torch.linspace(0.5, 1.5, 60, dtype=torch.float64).view(12, 5)
     loss = MultiClusterRanking(clusters=3, spread=spread, floor=0.1, sharpness=7.0, statistics=statistics)
+    rows = all_rows(z_BD.clone(), labels_B)
     want = kernels.multi_cluster_ranking(
-        z_BD, s_BD, clusters=3, spread=spread, floor=0.1, sharpness=7.0, statistics=statistics
-    )
-    assert torch.equal(loss(z_BD, s_BD), want)
-    assert torch.equal(MultiClusterRanking()(z_BD, s_BD), kernels.multi_cluster_ranking(z_BD, s_BD))
-
-
-def test_multi_cluster_ranking_reaches_both_embeddings() -> None:
-    z_BD, _ = _batch()
-    z_BD.requires_grad_()
-    s_BD = torch.ones(12, 5, dtype=torch.float64, requires_grad=True)
-    MultiClusterRanking(clusters=4)(z_BD, s_BD).backward()
-    assert float(z_BD.grad.abs().max()) > 0 and float(s_BD.grad.abs().max()) > 0
+        z_BD.requires_grad_(), s_BD.requires_grad_(), clusters=3, spread=spread, floor=0.1, sharpness=7.0,
+        statistics=statistics)
+    value, *gradients = loss(rows, s_BD.detach(), s_BD.detach())
+    assert torch.equal(value, want)
+    for ours, theirs in zip(gradients, torch.autograd.grad(want, (z_BD, s_BD)), strict=True):
+        assert torch.equal(ours, theirs) and float(ours.abs().max()) > 0
+    assert torch.equal(MultiClusterRanking()(rows, s_BD.detach(), s_BD.detach())[0],
+                       kernels.multi_cluster_ranking(z_BD, s_BD))
 
 
 def test_wrong_arguments() -> None:
@@ -169,6 +178,6 @@ def test_wrong_arguments() -> None:
         MultiClusterRanking(clusters=1)
     z_BD, labels_B = _batch()
     with pytest.raises(ValueError, match=r"label 4 has no proxy.*0\.\.3"):
-        ProxyAnchorLoss(classes=4, width=5)(z_BD, labels_B + 1, seed=0)
+        ProxyAnchorLoss(classes=4, width=5)(all_rows(z_BD, labels_B + 1), seed=0)
     with pytest.raises(TypeError):
         TripletLoss(0.2)  # constructor arguments go by name

@@ -1,0 +1,66 @@
+"""One rank's rows among all, and losses whose gradients are known.
+
+Shapes: b rows of this rank, B rows of all ranks, D width, W ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from namr_dist import kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a rank needs to know of a batch to compute its loss, and the gradient of its own rows, by itself."""
+
+    z_bD: Tensor
+    """This rank's embeddings, the same as z_BD[offset : offset + b]."""
+    labels_b: Tensor
+    z_BD: Tensor
+    """The embeddings of all ranks, in the order of ranks."""
+    labels_B: Tensor
+    offset: int = 0
+    gather: kernels.Gather = kernels.alone
+    """(b, …) of this rank → (B, …) of all."""
+    gather_one: kernels.Gather = kernels.alone
+    """(1, …) of each rank → (W, …)."""
+
+    def unit(self) -> Rows:
+        """The same with rows of length 1."""
+        return Rows(z_bD=kernels.unit_rows(self.z_bD), labels_b=self.labels_b, z_BD=kernels.unit_rows(self.z_BD),
+                    labels_B=self.labels_B, offset=self.offset, gather=self.gather, gather_one=self.gather_one)
+
+
+def all_rows(z_BD: Tensor, labels_B: Tensor) -> Rows:
+    """The rows of a batch that one process holds by itself."""
+    return Rows(z_bD=z_BD, labels_b=labels_B, z_BD=z_BD, labels_B=labels_B)
+
+
+def through_unit_rows(z_bD: Tensor, grad_x_bD: Tensor) -> Tensor:
+    """Gradient for x = z / ‖z‖ → gradient for z, both (b, D)."""
+    with torch.enable_grad():
+        z_bD = z_bD.detach().requires_grad_()
+        return torch.autograd.grad(kernels.unit_rows(z_bD), z_bD, grad_x_bD.to(z_bD.dtype))[0]
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, value: Tensor, *pairs: Tensor) -> Tensor:
+        tensors, gradients = pairs[::2], pairs[1::2]
+        ctx.save_for_backward(*(gradient.to(of.dtype) for of, gradient in zip(tensors, gradients, strict=True)))
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        return None, *(part for gradient in saved for part in (grad * gradient, None))
+
+
+def with_gradients(value: Tensor, *known: tuple[Tensor, Tensor]) -> Tensor:
+    """`value`, a scalar, with its gradient for each tensor given beside that tensor; first order only."""
+    return _WithGradients.apply(value, *(tensor for pair in known for tensor in pair))
