@@ -168,6 +168,9 @@ class TrainConfig:
     """DeepSpeed ZeRO: share nothing, optimizer state, gradients, parameters among ranks."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the backbone's forward pass; auto: bf16 where the GPU has it, else fp32. Parameters stay fp32."""
+    micro_batch: int | None = None
+    """Images that a rank passes through the backbone at a time (gradient caching): batches larger than memory, for one
+    more forward pass. None: all at once. Needs model.batchnorm frozen."""
     log_every: int = 10
     """Steps between two lines in the log; metrics.jsonl has every step."""
     validate_every: int = 500
@@ -193,11 +196,17 @@ class Config:
     def load(cls, path: Path) -> Config:
         """Read a run's config.json. Raises InputError if it is missing or not one."""
         try:
-            return _build(cls, json.loads(path.read_text(encoding="utf-8")), str(path))
+            return cls.from_object(json.loads(path.read_text(encoding="utf-8")), str(path))
         except FileNotFoundError:
             raise InputError(f"{path} is missing: {path.parent} is not the folder of a run") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is not JSON ({error}); the run has to be trained again") from None
+
+    @classmethod
+    def from_object(cls, value: Any, where: str) -> Config:
+        """The configuration in parsed JSON. Raises InputError, naming `where`, if it is not one."""
+        config: Config = _build(cls, value, where)
+        return config
 
     @property
     def test_size(self) -> int:
@@ -210,7 +219,8 @@ class Config:
         at_least_one = {"data.classes_per_batch": data.classes_per_batch, "data.image_size": data.image_size,
                         "optim.steps": optim.steps, "train.log_every": train.log_every,
                         "train.validate_every": train.validate_every, "model.width": self.model.width,
-                        "model.structure_hidden": self.model.structure_hidden, "data.test_size": self.test_size}
+                        "model.structure_hidden": self.model.structure_hidden, "data.test_size": self.test_size,
+                        "train.micro_batch": 1 if train.micro_batch is None else train.micro_batch}
         for name, value in at_least_one.items():
             if value < 1:
                 raise InputError(f"{name} is {value}; set it to at least 1")
@@ -225,6 +235,9 @@ class Config:
         if from_scratch and model.batchnorm == "frozen":
             raise InputError(f"model.backbone {model.backbone} starts from scratch, so its batch norm cannot be "
                              "frozen; set model.batchnorm to train")
+        if train.micro_batch is not None and model.batchnorm != "frozen":
+            raise InputError("train.micro_batch embeds a batch in pieces, and batch norm of a piece is not that "
+                             "of the batch; set model.batchnorm to frozen, or leave train.micro_batch out")
         if not 0 < self.model.delta < 1:
             raise InputError(f"model.delta is {self.model.delta}; set it between 0 and 1, both excluded")
         if optim.warmup_steps < 0 or optim.warmup_steps > optim.steps:

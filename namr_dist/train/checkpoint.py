@@ -60,9 +60,10 @@ def load_network(path: Path, config: Config, *, device: torch.device) -> tuple[E
     return network, json.loads(metadata["trained"])
 
 
-def initial_network(config: Config, *, device: torch.device, pretrained: bool, bf16: bool = False) -> EmbeddingNetwork:
+def initial_network(config: Config, *, device: torch.device, pretrained: bool, bf16: bool = False,
+                    pieces: int = 1) -> EmbeddingNetwork:
     """The network as training starts it; not `pretrained`, only its shape, to be filled from a checkpoint."""
     torch.manual_seed(config.train.seed)
     model = config.model if pretrained else dataclasses.replace(config.model, pretrained=False, weights=None)
-    return EmbeddingNetwork(model, image_size=config.data.image_size, bf16=bf16).to(device)
+    return EmbeddingNetwork(model, image_size=config.data.image_size, bf16=bf16, pieces=pieces).to(device)
 

@@ -15,6 +15,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
+from namr_dist.train.phases import StepTimes
+
 
 class RunLog:
     """One run's log. On a terminal a progress bar, else a line every so many steps.
@@ -22,12 +24,13 @@ class RunLog:
     Only the first rank has one. Lines are flushed as they come, so `tail -f` and a later crash see all of them.
     """
 
-    def __init__(self, run: Path, *, steps: int, tensorboard: bool, name: str) -> None:
+    def __init__(self, run: Path, *, steps: int, ranks: int, tensorboard: bool, name: str) -> None:
         # Unbuffered: a line that did not fit the disk is not tried again when the file is closed.
         self._path = run / "metrics.jsonl"
         self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
         self._events: _Events | None = _Events(run / "tensorboard") if tensorboard else None
         self._steps = steps
+        self._many = ranks > 1
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
         if self._console.is_terminal:
@@ -68,14 +71,21 @@ class RunLog:
         if self._bar:
             self._bar.update(self._task, completed=int(figures["step"]), note=f"loss {figures['loss']:.4f}")
 
-    def speed(self, step: int, img_per_s: float) -> None:
-        """Images a second since the last such call, validation left out; a line for people, if there is no bar."""
-        self._write({"step": step, "img_per_s": round(img_per_s, 1), "time_s": round(self.time_s, 3)})
-        if not self._bar:
-            latest = self._latest
-            self.say(f"step {step:>6}/{self._steps}  epoch {latest['epoch']:>3}  loss {latest['loss']:.4f}  "
-                     f"metric {latest['metric_loss']:.4f}  ranking {latest['ranking_loss']:.4f}  "
-                     f"lr {latest['lr']:.2e}  {img_per_s:.0f} img/s  {self.time_s:.0f} s")
+    def speed(self, step: int, img_per_s: float, times: StepTimes, *, gathered_bytes: float) -> None:
+        """Of the steps since the last such call, validation left out: images a second, where the time went, and the
+        bytes a rank received a step while embeddings were gathered. A line for people, if there is no bar."""
+        self._write({"step": step, "img_per_s": round(img_per_s, 1), "time_s": round(self.time_s, 3),
+                     **{f"{name}_s": round(seconds, 5) for name, seconds in times.mean_s.items()},
+                     "slowest_rank": times.slowest_rank, "slowest_s": round(times.slowest_s, 5),
+                     "gathered_mib": round(gathered_bytes / 2**20, 4)})
+        if self._bar:
+            return
+        latest = self._latest
+        spent = " ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in times.mean_s.items())
+        slowest = f"  slowest rank {times.slowest_rank}: {1e3 * times.slowest_s:.0f}" if self._many else ""
+        self.say(f"step {step:>6}/{self._steps}  epoch {latest['epoch']:>3}  loss {latest['loss']:.4f}  "
+                 f"metric {latest['metric_loss']:.4f}  ranking {latest['ranking_loss']:.4f}  "
+                 f"lr {latest['lr']:.2e}  {img_per_s:.0f} img/s  {self.time_s:.0f} s  ms: {spent}{slowest}")
 
     def validation(self, step: int, figures: dict[str, float]) -> None:
         """Recall and the like, in percent, on the validation classes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -35,6 +34,7 @@ from namr_dist.train.checkpoint import final_checkpoint, initial_network, save_n
 from namr_dist.train.embed import embed, test_transform
 from namr_dist.train.logging import RunLog
 from namr_dist.train.objective import StepLoss, TrainingModule
+from namr_dist.train.phases import Phases, StepTimes
 from namr_dist.train.schedule import lr_factor
 
 if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
@@ -63,10 +63,12 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> 
         verify_shards(manifest, {*config.data.train_splits, *validation})
     bf16, why = _precision(config, rank.device)
     # Built before the process group is up, so that a wrong backbone or file is said at once and once.
-    network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16)
+    share = config.data.classes_per_batch * config.data.images_per_class // rank.world_size
+    pieces = math.ceil(share / (config.train.micro_batch or share))
+    network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16, pieces=pieces)
     _check_sizes(network, config, rank.device)
     module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N)),
-                            images_per_class=config.data.images_per_class).to(rank.device)
+                            images_per_class=config.data.images_per_class, phases=Phases(rank.device)).to(rank.device)
     if rank.first:
         _claim_folder(run, overwrite=overwrite, need_bytes=_size_bytes(module))
         write_atomic(run / "config.json", config.to_json())
@@ -75,7 +77,8 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> 
         _steps(engine, config, manifest, index, rank, log=None)
         _save(engine, config, run, rank)
         return
-    with RunLog(run, steps=config.optim.steps, tensorboard=config.train.tensorboard, name=config.recipe) as log:
+    with RunLog(run, steps=config.optim.steps, ranks=rank.world_size, tensorboard=config.train.tensorboard,
+                name=config.recipe) as log:
         for line in _banner(config, manifest, index, run, rank, precision=f"{'bf16' if bf16 else 'fp32'} ({why})"):
             log.say(line)
         _steps(engine, config, manifest, index, rank, log=log)
@@ -141,7 +144,7 @@ def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]
     """AdamW's groups, each with its peak learning rate; empty ones (a loss without parameters) left out."""
     network = module.network
     parts = ((network.backbone, config.backbone_lr, True), (network.sample_head, config.head_lr, True),
-             (network.structure_head, config.head_lr, True), (module.metric_loss, config.loss_lr, False))
+             (network.structure_head, config.head_lr, True), (module.objective.metric_loss, config.loss_lr, False))
     groups = []
     for part, peak, may_decay in parts:
         parameters = [value for value in part.parameters() if value.requires_grad]
@@ -191,17 +194,21 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
                      world_size=rank.world_size, steps=optim.steps)
     batches = stream(ShardImages(manifest, index, transform), plan, workers=data.workers,
                      pin_memory=rank.device.type == "cuda")
+    phases, traffic = engine.module.objective.phases, engine.module.objective.traffic
     peaks = [group["lr"] for group in engine.optimizer.param_groups]
     per_epoch = steps_per_epoch(index.label_N, classes_per_batch=data.classes_per_batch)
     images = data.classes_per_batch * data.images_per_class
     pending: list[tuple[int, StepLoss, float, float]] = []
     line_steps, line_began = 0, time.perf_counter()
     engine.train()
-    for step, batch in enumerate(batches):
+    phases.take()
+    for step in range(plan.first_step, optim.steps):
+        with phases("data"):
+            batch = next(batches)
         factor = lr_factor(step, optim)
         for group, peak in zip(engine.optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
-        losses = _one_step(engine, batch, rank.device, seed=(config.train.seed << 32) + step)
+        losses = _one_step(engine, batch, rank, phases, seed=(config.train.seed << 32) + step)
         pending.append((step, losses, factor, log.time_s if log else 0.0))
         last = step + 1 == optim.steps
         line = (step + 1) % config.train.log_every == 0 or last
@@ -212,23 +219,31 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
             line_steps += len(pending)
             pending.clear()
         if line:
+            spent = StepTimes.of_all_ranks(phases.take(), steps=line_steps, rank=rank)
+            received = traffic.take() / line_steps
             if log:
-                log.speed(step + 1, images * line_steps / (time.perf_counter() - line_began))
+                log.speed(step + 1, images * line_steps / (time.perf_counter() - line_began), spent,
+                          gathered_bytes=received)
             line_steps, line_began = 0, time.perf_counter()
         if validate:
             paused = time.perf_counter()
-            figures = _validate(engine, config, manifest, rank)
+            with phases("validation"):
+                figures = _validate(engine, config, manifest, rank)
             if log:
                 log.validation(step + 1, figures)
             line_began += time.perf_counter() - paused
 
 
-def _one_step(engine: DeepSpeedEngine, batch: Batch, device: torch.device, *, seed: int) -> StepLoss:
-    losses: StepLoss = engine(batch.images_bHW3.to(device, non_blocking=True),
-                              batch.labels_b.to(device, non_blocking=True), seed)
-    engine.backward(losses.total)
-    engine.step()
-    return dataclasses.replace(losses, total=losses.total.detach())
+def _one_step(engine: DeepSpeedEngine, batch: Batch, rank: Rank, phases: Phases, *, seed: int) -> StepLoss:
+    with phases("forward"):
+        losses: StepLoss = engine(batch.images_bHW3.to(rank.device, non_blocking=True),
+                                  batch.labels_b.to(rank.device, non_blocking=True), seed,
+                                  (len(batch.labels_b),) * rank.world_size)
+    with phases("backward"):
+        engine.backward(losses.total)
+    with phases("step"):
+        engine.step()
+    return losses._replace(total=losses.total.detach())
 
 
 def _report(pending: list[tuple[int, StepLoss, float, float]], config: Config, per_epoch: int,
