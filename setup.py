@@ -32,12 +32,14 @@ RUNTIME = [
     "tensorboardX>=2.6.4,<3",
     "tyro>=1.0,<2",
 ]
+ONNX = ["onnx>=1.20,<2", "onnxscript>=0.6,<1", "onnxruntime>=1.23,<2"]
 EXTRAS = {
     "cpu": ["faiss-cpu>=1.9,<2"],
     "gpu": ["faiss-gpu>=1.15,<2"],
+    "export": ONNX,
     "bench": ["matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3"],
     "test": ["pytest>=8.3", "pytest-timeout>=2.3", "matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3",
-             "selenium>=4.20,<5"],
+             "selenium>=4.20,<5", *ONNX],
     "dev": ["ruff>=0.9", "mypy>=1.14"],
 }
 

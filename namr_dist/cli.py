@@ -87,6 +87,17 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
                              ("stats", _shards_stats, "count images and classes by split")):
         entry = shard_verbs.add_parser(name, help=text)
         entry.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="the shard set (homeware)")
+    export = verbs.add_parser("export", help="write a trained network as plain files that need no DeepSpeed",
+                              description="Write a trained run's network into a new folder with config.json and a "
+                              "model card. Every file is read back and compared with the network.")
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    formats = ("safetensors", "torch", "onnx")
+    export.add_argument("--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT",
+                        help="any of safetensors, torch (torch.export) and onnx; by default all")
+    export.add_argument("--json", action="store_true", help="print JSON")
+    export.set_defaults(verb=_export)
+
         entry.add_argument("--json", action="store_true", help="print JSON")
         entry.set_defaults(verb=verb)
 
@@ -222,6 +233,19 @@ def _bench_kernels(parsed: argparse.Namespace, _: list[str]) -> None:
         execute(parsed)
     except Refused as error:
         raise InputError(str(error)) from None
+
+def _export(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.retrieval.export import export_run
+
+    exported = export_run(parsed.run, parsed.out, parsed.formats)
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))
+        return
+    for file, size in exported.size_bytes.items():
+        compared = f"  differs from the network by {exported.differences[file]:.1e} at most" \
+            if file in exported.differences else ""
+        print(f"{exported.folder / file}  {size / 2**20:.1f} MiB{compared}")
+
 
 
 def _doctor(parsed: argparse.Namespace, _: list[str]) -> None:
