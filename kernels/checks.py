@@ -49,6 +49,22 @@ def check_labels(labels_B: Tensor, rows_BD: Tensor) -> None:
         )
 
 
+def check_memory(rows_BD: Tensor, memory_QD: Tensor | None, *memory_labels_Q: Tensor | None) -> None:
+    """Memory rows must be as wide as the batch's and come with a label each, where the loss reads labels."""
+    if any((memory_QD is None) != (labels_Q is None) for labels_Q in memory_labels_Q):
+        raise ValueError("memory rows and memory labels belong together; pass both or neither")
+    if memory_QD is None:
+        return
+    if not memory_QD.is_floating_point() or memory_QD.dim() != 2 or memory_QD.shape[1] != rows_BD.shape[1]:
+        raise ValueError(
+            f"memory must be floating (Q, {rows_BD.shape[1]}), as wide as the rows, "
+            f"got {memory_QD.dtype} {tuple(memory_QD.shape)}"
+        )
+    for labels_Q in memory_labels_Q:
+        assert labels_Q is not None
+        check_labels(labels_Q, memory_QD)
+
+
 def check_mining(mining: str) -> None:
     """`mining` must be one of `MINING`."""
     if mining not in MINING:

@@ -1,6 +1,6 @@
 """Margin loss with distance-weighted negatives and a learnt boundary.  Definition: reference.py.
 
-Shapes: b local rows, B rows of the batch, D width, R slots for the positives of an anchor.
+Shapes: b local rows, B rows of the batch, N candidates, D width, R slots for the positives of an anchor.
 """
 
 import torch
@@ -44,8 +44,8 @@ def margin_loss(
 def margin_of_rows(
     x_bD: Tensor,
     labels_b: Tensor,
-    x_BD: Tensor,
-    labels_B: Tensor,
+    x_ND: Tensor,
+    labels_N: Tensor,
     beta: Tensor,
     *,
     offset: int,
@@ -58,27 +58,28 @@ def margin_of_rows(
     """The same from rows offset..offset+b alone: the batch's loss, its gradient for those rows, and these rows' share
     of the gradient for beta: shares add up over ranks.
 
+    x_ND: the batch's rows, then any memory rows: constants, which positives and negatives are chosen from too.
     Ranks exchange two numbers a row for the loss, and the mined pairs with their weights, 4·R numbers a row.
     """
-    primitives = implementation(x_BD)
-    slots = count_most_positives(labels_B) if most_positives is None else most_positives
-    positive_bR = positives(labels_b, labels_B, offset=offset, slots=slots)
+    primitives = implementation(x_ND)
+    slots = count_most_positives(labels_b, labels_N, gather=gather) if most_positives is None else most_positives
+    positive_bR = positives(labels_b, labels_N, offset=offset, slots=slots)
     negative_bR = primitives.sampled_negatives(
-        x_bD, x_BD, labels_b, labels_B, positive_bR, offset=offset, seed=seed)
+        x_bD, x_ND, labels_b, labels_N, positive_bR, offset=offset, seed=seed)
     valid_bR = positive_bR >= 0
-    to_positive_bR = primitives.pair_distance(x_bD, x_BD, positive_bR)
+    to_positive_bR = primitives.pair_distance(x_bD, x_ND, positive_bR)
     boundary = beta.reshape(()).to(to_positive_bR.dtype)
     too_far_bR = torch.relu(to_positive_bR - boundary + alpha).where(valid_bR, 0.0)
-    too_near_bR = torch.relu(boundary - primitives.pair_distance(x_bD, x_BD, negative_bR) + alpha).where(valid_bR, 0.0)
+    too_near_bR = torch.relu(boundary - primitives.pair_distance(x_bD, x_ND, negative_bR) + alpha).where(valid_bR, 0.0)
     far_bR, near_bR = ((hinge_bR > 0).to(boundary.dtype) for hinge_bR in (too_far_bR, too_near_bR))
     # Counted per row and summed as integers: float32 counts no further than 2^24.
     active = gather((far_bR + near_bR).sum(1).long()).sum().clamp_min(1)
     loss = gather((too_far_bR + too_near_bR).sum(1)).sum() / active
     if not with_grad:
         return loss, None, None
-    index_BS = gather(torch.cat([positive_bR, negative_bR], 1))
+    index_BS = gather(torch.cat([positive_bR, negative_bR], 1).int()).long()
     weight_BS = gather(torch.cat([far_bR, -near_bR], 1) / active)
-    grad_x_bD = primitives.pair_gradient(x_BD, index_BS, weight_BS, first=offset, rows=x_bD.shape[0])
+    grad_x_bD = primitives.pair_gradient(x_ND, index_BS, weight_BS, first=offset, rows=x_bD.shape[0])
     return loss, grad_x_bD, ((near_bR.sum() - far_bR.sum()) / active).reshape(beta.shape)
 
 

@@ -1,6 +1,6 @@
 """Multi-cluster ranking: every adaptive distance is pulled to the nearer of ordered centres.  Definition: reference.py.
 
-Shapes: b local rows, B rows of the batch, D width.
+Shapes: b local rows, B rows of the batch, N candidates, D width.
 """
 
 import torch
@@ -42,17 +42,17 @@ def multi_cluster_ranking(
 
 
 def centres(
-    mean_B: Tensor, scatter_B: Tensor, *, clusters: int, spread: float, floor: float, statistics: str
+    mean_B: Tensor, scatter_B: Tensor, *, candidates: int, clusters: int, spread: float, floor: float, statistics: str
 ) -> tuple[Tensor, Tensor]:
     """η_m = far − m·step, m = 0..M−1, for each anchor: (B,) and (B,), from `row_moments` of all rows."""
-    B = mean_B.shape[0]
+    B, N = mean_B.shape[0], candidates
     if statistics == "batch":
         mean = mean_B.mean()
-        # Rows have B distances each: scatter within rows and between them.
-        scatter = scatter_B.sum() + B * (mean_B - mean).square().sum()
-        mean, deviation = mean.expand(B), (scatter / (B * B - 1)).sqrt().expand(B)
+        # Rows have N distances each: scatter within rows and between them.
+        scatter = scatter_B.sum() + N * (mean_B - mean).square().sum()
+        mean, deviation = mean.expand(B), (scatter / (B * N - 1)).sqrt().expand(B)
     else:
-        mean, deviation = mean_B, (scatter_B / (B - 1)).sqrt()
+        mean, deviation = mean_B, (scatter_B / (N - 1)).sqrt()
     near = torch.maximum(floor * mean, mean - spread * deviation)
     return mean.contiguous(), ((mean - near) / (clusters - 1)).contiguous()
 
@@ -61,7 +61,7 @@ def centres(
 def ranking_of_rows(
     z_bD: Tensor,
     s_bD: Tensor,
-    z_BD: Tensor,
+    z_ND: Tensor,
     s_BD: Tensor,
     *,
     offset: int,
@@ -75,20 +75,22 @@ def ranking_of_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same from rows offset..offset+b alone: the batch's loss, and its gradients for those rows' z and s.
 
+    z_ND: the batch's rows, then any memory rows: constants, which are candidates and never anchors, so need no s.
     Ranks exchange two numbers a row before the gradient, and one for the loss.
     """
-    if z_BD.dtype != s_BD.dtype:
-        dtype = compute_dtype(z_BD, s_BD)
-        z_bD, s_bD, z_BD, s_BD = (rows.to(dtype) for rows in (z_bD, s_bD, z_BD, s_BD))
-    primitives = implementation(z_BD)
-    mean_b, scatter_b = primitives.row_moments(z_bD, z_BD, offset=offset)
+    if z_ND.dtype != s_BD.dtype:
+        dtype = compute_dtype(z_ND, s_BD)
+        z_bD, s_bD, z_ND, s_BD = (rows.to(dtype) for rows in (z_bD, s_bD, z_ND, s_BD))
+    primitives = implementation(z_ND)
+    B, N = s_BD.shape[0], z_ND.shape[0]
+    mean_b, scatter_b = primitives.row_moments(z_bD, z_ND, offset=offset)
     far_B, step_B = centres(
-        gather(mean_b), gather(scatter_b), clusters=clusters, spread=spread, floor=floor, statistics=statistics)
+        gather(mean_b), gather(scatter_b), candidates=N, clusters=clusters, spread=spread, floor=floor,
+        statistics=statistics)  # fmt: skip
     loss_b, grad_z_bD, grad_s_bD = primitives.ranking(
-        z_bD, s_bD, z_BD, s_BD, far_B, step_B, offset=offset, clusters=clusters, sharpness=sharpness,
+        z_bD, s_bD, z_ND, s_BD, far_B, step_B, offset=offset, clusters=clusters, sharpness=sharpness,
         with_grad=with_grad)  # fmt: skip
-    B = z_BD.shape[0]
-    pairs = B * (B - 1)
+    pairs = B * (N - 1)
     loss = gather(loss_b).sum() / pairs
     if not with_grad:
         return loss, None, None

@@ -1,8 +1,11 @@
 """Multi-similarity loss with its pair mining.  Definition: reference.py.
 
-Shapes: b local rows, B rows of the batch, D width.
+Shapes: b local rows, B rows of the batch, N candidates, D width.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 from .checks import check_labels, check_rows
@@ -39,8 +42,8 @@ def multi_similarity_loss(
 def multi_similarity_of_rows(
     x_bD: Tensor,
     labels_b: Tensor,
-    x_BD: Tensor,
-    labels_B: Tensor,
+    x_ND: Tensor,
+    labels_N: Tensor,
     *,
     offset: int,
     gather: Gather,
@@ -52,21 +55,30 @@ def multi_similarity_of_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """The same from rows offset..offset+b alone: the batch's loss, and its gradient for those rows, (b, D).
 
+    x_ND: the batch's rows, then any memory rows: constants, which are positives and negatives and never anchors.
     Ranks exchange four numbers a row.
     """
-    primitives = implementation(x_BD)
-    B = x_BD.shape[0]
+    primitives = implementation(x_ND)
     statistics_b4 = primitives.similarity_statistics(
-        x_bD, x_BD, labels_b, labels_B, offset=offset, alpha=alpha, beta=beta, base=base, epsilon=epsilon)
+        x_bD, x_ND, labels_b, labels_N, offset=offset, alpha=alpha, beta=beta, base=base, epsilon=epsilon)
     statistics_B4 = gather(statistics_b4)
     _, _, attract_B, repel_B = statistics_B4.unbind(1)
     loss = (attract_B / alpha + repel_B / beta).mean()
     if not with_grad:
         return loss, None
+    B, N = statistics_B4.shape[0], x_ND.shape[0]
+    statistics_N4 = statistics_B4 if B == N else _and_unmined(statistics_B4, N - B)
     grad_bD = primitives.similarity_gradient(
-        x_bD, x_BD, labels_b, labels_B, statistics_b4, statistics_B4, offset=offset, alpha=alpha, beta=beta, base=base,
+        x_bD, x_ND, labels_b, labels_N, statistics_b4, statistics_N4, offset=offset, alpha=alpha, beta=beta, base=base,
         epsilon=epsilon)  # fmt: skip
     return loss, grad_bD / B
+
+
+def _and_unmined(statistics_B4: Tensor, rows: int) -> Tensor:
+    """Statistics of so many rows more, as of anchors without any pair: they mine none."""
+    added_Q4 = statistics_B4.new_zeros(rows, 4)
+    added_Q4[:, 0], added_Q4[:, 1] = math.inf, -math.inf
+    return torch.cat([statistics_B4, added_Q4])
 
 
 @loss_op("multi_similarity_loss", differentiable=1)

@@ -1,10 +1,12 @@
 """The definition of every op of this package, in plain PyTorch.  Faster forms must agree with this one.
 
-Shapes: B rows of the global batch, D embedding width, M clusters, C classes (one proxy each), R the most
-positives any anchor has.
+Shapes: B rows of the global batch, N candidates, D embedding width, M clusters, C classes (one proxy each), R the
+most positives any anchor has.
+Memory rows: Q rows of earlier batches that a loss may be given besides (Wang et al. 2020).  The N = B + Q candidates
+are the rows of the batch and, behind them, these, which are constants and never anchors.
 Dtypes: any floating dtype; half types are computed and returned in float32; float64 is the yardstick.
 Gradients: autograd, first order.  At distance 0 and at the other kinks the subgradient taken is 0.
-Memory: O(B²) forward and backward ((B, C) for proxies); never a (B, B, D) tensor.
+Memory: O(B·N) forward and backward ((B, C) for proxies); never a (B, N, D) tensor.
 Batches without any term (one class only, no positives) give 0 with a gradient of zeros.
 Formulas: docs/algorithm.md.
 """
@@ -19,6 +21,7 @@ from .checks import (
     STATISTICS,
     check_clusters,
     check_labels,
+    check_memory,
     check_mining,
     check_proxies,
     check_proxy_labels,
@@ -65,16 +68,21 @@ def mean_pairwise_distance(z_BD: Tensor) -> Tensor:
     return pairwise_distance(z_BD, z_BD).sum() / (B * (B - 1))
 
 
+def _with_memory(rows_B: Tensor, memory_Q: Tensor | None) -> Tensor:
+    """The candidates (N, …): the batch's rows or labels and, behind them, the memory's as constants."""
+    return rows_B if memory_Q is None else torch.cat([rows_B, memory_Q.detach()])
+
+
 def _cluster_centres(
-    z_BD: Tensor, *, clusters: int, spread: float, floor: float, statistics: str
+    z_BD: Tensor, z_ND: Tensor, *, clusters: int, spread: float, floor: float, statistics: str
 ) -> Tensor:
     """η_m from far (m = 1) to near (m = M): (M, 1, 1) per batch or (M, B, 1) per anchor, without gradient."""
     with torch.no_grad():
         # The zero diagonal takes part in both, as in the published M = 2 formulas.
-        d_BB = pairwise_distance(z_BD, z_BD)
+        d_BN = pairwise_distance(z_BD, z_ND)
         over = (0, 1) if statistics == "batch" else (1,)
-        mean = d_BB.mean(over, keepdim=True)
-        deviation = d_BB.std(over, correction=1, keepdim=True)
+        mean = d_BN.mean(over, keepdim=True)
+        deviation = d_BN.std(over, correction=1, keepdim=True)
         far = mean
         near = torch.maximum(floor * mean, mean - spread * deviation)
         return torch.stack([far - m / (clusters - 1) * (far - near) for m in range(clusters)])
@@ -89,15 +97,17 @@ def multi_cluster_ranking(
     floor: float = 0.2,
     sharpness: float = 10.0,
     statistics: str = "batch",
+    memory_QD: Tensor | None = None,
 ) -> Tensor:
     """L_mcr: pulls every adaptive distance D_ij towards the nearer ones of M ordered centres; no labels.
 
     z_BD: sample embeddings.  s_BD: structure embeddings, positive weights per dimension.  Returns a scalar.
     clusters M >= 2, spread t, floor φ in [0, 1], sharpness a: docs/algorithm.md, "Multi-cluster ranking".
-    statistics: μ and σ over all B² distances ("batch") or over each anchor's B distances ("anchor").
+    statistics: μ and σ over all B·N distances ("batch") or over each anchor's N distances ("anchor").
+    memory_QD: memory rows; the mean is then over the B·(N - 1) pairs of an anchor and another row.
     The centres carry no gradient, the soft assignment p does.  M = 2 follows the NASA authors' published
     formulas; M > 2 is this project's reading of NAMR's abstract.
-    Memory O(M·B²).  All rows equal: loss 0, gradient 0.
+    Memory O(M·B·N).  All rows equal: loss 0, gradient 0.
     Raises ValueError for a wrong shape, dtype, B < 2, clusters < 2, a floor outside [0, 1], other statistics.
     """
     check_rows("z", z_BD)
@@ -106,18 +116,27 @@ def multi_cluster_ranking(
     check_clusters(clusters=clusters, floor=floor, statistics=statistics)
     dtype = compute_dtype(z_BD, s_BD)
     z_BD, s_BD = z_BD.to(dtype), s_BD.to(dtype)
-    centres = _cluster_centres(z_BD, clusters=clusters, spread=spread, floor=floor, statistics=statistics)
-    D_BB = pairwise_distance(z_BD, z_BD, s_BD)
-    r_MBB = (D_BB - centres).abs()
-    p_MBB = torch.softmax(-sharpness * (clusters - 1) * r_MBB, dim=0)
-    loss_BB = (p_MBB * r_MBB).sum(0)
-    B = z_BD.shape[0]
+    check_memory(z_BD, memory_QD)
+    z_ND = _with_memory(z_BD, memory_QD)
+    centres = _cluster_centres(z_BD, z_ND, clusters=clusters, spread=spread, floor=floor, statistics=statistics)
+    D_BN = pairwise_distance(z_BD, z_ND, s_BD)
+    r_MBN = (D_BN - centres).abs()
+    p_MBN = torch.softmax(-sharpness * (clusters - 1) * r_MBN, dim=0)
+    loss_BN = (p_MBN * r_MBN).sum(0)
+    B, N = loss_BN.shape
     # Masked rather than subtracted: the diagonal's own terms are as large as any other pair's.
-    return loss_BB.where(off_diagonal(B, z_BD.device), 0.0).sum() / (B * (B - 1))
+    return loss_BN.where(off_diagonal(B, z_BD.device, candidates=N), 0.0).sum() / (B * (N - 1))
 
 
 def triplet_loss(
-    z_BD: Tensor, labels_B: Tensor, *, margin: float = 0.2, mining: str = "semihard", seed: int = 0
+    z_BD: Tensor,
+    labels_B: Tensor,
+    *,
+    margin: float = 0.2,
+    mining: str = "semihard",
+    seed: int = 0,
+    memory_QD: Tensor | None = None,
+    memory_labels_Q: Tensor | None = None,
 ) -> Tensor:
     """mean of max(0, ‖z_a - z_p‖ - ‖z_a - z_n‖ + margin) over the mined triplets, zeros included; a scalar.
 
@@ -127,32 +146,42 @@ def triplet_loss(
       "hardest"            one triplet an anchor: its farthest p, its nearest n
       "distance_weighted"  for every (a, p) one n drawn as in Wu et al. 2017; seed picks the draw
     Ties go to the lowest row number.  seed is read by "distance_weighted" only; equal seeds give equal draws.
+    memory_QD, memory_labels_Q: memory rows, in which positives and negatives are found as in the batch.
     Raises ValueError for a wrong shape, dtype, B < 2, unknown mining.
     """
     check_rows("z", z_BD)
     check_labels(labels_B, z_BD)
     check_mining(mining)
-    squared_BB = pairwise_squared_distance(z_BD, z_BD)
-    d_BB = safe_sqrt(squared_BB)
-    squared_BB = squared_BB.detach()
-    pairs = pairs_of(labels_B)
+    check_memory(z_BD, memory_QD, memory_labels_Q)
+    z_ND = _with_memory(z_BD, memory_QD)
+    squared_BN = pairwise_squared_distance(z_BD, z_ND)
+    d_BN = safe_sqrt(squared_BN)
+    squared_BN = squared_BN.detach()
+    pairs = pairs_of(labels_B, _with_memory(labels_B, memory_labels_Q))
     if mining == "hardest":
         # -1 lies below every squared distance, inf above.
-        positive = squared_BB.masked_fill(~pairs.same_BB, -1.0).argmax(1, keepdim=True)
-        negative = squared_BB.masked_fill(~pairs.differ_BB, math.inf).argmin(1, keepdim=True)
-        valid = (pairs.same_BB.any(1) & pairs.differ_BB.any(1))[:, None]
+        positive = squared_BN.masked_fill(~pairs.same_BN, -1.0).argmax(1, keepdim=True)
+        negative = squared_BN.masked_fill(~pairs.differ_BN, math.inf).argmin(1, keepdim=True)
+        valid = (pairs.same_BN.any(1) & pairs.differ_BN.any(1))[:, None]
     else:
         positive, valid = pairs.positive_BR, pairs.valid_BR
         if mining == "semihard":
-            negative = semihard_negatives(squared_BB, pairs)
+            negative = semihard_negatives(squared_BN, pairs)
         else:
-            negative = distance_weighted_negatives(z_BD, pairs, seed=seed)
-    violation = torch.relu(d_BB.gather(1, positive) - d_BB.gather(1, negative) + margin)
+            negative = distance_weighted_negatives(z_BD, pairs, z_ND, seed=seed)
+    violation = torch.relu(d_BN.gather(1, positive) - d_BN.gather(1, negative) + margin)
     return violation.where(valid, 0.0).sum() / valid.sum().clamp_min(1)
 
 
 def margin_loss(
-    x_BD: Tensor, labels_B: Tensor, *, beta: Tensor, alpha: float = 0.2, seed: int = 0
+    x_BD: Tensor,
+    labels_B: Tensor,
+    *,
+    beta: Tensor,
+    alpha: float = 0.2,
+    seed: int = 0,
+    memory_QD: Tensor | None = None,
+    memory_labels_Q: Tensor | None = None,
 ) -> Tensor:
     """Margin loss (Wu et al. 2017): positives within beta - alpha, negatives beyond beta + alpha; a scalar.
 
@@ -160,17 +189,20 @@ def margin_loss(
 
     over every (anchor, positive) pair and its one distance-weighted negative, drawn as in `triplet_loss`.
     x_BD: rows of unit length.  labels_B: integers.  beta: one number in a tensor; it receives a gradient.
+    memory_QD, memory_labels_Q: memory rows of unit length, in which positives and negatives are found too.
     Raises ValueError for a wrong shape, dtype, B < 2, or a beta of more than one element.
     """
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
     check_single("beta", beta)
-    d_BB = pairwise_distance(x_BD, x_BD)
-    beta = beta.reshape(()).to(d_BB.dtype)
-    pairs = pairs_of(labels_B)
-    negative_BR = distance_weighted_negatives(x_BD, pairs, seed=seed)
-    too_far_BR = torch.relu(d_BB.gather(1, pairs.positive_BR) - beta + alpha).where(pairs.valid_BR, 0.0)
-    too_near_BR = torch.relu(beta - d_BB.gather(1, negative_BR) + alpha).where(pairs.valid_BR, 0.0)
+    check_memory(x_BD, memory_QD, memory_labels_Q)
+    x_ND = _with_memory(x_BD, memory_QD)
+    d_BN = pairwise_distance(x_BD, x_ND)
+    beta = beta.reshape(()).to(d_BN.dtype)
+    pairs = pairs_of(labels_B, _with_memory(labels_B, memory_labels_Q))
+    negative_BR = distance_weighted_negatives(x_BD, pairs, x_ND, seed=seed)
+    too_far_BR = torch.relu(d_BN.gather(1, pairs.positive_BR) - beta + alpha).where(pairs.valid_BR, 0.0)
+    too_near_BR = torch.relu(beta - d_BN.gather(1, negative_BR) + alpha).where(pairs.valid_BR, 0.0)
     active = (too_far_BR > 0).sum() + (too_near_BR > 0).sum()
     return (too_far_BR + too_near_BR).sum() / active.clamp_min(1)
 
@@ -191,6 +223,8 @@ def multi_similarity_loss(
     beta: float = 50.0,
     base: float = 0.5,
     epsilon: float = 0.1,
+    memory_QD: Tensor | None = None,
+    memory_labels_Q: Tensor | None = None,
 ) -> Tensor:
     """Multi-similarity loss with its pair mining (Wang et al. 2019), a mean over all B anchors; a scalar.
 
@@ -199,21 +233,23 @@ def multi_similarity_loss(
         L_i = 1/α · log(1 + Σ_{P_i} exp(-α (S_ip - base))) + 1/β · log(1 + Σ_{N_i} exp(β (S_in - base)))
 
     x_BD: rows of unit length, S_ij = x_i · x_j.  labels_B: integers.  `base` is the λ of docs/algorithm.md.
+    memory_QD, memory_labels_Q: memory rows of unit length, in which positives and negatives are found too.
     An anchor without a positive or without a negative selects nothing and counts 0 in the mean.
     Raises ValueError for a wrong shape, dtype, B < 2.
     """
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
+    check_memory(x_BD, memory_QD, memory_labels_Q)
     x_BD = x_BD.to(compute_dtype(x_BD))
-    similarity_BB = inner_products(x_BD, x_BD)
-    pairs = pairs_of(labels_B)
-    seen_BB = similarity_BB.detach()
-    nearest_negative_B1 = seen_BB.masked_fill(~pairs.differ_BB, -math.inf).amax(1, keepdim=True)
-    farthest_positive_B1 = seen_BB.masked_fill(~pairs.same_BB, math.inf).amin(1, keepdim=True)
-    positive_BB = pairs.same_BB & (seen_BB - epsilon < nearest_negative_B1)
-    negative_BB = pairs.differ_BB & (seen_BB + epsilon > farthest_positive_B1)
-    attract_B = _log_one_plus_sum_exp(-alpha * (similarity_BB - base), positive_BB, dim=1) / alpha
-    repel_B = _log_one_plus_sum_exp(beta * (similarity_BB - base), negative_BB, dim=1) / beta
+    similarity_BN = inner_products(x_BD, _with_memory(x_BD, memory_QD).to(x_BD.dtype))
+    pairs = pairs_of(labels_B, _with_memory(labels_B, memory_labels_Q))
+    seen_BN = similarity_BN.detach()
+    nearest_negative_B1 = seen_BN.masked_fill(~pairs.differ_BN, -math.inf).amax(1, keepdim=True)
+    farthest_positive_B1 = seen_BN.masked_fill(~pairs.same_BN, math.inf).amin(1, keepdim=True)
+    positive_BN = pairs.same_BN & (seen_BN - epsilon < nearest_negative_B1)
+    negative_BN = pairs.differ_BN & (seen_BN + epsilon > farthest_positive_B1)
+    attract_B = _log_one_plus_sum_exp(-alpha * (similarity_BN - base), positive_BN, dim=1) / alpha
+    repel_B = _log_one_plus_sum_exp(beta * (similarity_BN - base), negative_BN, dim=1) / beta
     return (attract_B + repel_B).mean()
 
 

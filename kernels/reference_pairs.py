@@ -110,6 +110,6 @@ def inner_products(x_BD: Tensor, y_ND: Tensor) -> Tensor:
         return x_BD @ y_ND.T
 
 
-def off_diagonal(B: int, device: torch.device) -> Tensor:
-    """(B, B) mask, true where i != j."""
-    return ~torch.eye(B, dtype=torch.bool, device=device)
+def off_diagonal(B: int, device: torch.device, *, candidates: int | None = None) -> Tensor:
+    """(B, candidates) mask, true where i != j; candidates: B unless given."""
+    return ~torch.eye(B, candidates or B, dtype=torch.bool, device=device)

@@ -1,6 +1,6 @@
 """Triplet loss with hardest, semi-hard or distance-weighted mining.  Definition: reference.py.
 
-Shapes: b local rows, B rows of the batch, D width, R slots for the positives of an anchor.
+Shapes: b local rows, B rows of the batch, N candidates, D width, R slots for the positives of an anchor.
 """
 
 import torch
@@ -46,27 +46,27 @@ def triplet_loss(
 
 
 def mined_triplets(
-    z_bD: Tensor, labels_b: Tensor, z_BD: Tensor, labels_B: Tensor, *, offset: int, mining: str, seed: int, slots: int
+    z_bD: Tensor, labels_b: Tensor, z_ND: Tensor, labels_N: Tensor, *, offset: int, mining: str, seed: int, slots: int
 ) -> tuple[Tensor, Tensor]:
-    """Row numbers of the positives and negatives of the local anchors, int64 (b, R) each; -1 where there is none."""
-    primitives = implementation(z_BD)
+    """Candidate numbers of the local anchors' positives and negatives, int64 (b, R) each; -1 where there is none."""
+    primitives = implementation(z_ND)
     if mining == "hardest":
-        positive_b, negative_b = primitives.hardest_pairs(z_bD, z_BD, labels_b, labels_B, offset=offset)
+        positive_b, negative_b = primitives.hardest_pairs(z_bD, z_ND, labels_b, labels_N, offset=offset)
         none_b = (positive_b < 0) | (negative_b < 0)
         return positive_b.masked_fill(none_b, -1)[:, None], negative_b.masked_fill(none_b, -1)[:, None]
-    positive_bR = positives(labels_b, labels_B, offset=offset, slots=slots)
+    positive_bR = positives(labels_b, labels_N, offset=offset, slots=slots)
     if mining == "semihard":
-        return positive_bR, primitives.semihard_negatives(z_bD, z_BD, labels_b, labels_B, positive_bR)
+        return positive_bR, primitives.semihard_negatives(z_bD, z_ND, labels_b, labels_N, positive_bR)
     return positive_bR, primitives.sampled_negatives(
-        z_bD, z_BD, labels_b, labels_B, positive_bR, offset=offset, seed=seed)
+        z_bD, z_ND, labels_b, labels_N, positive_bR, offset=offset, seed=seed)
 
 
 @exactly
 def triplet_of_rows(
     z_bD: Tensor,
     labels_b: Tensor,
-    z_BD: Tensor,
-    labels_B: Tensor,
+    z_ND: Tensor,
+    labels_N: Tensor,
     *,
     offset: int,
     gather: Gather,
@@ -78,25 +78,28 @@ def triplet_of_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """The same from rows offset..offset+b alone: the batch's loss, and its gradient for those rows, (b, D).
 
+    z_ND: the batch's rows, then any memory rows: constants, which positives and negatives are chosen from too.
     Ranks exchange two numbers a row for the loss, and the mined pairs with their weights, 4·R numbers a row, for the
     gradient: a row's gradient includes the triplets of others in which it is positive or negative.
     """
-    primitives = implementation(z_BD)
-    slots = count_most_positives(labels_B) if most_positives is None and mining != "hardest" else most_positives or 0
+    primitives = implementation(z_ND)
+    slots = most_positives or 0
+    if most_positives is None and mining != "hardest":
+        slots = count_most_positives(labels_b, labels_N, gather=gather)
     positive_bR, negative_bR = mined_triplets(
-        z_bD, labels_b, z_BD, labels_B, offset=offset, mining=mining, seed=seed, slots=slots)
+        z_bD, labels_b, z_ND, labels_N, offset=offset, mining=mining, seed=seed, slots=slots)
     valid_bR = positive_bR >= 0
-    to_positive_bR = primitives.pair_distance(z_bD, z_BD, positive_bR)
-    to_negative_bR = primitives.pair_distance(z_bD, z_BD, negative_bR)
+    to_positive_bR = primitives.pair_distance(z_bD, z_ND, positive_bR)
+    to_negative_bR = primitives.pair_distance(z_bD, z_ND, negative_bR)
     violation_bR = torch.relu(to_positive_bR - to_negative_bR + margin).where(valid_bR, 0.0)
     triplets = gather(valid_bR.sum(1)).sum().clamp_min(1)
     loss = gather(violation_bR.sum(1)).sum() / triplets
     if not with_grad:
         return loss, None
     pull_bR = (violation_bR > 0).to(loss.dtype) / triplets
-    index_BS = gather(torch.cat([positive_bR, negative_bR], 1))
+    index_BS = gather(torch.cat([positive_bR, negative_bR], 1).int()).long()
     weight_BS = gather(torch.cat([pull_bR, -pull_bR], 1))
-    return loss, primitives.pair_gradient(z_BD, index_BS, weight_BS, first=offset, rows=z_bD.shape[0])
+    return loss, primitives.pair_gradient(z_ND, index_BS, weight_BS, first=offset, rows=z_bD.shape[0])
 
 
 @loss_op("triplet_loss", differentiable=1)

@@ -1,6 +1,7 @@
 """Multi-cluster ranking on the CPU: values and gradients in one sweep over blocks of anchors.
 
-Shapes: b local rows, B all rows, D width, M clusters, r anchors of one block, N the candidates of a sweep.
+Shapes: b local rows, B rows of the batch, N candidates, D width, M clusters, r anchors of one block, C the candidates
+of a sweep that receive a gradient.
 Formulas: docs/algorithm.md, "Multi-cluster ranking"; blocks.py for the distances.
 """
 
@@ -14,7 +15,7 @@ from .blocks import SquaredDistances, computed
 def ranking(
     z_bD: Tensor,
     s_bD: Tensor,
-    z_BD: Tensor,
+    z_ND: Tensor,
     s_BD: Tensor,
     far_B: Tensor,
     step_B: Tensor,
@@ -27,15 +28,16 @@ def ranking(
     """loss_b, one sum over j ≠ i per local anchor, and the gradients of the whole batch's sum for local z and s.
 
     Centres of anchor i: far_i - m·step_i, m = 0..M-1.  The gradients are None without with_grad.
+    z_ND: the B anchors first; what follows is constant.
     """
-    dtype = computed(z_BD, s_BD)[0].dtype
-    z_bD, s_bD, z_BD, s_BD, far_B, step_B = (t.to(dtype) for t in (z_bD, s_bD, z_BD, s_BD, far_B, step_B))
-    b, B = z_bD.shape[0], z_BD.shape[0]
-    centre_D = centre_of(z_BD)
+    dtype = computed(z_ND, s_BD)[0].dtype
+    z_bD, s_bD, z_ND, s_BD, far_B, step_B = (t.to(dtype) for t in (z_bD, s_bD, z_ND, s_BD, far_B, step_B))
+    b, B = z_bD.shape[0], s_BD.shape[0]
+    centre_D = centre_of(z_ND)
     local = slice(offset, offset + b)
     kappa = sharpness * (clusters - 1)
 
-    distances = SquaredDistances(z_bD, z_BD, s_bD, centre_D=centre_D)
+    distances = SquaredDistances(z_bD, z_ND, s_bD, centre_D=centre_D)
     whole = b == B
     sweep = _Sweep(distances, s_bD, far_B[local], step_B[local], offset=offset, clusters=clusters, kappa=kappa,
                    same_rows=whole)  # fmt: skip
@@ -46,10 +48,10 @@ def ranking(
     if whole or b == 0:
         return loss_b, grad_z_bD, grad_s_bD
     # The local rows as candidates of everybody.
-    distances = SquaredDistances(z_BD, z_bD, s_BD, centre_D=centre_D)
+    distances = SquaredDistances(z_ND[:B], z_bD, s_BD, centre_D=centre_D)
     sweep = _Sweep(distances, s_BD, far_B, step_B, offset=-offset, clusters=clusters, kappa=kappa, same_rows=False)
     sweep.run(anchors=False, candidates=True)
-    return loss_b, grad_z_bD.add_(sweep.grad_candidates_ND), grad_s_bD
+    return loss_b, grad_z_bD.add_(sweep.grad_candidates_CD), grad_s_bD
 
 
 class _Sweep:
@@ -67,19 +69,20 @@ class _Sweep:
         kappa: float,
         same_rows: bool,
     ):
-        """same_rows: the anchors are the candidates, and both sides add up in one gradient."""
+        """same_rows: the anchors are the first candidates, both sides of theirs add up in one gradient, and further
+        candidates have none."""
         self.distances, self.s_bD, self.far_b, self.step_b = distances, s_bD, far_b, step_b
         self.offset, self.clusters, self.kappa = offset, clusters, kappa
         self.grad_anchors_bD = torch.zeros_like(distances.z_bD)
         self.grad_weights_bD = torch.zeros_like(distances.z_bD)
-        self.grad_candidates_ND = self.grad_anchors_bD if same_rows else torch.zeros_like(distances.z_BD)
+        self.grad_candidates_CD = self.grad_anchors_bD if same_rows else torch.zeros_like(distances.z_BD)
 
     def run(self, *, anchors: bool, candidates: bool) -> Tensor:
         """loss_b; fills grad_anchors and grad_weights, or grad_candidates, or both."""
         distances = self.distances
         loss_b = torch.empty_like(distances.norm_b)
-        D = distances.z_BD.shape[1]
-        pulled_NK = torch.zeros_like(distances.right_BK)
+        C, D = self.grad_candidates_CD.shape
+        pulled_CK = torch.zeros_like(distances.right_BK[:C])
         form = _two_clusters if self.clusters == 2 else _clusters
         buffers = [torch.empty_like(distances._buffer_rB) for _ in range(4 if self.clusters == 2 else 8)]
         for rows in distances.blocks():
@@ -102,7 +105,8 @@ class _Sweep:
             W_rN.div_(D_rN)
             W_rN.diagonal(own).zero_()
             if distances.largest == 0:
-                W_rN.zero_()
+                # All candidates are the centre, and so are these anchors: distances 0 that need no mending.
+                W_rN[distances.norm_b[rows] == 0] = 0.0
             if row_P.numel():
                 W_P = W_rN[row_P, column_P].masked_fill_(D_rN[row_P, column_P] == 0, 0.0)
                 W_rN[row_P, column_P] = 0.0
@@ -110,10 +114,10 @@ class _Sweep:
             if anchors:
                 self._add_anchors(rows, W_rN)
             if candidates:
-                pulled_NK.addmm_(W_rN.T, distances.left_bK[rows])
+                pulled_CK.addmm_(W_rN[:, :C].T, distances.left_bK[rows])
         if candidates:
             # left is [s, -2 s∘z]: Σ W s beside -2 Σ W s∘z
-            self.grad_candidates_ND.addcmul_(distances.z_BD, pulled_NK[:, :D]).add_(pulled_NK[:, D:], alpha=0.5)
+            self.grad_candidates_CD.addcmul_(distances.z_BD[:C], pulled_CK[:, :D]).add_(pulled_CK[:, D:], alpha=0.5)
         return loss_b
 
     def _add_anchors(self, rows: slice, W_rN: Tensor) -> None:
@@ -136,7 +140,11 @@ class _Sweep:
             if anchors:
                 self.grad_anchors_bD.index_add_(0, anchor_P[part], pull_PD)
             if candidates:
-                self.grad_candidates_ND.index_add_(0, candidate_P[part], pull_PD, alpha=-1.0)
+                other_P = candidate_P[part]
+                C, N = self.grad_candidates_CD.shape[0], self.distances.z_BD.shape[0]
+                if C < N:
+                    other_P, pull_PD = other_P[other_P < C], pull_PD[other_P < C]
+                self.grad_candidates_CD.index_add_(0, other_P, pull_PD, alpha=-1.0)
 
 
 def _two_clusters(

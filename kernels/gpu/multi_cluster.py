@@ -1,6 +1,6 @@
 """Multi-cluster ranking on a GPU: adaptive distances, their loss, and its gradients for z and s.
 
-Shapes: b local rows, B rows of the batch, D width, M clusters. Formulas: docs/algorithm.md.
+Shapes: b local rows, B rows of the batch, N candidates, D width, M clusters. Formulas: docs/algorithm.md.
 
     D²_ij = Σ_k s_ik z_ik² − 2 (s_i∘z_i)·z_j + s_i·(z_j∘z_j)        one product of inner width 2D
     W_ij  = (dloss/dD) / D_ij
@@ -247,7 +247,7 @@ def _constants(z: Tensor, s: Tensor) -> Tensor:
 def ranking(
     z_bD: Tensor,
     s_bD: Tensor,
-    z_BD: Tensor,
+    z_ND: Tensor,
     s_BD: Tensor,
     far_B: Tensor,
     step_B: Tensor,
@@ -260,27 +260,29 @@ def ranking(
     """Each local anchor's Σ_{j≠i} Σ_m p r, float32 (b,), and the batch's gradients for the local z and s, (b, D).
 
     Centres of anchor i: η_m = far_i − m·step_i, m = 0..clusters − 1.
+    z_ND: the B anchors first; what follows is constant.
     """
-    given = z_BD.shape[1]
-    z_bD, z_BD = centred(z_bD, z_BD)
+    given = z_ND.shape[1]
+    z_bD, z_ND = centred(z_bD, z_ND)
     s_bD, s_BD = aligned(s_bD.to(z_bD.dtype)), aligned(s_BD.to(z_bD.dtype))
-    (b, D), B = z_bD.shape, z_BD.shape[0]
+    (b, D), B, N = z_bD.shape, s_BD.shape[0], z_ND.shape[0]
+    z_BD = z_ND[:B]
     here = slice(offset, offset + b)
     anchors = {"z": z_bD, "s": s_bD, "constants": _constants(z_bD, s_bD), "far": far_B[here], "step": step_B[here]}
     fixed: dict[str, Any] = {"sharpness": float(sharpness * (clusters - 1)), "CLUSTERS": clusters}
     if not with_grad:
         size = config("rank", architecture(z_BD.device), D, z_BD.dtype)
-        parts, tiles_per_split = splits(b, B, size)
+        parts, tiles_per_split = splits(b, N, size)
         losses = torch.empty(1, parts, b, dtype=torch.float32, device=z_BD.device)
-        launch(_losses, (triton.cdiv(b, size.block_m), parts), size, **anchors, **fixed, all_z=z_BD, losses=losses, b=b,
-               B=B, width=D, offset=offset, tiles_per_split=tiles_per_split, **operands(z_BD))  # fmt: skip
+        launch(_losses, (triton.cdiv(b, size.block_m), parts), size, **anchors, **fixed, all_z=z_ND, losses=losses, b=b,
+               B=N, width=D, offset=offset, tiles_per_split=tiles_per_split, **operands(z_BD))  # fmt: skip
         return losses.sum((0, 1)), None, None
 
-    unit = root_mean_square(z_BD)
+    unit = root_mean_square(z_ND)
     fixed |= {"unit": unit, "NEAREST": nearest_counted(z_BD.dtype)}
     (pulled_bD, pulled_square_bD), (total_b, loss_b) = owner_sums(
-        _anchors, rows=anchors, fixed=fixed | {"all_z": z_BD}, matrices=lambda: [z_BD, z_BD.square()],
-        accumulators=2, numbers=2, offset=offset, columns=B)  # fmt: skip
+        _anchors, rows=anchors, fixed=fixed | {"all_z": z_ND}, matrices=lambda: [z_ND, z_ND.square()],
+        accumulators=2, numbers=2, offset=offset, columns=N)  # fmt: skip
     grad_z_bD = s_bD * (z_bD * total_b[:, None] - pulled_bD)
     grad_s_bD = (z_bD.float() * (z_bD * total_b[:, None] - 2 * pulled_bD) + pulled_square_bD) / 2
     (weight_bD, weight_z_bD), _ = owner_sums(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from namr_dist.kernels import reference
+from namr_dist import kernels
+from namr_dist.kernels import dispatch, reference
+from namr_dist.kernels.gpu import launch
 
 CLASSES = 9
+UNEVEN = (5, 1, 0, 17)
+"""Rows of ranks that differ as much as ranks may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +84,72 @@ OPS = {
     "multi_similarity": Op(call=lambda k, b: k.multi_similarity_loss(b.x, b.labels), by=("x",)),
     "proxy_anchor": Op(call=lambda k, b: k.proxy_anchor_loss(b.x, b.labels, b.proxies), by=("x", "proxies")),
 }  # fmt: skip
+
+ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "mean_distance": ("mean_distance", lambda b, i, j, gather: kernels.mean_distance_of_rows(
+        b.z[i:j], b.z, offset=i, gather=gather, with_grad=True)),
+    "ranking": ("ranking", lambda b, i, j, gather: kernels.ranking_of_rows(
+        b.z[i:j], b.s[i:j], b.z, b.s, offset=i, gather=gather, clusters=2, spread=3.0, floor=0.2, sharpness=10.0,
+        statistics="batch", with_grad=True)),
+    "ranking of 5 by anchor": ("ranking of 5 by anchor", lambda b, i, j, gather: kernels.ranking_of_rows(
+        b.z[i:j], b.s[i:j], b.z, b.s, offset=i, gather=gather, clusters=5, spread=2.0, floor=0.2, sharpness=10.0,
+        statistics="anchor", with_grad=True)),
+    **{mining: (mining, lambda b, i, j, gather, mining=mining: kernels.triplet_of_rows(
+        b.z[i:j], b.labels[i:j], b.z, b.labels, offset=i, gather=gather, margin=0.2, mining=mining, seed=2**40 + 3,
+        most_positives=None, with_grad=True)) for mining in ("semihard", "hardest", "distance_weighted")},
+    "margin": ("margin", lambda b, i, j, gather: kernels.margin_of_rows(
+        b.x[i:j], b.labels[i:j], b.x, b.labels, b.beta, offset=i, gather=gather, alpha=0.2, seed=7,
+        most_positives=None, with_grad=True)),
+    "multi_similarity": ("multi_similarity", lambda b, i, j, gather: kernels.multi_similarity_of_rows(
+        b.x[i:j], b.labels[i:j], b.x, b.labels, offset=i, gather=gather, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1,
+        with_grad=True)),
+    "proxy_anchor": ("proxy_anchor", lambda b, i, j, gather: kernels.proxy_anchor_of_rows(
+        b.x[i:j], b.labels[i:j], b.proxies, gather=gather, alpha=32.0, margin=0.1, with_grad=True)),
+}  # fmt: skip
+"""Each op from rows i..j of a batch alone. z, x and labels may have further rows, those of a memory."""
+
+
+def use_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send CPU tensors to blocked PyTorch ("cpu") or, through the interpreter, to Triton's kernels ("triton")."""
+    if path == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled on this machine; tests marked gpu run them")
+        monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cpu",))
+        # Few programs: each walks several tiles, and several share a row, so both ways of adding up are met.
+        monkeypatch.setattr(launch, "TARGET_PROGRAMS", 6)
+
+
+def worst(got: Tensor, want: Tensor) -> float:
+    """Largest difference, as a share of the largest entry wanted."""
+    return float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-12))
+
+
+def on_ranks(
+    counts: tuple[int, ...], function: Callable[[int, int, Callable[[Tensor], Tensor]], Any]
+) -> list[Any]:
+    """function(first, last, gather) in one thread a rank, of so many rows each; gather waits for all."""
+    results: list[Any] = [None] * len(counts)
+    parts: list[Any] = [None] * len(counts)
+    barrier = threading.Barrier(len(counts), timeout=60)
+    turn = threading.Lock()  # Triton's interpreter serves one thread at a time
+
+    def run(rank: int) -> None:
+        def gather(local: Tensor) -> Tensor:
+            parts[rank] = local
+            turn.release()
+            barrier.wait()
+            everything = torch.cat(parts)
+            barrier.wait()
+            turn.acquire()
+            return everything
+
+        with torch.no_grad(), turn:
+            results[rank] = function(sum(counts[:rank]), sum(counts[: rank + 1]), gather)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(counts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert None not in results, "a rank failed"
+    return results

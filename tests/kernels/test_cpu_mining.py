@@ -67,11 +67,11 @@ def _padded(pairs: Pairs) -> Tensor:
 
 def _reference_hardest(z_BD: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     squared_BB = pairwise_squared_distance(z_BD.double(), z_BD.double())
-    positive_B = squared_BB.masked_fill(~pairs.same_BB, -1.0).argmax(1)
-    negative_B = squared_BB.masked_fill(~pairs.differ_BB, math.inf).argmin(1)
+    positive_B = squared_BB.masked_fill(~pairs.same_BN, -1.0).argmax(1)
+    negative_B = squared_BB.masked_fill(~pairs.differ_BN, math.inf).argmin(1)
     return (
-        positive_B.masked_fill(~pairs.same_BB.any(1), -1),
-        negative_B.masked_fill(~pairs.differ_BB.any(1), -1),
+        positive_B.masked_fill(~pairs.same_BN.any(1), -1),
+        negative_B.masked_fill(~pairs.differ_BN.any(1), -1),
     )
 
 
@@ -123,7 +123,7 @@ def test_mined_distances_are_those_of_the_definition(B: int, D: int, dtype: torc
     rtol = 1e-12 if dtype == torch.float64 else 1e-5
     # A negative just as far as the positive, to float32, may count as farther or not.
     reach_BR = squared_BB.gather(1, pairs.positive_BR)
-    gap_BRB = (squared_BB[:, None] - reach_BR[:, :, None]).abs().masked_fill(~pairs.differ_BB[:, None], math.inf)
+    gap_BRB = (squared_BB[:, None] - reach_BR[:, :, None]).abs().masked_fill(~pairs.differ_BN[:, None], math.inf)
     clear_BR = (gap_BRB.amin(2) > rtol * reach_BR) | ~pairs.valid_BR
     assert clear_BR.numel() == 0 or clear_BR.double().mean() > 0.95
 
@@ -195,7 +195,7 @@ def test_draws_are_the_references(B: int, D: int, dtype: torch.dtype, kind: str)
                 assert torch.equal(got_BR[clear_BR], want_BR[clear_BR])
             assert torch.equal(got_BR < 0, want_BR < 0)
             valid_BR = got_BR >= 0
-            assert pairs.differ_BB.gather(1, got_BR.clamp_min(0))[valid_BR].all()
+            assert pairs.differ_BN.gather(1, got_BR.clamp_min(0))[valid_BR].all()
 
 
 def test_draws_where_no_negative_is_in_reach_and_from_rows_of_zeros() -> None:

@@ -58,13 +58,13 @@ def _squared(z_BD: Tensor) -> Tensor:
 def _assert_hardest(z_BD: Tensor, labels_B: Tensor, *, exact: bool) -> None:
     """exact: the very rows; otherwise rows at their distance but for rounding."""
     squared_BB, pairs = _squared(z_BD), reference_mining.pairs_of(labels_B)
-    far_BB = squared_BB.masked_fill(~pairs.same_BB, -math.inf)
-    near_BB = squared_BB.masked_fill(~pairs.differ_BB, math.inf)
+    far_BB = squared_BB.masked_fill(~pairs.same_BN, -math.inf)
+    near_BB = squared_BB.masked_fill(~pairs.differ_BN, math.inf)
     for here, offset in _halves(len(z_BD)):
         positive_b, negative_b = mining.hardest_pairs(z_BD[here], z_BD, labels_B[here], labels_B, offset=offset)
         for got_b, value_BB, best_B1, mask_BB in (
-            (positive_b, far_BB, far_BB.amax(1, keepdim=True), pairs.same_BB),
-            (negative_b, near_BB, near_BB.amin(1, keepdim=True), pairs.differ_BB),
+            (positive_b, far_BB, far_BB.amax(1, keepdim=True), pairs.same_BN),
+            (negative_b, near_BB, near_BB.amin(1, keepdim=True), pairs.differ_BN),
         ):
             assert got_b.dtype == torch.int64
             some_b = mask_BB[here].any(1)

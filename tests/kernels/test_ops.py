@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from op_cases import CLASSES, OPS, Batch, batch
+from op_cases import CLASSES, OPS, ROWS, UNEVEN, Batch, batch, on_ranks, use_path, worst
 from torch import Tensor
 
 from namr_dist import kernels
-from namr_dist.kernels import cpu, dispatch, ops, reference
-from namr_dist.kernels.gpu import launch
+from namr_dist.kernels import cpu, ops, reference
 
 LATTICE = torch.randint(-2, 3, (24, 8), generator=torch.Generator().manual_seed(5))
 BATCHES = {
@@ -31,25 +29,13 @@ BATCHES = {
     "far from the origin": batch(40, 24, z=batch(40, 24).z + 30),
     "near-duplicates": batch(40, 24, z=batch(20, 24).z.repeat(2, 1) + 1e-3 * batch(40, 24, seed=3).z),
 }
-UNEVEN = (5, 1, 0, 17)
 
 
 @pytest.fixture(params=["cpu", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each test runs on blocked PyTorch and on Triton's kernels; the latter through the interpreter."""
-    if request.param == "triton":
-        if torch.cuda.is_available():
-            pytest.skip("kernels are compiled on this machine; tests marked gpu run them")
-        monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cpu",))
-        # Few programs: each walks several tiles, and several share a row, so both ways of adding up are met.
-        monkeypatch.setattr(launch, "TARGET_PROGRAMS", 6)
-    yield request.param
-
-
-def _worst(got: Tensor, want: Tensor) -> float:
-    """Largest difference, as a share of the largest entry wanted."""
-    return float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-12))
-
+    use_path(request.param, monkeypatch)
+    return request.param
 
 
 @pytest.mark.parametrize("case", BATCHES)
@@ -71,7 +57,7 @@ def test_equals_the_definition_in_float64(path: str, name: str, case: str) -> No
         if want.abs().max() == 0:
             assert gradient.abs().max() == 0
         else:
-            assert _worst(gradient, want) <= 1e-4
+            assert worst(gradient, want) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["mean_distance", "ranking"])
@@ -82,7 +68,7 @@ def test_rows_nearer_than_rounding_allows(path: str, name: str) -> None:
     loss, gradients = op.value_and_gradients(kernels, given.leaves(torch.float32))
     want_loss, want_gradients = op.value_and_gradients(reference, given.leaves(torch.float64))
     assert abs(float(loss) - float(want_loss)) <= 1e-5 * abs(float(want_loss))
-    assert _worst(gradients[0], want_gradients[0]) <= (1e-4 if path == "cpu" else 0.016)
+    assert worst(gradients[0], want_gradients[0]) <= (1e-4 if path == "cpu" else 0.016)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -95,7 +81,7 @@ def test_half_types_are_added_up_in_float32(path: str, name: str, dtype: torch.d
     # Unit rows are normalised again by nothing: a rounded row of the batch is what both sides see.
     assert abs(float(loss) - float(want_loss)) <= 1e-4 * abs(float(want_loss))
     for gradient, want in zip(gradients, want_gradients, strict=True):
-        assert _worst(gradient, want) <= 2 * torch.finfo(dtype).eps
+        assert worst(gradient, want) <= 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -108,62 +94,13 @@ def test_twenty_repeats_have_the_same_bits(path: str, name: str) -> None:
         assert all(torch.equal(one, other) for one, other in zip(gradients, first, strict=True))
 
 
-def _on_ranks(function: Callable[[int, int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
-    """function(first, last, gather) in one thread a rank, of UNEVEN numbers of rows; gather waits for all."""
-    results: list[Any] = [None] * len(UNEVEN)
-    parts: list[Any] = [None] * len(UNEVEN)
-    barrier = threading.Barrier(len(UNEVEN), timeout=60)
-    turn = threading.Lock()  # Triton's interpreter serves one thread at a time
-
-    def run(rank: int) -> None:
-        def gather(local: Tensor) -> Tensor:
-            parts[rank] = local
-            turn.release()
-            barrier.wait()
-            everything = torch.cat(parts)
-            barrier.wait()
-            turn.acquire()
-            return everything
-
-        with torch.no_grad(), turn:
-            results[rank] = function(sum(UNEVEN[:rank]), sum(UNEVEN[: rank + 1]), gather)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(UNEVEN))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert None not in results, "a rank failed"
-    return results
-
-
-ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "mean_distance": ("mean_distance", lambda b, i, j, gather: kernels.mean_distance_of_rows(
-        b.z[i:j], b.z, offset=i, gather=gather, with_grad=True)),
-    "ranking": ("ranking", lambda b, i, j, gather: kernels.ranking_of_rows(
-        b.z[i:j], b.s[i:j], b.z, b.s, offset=i, gather=gather, clusters=2, spread=3.0, floor=0.2, sharpness=10.0,
-        statistics="batch", with_grad=True)),
-    **{mining: (mining, lambda b, i, j, gather, mining=mining: kernels.triplet_of_rows(
-        b.z[i:j], b.labels[i:j], b.z, b.labels, offset=i, gather=gather, margin=0.2, mining=mining, seed=2**40 + 3,
-        most_positives=None, with_grad=True)) for mining in ("semihard", "hardest", "distance_weighted")},
-    "margin": ("margin", lambda b, i, j, gather: kernels.margin_of_rows(
-        b.x[i:j], b.labels[i:j], b.x, b.labels, b.beta, offset=i, gather=gather, alpha=0.2, seed=7,
-        most_positives=None, with_grad=True)),
-    "multi_similarity": ("multi_similarity", lambda b, i, j, gather: kernels.multi_similarity_of_rows(
-        b.x[i:j], b.labels[i:j], b.x, b.labels, offset=i, gather=gather, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1,
-        with_grad=True)),
-    "proxy_anchor": ("proxy_anchor", lambda b, i, j, gather: kernels.proxy_anchor_of_rows(
-        b.x[i:j], b.labels[i:j], b.proxies, gather=gather, alpha=32.0, margin=0.1, with_grad=True)),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_several_ranks_make_the_same_loss_and_gradient(path: str, name: str) -> None:
     whole, of_rows = ROWS[name]
     given = batch(sum(UNEVEN), 24, seed=6).rounded(torch.float32)
     plain = Batch(**{field: getattr(given, field).float() for field in ("z", "s", "x", "proxies", "beta")},
                   labels=given.labels)  # fmt: skip
-    results = _on_ranks(lambda i, j, gather: of_rows(plain, i, j, gather))
+    results = on_ranks(UNEVEN, lambda i, j, gather: of_rows(plain, i, j, gather))
     want_loss, want_gradients = OPS[whole].value_and_gradients(reference, given.leaves(torch.float64))
     for loss, *_ in results:
         assert abs(float(loss) - float(want_loss)) <= 1e-5 * abs(float(want_loss))
@@ -171,7 +108,18 @@ def test_rows_of_several_ranks_make_the_same_loss_and_gradient(path: str, name: 
         shares = [result[place] for result in results]
         # A parameter's gradient is shared out among ranks, a row's belongs to its rank.
         got = torch.stack(shares).sum(0) if argument in ("proxies", "beta") else torch.cat(shares)
-        assert _worst(got, want) <= 1e-4
+        assert worst(got, want) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["mean_distance", "ranking"])
+def test_a_rank_whose_only_row_is_the_middle_of_the_batch(path: str, name: str) -> None:
+    given = batch(5, 2, z=torch.tensor([[0, 0], [2, 0], [-2, 0], [0, 2], [0, -2]])).rounded(torch.float32)
+    plain = Batch(**{field: getattr(given, field).float() for field in ("z", "s", "x", "proxies", "beta")},
+                  labels=given.labels)  # fmt: skip
+    results = on_ranks((1, 4), lambda i, j, gather: ROWS[name][1](plain, i, j, gather))
+    _, (want, *_) = OPS[name].value_and_gradients(reference, given.leaves(torch.float64))
+    assert worst(torch.cat([result[1] for result in results]), want) <= 1e-4
+    assert name == "mean_distance" or want[0].abs().max() > 1e-3 * want.abs().max()
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if not name.startswith("ranking")])
@@ -319,7 +267,7 @@ def test_float16_rows_far_from_the_origin(path: str, name: str) -> None:
     _, want = op.value_and_gradients(reference, given.leaves(torch.float64))
     # Rows of half types are not centred: the gradient for s is made of squares that are large beside it.
     for one, other, bound in zip(gradients, want, (5e-3, 0.05), strict=False):
-        assert _worst(one, other) <= bound
+        assert worst(one, other) <= bound
 
 
 def test_a_loss_scale_reaches_half_gradients_before_they_are_rounded(path: str) -> None:
@@ -329,7 +277,7 @@ def test_a_loss_scale_reaches_half_gradients_before_they_are_rounded(path: str) 
     (scaled,) = torch.autograd.grad(kernels.multi_cluster_ranking(half.z, half.s) * scale, half.s)
     (want,) = torch.autograd.grad(reference.multi_cluster_ranking(exact.z, exact.s), exact.s)
     assert want.abs().max() < 2.0**-14  # float16 keeps few bits of numbers this small
-    assert _worst(scaled.double() / scale, want) <= 2 * torch.finfo(torch.float16).eps
+    assert worst(scaled.double() / scale, want) <= 2 * torch.finfo(torch.float16).eps
 
 
 def test_lower_precision_of_products_is_not_for_the_losses() -> None:

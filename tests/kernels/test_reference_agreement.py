@@ -96,8 +96,8 @@ def test_multi_similarity_mining_leaves_some_pairs_out() -> None:
     z_BD, labels_B = _batch()
     anchor_positive, _, anchor_negative, _ = miners.MultiSimilarityMiner(epsilon=0.1)(z_BD, labels_B)
     pairs = pairs_of(labels_B)
-    assert 0 < len(anchor_positive) < int(pairs.same_BB.sum())
-    assert 0 < len(anchor_negative) < int(pairs.differ_BB.sum())
+    assert 0 < len(anchor_positive) < int(pairs.same_BN.sum())
+    assert 0 < len(anchor_negative) < int(pairs.differ_BN.sum())
 
 
 @pytest.mark.parametrize(("alpha", "margin"), [(32.0, 0.1), (8.0, 0.3)])

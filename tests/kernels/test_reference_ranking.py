@@ -99,7 +99,7 @@ def test_gradcheck_with_the_centres_held_still(
 ) -> None:
     # The centres are detached by definition, so finite differences agree only when z does not move them.
     z_BD, s_BD = _batch(B=5)
-    centres = reference._cluster_centres(z_BD, clusters=M, spread=0.8, floor=0.2, statistics=statistics)
+    centres = reference._cluster_centres(z_BD, z_BD, clusters=M, spread=0.8, floor=0.2, statistics=statistics)
     assert not centres.requires_grad
     monkeypatch.setattr(reference, "_cluster_centres", lambda *_, **__: centres)
     assert torch.autograd.gradcheck(
@@ -109,7 +109,7 @@ def test_gradcheck_with_the_centres_held_still(
 
 def test_centres_run_evenly_from_far_to_near() -> None:
     z_BD, _ = _batch(B=8)
-    centres = reference._cluster_centres(z_BD, clusters=4, spread=0.5, floor=0.2, statistics="batch")
+    centres = reference._cluster_centres(z_BD, z_BD, clusters=4, spread=0.5, floor=0.2, statistics="batch")
     centres = centres.flatten()
     steps = centres.diff()
     assert (steps < 0).all()

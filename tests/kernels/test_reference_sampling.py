@@ -183,4 +183,4 @@ def test_any_width(D: int) -> None:
     labels_B = torch.arange(12) // 3
     pairs = pairs_of(labels_B)
     chosen_BR = distance_weighted_negatives(z_BD, pairs, seed=0)
-    assert pairs.differ_BB.gather(1, chosen_BR)[pairs.valid_BR].all()
+    assert pairs.differ_BN.gather(1, chosen_BR)[pairs.valid_BR].all()
