@@ -127,6 +127,15 @@ class RankingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    rows: int = 0
+    """Embeddings of earlier batches that the losses meet beside the batch's own (Wang et al. 2020); 0: none.
+    Not for proxy_anchor, which compares with proxies alone."""
+    start_step: int = 1000
+    """Steps before they are met: at first embeddings move too fast. metrics.jsonl has their `drift` from the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     metric: Literal["triplet", "margin", "multi_similarity", "proxy_anchor"] = "triplet"
     """The labelled loss on the sample embedding."""
@@ -135,6 +144,7 @@ class LossConfig:
     multi_similarity: MultiSimilarityConfig = field(default_factory=MultiSimilarityConfig)
     proxy_anchor: ProxyAnchorConfig = field(default_factory=ProxyAnchorConfig)
     ranking: RankingConfig = field(default_factory=RankingConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,9 +283,17 @@ class Config:
         roles: dict[str, set[str | None]] = {
             "data.train_splits": {*data.train_splits}, "data.validation_split": {data.validation_split},
             "data.test_split": {data.test_split}}
+        memory = self.loss.memory
+        if memory.rows > 0 and self.loss.metric == "proxy_anchor":
+            raise InputError(f"loss.memory.rows is {memory.rows}, but proxy_anchor compares with proxies alone; set it "
+                             "to 0, or loss.metric to another")
+        if memory.rows > 0 and memory.start_step >= optim.steps:
+            raise InputError(f"loss.memory.start_step is {memory.start_step}, so the memory would not be met in "
+                             f"{optim.steps} steps; set it below optim.steps, or loss.memory.rows to 0")
         names = list(roles)
         for place, name in enumerate(names):
             for other in names[place + 1:]:
+            "loss.memory.rows": memory.rows, "loss.memory.start_step": memory.start_step,
                 if shared := sorted(filter(None, roles[name] & roles[other])):
                     raise InputError(f"split {shared[0]!r} is both in {name} and in {other}; give each its own")
 

@@ -6,11 +6,12 @@ the loss, and what the loss itself carries to autograd is the gradient of the mo
 """
 
 from .margin import MarginLoss
+from .memory import CrossBatchMemory
 from .multi_cluster import MultiClusterRanking
 from .multi_similarity import MultiSimilarityLoss
 from .proxy_anchor import ProxyAnchorLoss
 from .rows import Rows, all_rows
 from .triplet import TripletLoss
 
-__all__ = ["MarginLoss", "MultiClusterRanking", "MultiSimilarityLoss", "ProxyAnchorLoss", "Rows", "TripletLoss",
-           "all_rows"]
+__all__ = ["CrossBatchMemory", "MarginLoss", "MultiClusterRanking", "MultiSimilarityLoss", "ProxyAnchorLoss", "Rows",
+           "TripletLoss", "all_rows"]

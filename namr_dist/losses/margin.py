@@ -27,7 +27,7 @@ class MarginLoss(nn.Module):
         any length. seed: picks the sampled negatives."""
         unit = rows.unit()
         loss, grad_x_bD, grad_beta = kernels.margin_of_rows(
-            unit.z_bD, unit.labels_b, unit.z_BD, unit.labels_B, self.beta.detach(), offset=unit.offset,
+            unit.z_bD, unit.labels_b, unit.z_ND, unit.labels_N, self.beta.detach(), offset=unit.offset,
             gather=unit.gather, alpha=self.alpha, seed=seed, most_positives=self.most_positives, with_grad=True)
         return with_gradients(loss, (self.beta, grad_beta)), through_unit_rows(rows.z_bD, grad_x_bD)
 

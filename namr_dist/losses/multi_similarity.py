@@ -27,7 +27,7 @@ class MultiSimilarityLoss(nn.Module):
         """The batch's loss and its gradient for rows.z_bD, of any length. seed: not used, nothing is sampled."""
         unit = rows.unit()
         loss, grad_x_bD = kernels.multi_similarity_of_rows(
-            unit.z_bD, unit.labels_b, unit.z_BD, unit.labels_B, offset=unit.offset, gather=unit.gather,
+            unit.z_bD, unit.labels_b, unit.z_ND, unit.labels_N, offset=unit.offset, gather=unit.gather,
             alpha=self.alpha, beta=self.beta, base=self.base, epsilon=self.epsilon, with_grad=True)
         return loss, through_unit_rows(rows.z_bD, grad_x_bD)
 

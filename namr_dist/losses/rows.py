@@ -1,6 +1,6 @@
 """One rank's rows among all, and losses whose gradients are known.
 
-Shapes: b rows of this rank, B rows of all ranks, D width, W ranks.
+Shapes: b rows of this rank, B rows of all ranks, N candidates, D width, W ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Rows:
     """What a rank needs to know of a batch to compute its loss, and the gradient of its own rows, by itself."""
 
     z_bD: Tensor
-    """This rank's embeddings, the same as z_BD[offset : offset + b]."""
+    """This rank's embeddings, the same as z_ND[offset : offset + b]."""
     labels_b: Tensor
-    z_BD: Tensor
-    """The embeddings of all ranks, in the order of ranks."""
-    labels_B: Tensor
+    z_ND: Tensor
+    """The embeddings of all ranks, in the order of ranks, and behind them those of a memory, if there is one."""
+    labels_N: Tensor
     offset: int = 0
     gather: kernels.Gather = kernels.alone
     """(b, …) of this rank → (B, …) of all."""
@@ -32,13 +32,13 @@ class Rows:
 
     def unit(self) -> Rows:
         """The same with rows of length 1."""
-        return Rows(z_bD=kernels.unit_rows(self.z_bD), labels_b=self.labels_b, z_BD=kernels.unit_rows(self.z_BD),
-                    labels_B=self.labels_B, offset=self.offset, gather=self.gather, gather_one=self.gather_one)
+        return Rows(z_bD=kernels.unit_rows(self.z_bD), labels_b=self.labels_b, z_ND=kernels.unit_rows(self.z_ND),
+                    labels_N=self.labels_N, offset=self.offset, gather=self.gather, gather_one=self.gather_one)
 
 
 def all_rows(z_BD: Tensor, labels_B: Tensor) -> Rows:
     """The rows of a batch that one process holds by itself."""
-    return Rows(z_bD=z_BD, labels_b=labels_B, z_BD=z_BD, labels_B=labels_B)
+    return Rows(z_bD=z_BD, labels_b=labels_B, z_ND=z_BD, labels_N=labels_B)
 
 
 def through_unit_rows(z_bD: Tensor, grad_x_bD: Tensor) -> Tensor:

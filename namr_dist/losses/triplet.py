@@ -11,8 +11,8 @@ class TripletLoss(nn.Module):
 
     margin: how much farther a negative must lie than a positive, in units of the scaled distance.
     mining: "semihard", "hardest" or "distance_weighted"; see `kernels.triplet_loss`.
-    most_positives: the most positives any row has, K - 1 for batches with K rows a class (None: counted each time,
-        which on a GPU waits for the device).
+    most_positives: the most positives any row has, K - 1 for batches with K rows a class and no memory (None: counted
+        each time, which on a GPU waits for the device).
     Raises ValueError for an unknown mining.
     """
 
@@ -26,7 +26,7 @@ class TripletLoss(nn.Module):
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
         """The batch's loss and its gradient for rows.z_bD. seed: picks the sampled negatives."""
         return kernels.triplet_of_rows(
-            rows.z_bD, rows.labels_b, rows.z_BD, rows.labels_B, offset=rows.offset, gather=rows.gather,
+            rows.z_bD, rows.labels_b, rows.z_ND, rows.labels_N, offset=rows.offset, gather=rows.gather,
             margin=self.margin, mining=self.mining, seed=seed, most_positives=self.most_positives, with_grad=True)
 
     def extra_repr(self) -> str:

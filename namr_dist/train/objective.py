@@ -1,6 +1,6 @@
 """What is minimised: the metric loss on z plus λ times multi-cluster ranking on (z, s), over the global batch.
 
-Shapes: b rows of one rank, B rows of all ranks, D width, W ranks. Formulas: docs/algorithm.md.
+Shapes: b rows of one rank, B rows of all ranks, N candidates, D width, W ranks. Formulas: docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from namr_dist import kernels
 from namr_dist.config import LossConfig
 from namr_dist.losses.margin import MarginLoss
+from namr_dist.losses.memory import CrossBatchMemory
 from namr_dist.losses.multi_cluster import MultiClusterRanking
 from namr_dist.losses.multi_similarity import MultiSimilarityLoss
 from namr_dist.losses.proxy_anchor import ProxyAnchorLoss
@@ -33,11 +34,17 @@ class StepLoss(NamedTuple):
     total: Tensor
     metric: Tensor
     ranking: Tensor
+    drift: Tensor
+    """How far the batch's images have moved since the memory took them, in units of the mean pairwise distance: a mean
+    over those that it holds."""
+    drift_images: Tensor
+    """How many those are; 0 without a memory."""
 
 
 def build_metric_loss(config: LossConfig, *, classes: int, images_per_class: int, width: int) -> nn.Module:
     """The baseline loss that the configuration names, for labels 0..classes-1, so many rows of each in a batch."""
-    positives = images_per_class - 1
+    # In a memory a class may stand any number of times.
+    positives = None if config.memory.rows else images_per_class - 1
     if config.metric == "triplet":
         return TripletLoss(margin=config.triplet.margin, mining=config.triplet.mining, most_positives=positives)
     if config.metric == "margin":
@@ -58,6 +65,9 @@ class Objective(nn.Module):
     gathered with the loss. Made for optimizers that average gradients over ranks (DeepSpeed, DDP, FSDP): the
     gradients they arrive at are those of one process with the whole batch, for the loss's own parameters too.
 
+    With a memory, embeddings of earlier batches are candidates too: constants, divided by the batch's scale. A call in
+    training mode is a step of its own: the batch is remembered.
+
     classes: labels are 0..classes-1.  images_per_class: K, rows of a class in a batch.  width: D.
     """
 
@@ -70,41 +80,57 @@ class Objective(nn.Module):
                                                 floor=ranking.floor, sharpness=ranking.sharpness,
                                                 statistics=ranking.statistics)
         self.ranking_weight = ranking.weight
+        memory = config.memory
+        self.memory = CrossBatchMemory(rows=memory.rows, width=width, start_step=memory.start_step) if memory.rows \
+            else None
         self.phases = phases or Phases(torch.device("cpu"))
         self.traffic = Traffic()
 
     def forward(self, z_bD: Tensor, s_bD: Tensor, labels_b: Tensor, *, seed: int = 0,
-                counts_W: Sequence[int] | None = None) -> StepLoss:
+                counts_W: Sequence[int] | None = None, index_b: Tensor | None = None) -> StepLoss:
         """seed: fixes what the loss draws at random. counts_W: rows of each rank (None: asked for). Ranks may hold
-        different numbers of rows, or none."""
+        different numbers of rows, or none. index_b: which image each row is of; a memory needs it."""
         with self.phases("gather"):
             gather = RowGather(counts_W or count_rows(len(labels_b), z_bD.device), traffic=self.traffic)
             z_BD, labels_B = gather(z_bD.detach()), gather(labels_b)
             s_BD = gather(s_bD.detach()) if self.ranking_weight else None
+            if self.memory is not None:
+                if index_b is None:
+                    raise ValueError("index_b is missing: with a memory, pass which image each row is of")
+                index_B = gather(index_b)
         with self.phases("loss"):
-            return self._loss(z_bD, s_bD, labels_b, z_BD, s_BD, labels_B, gather, seed)
+            z_ND, labels_N = self.memory.behind(z_BD, labels_B) if self.memory is not None else (z_BD, labels_B)
+            # Distances in units of their mean: margins and centres mean the same at any scale of z.
+            mean, grad_mean_bD = kernels.mean_distance_of_rows(z_bD.detach(), z_BD, offset=gather.offset,
+                                                               gather=gather, with_grad=True)
+            mean = mean.where(mean > 0, 1.0)
+            rows = Rows(z_bD=z_bD.detach() / mean, labels_b=labels_b, z_ND=z_ND / mean, labels_N=labels_N,
+                        offset=gather.offset, gather=gather, gather_one=gather.one_each)
+            losses = self._loss(rows, z_bD, s_bD, s_BD, mean, grad_mean_bD, seed=seed)
+            if self.memory is None:
+                return losses
+            distance, images = self.memory.moved(z_BD, index_B)
+            if self.training:
+                self.memory.add(z_BD, labels_B, index_B)
+            return losses._replace(drift=distance / mean, drift_images=images)
 
-    def _loss(self, z_bD: Tensor, s_bD: Tensor, labels_b: Tensor, z_BD: Tensor, s_BD: Tensor | None,
-              labels_B: Tensor, gather: RowGather, seed: int) -> StepLoss:
-        # Distances in units of their mean: margins and centres mean the same at any scale of z.
-        mean, grad_mean_bD = kernels.mean_distance_of_rows(z_bD.detach(), z_BD, offset=gather.offset, gather=gather,
-                                                           with_grad=True)
-        mean = mean.where(mean > 0, 1.0)
-        rows = Rows(z_bD=z_bD.detach() / mean, labels_b=labels_b, z_BD=z_BD / mean, labels_B=labels_B,
-                    offset=gather.offset, gather=gather, gather_one=gather.one_each)
+    def _loss(self, rows: Rows, z_bD: Tensor, s_bD: Tensor, s_BD: Tensor | None, mean: Tensor,
+              grad_mean_bD: Tensor, *, seed: int) -> StepLoss:
+        """rows: scaled. mean, grad_mean_bD: what z_bD was divided by, and its gradient."""
         metric, grad_bD = self.metric_loss(rows, seed=seed)
-        ranking = torch.zeros_like(metric.detach())
-        known = []
+        zero = torch.zeros_like(metric.detach())
+        ranking, known = zero, []
         if s_BD is not None:
             ranking, grad_ranking_bD, grad_s_bD = self.ranking_loss(rows, s_bD.detach(), s_BD)
             grad_bD = grad_bD + self.ranking_weight * grad_ranking_bD
             known.append((s_bD, self.ranking_weight * grad_s_bD))
         # Through the division: x = z / m(z) with every row's gradient g for x gives (g - (Σ g·x) dm/dz) / m.
-        pull = gather.one_each((grad_bD * rows.z_bD).sum()[None]).sum()
+        pull = rows.gather_one((grad_bD * rows.z_bD).sum()[None]).sum()
         known.append((z_bD, (grad_bD - pull * grad_mean_bD) / mean))
         # The metric loss itself carries the gradients of its own parameters.
         total = with_gradients(metric + self.ranking_weight * ranking, *known, (metric, torch.ones_like(metric)))
-        return StepLoss(total=for_averaged_gradients(total), metric=metric.detach(), ranking=ranking)
+        return StepLoss(total=for_averaged_gradients(total), metric=metric.detach(), ranking=ranking, drift=zero,
+                        drift_images=zero)
 
 
 class TrainingModule(nn.Module):
@@ -122,11 +148,12 @@ class TrainingModule(nn.Module):
                                    width=network.sample_head.out_features, phases=phases)
 
     def forward(self, images_bHW3: Tensor, labels_b: Tensor | None = None, seed: int = 0,
-                counts_W: Sequence[int] | None = None) -> StepLoss | tuple[Tensor, Tensor]:
+                counts_W: Sequence[int] | None = None,
+                index_b: Tensor | None = None) -> StepLoss | tuple[Tensor, Tensor]:
         """Without labels: this rank's (z, s). With labels: the loss of the global batch, the same on all ranks."""
         features_bF = self.network.features(images_bHW3)
         with self.objective.phases("heads"):
             z_bD, s_bD = self.network.heads(features_bF)
         if labels_b is None:
             return z_bD, s_bD
-        return self.objective(z_bD, s_bD, labels_b, seed=seed, counts_W=counts_W)
+        return self.objective(z_bD, s_bD, labels_b, seed=seed, counts_W=counts_W, index_b=index_b)
