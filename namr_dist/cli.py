@@ -21,11 +21,12 @@ _OVERRIDE = "--set."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code: 0, or 2 for bad input, told in one line on stderr."""
+    """Run one command line; returns the exit code: 0, 2 for bad input, told in one line on stderr, or 75 for a
+    training run that a signal ended and --resume goes on with."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parsed, overrides = _parse(words)
-        parsed.verb(parsed, overrides)
+        return parsed.verb(parsed, overrides) or 0
     except InputError as error:
         return _fail(str(error))
     except OSError as error:
@@ -36,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                      + ("; free some space or give another folder" if full else "; give another path"))
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _fail(text: str) -> int:
@@ -56,8 +56,14 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     train.add_argument("recipe", metavar="RECIPE", help="name of a recipe, such as homeware")
     # Not --run: torchrun's own parser takes that for a shortened option of its own, wherever it stands.
     train.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
-    train.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+    existing.add_argument("--resume", action="store_true", help="go on with the run that is there from its newest "
+                          "checkpoint; without one, begin")
     train.add_argument("--settings", action="store_true", help="print every setting with its meaning, and stop")
+    train.add_argument("--dry-run", action="store_true", help="check what can be checked without starting, print how "
+                       "to start, and stop")
+    train.add_argument("--ranks", type=int, metavar="W", help="ranks that --dry-run checks for (as launched)")
     train.set_defaults(verb=_train)
 
     evaluate = verbs.add_parser("evaluate", help="measure a trained run on its test split",
@@ -81,12 +87,6 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
     embed.set_defaults(verb=_embed)
 
-    shards = verbs.add_parser("shards", help="verify shard sets, show their statistics")
-    shard_verbs = shards.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, verb, text in (("verify", _shards_verify, "hash every shard and decode every image"),
-                             ("stats", _shards_stats, "count images and classes by split")):
-        entry = shard_verbs.add_parser(name, help=text)
-        entry.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="the shard set (homeware)")
     export = verbs.add_parser("export", help="write a trained network as plain files that need no DeepSpeed",
                               description="Write a trained run's network into a new folder with config.json and a "
                               "model card. Every file is read back and compared with the network.")
@@ -98,10 +98,16 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("--json", action="store_true", help="print JSON")
     export.set_defaults(verb=_export)
 
+    shards = verbs.add_parser("shards", help="verify shard sets, show their statistics")
+    shard_verbs = shards.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, verb, text in (("verify", _shards_verify, "hash every shard and decode every image"),
+                             ("stats", _shards_stats, "count images and classes by split")):
+        entry = shard_verbs.add_parser(name, help=text)
+        entry.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="the shard set (homeware)")
         entry.add_argument("--json", action="store_true", help="print JSON")
         entry.set_defaults(verb=verb)
 
-    bench = verbs.add_parser("bench", help="measure the kernels on this machine")
+    bench = verbs.add_parser("bench", help="measure kernels and gathering on this machine")
     bench_verbs = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     kernels = bench_verbs.add_parser("kernels", help="time and memory of the losses beside other implementations")
     if words[:2] == ["bench", "kernels"]:  # the options live with the benchmark, which imports torch
@@ -109,9 +115,22 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
         add_arguments(kernels)
     kernels.set_defaults(verb=_bench_kernels)
+    gather = bench_verbs.add_parser(
+        "gather", help="bytes and time of a loss over many ranks", description="Bytes on the sockets and time of a loss "
+        "over many CPU ranks, beside a gather that autograd differentiates.")
+    gather.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="W", help="(2 4)")
+    gather.add_argument("--rows", type=int, default=1024, metavar="B", help="rows of the global batch (%(default)s)")
+    gather.add_argument("--width", type=int, nargs="+", default=[128, 512], metavar="D", help="(128 512)")
+    gather.add_argument("--steps", type=int, default=10, help="measured steps (%(default)s)")
+    gather.add_argument("--csv", type=Path, metavar="FILE", help="write the figures")
+    gather.set_defaults(verb=_bench_gather)
 
     doctor = verbs.add_parser("doctor", help="what is installed, which fast paths are on, what to do about the rest")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--parity", action="store_true", help="instead, compare losses and gradients of 1, 2 and 4 CPU "
+                        "ranks under DDP and ZeRO 0 to 3 with those of one process (minutes); exit code 1 if one "
+                        "differs")
+    doctor.add_argument("--csv", type=Path, metavar="FILE", help="write the figures of --parity")
     doctor.set_defaults(verb=_doctor)
 
     own, overrides = _split_overrides(words)
@@ -154,13 +173,39 @@ def configure(recipe: str, overrides: Sequence[str], *, show_help: bool = False)
                     config=(tyro.conf.FlagConversionOff,)).set
 
 
-def _train(parsed: argparse.Namespace, overrides: list[str]) -> None:
+def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     config = configure(parsed.recipe, overrides, show_help=parsed.settings)
+    if parsed.dry_run:
+        _dry_run(parsed, overrides, config)
+        return 0
+    if parsed.ranks is not None:
+        raise InputError(f"--ranks is {parsed.ranks}, which goes with --dry-run; torchrun, deepspeed, srun or mpirun "
+                         "say how many ranks train")
     from namr_dist.parallel.ranks import discover, shut_down
+    from namr_dist.train.interrupt import EXIT_CODE
     from namr_dist.train.loop import train
 
-    train(config, parsed.run_dir or Path("runs") / config.recipe, discover(), overwrite=parsed.overwrite)
-    shut_down()
+    finished = train(config, parsed.run_dir or Path("runs") / config.recipe, discover(), overwrite=parsed.overwrite,
+                     resume=parsed.resume)
+    code = 0 if finished else EXIT_CODE
+    shut_down(code)
+    return code
+
+
+def _dry_run(parsed: argparse.Namespace, overrides: list[str], config: Config) -> None:
+    import os
+
+    from namr_dist.parallel.ranks import read_launch
+    from namr_dist.train.dry_run import dry_run
+
+    launch = read_launch(os.environ)
+    words = [parsed.recipe, *(["--run-dir", str(parsed.run_dir)] if parsed.run_dir else []),
+             *(["--overwrite"] if parsed.overwrite else []), *(["--resume"] if parsed.resume else []), *overrides]
+    lines = dry_run(config, parsed.run_dir or Path("runs") / config.recipe,
+                    ranks=launch.world_size if parsed.ranks is None else parsed.ranks,
+                    overwrite=parsed.overwrite, resume=parsed.resume, words=words)
+    if launch.rank == 0:
+        print("\n".join(lines))
 
 
 def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
@@ -191,6 +236,19 @@ def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
     count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards
              else embed_folder(parsed.run, parsed.images, parsed.out))
     print(f"{count} images → {parsed.out}")
+
+
+def _export(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.retrieval.export import export_run
+
+    exported = export_run(parsed.run, parsed.out, parsed.formats)
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))
+        return
+    for file, size in exported.size_bytes.items():
+        compared = f"  differs from the network by {exported.differences[file]:.1e} at most" \
+            if file in exported.differences else ""
+        print(f"{exported.folder / file}  {size / 2**20:.1f} MiB{compared}")
 
 
 def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> None:
@@ -234,28 +292,34 @@ def _bench_kernels(parsed: argparse.Namespace, _: list[str]) -> None:
     except Refused as error:
         raise InputError(str(error)) from None
 
-def _export(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.retrieval.export import export_run
 
-    exported = export_run(parsed.run, parsed.out, parsed.formats)
-    if parsed.json:
-        print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))
-        return
-    for file, size in exported.size_bytes.items():
-        compared = f"  differs from the network by {exported.differences[file]:.1e} at most" \
-            if file in exported.differences else ""
-        print(f"{exported.folder / file}  {size / 2**20:.1f} MiB{compared}")
+def _bench_gather(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.train.bench_gather import measure, show, to_csv
+
+    for ranks in parsed.ranks:
+        if ranks < 2 or parsed.rows % (4 * ranks):
+            raise InputError(f"--rows {parsed.rows} cannot be shared by --ranks {ranks}; give at least 2 ranks, and rows "
+                             f"that are a multiple of {4 * max(ranks, 2)}")
+    measured = [one for ranks in parsed.ranks for width in parsed.width
+                for one in measure(ranks=ranks, rows=parsed.rows, width=width, steps=parsed.steps)]
+    show(measured)
+    if parsed.csv:
+        to_csv(measured, parsed.csv)
 
 
-
-def _doctor(parsed: argparse.Namespace, _: list[str]) -> None:
+def _doctor(parsed: argparse.Namespace, _: list[str]) -> int:
     from namr_dist import doctor
 
+    if parsed.parity:
+        return doctor.parity(as_json=parsed.json, csv=parsed.csv)
+    if parsed.csv:
+        raise InputError(f"--csv is {parsed.csv}, which goes with --parity; add it")
     findings = doctor.examine()
     if parsed.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
         doctor.show(findings)
+    return 0
 
 
 if __name__ == "__main__":

@@ -187,6 +187,16 @@ class TrainConfig:
     """Steps between two validations; one more follows the last step."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run's folder."""
+    checkpoint_minutes: float = 15.0
+    """Minutes between two checkpoints, from which --resume goes on; 0: none by time. SIGTERM and SIGUSR1 write one too.
+    """
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0: none by steps."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    timeout_minutes: float = 30.0
+    """Minutes in one phase of a step after which a rank ends the run, saying which rank is where. Longer than one
+    checkpoint takes, or the search among the validation images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +238,19 @@ class Config:
         data, optim, train = self.data, self.optim, self.train
         at_least_one = {"data.classes_per_batch": data.classes_per_batch, "data.image_size": data.image_size,
                         "optim.steps": optim.steps, "train.log_every": train.log_every,
-                        "train.validate_every": train.validate_every, "model.width": self.model.width,
+                        "train.validate_every": train.validate_every,
+                        "train.keep_checkpoints": train.keep_checkpoints, "model.width": self.model.width,
                         "model.structure_hidden": self.model.structure_hidden, "data.test_size": self.test_size,
                         "train.micro_batch": 1 if train.micro_batch is None else train.micro_batch}
         for name, value in at_least_one.items():
             if value < 1:
                 raise InputError(f"{name} is {value}; set it to at least 1")
+        for name, period in (("train.checkpoint_minutes", train.checkpoint_minutes),
+                             ("train.checkpoint_every", train.checkpoint_every)):
+            if not period >= 0:
+                raise InputError(f"{name} is {period}; set it to at least 0")
+        if not train.timeout_minutes > 0:
+            raise InputError(f"train.timeout_minutes is {train.timeout_minutes}; set it above 0")
         if data.images_per_class < 2:
             raise InputError(f"data.images_per_class is {data.images_per_class}; set it to at least 2, for a "
                              "batch without two images of a class has no positives")
@@ -266,9 +283,17 @@ class Config:
                              "loss.ranking.weight to 0 for no ranking")
         if not 0 <= ranking.floor <= 1:
             raise InputError(f"loss.ranking.floor is {ranking.floor}; set it between 0 and 1")
+        memory = self.loss.memory
+        if memory.rows > 0 and self.loss.metric == "proxy_anchor":
+            raise InputError(f"loss.memory.rows is {memory.rows}, but proxy_anchor compares with proxies alone; set it "
+                             "to 0, or loss.metric to another")
+        if memory.rows > 0 and memory.start_step >= optim.steps:
+            raise InputError(f"loss.memory.start_step is {memory.start_step}, so the memory would not be met in "
+                             f"{optim.steps} steps; set it below optim.steps, or loss.memory.rows to 0")
         not_negative: dict[str, float] = {
             "data.workers": data.workers, "data.brightness": data.brightness, "data.contrast": data.contrast,
             "data.saturation": data.saturation, "loss.ranking.weight": ranking.weight,
+            "loss.memory.rows": memory.rows, "loss.memory.start_step": memory.start_step,
             "optim.backbone_lr": optim.backbone_lr, "optim.head_lr": optim.head_lr, "optim.loss_lr": optim.loss_lr,
             "optim.weight_decay": optim.weight_decay, "optim.clip": optim.clip, "train.seed": train.seed}
         for name, number in not_negative.items():
@@ -283,17 +308,9 @@ class Config:
         roles: dict[str, set[str | None]] = {
             "data.train_splits": {*data.train_splits}, "data.validation_split": {data.validation_split},
             "data.test_split": {data.test_split}}
-        memory = self.loss.memory
-        if memory.rows > 0 and self.loss.metric == "proxy_anchor":
-            raise InputError(f"loss.memory.rows is {memory.rows}, but proxy_anchor compares with proxies alone; set it "
-                             "to 0, or loss.metric to another")
-        if memory.rows > 0 and memory.start_step >= optim.steps:
-            raise InputError(f"loss.memory.start_step is {memory.start_step}, so the memory would not be met in "
-                             f"{optim.steps} steps; set it below optim.steps, or loss.memory.rows to 0")
         names = list(roles)
         for place, name in enumerate(names):
             for other in names[place + 1:]:
-            "loss.memory.rows": memory.rows, "loss.memory.start_step": memory.start_step,
                 if shared := sorted(filter(None, roles[name] & roles[other])):
                     raise InputError(f"split {shared[0]!r} is both in {name} and in {other}; give each its own")
 

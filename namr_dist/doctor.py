@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from namr_dist import __version__
+from namr_dist.errors import InputError
 
 Status = Literal["ok", "slow", "missing"]
 
@@ -56,6 +59,44 @@ def show(findings: list[Finding]) -> None:
     for finding in findings:
         table.add_row(marks[finding.status], finding.what, finding.found, finding.remedy)
     Console().print(table)
+
+
+def parity(*, as_json: bool, csv: Path | None) -> int:
+    """Measure the parity table, print it, write it to `csv`; 1 if anything is above its bound, else 0.
+
+    Raises InputError if the file has no folder.
+    """
+    from namr_dist.train import parity_report
+
+    if csv and not csv.parent.is_dir():
+        raise InputError(f"--csv is {csv}, whose folder does not exist; make it or give another file")
+    said = Console(stderr=True)
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=said, transient=True,
+                  disable=not said.is_terminal) as bar:
+        task = bar.add_task("parity", total=None)
+        rows = parity_report.run(lambda done, total: bar.update(task, completed=done, total=total))
+    made = parity_report.origin()
+    if csv:
+        parity_report.write_csv(csv, rows, made)
+    failures = parity_report.failures(rows)
+    if as_json:
+        print(json.dumps({**made, "failures": failures, "rows": [asdict(row) for row in rows]}, indent=2))
+        return int(bool(failures))
+    # Seventeen columns: a narrower terminal breaks the lines, and no figure is cut.
+    console = Console(width=max(120, Console().width))
+    library = parity_report.library_table(rows)
+    for title, heading, lines in [*parity_report.tables(rows), *([library] if library else [])]:
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 0, 0, 1))
+        for number, column in enumerate(heading):
+            table.add_column(column.replace(" ", "\n"), justify="left" if number < 2 else "right", no_wrap=True)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    for failure in failures:
+        console.print(f"[red]above its bound[/] {failure}")
+    if not failures:
+        console.print(f"all {sum(row.good == 'yes' for row in rows)} cases within their bounds (docs/parity.md)")
+    return int(bool(failures))
 
 
 def _package(name: str) -> Finding:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from ranks import Ranks
 
 from namr_dist.data.manifest import ImageClass, Manifest
 from namr_dist.data.shards import Sample, write_shard
+from namr_dist.parallel.pool import Ranks
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -84,9 +84,15 @@ def own_shard_set(tmp_path: Path) -> Manifest:
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Ranks]:
     """Two gloo processes for the whole session."""
-    pool = Ranks(2)
-    yield pool
-    pool.close()
+    with Ranks(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    """Four of them."""
+    with Ranks(4) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ class FolderImages(ImageSource):
             raise InputError(f"{folder} is no folder; give one with image files")
         self._folder = folder
         self._transform = transform
+        self.side = transform.size
         self.names = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
                                   if path.suffix.lower() in _ENDINGS and path.is_file()))
         if not self.names:

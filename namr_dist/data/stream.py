@@ -5,6 +5,7 @@ Batches are uint8 and leave normalisation to the device, so a quarter of the byt
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from namr_dist.data.manifest import Manifest, SplitIndex
 from namr_dist.data.plan import augment_seed, epoch_plan, rank_part, steps_per_epoch
 from namr_dist.data.shards import decode_rgb
 from namr_dist.errors import InputError
+
+_AHEAD_BYTES = 256 << 20
+"""Batches made ahead by all workers of a rank, unless one each is more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,9 @@ class ImageSource(Dataset["Batch | InputError"]):
     for `stream` to raise: raised in a worker, it would arrive wrapped in the worker's traceback.
     """
 
+    side: int
+    """Pixels of a side of the images it makes."""
+
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -57,6 +64,7 @@ class ShardImages(ImageSource):
         self._paths = [manifest.folder / shard.file for shard in manifest.shards]
         self._index = index
         self._transform = transform
+        self.side = transform.size
         self._class_N = np.unique(index.label_N, return_inverse=True)[1]
 
     def __len__(self) -> int:
@@ -142,12 +150,27 @@ def stream(images: ImageSource, batches: TrainPlan | list[list[tuple[int, int]]]
     # The sampler is a plan, known before the first read, so raw bytes are shuffled and never decoded images.
     made: DataLoader[Batch | InputError] = DataLoader(
         images, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_batches_ahead(images, batches, workers=workers) if workers else None,
+        worker_init_fn=_leave_signals_to_parent,
+        # Its own, though nothing uses it: a loader draws from the generator it has, and torch's one is the model's.
+        generator=torch.Generator(),
     )
     for batch in made:
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+def _batches_ahead(images: ImageSource, batches: TrainPlan | list[list[tuple[int, int]]], *, workers: int) -> int:
+    """Batches that a worker makes ahead: four, or fewer if they are large."""
+    batch_bytes = len(next(iter(batches))) * 3 * images.side**2
+    return max(1, min(4, _AHEAD_BYTES // (workers * batch_bytes)))
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    # A launcher signals the whole process group; a parent that wants to end in good order still needs its batches.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Batch | InputError:

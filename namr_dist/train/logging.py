@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from namr_dist.train.phases import StepTimes
@@ -24,21 +26,26 @@ class RunLog:
     Only the first rank has one. Lines are flushed as they come, so `tail -f` and a later crash see all of them.
     """
 
-    def __init__(self, run: Path, *, steps: int, ranks: int, tensorboard: bool, name: str) -> None:
+    def __init__(self, run: Path, *, steps: int, hosts: Sequence[str], tensorboard: bool, name: str,
+                 peak_img_per_s: float | None = None, first_step: int = 0, before_s: float = 0.0) -> None:
+        """hosts: name of each rank's machine. peak_img_per_s: of all devices at their peak, if known. first_step: steps
+        done already, in `before_s` seconds; metrics.jsonl is continued."""
         # Unbuffered: a line that did not fit the disk is not tried again when the file is closed.
         self._path = run / "metrics.jsonl"
-        self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
-        self._events: _Events | None = _Events(run / "tensorboard") if tensorboard else None
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        self._events: _Events | None = _Events(run / "tensorboard", first_step=first_step) if tensorboard else None
         self._steps = steps
-        self._many = ranks > 1
+        self._hosts = hosts
+        self._peak_img_per_s = peak_img_per_s
+        self._speed = ""
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                                  TextColumn("{task.fields[note]}"), console=self._console)
-            self._task = self._bar.add_task(name, total=steps, note="")
+            self._task = self._bar.add_task(name, total=steps, completed=first_step, note="")
         self._latest: dict[str, float | int] = {}
-        self._began = time.perf_counter()
+        self._began = time.perf_counter() - before_s
 
     def __enter__(self) -> RunLog:
         if self._bar:
@@ -57,7 +64,7 @@ class RunLog:
 
     @property
     def time_s(self) -> float:
-        """Seconds since the log was opened."""
+        """Seconds since the log was opened, and those of the steps before."""
         return time.perf_counter() - self._began
 
     def say(self, text: str) -> None:
@@ -69,23 +76,29 @@ class RunLog:
         self._write(figures)
         self._latest = figures
         if self._bar:
-            self._bar.update(self._task, completed=int(figures["step"]), note=f"loss {figures['loss']:.4f}")
+            self._bar.update(self._task, completed=int(figures["step"]),
+                             note=f"loss {figures['loss']:.4f}{self._speed}")
 
-    def speed(self, step: int, img_per_s: float, times: StepTimes, *, gathered_bytes: float) -> None:
-        """Of the steps since the last such call, validation left out: images a second, where the time went, and the
-        bytes a rank received a step while embeddings were gathered. A line for people, if there is no bar."""
-        self._write({"step": step, "img_per_s": round(img_per_s, 1), "time_s": round(self.time_s, 3),
+    def speed(self, step: int, img_per_s: float, times: StepTimes, *, images: int, gathered_bytes: float) -> None:
+        """Of the steps since the last such call, validation and checkpoints left out: images a second, where the time
+        went, and the bytes a rank received a step while embeddings were gathered; `images` a step. A line for people,
+        if there is no bar."""
+        share = {} if self._peak_img_per_s is None else {"mfu": round(img_per_s / self._peak_img_per_s, 4)}
+        self._write({"step": step, "img_per_s": round(img_per_s, 1), **share, "time_s": round(self.time_s, 3),
                      **{f"{name}_s": round(seconds, 5) for name, seconds in times.mean_s.items()},
                      "slowest_rank": times.slowest_rank, "slowest_s": round(times.slowest_s, 5),
                      "gathered_mib": round(gathered_bytes / 2**20, 4)})
+        self._speed = f"  {img_per_s:.0f} img/s" + (f", {100 * share['mfu']:.0f} % of peak" if share else "")
         if self._bar:
             return
         latest = self._latest
-        spent = " ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in times.mean_s.items())
-        slowest = f"  slowest rank {times.slowest_rank}: {1e3 * times.slowest_s:.0f}" if self._many else ""
-        self.say(f"step {step:>6}/{self._steps}  epoch {latest['epoch']:>3}  loss {latest['loss']:.4f}  "
-                 f"metric {latest['metric_loss']:.4f}  ranking {latest['ranking_loss']:.4f}  "
-                 f"lr {latest['lr']:.2e}  {img_per_s:.0f} img/s  {self.time_s:.0f} s  ms: {spent}{slowest}")
+        line = (f"step {step:>6}/{self._steps}  epoch {latest['epoch']:>3}  {self.time_s:>5.0f} s  "
+                f"loss {latest['loss']:.4f} (metric {latest['metric_loss']:.4f}, ranking {latest['ranking_loss']:.4f})"
+                f"  lr {latest['lr']:.1e}{self._speed}  {spent(times.mean_s, step_s=images / img_per_s)}")
+        if len(self._hosts) > 1:
+            slow = times.slowest_rank
+            line += f"  slowest: rank {slow} on {self._hosts[slow]}, {1e3 * times.slowest_s:.0f} ms"
+        self.say(line)
 
     def validation(self, step: int, figures: dict[str, float]) -> None:
         """Recall and the like, in percent, on the validation classes."""
@@ -93,16 +106,36 @@ class RunLog:
         self.say(f"step {step:>6}/{self._steps}  validation  "
                  + "  ".join(f"{name} {value:.1f}" for name, value in figures.items()))
 
-    def _write(self, figures: dict) -> None:
+    def resumed(self, step: int, file: Path) -> None:
+        """The run goes on from a checkpoint after `step` steps."""
+        self._line({"step": step, "resumed": file.name, "time_s": round(self.time_s, 3)})
+        self.say(f"resumed   at step {step} from {file}")
+
+    def sync(self) -> None:
+        """Wait until metrics.jsonl is on disk: a checkpoint must not outlive the lines before it."""
+        os.fsync(self._file.fileno())
+
+    def _line(self, figures: dict) -> None:
         try:
             self._file.write((json.dumps(figures) + "\n").encode())
         except OSError as error:
             error.filename = str(self._path)
             raise
+
+    def _write(self, figures: dict) -> None:
+        self._line(figures)
         if self._events:
             values = figures.get("val") or {name: value for name, value in figures.items() if name != "step"}
             self._events.write(figures["step"], values, group="val" if "val" in figures else "train",
                                flush="loss" not in figures)
+
+
+def spent(mean_s: dict[str, float], *, step_s: float) -> str:
+    """Milliseconds of a step and of its phases, in their order; those below 1 % of it are added to the rest."""
+    large = {name: seconds for name, seconds in mean_s.items() if seconds >= 0.01 * step_s}
+    rest_s = max(0.0, step_s - sum(large.values()))
+    return f"{1e3 * step_s:.0f} ms/step: " + ", ".join(
+        f"{name} {1e3 * seconds:.0f}" for name, seconds in [*large.items(), ("rest", rest_s)])
 
 
 class _Events:
@@ -112,10 +145,13 @@ class _Events:
     killed it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
         self._folder = folder
         self._writer = EventsWriter(str(folder / "events"))
+        if first_step:  # TensorBoard then forgets what earlier files say of the steps from here on
+            self._writer.write_event(Event(step=first_step + 1, wall_time=time.time(),
+                                           session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, float], *, group: str, flush: bool) -> None:
         try:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import shutil
+import socket
+import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 
 from namr_dist import kernels
 from namr_dist.atomic import write_atomic
@@ -27,15 +32,22 @@ from namr_dist.data.shards import verify_shards
 from namr_dist.data.stream import Batch, ShardImages, TrainPlan, stream
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
+from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import Rank
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, save_network
 from namr_dist.train.embed import embed, test_transform
+from namr_dist.train.interrupt import StopRequests
+from namr_dist.train.keeper import CheckpointKeeper
 from namr_dist.train.logging import RunLog
 from namr_dist.train.objective import StepLoss, TrainingModule
+from namr_dist.train.peak import device_peak, run_peak_img_per_s
 from namr_dist.train.phases import Phases, StepTimes
+from namr_dist.train.resume import Start, checkpoints, cut_log, find_start, hash_images
 from namr_dist.train.schedule import lr_factor
+from namr_dist.train.state import check_fits, load_state, state_bytes
+from namr_dist.train.watchdog import Watchdog, backend_timeout
 
 if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
     from deepspeed import DeepSpeedEngine
@@ -44,10 +56,12 @@ if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environm
 _ROOM_FOR_LOGS_BYTES = 32 << 20
 
 
-def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> None:
+def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, resume: bool = False) -> bool:
     """Train as `config` says and leave config.json, metrics.jsonl and the final checkpoint in the folder `run`.
 
-    Every rank calls it. Raises InputError, before the first step, for whatever can be known to be wrong by then.
+    resume: go on from the newest checkpoint in `run`, if there is one. Every rank calls it. False, on all of them:
+    a signal asked for an end before the last step, and `resume` goes on. Raises InputError, before the first step,
+    for whatever can be known to be wrong by then.
     """
     config.check()
     manifest = open_shards(config.data.path)
@@ -69,21 +83,60 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False) -> 
     _check_sizes(network, config, rank.device)
     module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N)),
                             images_per_class=config.data.images_per_class, phases=Phases(rank.device)).to(rank.device)
-    if rank.first:
-        _claim_folder(run, overwrite=overwrite, need_bytes=_size_bytes(module))
-        write_atomic(run / "config.json", config.to_json())
+    data_hash = hash_images(manifest, config.data.train_splits)
+    start = _start(module, config, run, data_hash, overwrite=overwrite, resume=resume) if rank.first else Start()
+    timeout = backend_timeout(config.train.timeout_minutes)
+    _start_group(rank, timeout)
+    host = HostGroup(timeout)
+    if host.from_first(start.finished):
+        if rank.first:
+            print(f"{run} is finished: {final_checkpoint(run)}", file=sys.stderr)
+        return True
+    hosts = host.of_all(socket.gethostname())
+    peak_img_per_s = run_peak_img_per_s(network, device_peak(rank.device), size=config.data.image_size,
+                                        device=rank.device, ranks=rank.world_size)
     engine = _engine(module, config, rank)
-    if not rank.first:
-        _steps(engine, config, manifest, index, rank, log=None)
-        _save(engine, config, run, rank)
-        return
-    with RunLog(run, steps=config.optim.steps, ranks=rank.world_size, tensorboard=config.train.tensorboard,
-                name=config.recipe) as log:
+    first_step = host.from_first(start.step)
+    if first_step:
+        load_state(engine, start.saved, host=host, seed=config.train.seed)
+    with StopRequests() as requests, contextlib.ExitStack() as stack:
+        stack.enter_context(Watchdog(module.objective.phases, rank, timeout_minutes=config.train.timeout_minutes))
+        keeper = CheckpointKeeper(engine, run, config, data_hash=data_hash, host=host, first=rank.first,
+                                  requests=requests)
+        if not rank.first:
+            return _steps(engine, config, manifest, index, rank, keeper, first_step=first_step, log=None) \
+                and _save(engine, config, run, rank)
+        before_s = cut_log(run / "metrics.jsonl", first_step)
+        log = stack.enter_context(RunLog(run, steps=config.optim.steps, hosts=hosts, peak_img_per_s=peak_img_per_s,
+                                         tensorboard=config.train.tensorboard, name=config.recipe,
+                                         first_step=first_step, before_s=before_s))
         for line in _banner(config, manifest, index, run, rank, precision=f"{'bf16' if bf16 else 'fp32'} ({why})"):
             log.say(line)
-        _steps(engine, config, manifest, index, rank, log=log)
+        for warning in start.warnings:
+            log.say(f"WARNING: {warning}; an older one is used")
+        if start.saved:
+            log.resumed(first_step, start.saved.path)
+        if not _steps(engine, config, manifest, index, rank, keeper, first_step=first_step, log=log):
+            return False
         _save(engine, config, run, rank)
         log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {final_checkpoint(run)}")
+    return True
+
+
+def _start(module: TrainingModule, config: Config, run: Path, data_hash: str, *, overwrite: bool,
+           resume: bool) -> Start:
+    """Make the folder ready, on the first rank, and say where to begin."""
+    start = find_start(run, config, data_hash=data_hash) if resume else Start()
+    if start.finished:
+        return start
+    if start.saved:
+        check_fits(start.saved, module)
+    # While a checkpoint is written, the ones to be kept are all still there.
+    need_bytes = _size_bytes(module) + (config.train.keep_checkpoints + 1) * state_bytes(module)
+    there_bytes = sum(path.stat().st_size for _, path in checkpoints(run)) if start.goes_on else 0
+    _claim_folder(run, overwrite=overwrite, goes_on=start.goes_on, need_bytes=max(0, need_bytes - there_bytes))
+    write_atomic(run / "config.json", config.to_json())
+    return start
 
 
 def _precision(config: Config, device: torch.device) -> tuple[bool, str]:
@@ -117,10 +170,10 @@ def _size_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
-def _claim_folder(run: Path, *, overwrite: bool, need_bytes: int) -> None:
-    if (run / "config.json").exists() and not overwrite:
-        raise InputError(f"{run} already holds a run; choose another folder with --run-dir, or replace it with "
-                         "--overwrite")
+def _claim_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
+    if (run / "config.json").exists() and not overwrite and not goes_on:
+        raise InputError(f"{run} already holds a run; go on with it by --resume, choose another folder with "
+                         "--run-dir, or replace it with --overwrite")
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / ".writable", "")
@@ -132,6 +185,8 @@ def _claim_folder(run: Path, *, overwrite: bool, need_bytes: int) -> None:
     if free < need:
         raise InputError(f"run folder {run} has {free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}; "
                          "free some or choose another disk with --run-dir")
+    if goes_on:
+        return
     # The old run goes once the new one can begin, and only what a run writes: never a whole folder that a user may
     # have pointed to by mistake.
     for name in ("checkpoints", "tensorboard"):
@@ -156,8 +211,8 @@ def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]
     return groups
 
 
-def _engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeedEngine:
-    """DeepSpeed's engine around the module. Starts the process group."""
+def _start_group(rank: Rank, timeout: timedelta = default_pg_timeout) -> None:
+    """Start the process group of all ranks, whose collectives wait for each other so long."""
     os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
@@ -166,7 +221,14 @@ def _engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeedEngi
     if rank.device.type == "cpu":
         # A C++ op for faster sums within one machine: building it takes longer than it saves here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if rank.device.type == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed("nccl" if rank.device.type == "cuda" else "gloo", verbose=False,
+                               timeout=timeout)
+
+
+def _engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeedEngine:
+    """DeepSpeed's engine around the module."""
+    import deepspeed
+
     images = config.data.classes_per_batch * config.data.images_per_class
     settings = {
         "train_batch_size": images,
@@ -184,14 +246,15 @@ def _engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeedEngi
 
 
 def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: SplitIndex, rank: Rank,
-           *, log: RunLog | None) -> None:
+           keeper: CheckpointKeeper, *, first_step: int, log: RunLog | None) -> bool:
+    """All steps from `first_step` on; False if a signal ended them before the last."""
     data, optim = config.data, config.optim
     transform = TrainTransform(size=data.image_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio,
                                flip=data.flip, brightness=data.brightness, contrast=data.contrast,
                                saturation=data.saturation)
     plan = TrainPlan(label_N=index.label_N, classes_per_batch=data.classes_per_batch,
                      images_per_class=data.images_per_class, seed=config.train.seed, rank=rank.rank,
-                     world_size=rank.world_size, steps=optim.steps)
+                     world_size=rank.world_size, steps=optim.steps, first_step=first_step)
     batches = stream(ShardImages(manifest, index, transform), plan, workers=data.workers,
                      pin_memory=rank.device.type == "cuda")
     phases, traffic = engine.module.objective.phases, engine.module.objective.traffic
@@ -203,6 +266,7 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
     engine.train()
     phases.take()
     for step in range(plan.first_step, optim.steps):
+        phases.step = step + 1
         with phases("data"):
             batch = next(batches)
         factor = lr_factor(step, optim)
@@ -213,7 +277,8 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
         last = step + 1 == optim.steps
         line = (step + 1) % config.train.log_every == 0 or last
         validate = bool(data.validation_split) and ((step + 1) % config.train.validate_every == 0 or last)
-        if line or validate or rank.device.type == "cpu":
+        save, stop = (False, False) if last else keeper.decide(step + 1)
+        if line or validate or save or rank.device.type == "cpu":
             # On a GPU, reading a loss waits for it: once for many steps.
             _report(pending, config, per_epoch, log)
             line_steps += len(pending)
@@ -223,7 +288,7 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
             received = traffic.take() / line_steps
             if log:
                 log.speed(step + 1, images * line_steps / (time.perf_counter() - line_began), spent,
-                          gathered_bytes=received)
+                          images=images, gathered_bytes=received)
             line_steps, line_began = 0, time.perf_counter()
         if validate:
             paused = time.perf_counter()
@@ -232,13 +297,28 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
             if log:
                 log.validation(step + 1, figures)
             line_began += time.perf_counter() - paused
+        if save:
+            paused = time.perf_counter()
+            if log:
+                log.sync()
+            with phases("checkpoint"):
+                said = keeper.save(step + 1, extras={})
+            if log:
+                log.say(said)
+            line_began += time.perf_counter() - paused
+        if stop:
+            if log:
+                log.say(f"stopped after step {step + 1}, as a signal asked for; the same command with --resume goes on")
+            return False
+    return True
 
 
 def _one_step(engine: DeepSpeedEngine, batch: Batch, rank: Rank, phases: Phases, *, seed: int) -> StepLoss:
     with phases("forward"):
         losses: StepLoss = engine(batch.images_bHW3.to(rank.device, non_blocking=True),
                                   batch.labels_b.to(rank.device, non_blocking=True), seed,
-                                  (len(batch.labels_b),) * rank.world_size)
+                                  (len(batch.labels_b),) * rank.world_size,
+                                  batch.index_b.to(rank.device, non_blocking=True))
     with phases("backward"):
         engine.backward(losses.total)
     with phases("step"):
@@ -249,14 +329,15 @@ def _one_step(engine: DeepSpeedEngine, batch: Batch, rank: Rank, phases: Phases,
 def _report(pending: list[tuple[int, StepLoss, float, float]], config: Config, per_epoch: int,
             log: RunLog | None) -> None:
     """Read the losses of the pending steps, stop if one is not finite, and log them."""
-    values = torch.stack([torch.stack([loss.total, loss.metric, loss.ranking]) for _, loss, _, _ in pending]).tolist()
-    for (step, _, factor, time_s), (total, metric, ranking) in zip(pending, values, strict=True):
+    values = torch.stack([torch.stack(loss) for _, loss, _, _ in pending]).tolist()
+    for (step, _, factor, time_s), (total, metric, ranking, drift, images) in zip(pending, values, strict=True):
         if not math.isfinite(total):
             raise InputError(f"the loss is {total} at step {step + 1}; lower optim.backbone_lr and optim.head_lr, "
                              "or optim.clip")
         if log:
             log.step({"step": step + 1, "epoch": step // per_epoch, "loss": total, "metric_loss": metric,
-                      "ranking_loss": ranking, "lr": config.optim.head_lr * factor, "time_s": round(time_s, 3)})
+                      "ranking_loss": ranking, "lr": config.optim.head_lr * factor, "time_s": round(time_s, 3),
+                      **({"drift": drift, "drift_images": int(images)} if images else {})})
 
 
 def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank: Rank) -> dict[str, float]:
@@ -270,17 +351,19 @@ def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank:
     return evaluate_sample(z_ND, index.label_N)
 
 
-def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> None:
+def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> bool:
     import deepspeed
 
     network = engine.module.network
     # Under ZeRO-3 no rank holds a whole parameter until it asks for it, and all ranks must ask together.
-    with deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=config.train.zero_stage == 3):
+    with engine.module.objective.phases("checkpoint"), \
+            deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=config.train.zero_stage == 3):
         if rank.first:
             trained = {"steps": config.optim.steps, "ranks": rank.world_size, "zero_stage": config.train.zero_stage,
                        "precision": "bf16" if network.bf16 else "fp32", **provenance()}
             save_network(final_checkpoint(run), network.state_dict(), config, trained=trained)
     dist.barrier()
+    return True
 
 
 def _banner(config: Config, manifest: Manifest, index: SplitIndex, run: Path, rank: Rank, *,

@@ -1,4 +1,7 @@
-"""Where a step's time goes: seconds in each phase, an inner phase's apart from the one around it; and on which rank."""
+"""Where a step's time goes: seconds in each phase, an inner phase's apart from the one around it; and on which rank.
+
+P phases, W ranks.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,24 @@ ranks, the loss and its gradient, backward with the reduction over ranks, optimi
 class Phases:
     """A stop watch of named phases. On a GPU the time of the kernels issued in a phase, without waiting for them.
 
-    `with phases("forward"): …`, nested at will; `take()` reads and clears.
+    `with phases("forward"): …`, nested at will; `take()` reads and clears. What is nested in a phase that is not of a
+    training step, such as validation, counts as that. Other threads may read step, now, since_s and broken.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.step = 0
+        """The step that runs, counted from 1; 0 before the first."""
+        self.since_s = time.monotonic()
+        """When a phase began or ended last."""
+        self.broken: str | None = None
+        """The innermost phase that an exception left, until another begins."""
         self._cuda = device.type == "cuda"
         self._stack = [IDLE]
+        # Of each phase that runs, the one that its time counts as.
+        self._accounts = [IDLE]
         self._seconds: dict[str, float] = defaultdict(float)
         # Events, each with the phase that ended there.
         self._marks: list[tuple[str, torch.cuda.Event]] = []
-        self.since_s = time.monotonic()
         self._mark = time.perf_counter()
 
     @property
@@ -42,17 +53,28 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self._switch()
+        within = self._accounts[-1]
+        account = name if within == IDLE or within in STEP_PHASES else within
+        if account != within:
+            self._close_account()
         self._stack.append(name)
+        self._accounts.append(account)
+        self.since_s, self.broken = time.monotonic(), None
         try:
             yield
+        except BaseException:
+            self.broken = self.broken or name
+            raise
         finally:
-            self._switch()
+            if account != within:
+                self._close_account()
             self._stack.pop()
+            self._accounts.pop()
+            self.since_s = time.monotonic()
 
     def take(self) -> dict[str, float]:
         """Seconds in each phase since the last call. A GPU is waited for."""
-        self._switch()
+        self._close_account()
         if self._marks:
             torch.cuda.synchronize()
             for (_, begin), (name, end) in zip(self._marks, self._marks[1:], strict=False):
@@ -62,16 +84,15 @@ class Phases:
         self._seconds.clear()
         return taken
 
-    def _switch(self) -> None:
-        """Close the account of the phase that ran until now."""
-        self.since_s = time.monotonic()
+    def _close_account(self) -> None:
+        """Book the time until now."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self._marks.append((self.now, event))
+            self._marks.append((self._accounts[-1], event))
         else:
             mark = time.perf_counter()
-            self._seconds[self.now] += mark - self._mark
+            self._seconds[self._accounts[-1]] += mark - self._mark
             self._mark = mark
 
 

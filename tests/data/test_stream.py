@@ -86,3 +86,13 @@ def test_a_damaged_image_is_one_clear_error(own_shard_set: Manifest, workers: in
     with pytest.raises(InputError, match=rf"^{shard.keys[2]}.jpg in .*{shard.file} cannot be decoded \(.*\); rebuild"):
         images = ShardImages(own_shard_set, own_shard_set.index("train"), TestTransform(size=48, crop_share=1.0))
         list(stream(images, sequential_batches(len(images), batch_size=10), workers=workers))
+
+
+def test_streams_leave_the_global_generator_alone(shard_set: Manifest) -> None:
+    """A resumed run makes other loaders than an unbroken one: what the model draws must not depend on them."""
+    index = shard_set.index("train")
+    before = torch.get_rng_state()
+    images = ShardImages(shard_set, index, TestTransform(size=32, crop_share=1.0))
+    for workers in (0, 1):
+        list(stream(images, sequential_batches(6, batch_size=3), workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import Tensor, nn
 
 from namr_dist.parallel.batchnorm import GlobalBatchNorm, use_global_batchnorm
+from namr_dist.parallel.pool import Ranks
 
 SHAPES = [(9, 5), (9, 5, 4, 3)]
 

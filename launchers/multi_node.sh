@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# All machines of a hostfile: launchers/multi_node.sh [--dry-run] [--node-rank K] HOSTFILE RECIPE [--set.field value …]
+#
+# HOSTFILE has a line `HOST slots=N` for each machine; the first is where all ranks meet. The package, the data and
+# this folder are at the same place on every machine, and ssh gets there without a password.
+#
+# --dry-run        check the configuration for that many ranks and print each machine's command; start nothing
+# --node-rank K    start only the ranks of the K-th machine (from 0), which is this one, without ssh: run it on each
+# NODE_RANK        the same, from the environment
+# NAMR_MASTER_PORT port of the first machine (29500)
+#
+# NCCL_*, GLOO_*, OMP_* and PYTHONPATH are passed on. When a machine's ranks fail, those of the others are ended, and
+# its exit code is this program's.
+set -euo pipefail
+
+node=${NODE_RANK:-} dry=
+words=()
+while (($#)); do
+    case $1 in
+        --dry-run) dry=1 ;;
+        --node-rank) node=${2:?--node-rank needs a number}; shift ;;
+        -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;;
+        *) words+=("$1") ;;
+    esac
+    shift
+done
+if ((${#words[@]} < 2)); then
+    echo "usage: multi_node.sh [--dry-run] [--node-rank K] HOSTFILE RECIPE [--set.field value …]; --help says more" >&2
+    exit 2
+fi
+
+helper=(python -m namr_dist.launchers.hostfile)
+commands=$("${helper[@]}" --port "${NAMR_MASTER_PORT:-29500}" ${node:+--node "$node"} "${words[@]}")
+if [[ $dry ]]; then
+    ranks=$("${helper[@]}" --ranks "${words[0]}")
+    python -m namr_dist.cli train "${words[@]:1}" --dry-run --ranks "$ranks" >&2
+    echo "$commands"
+    exit
+fi
+if [[ $node ]]; then eval "exec $commands"; fi
+
+trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+mapfile -t lines <<<"$commands"
+for line in "${lines[@]}"; do
+    eval "exec $line" </dev/null &
+done
+for _ in "${lines[@]}"; do
+    wait -n || {
+        code=$?
+        echo "multi_node.sh: a machine's ranks ended with code $code; ending the others" >&2
+        exit $code
+    }
+done

@@ -1,0 +1,60 @@
+"""A run that does not start: every check for any number of ranks, and the commands that would start it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from namr_dist.config import Config
+from namr_dist.data.plan import steps_per_epoch
+from namr_dist.errors import InputError
+from namr_dist.train.checkpoint import initial_network
+from namr_dist.train.preflight import check_folder, check_sizes, preflight, run_bytes
+from namr_dist.train.resume import checkpoints
+
+_PROGRAM = "namr_dist.launchers.train"
+
+
+def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: bool,
+            words: Sequence[str]) -> list[str]:
+    """Lines that say what `ranks` ranks would do, and how to start them with the words of `namr train`.
+
+    Raises InputError for whatever training would refuse before its first step, except that weights on a hub are not
+    asked for and checkpoints not opened. No file is written and no process group started.
+    """
+    if ranks < 1:
+        raise InputError(f"--ranks is {ranks}; set it to at least 1")
+    manifest, index = preflight(config, world_size=ranks, verify=True)
+    from_hub = config.model.backbone.startswith("timm:") and config.model.pretrained and config.model.weights is None
+    network = initial_network(config, device=torch.device("cpu"), pretrained=not from_hub)
+    check_sizes(network, config, torch.device("cpu"))
+    there_bytes = sum(path.stat().st_size for _, path in checkpoints(run)) if resume else 0
+    check_folder(run, overwrite=overwrite, goes_on=resume,
+                 need_bytes=max(0, run_bytes(network, config) - there_bytes))
+    data = config.data
+    images = data.classes_per_batch * data.images_per_class
+    per_epoch = steps_per_epoch(index.label_N, classes_per_batch=data.classes_per_batch)
+    parameters = sum(value.numel() for value in network.parameters())
+    lines = [
+        f"dry run   {config.recipe} → {run}: nothing wrong found for {ranks} rank(s); nothing written or started",
+        f"data      {manifest.name}: {len(index)} images, {len(np.unique(index.label_N))} classes",
+        f"batch     {data.classes_per_batch} × {data.images_per_class} = {images} images; {images // ranks} a rank",
+        f"epoch     {per_epoch} steps; the run's {config.optim.steps} are {config.optim.steps / per_epoch:.1f} epochs",
+        f"model     {config.model.backbone}, {parameters / 1e6:.1f} million parameters"
+        + ("; its weights on the hub were not asked for" if from_hub else ""),
+    ]
+    return lines + [f"{name:<10}{shlex.join(command)}" for name, command in launch_commands(ranks, words).items()]
+
+
+def launch_commands(ranks: int, words: Sequence[str]) -> dict[str, list[str]]:
+    """Commands that start so many ranks of `namr train` with these words: by torchrun on one machine, by deepspeed on
+    the machines of a hostfile whose slots add up to `ranks`, by srun on those of a Slurm job."""
+    return {
+        "torchrun": ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "--module", _PROGRAM, *words],
+        "deepspeed": ["deepspeed", "--hostfile", "HOSTFILE", "--module", _PROGRAM, *words],
+        "srun": ["srun", "--ntasks", str(ranks), "namr", "train", *words],
+    }

@@ -1,0 +1,147 @@
+"""A safetensors file that carries the SHA-256 of all its own bytes, written tensor by tensor.
+
+The header begins with the digest, and the digest is taken with 64 zeros in its place. So one file is enough, one
+rename makes it visible, and a change of any byte is found. Every safetensors reader can open it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+           torch.bool: "BOOL"}
+_LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
+_BEFORE_DIGEST = b'{"__metadata__":{"sha256":"'
+_NO_DIGEST = b"0" * 64
+_DIGEST_AT = _LENGTH_BYTES + len(_BEFORE_DIGEST)
+_BLOCK_BYTES = 4 << 20
+
+
+class DamagedFile(ValueError):
+    """The bytes of a file are not those that were written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What a header says of a tensor before its values are known."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+    @classmethod
+    def all_in(cls, file: safetensors.safe_open) -> dict[str, TensorSpec]:
+        """Of an open file, by name; no tensor is read."""
+        dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: cls(dtype=dtypes[part.get_dtype()], shape=tuple(part.get_shape()))
+                for name, part in slices.items()}
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class HashedWriter:
+    """Writes one file under a temporary name; only `commit` makes it visible, and only once it has been verified.
+
+    layout: all tensors by name, in the order in which `add` will bring them, widest dtype first (readers map
+    tensors in place, where an int64 must not begin at an odd multiple of four).
+    Methods raise OSError where the disk does; then call `discard`.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]) -> None:
+        widths = [spec.dtype.itemsize for spec in layout.values()]
+        assert widths == sorted(widths, reverse=True)
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        self._awaited = list(layout.items())[::-1]
+        header = _header(metadata, layout)
+        self._sha256 = hashlib.sha256(header)
+        # Unbuffered: after an error, closing has nothing left to try once more.
+        self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115 (closed in commit and discard)
+        try:
+            self._write(memoryview(header))
+        except OSError:
+            self.discard()
+            raise
+
+    def add(self, tensor: Tensor) -> None:
+        """Append the layout's next tensor, from the CPU."""
+        name, spec = self._awaited.pop()
+        assert TensorSpec.of(tensor) == spec, f"{name} is {TensorSpec.of(tensor)}, announced as {spec}"
+        values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._sha256.update(values)
+        self._write(values)
+
+    def commit(self) -> None:
+        """Store the digest, flush to disk, read back, compare, and rename over `path`."""
+        assert not self._awaited, f"{self._awaited[-1][0]} was announced and never written"
+        self._file.seek(_DIGEST_AT)
+        self._write(memoryview(self._sha256.hexdigest().encode()))
+        os.fsync(self._file.fileno())
+        # What is read back then comes from the disk, as far as the system lets us choose.
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.close()
+        try:
+            verify_hashed(self._temporary)
+        except DamagedFile as error:
+            raise OSError(None, f"read back differs from what was written ({error})", str(self._path)) from None
+        os.replace(self._temporary, self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Remove what was written so far; nothing, after a commit."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, values: memoryview) -> None:
+        while values:  # the system may take fewer bytes than it is given
+            values = values[self._file.write(values) :]
+
+
+def _header(metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]) -> bytes:
+    """Length and header, with zeros for the digest and the tensors behind it aligned to 8 bytes."""
+    assert "sha256" not in metadata and "__metadata__" not in layout
+    entries: dict[str, object] = {"__metadata__": {"sha256": _NO_DIGEST.decode(), **metadata}}
+    place = 0
+    for name, spec in layout.items():
+        entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape),
+                         "data_offsets": [place, place + spec.bytes]}
+        place += spec.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    assert text.startswith(_BEFORE_DIGEST + _NO_DIGEST)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def verify_hashed(path: Path) -> None:
+    """Read every byte. Raises DamagedFile if the file is not whole, or not one of ours."""
+    with open(path, "rb") as file:
+        start = file.read(_DIGEST_AT)
+        told = file.read(len(_NO_DIGEST))
+        if start[_LENGTH_BYTES:] != _BEFORE_DIGEST or len(told) < len(_NO_DIGEST):
+            raise DamagedFile("it has no SHA-256 of itself")
+        sha256 = hashlib.sha256(start + _NO_DIGEST)
+        while block := file.read(_BLOCK_BYTES):
+            sha256.update(block)
+    if sha256.hexdigest().encode() != told:
+        raise DamagedFile("its SHA-256 is not the one it carries")

@@ -1,0 +1,232 @@
+"""One training step on a fixed batch, in every way that parity is measured for.
+
+Shapes: B rows of all ranks, b of one, D width, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from namr_dist.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    MarginConfig,
+    ModelConfig,
+    OptimConfig,
+    RankingConfig,
+    TrainConfig,
+    TripletConfig,
+)
+from namr_dist.kernels import reference
+from namr_dist.model.network import EmbeddingNetwork
+from namr_dist.parallel.ranks import Rank
+from namr_dist.train.objective import StepLoss, TrainingModule
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+Way = Literal["definition", "DDP", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3"]
+Precision = Literal["float64", "float32"]
+_Inputs = tuple[Tensor, Tensor, int, "tuple[int, ...] | None"]
+"""Images, labels, seed and counts, as TrainingModule.forward takes them."""
+
+LOSSES = {
+    "triplet semihard": LossConfig(metric="triplet"),
+    "triplet hardest": LossConfig(metric="triplet", triplet=TripletConfig(mining="hardest")),
+    "triplet distance-weighted": LossConfig(metric="triplet", triplet=TripletConfig(mining="distance_weighted")),
+    # Below 1.2, or as many pairs would pull at β as push.
+    "margin": LossConfig(metric="margin", margin=MarginConfig(beta=1.0)),
+    "multi-similarity": LossConfig(metric="multi_similarity"),
+    "proxy-anchor": LossConfig(metric="proxy_anchor"),
+}
+CONV4 = ModelConfig(backbone="conv4", pretrained=False, batchnorm="train", width=16, structure_hidden=16)
+
+_CLASSES, _EACH, _SIZE, _SEED = 8, 3, 16, 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One cell of the table."""
+
+    loss: str
+    """A key of LOSSES."""
+    namr: bool
+    way: Way
+    """definition: one process, the formulas of kernels/reference.py differentiated by autograd."""
+    ranks: int
+    dtype: Precision
+    """Of the parameters, the network and the loss."""
+    model: ModelConfig = CONV4
+    pieces: int = 1
+    """Pieces in which a rank's batch passes the backbone."""
+    rows: tuple[int, ...] | None = None
+    """Rows of each rank; None: equal shares."""
+    counted: bool = True
+    """Whether the ranks are told how many rows each has, or ask."""
+
+    @property
+    def rows_by_rank(self) -> tuple[int, ...]:
+        return self.rows or (_CLASSES * _EACH // self.ranks,) * self.ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one rank arrived at."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    """By parameter name, as the optimizer gets them; 0 where there is none. Only the first rank fills them in."""
+
+
+def step_alone(case: Case) -> Step:
+    """One process, no process group, no wrapper: the case's way and ranks do not matter."""
+    module, images, labels = make_batch(case)
+    losses = module(images, labels, _SEED)
+    losses.total.backward()
+    return Step(loss=losses.total.item(), gradients=_gradients(module))
+
+
+def step_by_definition(case: Case) -> Step:
+    """One process whose loss is written down from kernels/reference.py and differentiated by autograd."""
+    module, images, labels_B = make_batch(case)
+    config, learnt = _loss_config(case), dict(module.objective.metric_loss.named_parameters())
+    z_BD, s_BD = module.network(images)
+    x_BD = z_BD / reference.mean_pairwise_distance(z_BD)
+    unit_BD = nn.functional.normalize(x_BD, dim=1)
+    if config.metric == "triplet":
+        loss = reference.triplet_loss(x_BD, labels_B, margin=config.triplet.margin, mining=config.triplet.mining,
+                                      seed=_SEED)
+    elif config.metric == "margin":
+        loss = reference.margin_loss(unit_BD, labels_B, alpha=config.margin.alpha, beta=learnt["beta"], seed=_SEED)
+    elif config.metric == "multi_similarity":
+        loss = reference.multi_similarity_loss(unit_BD, labels_B)
+    else:
+        proxies_CD = nn.functional.normalize(learnt["proxies"], dim=1)
+        loss = reference.proxy_anchor_loss(unit_BD, labels_B, proxies_CD, alpha=config.proxy_anchor.alpha,
+                                           margin=config.proxy_anchor.margin)
+    if case.namr:
+        loss = loss + config.ranking.weight * reference.multi_cluster_ranking(x_BD, s_BD)
+    loss.backward()
+    return Step(loss=loss.item(), gradients=_gradients(module))
+
+
+def step_on_rank(case: Case) -> Step:
+    """This rank's part of one training step; every rank of the process group calls it."""
+    rank = dist.get_rank()
+    module, images, labels = make_batch(case)
+    rows = case.rows_by_rank
+    own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+    inputs = (images[own], labels[own], _SEED, rows if case.counted else None)
+    if case.way == "DDP":
+        return _ddp_step(module, inputs, unused=not case.namr)
+    engine = zero_engine(module, case)
+    try:
+        return _zero_step(engine, inputs)
+    finally:
+        engine.destroy()
+
+
+def _ddp_step(module: TrainingModule, inputs: _Inputs, *, unused: bool) -> Step:
+    # Without NAMR the structure head has no part in the loss, which DDP must be told.
+    wrapped = nn.parallel.DistributedDataParallel(module, find_unused_parameters=unused)
+    losses: StepLoss = wrapped(*inputs)
+    losses.total.backward()
+    return Step(loss=losses.total.item(), gradients=_gradients(module) if dist.get_rank() == 0 else {})
+
+
+def zero_engine(module: TrainingModule, case: Case) -> DeepSpeedEngine:
+    """The engine that training makes for a case, but without gradient clipping."""
+    from namr_dist.train.loop import _engine, _start_group
+
+    rank = Rank(rank=dist.get_rank(), world_size=case.ranks, local_rank=dist.get_rank(), device=torch.device("cpu"))
+    config = Config(recipe="parity", data=DataConfig(classes_per_batch=_CLASSES, images_per_class=_EACH),
+                    optim=OptimConfig(clip=0.0), train=TrainConfig(zero_stage=int(case.way[-1])))  # type: ignore[arg-type]
+    _start_group(rank, timedelta(minutes=2))
+    _settle()
+    engine = _engine(module, config, rank)
+    engine.train()
+    return engine
+
+
+@cache
+def _settle() -> None:
+    """What is done once in a process that makes many engines."""
+    from deepspeed.accelerator import get_accelerator
+
+    # ZeRO 0 refuses to reduce float64, which a CPU's accelerator does not list; it casts to float32 all the same.
+    accelerator = get_accelerator()
+    listed = accelerator.supported_dtypes()
+    accelerator.supported_dtypes = lambda: [*listed, torch.float64]
+    # Each ZeRO-3 engine collects garbage: what the libraries hold need not be walked through every time.
+    gc.collect()
+    gc.freeze()
+
+
+def _zero_step(engine: DeepSpeedEngine, inputs: _Inputs) -> Step:
+    import deepspeed
+
+    names = {name: value for name, value in engine.module.named_parameters() if value.requires_grad}
+    optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    # What the optimizer got is put in place of what it made of it: the engine then collects gradients from all ranks
+    # as it collects parameters, whoever holds which part of them.
+    optimizer.register_step_post_hook(_parameters_become_gradients)
+    losses: StepLoss = engine(*inputs)
+    engine.backward(losses.total)
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(names.values()), enabled=engine.zero_optimization_stage() == 3):
+        gradients = {name: _array(value) for name, value in names.items()} if dist.get_rank() == 0 else {}
+    return Step(loss=losses.total.item(), gradients=gradients)
+
+
+@torch.no_grad()
+def _parameters_become_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        for value in group["params"]:
+            value.copy_(torch.zeros_like(value) if value.grad is None else value.grad)
+
+
+def _loss_config(case: Case) -> LossConfig:
+    base = LOSSES[case.loss]
+    return base if case.namr else dataclasses.replace(base, ranking=RankingConfig(weight=0.0))
+
+
+def make_batch(case: Case) -> tuple[TrainingModule, Tensor, Tensor]:
+    """The module, and all ranks' images and labels: the same at every call.
+
+    Images are coloured patches, so that embeddings differ by more than rounding. Rows of a class stand at several
+    ranks, so that every rank needs all others' rows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randint(0, 256, (_CLASSES * _EACH, 4, 4, 3), dtype=torch.uint8, generator=generator)
+    images = patches.repeat_interleave(_SIZE // 4, 1).repeat_interleave(_SIZE // 4, 2)
+    labels = torch.arange(_CLASSES).repeat(_EACH)
+    torch.manual_seed(0)
+    network = EmbeddingNetwork(case.model, image_size=_SIZE, pieces=case.pieces)
+    with torch.no_grad():
+        # Embeddings of an untrained network have much in common, which unit vectors lose: the ranks' gradients for
+        # the bias would cancel, and their rounding stay. Quarters, because ranks round a mean in other ways.
+        bias = network.double().sample_head.bias
+        bias.copy_((bias - (4 * network(images)[0].mean(0)).round() / 4).float())
+    module = TrainingModule(network, _loss_config(case), classes=_CLASSES, images_per_class=_EACH)
+    return module.to(getattr(torch, case.dtype)).train(), images, labels
+
+
+def _gradients(module: nn.Module) -> dict[str, np.ndarray]:
+    return {name: _array(torch.zeros_like(value) if value.grad is None else value.grad)
+            for name, value in module.named_parameters() if value.requires_grad}
+
+
+def _array(value: Tensor) -> np.ndarray:
+    """As float64, and a copy: shared memory of a tensor would need the rank to stay."""
+    return value.detach().double().numpy().copy()

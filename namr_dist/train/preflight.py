@@ -1,0 +1,113 @@
+"""What can be known to be wrong before the first step: each check raises InputError, and none writes a file.
+
+`claim_folder` alone writes: it makes the run's folder once a run may begin there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from errno import EACCES, EEXIST, ENOTDIR
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from namr_dist.atomic import write_atomic
+from namr_dist.config import Config
+from namr_dist.data.formats.homeware import open_shards
+from namr_dist.data.manifest import Manifest, SplitIndex
+from namr_dist.data.plan import check_plan
+from namr_dist.data.shards import verify_shards
+from namr_dist.errors import InputError
+from namr_dist.model.network import EmbeddingNetwork
+from namr_dist.train.state import state_bytes
+
+# What a run writes beside its network (logs, events, embeddings, report), generously.
+_ROOM_FOR_LOGS_BYTES = 32 << 20
+
+
+def preflight(config: Config, *, world_size: int, verify: bool) -> tuple[Manifest, SplitIndex]:
+    """The shard set and its training images, once both can serve `config` on so many ranks.
+
+    With `verify`, the shards are hashed as well, if the configuration says so: once a machine is enough.
+    """
+    config.check()
+    data = config.data
+    manifest = open_shards(data.path)
+    index = manifest.index(*data.train_splits)
+    for split in (data.validation_split, data.test_split):
+        if split is not None and len(manifest.index(split)) < world_size:
+            raise InputError(f"split {split!r} of {manifest.folder} has fewer images than there are ranks "
+                             f"({world_size}); use fewer ranks")
+    check_plan(index.label_N, classes_per_batch=data.classes_per_batch, images_per_class=data.images_per_class,
+               world_size=world_size)
+    if verify and data.verify:
+        validation = {data.validation_split} if data.validation_split else set()
+        verify_shards(manifest, {*data.train_splits, *validation})
+    return manifest, index
+
+
+@torch.no_grad()
+def check_sizes(network: EmbeddingNetwork, config: Config, device: torch.device) -> None:
+    """Raise InputError if the backbone refuses images of the training or of the test size."""
+    network.eval()
+    for name, size in (("image_size", config.data.image_size), ("test_size", config.test_size)):
+        try:
+            network(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device))
+        except InputError:
+            raise
+        except (AssertionError, RuntimeError) as error:
+            raise InputError(f"model.backbone {config.model.backbone} does not take images of {size} px "
+                             f"({str(error).splitlines()[0]}); change data.{name}") from None
+    network.train()
+
+
+def run_bytes(module: nn.Module, config: Config) -> int:
+    """What a run of this module writes, at its most: its final network, and one checkpoint more than are kept."""
+    network = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    return network + (config.train.keep_checkpoints + 1) * state_bytes(module)
+
+
+def check_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
+    """Raise InputError if a run of so many bytes cannot begin in the folder `run`, which need not be there yet.
+
+    overwrite: it may replace a run that is there.  goes_on: it continues that run.
+    """
+    if (run / "config.json").exists() and not overwrite and not goes_on:
+        raise InputError(f"{run} already holds a run; go on with it by --resume, choose another folder with "
+                         "--run-dir, or replace it with --overwrite")
+    there = run.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise _unwritable(run, EEXIST if there == run.absolute() else ENOTDIR)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(run, EACCES)
+    free, need = shutil.disk_usage(there).free, need_bytes + _ROOM_FOR_LOGS_BYTES
+    if free < need:
+        raise InputError(f"run folder {run} has {free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}; "
+                         "free some or choose another disk with --run-dir")
+
+
+def claim_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
+    """Make the folder `run` ready for a run of so many bytes. Raises InputError as `check_folder` does."""
+    check_folder(run, overwrite=overwrite, goes_on=goes_on, need_bytes=need_bytes)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomic(run / ".writable", "")
+        (run / ".writable").unlink()
+    except OSError as error:
+        raise _unwritable(run, error.errno or EACCES) from None
+    if goes_on:
+        return
+    # The old run goes once the new one can begin, and only what a run writes: never a whole folder that a user may
+    # have pointed to by mistake.
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html"):
+        (run / name).unlink(missing_ok=True)
+
+
+def _unwritable(run: Path, number: int) -> InputError:
+    return InputError(f"run folder {run} cannot be written ({os.strerror(number)}); choose another with --run-dir")

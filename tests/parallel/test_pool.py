@@ -1,0 +1,77 @@
+"""The pool of ranks: answers in order, failures told, no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from namr_dist.parallel import pool as pools
+from namr_dist.parallel.pool import RankError, Ranks
+
+SCRIPT = """
+import os, time
+from namr_dist.parallel.pool import Ranks
+if __name__ == "__main__":
+    pool = Ranks(2)
+    print(*pool(os.getpid), flush=True)
+    pool(time.sleep, 600)
+"""
+
+
+def place() -> tuple[int, int, str]:
+    print("not for the parent's stdout")
+    return dist.get_rank(), dist.get_world_size(), os.environ["RANK"]
+
+
+def fail_on_the_second() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("as the test wants it")
+    dist.barrier()
+
+
+@pytest.mark.dist
+def test_ranks_answer_in_order(two_ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
+    assert two_ranks(place) == [(0, 2, "0"), (1, 2, "1")]
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.dist
+def test_a_failure_is_told_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "_AFTER_FAILURE_S", 0.2)
+    with Ranks(2) as pool:
+        with pytest.raises(RankError, match="rank 1:(.|\n)*as the test wants it"):
+            pool(fail_on_the_second)
+        assert [rank for rank, _, _ in pool(place)] == [0, 1]
+        with pytest.raises(RankError, match="ended without an answer"):
+            pool(os._exit, 3)
+
+
+@pytest.mark.dist
+def test_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
+    """While they work, when nothing else would tell them."""
+    script = tmp_path / "parent.py"
+    script.write_text(SCRIPT)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        ranks = [int(word) for word in parent.stdout.readline().split()]
+        assert len(ranks) == 2 and all(running(rank) for rank in ranks)
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(running(rank) for rank in ranks):
+        assert time.monotonic() < deadline, "ranks outlive their parent"
+        time.sleep(0.05)
+
+
+def running(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,98 @@
+"""Checks before the first step, for any number of ranks, and what they leave behind: nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import small_run
+
+from namr_dist.cli import configure
+from namr_dist.data.manifest import Manifest
+from namr_dist.errors import InputError
+from namr_dist.train.dry_run import dry_run
+from namr_dist.train.preflight import check_folder, claim_folder
+
+
+def run_dry(manifest: Manifest, run: Path, *more: object, ranks: int = 2, overwrite: bool = False,
+            resume: bool = False) -> str:
+    config = configure("homeware_conv4", [str(word) for word in (*small_run(manifest), *more)])
+    return "\n".join(dry_run(config, run, ranks=ranks, overwrite=overwrite, resume=resume,
+                             words=["homeware_conv4"]))
+
+
+def test_figures(shard_set: Manifest, tmp_path: Path) -> None:
+    said = run_dry(shard_set, tmp_path / "run", ranks=3)
+    for words in ("nothing wrong found for 3 rank(s)", "72 images, 12 classes", "6 × 3 = 18 images; 6 a rank",
+                  "2 steps; the run's 6 are 3.0 epochs", "--nproc-per-node 3", "srun --ntasks 3 namr train"):
+        assert words in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("ranks", "more", "named"), [
+    (4, [], "data.classes_per_batch is 6, which 4 ranks cannot share equally"),
+    (0, [], "--ranks is 0"),
+    (2, ["--set.data.classes_per_batch", 36], "the training split has 12 classes"),
+    # The validation split has 24 images.
+    (25, [], "'val' of .* has fewer images than there are ranks"),
+    (2, ["--set.model.backbone", "resnet50"], "known are conv4"),
+    (2, ["--set.data.image_size", 50], "images are 50×50 px"),
+    (2, ["--set.model.backbone", "timm:resnet18", "--set.model.weights", "/nowhere.pt"], "/nowhere.pt is no file"),
+])
+def test_mistakes(shard_set: Manifest, tmp_path: Path, ranks: int, more: list[object], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        run_dry(shard_set, tmp_path / "run", *more, ranks=ranks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_shard(own_shard_set: Manifest, tmp_path: Path) -> None:
+    (own_shard_set.folder / "train-1.tar").unlink()
+    with pytest.raises(InputError, match="train-1.tar is missing"):
+        run_dry(own_shard_set, tmp_path / "run")
+
+
+def test_a_run_that_is_there(shard_set: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(InputError, match="already holds a run"):
+        run_dry(shard_set, tmp_path)
+    for how in ({"overwrite": True}, {"resume": True}):
+        assert "nothing wrong" in run_dry(shard_set, tmp_path, **how)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+def test_folders_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for run, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
+        for check in (check_folder, claim_folder):
+            with pytest.raises(InputError, match=f"cannot be written \\({reason}\\)"):
+                check(run, overwrite=False, goes_on=False, need_bytes=0)
+    with pytest.raises(InputError, match="MiB free, this run needs"):
+        claim_folder(tmp_path / "run", overwrite=False, goes_on=False, need_bytes=1 << 60)
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_a_claimed_folder_keeps_what_no_run_wrote(tmp_path: Path) -> None:
+    for name in ("config.json", "metrics.jsonl", "report.html", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "checkpoints").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    claim_folder(tmp_path, overwrite=False, goes_on=True, need_bytes=0)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    claim_folder(tmp_path, overwrite=True, goes_on=False, need_bytes=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
+    claim_folder(tmp_path / "a" / "b", overwrite=False, goes_on=False, need_bytes=0)
+    assert not list((tmp_path / "a" / "b").iterdir())
+
+
+def test_command_line(namr: Callable, shard_set: Manifest, tmp_path: Path) -> None:
+    """By default as many ranks as were launched, and only the first speaks."""
+    words = ["train", "homeware_conv4", "--run-dir", tmp_path / "run", *small_run(shard_set)]
+    launched = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    first, second = (namr(*words, "--dry-run", env={**launched, "RANK": rank}) for rank in "01")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "for 2 rank(s)" in first.stdout and not second.stdout
+    refused = namr(*words, "--ranks", 2)
+    assert refused.returncode == 2 and "--ranks is 2, which goes with --dry-run" in refused.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,254 @@
+"""Runs that are killed, stopped or find damaged files, and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import make_shards, small_run
+from training_runs import Run, entries, losses, start_parent
+
+from namr_dist.data.manifest import Manifest
+from namr_dist.train.resume import checkpoint_path, checkpoints, remove_old
+from namr_dist.train.state import open_state
+
+pytestmark = pytest.mark.dist
+STEPS = 60
+Start = Callable[..., Run]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parent() -> None:
+    start_parent()
+
+
+@pytest.fixture(scope="module")
+def start(shard_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Start `namr train`: a checkpoint every 4 steps, ZeRO-2."""
+    folder = tmp_path_factory.mktemp("said")
+
+    def begin(run: Path, *more: object, ranks: int = 1, steps: int = STEPS) -> Run:
+        words = ["homeware_conv4", "--run-dir", run, *small_run(shard_set, steps=steps), "--set.data.workers", 0,
+                 "--set.train.checkpoint_every", 4, "--set.train.zero_stage", 2, *more]
+        return Run(ranks, words, folder / f"{len(list(folder.iterdir()))}.txt")
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Finished runs on one and on two ranks."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for ranks in (1, 2):
+        run = start(folder / str(ranks), ranks=ranks)
+        assert run.wait() == [0] * ranks, run.said()
+    return {ranks: folder / str(ranks) for ranks in (1, 2)}
+
+
+def same(run: Path, other: Path) -> None:
+    """The same losses, one for each step, and the same network, bit for bit."""
+    found = losses(run)
+    assert found == losses(other)
+    assert list(found) == list(range(1, len(found) + 1)) and {len(values) for values in found.values()} == {1}
+    assert network(run) == network(other)
+
+
+def network(run: Path) -> dict[str, bytes]:
+    state = safetensors.torch.load_file(run / "checkpoints" / "final.safetensors")
+    return {name: value.numpy().tobytes() for name, value in state.items()}
+
+
+def refused(run: Run, *named: str) -> None:
+    assert run.wait() == [2], run.said()
+    lines = [line for line in run.said().splitlines() if line.startswith("namr: error: ")]
+    assert len(lines) == 1 and "Traceback" not in run.said(), run.said()
+    for word in named:
+        assert word in lines[0]
+
+
+# Five kills of each run: when, and whether of all ranks or of a random one.
+KILLS = [("step", "all"), ("write", "all"), ("step", "one"), ("write", "one"), ("step", "one")]
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 0)])
+def test_ten_kills(start: Start, unbroken: dict[int, Path], tmp_path: Path, ranks: int, workers: int) -> None:
+    """kill -9 after a random step or in the middle of writing a checkpoint, then the same command again."""
+    rng = np.random.default_rng(ranks)
+    folder, reached = tmp_path / "run", 0
+    for moment, whom in KILLS:
+        victims = [int(rng.integers(ranks))] if whom == "one" else list(range(ranks))
+        done = max(losses(folder), default=0)
+        if moment == "step":
+            run = start(folder, "--resume", "--set.data.workers", workers, ranks=ranks)
+            wanted = done + int(rng.integers(1, 8))
+            run.until(lambda wanted=wanted: max(losses(folder), default=0) >= wanted)
+            run.kill(*victims)
+        else:
+            run = start(folder, "--resume", "--set.data.workers", workers, "--set.train.checkpoint_every", 1,
+                        ranks=ranks)
+            halt_inside_a_write(run, folder)
+            run.kill(*victims)
+            os.kill(run.pid(0), signal.SIGCONT)
+        codes = run.wait()
+        assert all(codes), "a rank ended as if nothing had been"
+        kept = checkpoints(folder)
+        for step, path in kept:
+            assert open_state(path).step == step
+        latest = kept[-1][0] if kept else 0
+        assert latest >= reached, "a checkpoint was lost"
+        reached = latest
+    run = start(folder, "--resume", "--set.data.workers", workers, ranks=ranks)
+    assert run.wait() == [0] * ranks, run.said()
+    assert f"resumed   at step {reached} from" in run.said()
+    same(folder, unbroken[ranks])
+    assert not list(folder.rglob(".*")), "unfinished files stayed"
+    assert len(checkpoints(folder)) == 2
+
+
+def halt_inside_a_write(run: Run, folder: Path) -> None:
+    """Stop the first rank while the temporary file of a checkpoint is there."""
+    def unfinished() -> bool:
+        return any((folder / "checkpoints").glob(".step-*.tmp"))
+
+    left_behind = set((folder / "checkpoints").glob(".step-*.tmp"))
+    run.until(lambda: not left_behind & set((folder / "checkpoints").glob(".step-*.tmp")))
+    while True:
+        run.until(unfinished)
+        os.kill(run.pid(0), signal.SIGSTOP)
+        if unfinished():
+            return
+        os.kill(run.pid(0), signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("ranks", "number", "target"), [(1, signal.SIGUSR1, 0), (2, signal.SIGTERM, 1)])
+def test_signals_stop_and_resume(start: Start, unbroken: dict[int, Path], tmp_path: Path, ranks: int,
+                                 number: signal.Signals, target: int) -> None:
+    """To any rank, and first to its worker processes, for launchers signal the whole process group."""
+    folder = tmp_path / "run"
+    run = start(folder, "--set.data.workers", 1, "--set.train.checkpoint_every", 0, ranks=ranks)
+    run.until(lambda: len(losses(folder)) >= 3)
+    workers = Path(f"/proc/{run.pid(target)}/task/{run.pid(target)}/children").read_text().split()
+    assert workers
+    for worker in workers:
+        os.kill(int(worker), number)
+    later = len(losses(folder)) + 8  # more than the batches that workers have made ahead
+    run.until(lambda: len(losses(folder)) >= later)
+    os.killpg(run.pid(target), number)
+    assert run.wait() == [75] * ranks, run.said()
+    stopped = len(losses(folder))
+    assert [step for step, _ in checkpoints(folder)] == [stopped] and later <= stopped < STEPS
+    assert f"stopped after step {stopped}" in run.said() and "--resume" in run.said()
+    run = start(folder, "--set.train.checkpoint_every", 0, "--resume", ranks=ranks)
+    assert run.wait() == [0] * ranks, run.said()
+    same(folder, unbroken[ranks])
+    assert [(entry["step"], entry["resumed"]) for entry in entries(folder) if "resumed" in entry] == [
+        (stopped, f"step-{stopped:08d}.safetensors")]
+
+
+@pytest.fixture
+def half(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> Path:
+    """The run on one rank, as a kill after step 58 would have left it: checkpoints at 52 and 56."""
+    run = tmp_path / "half"
+    shutil.copytree(unbroken[1], run)
+    (run / "checkpoints" / "final.safetensors").unlink()
+    lines = [json.dumps(entry) for entry in entries(run) if entry["step"] <= 58]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 59, "lo')
+    return run
+
+
+def test_damaged_checkpoints(start: Start, unbroken: dict[int, Path], half: Path) -> None:
+    older, newest = (path for _, path in checkpoints(half))
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    run = start(half, "--resume")
+    assert run.wait() == [0], run.said()
+    assert f"WARNING: {newest} is damaged" in run.said() and "resumed   at step 52" in run.said()
+    same(half, unbroken[1])
+
+    (half / "checkpoints" / "final.safetensors").unlink()
+    for _, path in checkpoints(half):
+        path.write_bytes(path.read_bytes()[:-1])
+    refused(start(half, "--resume"), "no checkpoint in", "is whole", "is damaged (its SHA-256", "--overwrite")
+    safetensors.torch.save_file({"weight": torch.ones(1)}, older)
+    refused(start(half, "--resume"), "no checkpoint in", "it has no SHA-256 of itself")
+
+
+def test_a_damaged_file_is_not_one_of_those_kept(tmp_path: Path) -> None:
+    """After a run went on from 52, what is newer was damaged: it must not push the one just written out."""
+    (tmp_path / "checkpoints").mkdir()
+    for step in (48, 52, 54, 56):
+        checkpoint_path(tmp_path, step).touch()
+    remove_old(tmp_path, newest=54, keep=1)
+    assert [step for step, _ in checkpoints(tmp_path)] == [54, 56]
+    remove_old(tmp_path, newest=56, keep=2)
+    assert [step for step, _ in checkpoints(tmp_path)] == [54, 56]
+
+
+def test_other_settings_and_images(start: Start, unbroken: dict[int, Path], half: Path, shard_set: Manifest,
+                                   tmp_path: Path) -> None:
+    refused(start(half), "already holds a run", "--resume", "--overwrite")
+    refused(start(half, "--resume", "--set.optim.head_lr", 0.5, "--set.train.seed", 3),
+            "optim.head_lr is 0.5, there 0.001", "train.seed is 3, there 0")
+    other = make_shards(tmp_path / "other", classes={"train": 12, "val": 4, "test": 6}, images=7)
+    refused(start(half, "--resume", "--set.data.path", other.folder), "trained on other images than", "data.path")
+    moved = shutil.copytree(shard_set.folder, tmp_path / "moved")
+    run = start(half, "--resume", "--set.data.path", moved, "--set.train.zero_stage", 3, "--set.train.log_every", 1)
+    assert run.wait() == [0], run.said()
+    same(half, unbroken[1])
+    run = start(half, "--resume")
+    assert run.wait() == [0] and f"{half} is finished" in run.said()
+    assert "resumed" not in run.said()
+
+
+def test_disk_full_at_a_checkpoint(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> None:
+    """Files over 2 MiB are refused from some moment on: the run goes on with the checkpoint it has."""
+    folder = tmp_path / "run"
+    run = start(folder)
+    run.until(lambda: bool(checkpoints(folder)))
+    resource.prlimit(run.pid(0), resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY))
+    assert run.wait() == [0], run.said()
+    kept = checkpoints(folder)
+    assert 1 <= len(kept) <= 2 and kept[-1][0] < 56
+    assert f"WARNING: no checkpoint at step {kept[-1][0] + 4}: File too large" in run.said()
+    assert f"goes on from step {kept[-1][0]}" in run.said()
+    for _, path in kept:
+        open_state(path)
+    same(folder, unbroken[1])
+
+
+def test_checkpoints_by_time(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ("--set.train.checkpoint_every", 0, "--set.train.checkpoint_minutes", 1e-6)
+    run = start(folder, *words, ranks=2, steps=4)
+    assert run.wait() == [0, 0], run.said()
+    assert [step for step, _ in checkpoints(folder)] == [2, 3]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
+def test_other_number_of_ranks(start: Start, tmp_path: Path, before: int, after: int) -> None:
+    """The same batches go on to the same losses; at learning rates at which training amplifies no rounding."""
+    words = ("--set.data.classes_per_batch", 4, "--set.loss.metric", "multi_similarity",
+             "--set.optim.backbone_lr", 1e-5, "--set.optim.head_lr", 1e-5, "--set.train.validate_every", 1000)
+    folder = tmp_path / "run"
+    run = start(folder, *words, ranks=before, steps=12)
+    assert run.wait() == [0] * before, run.said()
+    expected = losses(folder)
+    for name in ("final", "step-00000008"):
+        (folder / "checkpoints" / f"{name}.safetensors").unlink()
+    run = start(folder, *words, "--resume", ranks=after, steps=12)
+    assert run.wait() == [0] * after, run.said()
+    assert "resumed   at step 4 from" in run.said()  # epochs have three steps
+    found = losses(folder)
+    assert [found[step] for step in range(1, 5)] == [expected[step] for step in range(1, 5)]
+    assert [found[step][0] for step in range(5, 13)] == pytest.approx([expected[step][0] for step in range(5, 13)],
+                                                                      rel=1e-6)

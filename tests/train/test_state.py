@@ -1,0 +1,297 @@
+"""A training state goes to disk and back: every bit, every ZeRO stage, other numbers of ranks, damaged files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from namr_dist.config import Config
+from namr_dist.errors import InputError
+from namr_dist.parallel.batchnorm import GlobalBatchNorm
+from namr_dist.parallel.pool import Ranks
+from namr_dist.train.hashed import DamagedFile, HashedWriter, TensorSpec
+from namr_dist.train.partition import full_shape
+from namr_dist.train.state import SavedState, check_fits, open_state, save_state
+
+ROWS, WIDTH = 8, 5
+CONFIG = Config(recipe="none")
+
+
+class Oddities(nn.Module):
+    """What makes parameters hard to store: odd sizes, buffers, frozen, unused and never optimized ones."""
+
+    def __init__(self, *, dropout: float, width: int = WIDTH) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = nn.Linear(width, 7)
+        self.norm = GlobalBatchNorm(7)
+        self.frozen = nn.Linear(7, 7).requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.outside = nn.Parameter(torch.ones(3))
+        self.last = nn.Linear(7, 3, bias=False)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("passing", torch.zeros(2), persistent=False)
+
+    def forward(self, rows_bW: Tensor) -> Tensor:
+        hidden_b7 = self.dropout(self.frozen(self.norm(self.first(rows_bW)).relu()))
+        return (self.last(hidden_b7) * self.scale).square().mean()
+
+
+def build(stage: int, *, dropout: float = 0.0):  # type: ignore[no-untyped-def]
+    """A fresh engine over all ranks of the pool, set as training sets it."""
+    import torch.distributed as dist
+
+    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()),
+                      LOCAL_RANK=str(dist.get_rank()), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    module = Oddities(dropout=dropout)
+    groups = [{"params": [module.first.weight, module.last.weight], "weight_decay": 0.1},
+              {"params": [module.first.bias, module.norm.weight, module.norm.bias, module.unused, module.scale],
+               "weight_decay": 0.0}]
+    settings = {"train_batch_size": ROWS, "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+                "gradient_clipping": 1.0, "zero_force_ds_cpu_optimizer": False, "steps_per_print": None,
+                "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True,
+                                      "stage3_param_persistence_threshold": 0}}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings,
+                                      dist_init_required=False)
+    engine.train()
+    return engine
+
+
+def advance(engine, steps: range) -> list[str]:  # type: ignore[no-untyped-def]
+    """Train on data that the step alone decides; this rank's losses, in hexadecimal."""
+    import torch.distributed as dist
+
+    share = ROWS // dist.get_world_size()
+    losses = []
+    for step in steps:
+        rows_BW = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(step))
+        loss = engine(rows_BW[dist.get_rank() * share :][:share])
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item().hex())
+    return losses
+
+
+def write(path: Path, stage: int, steps: int, dropout: float, after: int) -> list[str]:
+    """Train, save in between, go on; the losses from the checkpoint on."""
+    import torch.distributed as dist
+
+    from namr_dist.parallel.host import HostGroup
+
+    torch.manual_seed(dist.get_rank())
+    engine, host = build(stage, dropout=dropout), HostGroup()
+    torch.manual_seed(100 + dist.get_rank())
+    advance(engine, range(steps))
+    extras = {f"memory of {dist.get_rank()}": torch.full((2, 3), dist.get_rank() - 0.5)}
+    assert save_state(engine, path, step=steps, config=CONFIG, data_hash="d", host=host, extras=extras) is None
+    losses = advance(engine, range(steps, steps + after))
+    save_state(engine, path.with_name("end.safetensors"), step=steps + after, config=CONFIG, data_hash="d",
+               host=host, extras={})
+    return losses
+
+
+def resume(path: Path, stage: int, dropout: float, after: int) -> tuple[list[str], list[dict[str, Tensor]]]:
+    """A fresh engine, filled from the file and trained on; losses and the extra tensors."""
+    import torch.distributed as dist
+
+    from namr_dist.parallel.host import HostGroup
+    from namr_dist.train.state import load_state
+
+    engine, host = build(stage, dropout=dropout), HostGroup()
+    saved = open_state(path) if dist.get_rank() == 0 else None
+    extras = load_state(engine, saved, host=host, seed=0)
+    step = host.from_first(saved.step if saved else None)
+    losses = advance(engine, range(step, step + after))
+    save_state(engine, path.with_name("resumed.safetensors"), step=step + after, config=CONFIG, data_hash="d",
+               host=host, extras={})
+    return losses, extras
+
+
+@pytest.fixture(scope="module")
+def pools(two_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
+    own = {1: Ranks(1), 4: Ranks(4)}
+    yield {**own, 2: two_ranks}
+    for pool in own.values():
+        pool.close()
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_is_unbroken(pools: dict[int, Ranks], tmp_path: Path, ranks: int, stage: int) -> None:
+    """Losses and every byte of the state three steps later, with a dropout that draws from each rank's generator."""
+    path = tmp_path / "step.safetensors"
+    unbroken = pools[ranks](write, path, stage, 4, 0.5, 3)
+    resumed = pools[ranks](resume, path, stage, 0.5, 3)
+    assert [losses for losses, _ in resumed] == unbroken
+    assert len(set(unbroken[0])) == 3
+    end, again = tensors(tmp_path / "end.safetensors"), tensors(tmp_path / "resumed.safetensors")
+    assert end.keys() == again.keys()
+    for name, value in end.items():
+        assert value.numpy().tobytes() == again[name].numpy().tobytes(), name
+    for _, extras in resumed:
+        assert [list(own) for own in extras] == [[f"memory of {rank}"] for rank in range(ranks)]
+        assert extras[-1][f"memory of {ranks - 1}"].tolist() == [[ranks - 1.5] * 3] * 2
+
+
+def there_and_back(stage: int) -> list[tuple[bytes, bytes]]:
+    """Of each optimized parameter, a moment with every kind of number as it was set and as it is read."""
+    from namr_dist.train.partition import MOMENTS, get_moment, optimizer_step, set_moments
+
+    engine = build(stage)
+    kinds = torch.tensor([-0.0, 0.0, 1e-42, -1e-42, float("inf"), 3.0, -1.5, float("nan")])
+    pairs = []
+    for name, parameter in engine.module.named_parameters():
+        if name == "outside" or name.startswith("frozen"):
+            continue
+        shape = torch.Size(full_shape(parameter))
+        moment = kinds.repeat(shape.numel())[: shape.numel()].reshape(shape)
+        set_moments(engine, parameter, {key: moment for key in MOMENTS}, torch.tensor(7.0))
+        assert optimizer_step(engine, parameter) == 7
+        pairs.append((moment.numpy().tobytes(), get_moment(engine, parameter, MOMENTS[0]).numpy().tobytes()))
+    return pairs
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_moments_keep_every_bit(two_ranks: Ranks, stage: int) -> None:
+    for pairs in two_ranks(there_and_back, stage):
+        assert len(pairs) == 7
+        for put, got in pairs:
+            assert put == got
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 2)), ((1, 2), (2, 2)), ((4, 2), (2, 2)), ((2, 3), (4, 0))])
+def test_other_ranks_and_stages_go_on(pools: dict[int, Ranks], tmp_path: Path, before: tuple[int, int],
+                                      after: tuple[int, int]) -> None:
+    """(ranks, ZeRO stage): the state arrives bit for bit, and the same batches go on to the same losses."""
+    path = tmp_path / "step.safetensors"
+    (ranks, stage), (other_ranks, other_stage) = before, after
+    unbroken = mean(pools[ranks](write, path, stage, 4, 0.0, 8))
+    arrived = pools[other_ranks](resume, path, other_stage, 0.0, 0)
+    assert len(arrived[0][1]) == ranks, "what each writing rank had goes to every rank"
+    saved, again = tensors(path), tensors(tmp_path / "resumed.safetensors")
+    for name in (name for name in saved if not name.startswith("rank/")):
+        assert saved[name].numpy().tobytes() == again[name].numpy().tobytes(), name
+    resumed = mean([losses for losses, _ in pools[other_ranks](resume, path, other_stage, 0.0, 8)])
+    assert resumed == pytest.approx(unbroken, rel=1e-6)
+
+
+def mean(by_rank: list[list[str]]) -> list[float]:
+    """Over ranks: each loss is the mean of a rank's own rows."""
+    return [sum(map(float.fromhex, losses)) / len(losses) for losses in zip(*by_rank, strict=True)]
+
+
+def small_file(path: Path, **metadata: str) -> Path:
+    """What a checkpoint of Oddities holds of the model, written without an engine."""
+    values = {f"model/{name}": value for name, value in Oddities(dropout=0.0).state_dict().items()}
+    values = dict(sorted(values.items(), key=lambda entry: -entry[1].dtype.itemsize))
+    told = {"format": "namr-training/1", "version": "0", "step": "4", "ranks": "1", "data": "d", **metadata}
+    writer = HashedWriter(path, told, {name: TensorSpec.of(value) for name, value in values.items()})
+    for value in values.values():
+        writer.add(value)
+    writer.commit()
+    return path
+
+
+def test_flipped_and_missing_bytes_are_found(tmp_path: Path) -> None:
+    path = small_file(tmp_path / "step.safetensors")
+    assert open_state(path) == SavedState(path=path, step=4, ranks=1, data_hash="d")
+    whole = path.read_bytes()
+    for place in [*range(200), *range(200, len(whole), 7)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 32]) + whole[place + 1 :])
+        with pytest.raises(DamagedFile):
+            open_state(path)
+    for length in (0, 5, 30, 200, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedFile):
+            open_state(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(DamagedFile):
+        open_state(path)
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.safetensors"
+    safetensors.torch.save_file({"weight": torch.ones(3)}, foreign, {"format": "pt"})
+    with pytest.raises(DamagedFile, match="no SHA-256 of itself"):
+        open_state(foreign)
+    with pytest.raises(InputError, match="has format 'namr-training/2', expected 'namr-training/1'"):
+        open_state(small_file(tmp_path / "newer.safetensors", format="namr-training/2"))
+    saved = open_state(small_file(tmp_path / "step.safetensors"))
+    check_fits(saved, Oddities(dropout=0.5))
+    with pytest.raises(InputError, match=r"first.weight is \(7, 5\) there and \(7, 6\) here"):
+        check_fits(saved, Oddities(dropout=0.0, width=6))
+    with pytest.raises(InputError, match=r"bias is missing there and \(2,\) here"):
+        check_fits(saved, nn.Linear(2, 2))
+
+
+def test_file_is_plain_safetensors(tmp_path: Path) -> None:
+    path = small_file(tmp_path / "step.safetensors")
+    expected = Oddities(dropout=0.0).state_dict()
+    found = tensors(path)
+    assert {f"model/{name}" for name in expected} == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[f"model/{name}"], value)
+    assert list(tmp_path.iterdir()) == [path], "a temporary file stayed"
+
+
+def test_what_the_disk_changed_is_never_accepted(tmp_path: Path) -> None:
+    values = torch.arange(1000.0)
+    path = tmp_path / "step.safetensors"
+    path.write_bytes(b"the older one")
+    writer = HashedWriter(path, {}, {"values": TensorSpec.of(values)})
+    writer.add(values)
+    (temporary,) = tmp_path.glob(".*.tmp")
+    with open(temporary, "r+b") as file:
+        file.seek(-7, os.SEEK_END)
+        file.write(b"?")
+    with pytest.raises(OSError, match="differs from what was written"):
+        writer.commit()
+    writer.discard()
+    assert path.read_bytes() == b"the older one" and list(tmp_path.iterdir()) == [path]
+
+
+def save_on_a_small_disk(path: Path) -> tuple[str | None, int, list[str]]:
+    """What saving says where files may have 1,000 bytes, the files that are left, and whether training goes on."""
+    import resource
+
+    import torch.distributed as dist
+
+    from namr_dist.parallel.host import HostGroup
+
+    engine, host = build(2), HostGroup()
+    advance(engine, range(2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        trouble = save_state(engine, path, step=2, config=CONFIG, data_hash="d", host=host, extras={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = len(list(path.parent.iterdir()))
+    dist.barrier()
+    return trouble, left, advance(engine, range(2, 4))
+
+
+@pytest.mark.dist
+def test_disk_that_refuses_is_told_on_every_rank(pools: dict[int, Ranks], tmp_path: Path) -> None:
+    unbroken = pools[2](write, tmp_path / "step.safetensors", 2, 2, 0.0, 2)
+    (tmp_path / "small").mkdir()
+    path = tmp_path / "small" / "step.safetensors"
+    assert [(f"File too large: {path}", 0, losses) for losses in unbroken] == pools[2](save_on_a_small_disk, path)

@@ -1,0 +1,117 @@
+"""Training runs as processes that a test may signal and kill, started from one process that has imported all.
+
+A start from nothing takes seconds, most of them imports; a fork of such a process, a tenth of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+
+_TIMEOUT_S = 120.0
+# The last one is what DeepSpeed imports when it is given an optimizer, and half of all time.
+_IMPORTS = ["namr_dist.train.loop", "tyro", "deepspeed", "deepspeed.runtime.zero.muon.original_muon"]
+
+
+class Run:
+    """`namr train` on some ranks. Each leads a process group of its own, as under a launcher."""
+
+    def __init__(self, world_size: int, words: Sequence[object], output: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._output = output
+        output.write_text("")
+        arguments = [str(word) for word in words]
+        self.ranks = [context.Process(target=_train, args=(rank, world_size, port, arguments, output))
+                      for rank in range(world_size)]
+        for process in self.ranks:
+            process.start()
+
+    def wait(self) -> list[int]:
+        """The exit codes, once all ranks have ended."""
+        for process in self.ranks:
+            process.join(_TIMEOUT_S)
+            if process.exitcode is None:
+                self.kill()
+                raise TimeoutError(f"a rank went on for {_TIMEOUT_S} s:\n{self.said()}")
+        return [process.exitcode or 0 for process in self.ranks]
+
+    def said(self) -> str:
+        """All ranks' stdout and stderr."""
+        return self._output.read_text()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the run does; it must not end before."""
+        give_up = time.monotonic() + _TIMEOUT_S
+        while not condition():
+            assert all(process.is_alive() for process in self.ranks) and time.monotonic() < give_up, self.said()
+            time.sleep(0.0005)
+
+    def kill(self, *ranks: int) -> None:
+        """kill -9, of all ranks or of some."""
+        for rank in ranks or range(len(self.ranks)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid(rank), signal.SIGKILL)
+
+    def pid(self, rank: int) -> int:
+        pid = self.ranks[rank].pid
+        assert pid
+        return pid
+
+
+def _train(rank: int, world_size: int, port: int, words: list[str], output: Path) -> None:
+    os.setsid()
+    # Worker processes come from the rank itself, as everywhere else, and not from another such parent.
+    multiprocessing.set_start_method("fork", force=True)
+    handle = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    import torch
+
+    from namr_dist.cli import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(["train", *words]))
+
+
+def start_parent() -> None:
+    """Start the process that imports what runs need and forks them, for CPUs and one thread each."""
+    before = dict(os.environ)
+    os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", NO_COLOR="1", COLUMNS="160")
+    os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTS)
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def losses(run: Path) -> dict[int, list[float]]:
+    """Step → every loss that metrics.jsonl has for it."""
+    found: dict[int, list[float]] = {}
+    for entry in entries(run):
+        if "loss" in entry:
+            found.setdefault(entry["step"], []).append(entry["loss"])
+    return found
+
+
+def entries(run: Path) -> Iterator[dict]:
+    """Whole lines of metrics.jsonl, which may just be written."""
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            yield json.loads(line)
