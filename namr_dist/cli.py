@@ -116,8 +116,9 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         add_arguments(kernels)
     kernels.set_defaults(verb=_bench_kernels)
     gather = bench_verbs.add_parser(
-        "gather", help="bytes and time of a loss over many ranks", description="Bytes on the sockets and time of a loss "
-        "over many CPU ranks, beside a gather that autograd differentiates.")
+        "gather", help="bytes and time of a loss over many ranks",
+        description="Bytes on the sockets and time of a loss over many CPU ranks, beside a gather that autograd "
+        "differentiates.")
     gather.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="W", help="(2 4)")
     gather.add_argument("--rows", type=int, default=1024, metavar="B", help="rows of the global batch (%(default)s)")
     gather.add_argument("--width", type=int, nargs="+", default=[128, 512], metavar="D", help="(128 512)")
@@ -298,8 +299,8 @@ def _bench_gather(parsed: argparse.Namespace, _: list[str]) -> None:
 
     for ranks in parsed.ranks:
         if ranks < 2 or parsed.rows % (4 * ranks):
-            raise InputError(f"--rows {parsed.rows} cannot be shared by --ranks {ranks}; give at least 2 ranks, and rows "
-                             f"that are a multiple of {4 * max(ranks, 2)}")
+            raise InputError(f"--rows {parsed.rows} cannot be shared by --ranks {ranks}; give at least 2 ranks, and "
+                             f"rows that are a multiple of {4 * max(ranks, 2)}")
     measured = [one for ranks in parsed.ranks for width in parsed.width
                 for one in measure(ranks=ranks, rows=parsed.rows, width=width, steps=parsed.steps)]
     show(measured)

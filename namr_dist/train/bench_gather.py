@@ -73,8 +73,8 @@ def show(measured: list[Measured]) -> None:
         table.add_column(heading, justify="left" if heading == "provider" else "right")
     for ours, other in zip(measured[::2], measured[1::2], strict=True):
         for one in (ours, other):
-            table.add_row(str(one.ranks), f"{one.rows} × {one.width}", one.provider, f"{one.received_bytes / 2**20:.2f}",
-                          f"{one.received_bytes / other.received_bytes:.3f}",
+            table.add_row(str(one.ranks), f"{one.rows} × {one.width}", one.provider,
+                          f"{one.received_bytes / 2**20:.2f}", f"{one.received_bytes / other.received_bytes:.3f}",
                           f"{1e3 * one.median_s:.0f} ({1e3 * one.least_s:.0f} to {1e3 * one.most_s:.0f})",
                           f"{one.gradient_error:.0e}")
     Console().print(table)

@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from namr_dist.config import Config
 from namr_dist.parallel.host import HostGroup
 from namr_dist.train.interrupt import StopRequests
@@ -41,13 +39,13 @@ class CheckpointKeeper:
         save, signal = self._host.largest(int(due), self._requests.signal)
         return bool(save or signal), bool(signal)
 
-    def save(self, step: int, *, extras: dict[str, Tensor]) -> str:
+    def save(self, step: int) -> str:
         """Write the state after `step` steps and then drop what is older than train.keep_checkpoints; a line for
         people. A disk that refuses is told there, and the checkpoints before stay."""
         began = time.monotonic()
         path = checkpoint_path(self._run, step)
         trouble = save_state(self._engine, path, step=step, config=self._config, data_hash=self._data_hash,
-                             host=self._host, extras=extras)
+                             host=self._host)
         self._latest_s = time.monotonic()
         if trouble is not None:
             last = [before for before, _ in checkpoints(self._run) if before < step]

@@ -3,57 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import os
-import shutil
 import socket
 import sys
 import time
-import warnings
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.constants import default_pg_timeout
 
 from namr_dist import kernels
 from namr_dist.atomic import write_atomic
-from namr_dist.config import Config, OptimConfig
+from namr_dist.config import Config
 from namr_dist.data.augment import TrainTransform
-from namr_dist.data.formats.homeware import open_shards
 from namr_dist.data.manifest import Manifest, SplitIndex
-from namr_dist.data.plan import check_plan, small_classes, steps_per_epoch
-from namr_dist.data.shards import verify_shards
+from namr_dist.data.plan import small_classes, steps_per_epoch
 from namr_dist.data.stream import Batch, ShardImages, TrainPlan, stream
 from namr_dist.errors import InputError
-from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import Rank
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, save_network
 from namr_dist.train.embed import embed, test_transform
+from namr_dist.train.engine import make_engine, start_group
 from namr_dist.train.interrupt import StopRequests
 from namr_dist.train.keeper import CheckpointKeeper
 from namr_dist.train.logging import RunLog
 from namr_dist.train.objective import StepLoss, TrainingModule
 from namr_dist.train.peak import device_peak, run_peak_img_per_s
 from namr_dist.train.phases import Phases, StepTimes
+from namr_dist.train.preflight import check_sizes, claim_folder, lock_folder, preflight, run_bytes
 from namr_dist.train.resume import Start, checkpoints, cut_log, find_start, hash_images
 from namr_dist.train.schedule import lr_factor
-from namr_dist.train.state import check_fits, load_state, state_bytes
+from namr_dist.train.state import check_fits, load_state
 from namr_dist.train.watchdog import Watchdog, backend_timeout
 
 if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
     from deepspeed import DeepSpeedEngine
-
-# What a run writes beside its network (logs, events, embeddings, report), generously.
-_ROOM_FOR_LOGS_BYTES = 32 << 20
 
 
 def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, resume: bool = False) -> bool:
@@ -63,30 +52,20 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     a signal asked for an end before the last step, and `resume` goes on. Raises InputError, before the first step,
     for whatever can be known to be wrong by then.
     """
-    config.check()
-    manifest = open_shards(config.data.path)
-    index = manifest.index(*config.data.train_splits)
-    for split in (config.data.validation_split, config.data.test_split):
-        if split is not None and len(manifest.index(split)) < rank.world_size:
-            raise InputError(f"split {split!r} of {manifest.folder} has fewer images than there are ranks "
-                             f"({rank.world_size}); use fewer ranks")
-    check_plan(index.label_N, classes_per_batch=config.data.classes_per_batch,
-               images_per_class=config.data.images_per_class, world_size=rank.world_size)
-    if config.data.verify and rank.local_rank == 0:
-        validation = {config.data.validation_split} if config.data.validation_split else set()
-        verify_shards(manifest, {*config.data.train_splits, *validation})
+    manifest, index = preflight(config, world_size=rank.world_size, verify=rank.local_rank == 0)
     bf16, why = _precision(config, rank.device)
     # Built before the process group is up, so that a wrong backbone or file is said at once and once.
     share = config.data.classes_per_batch * config.data.images_per_class // rank.world_size
     pieces = math.ceil(share / (config.train.micro_batch or share))
     network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16, pieces=pieces)
-    _check_sizes(network, config, rank.device)
+    check_sizes(network, config, rank.device)
     module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N)),
                             images_per_class=config.data.images_per_class, phases=Phases(rank.device)).to(rank.device)
     data_hash = hash_images(manifest, config.data.train_splits)
-    start = _start(module, config, run, data_hash, overwrite=overwrite, resume=resume) if rank.first else Start()
+    start, lock = _start(module, config, run, data_hash, overwrite=overwrite, resume=resume) if rank.first \
+        else (Start(), None)
     timeout = backend_timeout(config.train.timeout_minutes)
-    _start_group(rank, timeout)
+    start_group(rank, timeout)
     host = HostGroup(timeout)
     if host.from_first(start.finished):
         if rank.first:
@@ -95,11 +74,11 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     hosts = host.of_all(socket.gethostname())
     peak_img_per_s = run_peak_img_per_s(network, device_peak(rank.device), size=config.data.image_size,
                                         device=rank.device, ranks=rank.world_size)
-    engine = _engine(module, config, rank)
+    engine = make_engine(module, config, rank)
     first_step = host.from_first(start.step)
     if first_step:
         load_state(engine, start.saved, host=host, seed=config.train.seed)
-    with StopRequests() as requests, contextlib.ExitStack() as stack:
+    with StopRequests() as requests, lock or contextlib.nullcontext(), contextlib.ExitStack() as stack:
         stack.enter_context(Watchdog(module.objective.phases, rank, timeout_minutes=config.train.timeout_minutes))
         keeper = CheckpointKeeper(engine, run, config, data_hash=data_hash, host=host, first=rank.first,
                                   requests=requests)
@@ -124,19 +103,20 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
 
 
 def _start(module: TrainingModule, config: Config, run: Path, data_hash: str, *, overwrite: bool,
-           resume: bool) -> Start:
-    """Make the folder ready, on the first rank, and say where to begin."""
+           resume: bool) -> tuple[Start, BinaryIO | None]:
+    """Make the folder ready, on the first rank, and say where to begin; and the lock that keeps others out of it."""
+    lock = lock_folder(run) if run.is_dir() else None
     start = find_start(run, config, data_hash=data_hash) if resume else Start()
     if start.finished:
-        return start
+        return start, lock
     if start.saved:
         check_fits(start.saved, module)
-    # While a checkpoint is written, the ones to be kept are all still there.
-    need_bytes = _size_bytes(module) + (config.train.keep_checkpoints + 1) * state_bytes(module)
     there_bytes = sum(path.stat().st_size for _, path in checkpoints(run)) if start.goes_on else 0
-    _claim_folder(run, overwrite=overwrite, goes_on=start.goes_on, need_bytes=max(0, need_bytes - there_bytes))
+    claim_folder(run, overwrite=overwrite, goes_on=start.goes_on,
+                 need_bytes=max(0, run_bytes(module, config) - there_bytes))
+    lock = lock or lock_folder(run)
     write_atomic(run / "config.json", config.to_json())
-    return start
+    return start, lock
 
 
 def _precision(config: Config, device: torch.device) -> tuple[bool, str]:
@@ -149,100 +129,6 @@ def _precision(config: Config, device: torch.device) -> tuple[bool, str]:
         return wanted == "bf16", "asked for"
     able = torch.cuda.is_bf16_supported(including_emulation=False)
     return able, "the GPU has it" if able else "the GPU has no bf16 units"
-
-
-@torch.no_grad()
-def _check_sizes(network: EmbeddingNetwork, config: Config, device: torch.device) -> None:
-    """Raise InputError if the backbone refuses images of the training or of the test size."""
-    network.eval()
-    for name, size in (("image_size", config.data.image_size), ("test_size", config.test_size)):
-        try:
-            network(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device))
-        except InputError:
-            raise
-        except (AssertionError, RuntimeError) as error:
-            raise InputError(f"model.backbone {config.model.backbone} does not take images of {size} px "
-                             f"({str(error).splitlines()[0]}); change data.{name}") from None
-    network.train()
-
-
-def _size_bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-
-
-def _claim_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
-    if (run / "config.json").exists() and not overwrite and not goes_on:
-        raise InputError(f"{run} already holds a run; go on with it by --resume, choose another folder with "
-                         "--run-dir, or replace it with --overwrite")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomic(run / ".writable", "")
-        (run / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"run folder {run} cannot be written ({error.strerror}); choose another with "
-                         "--run-dir") from None
-    free, need = shutil.disk_usage(run).free, need_bytes + _ROOM_FOR_LOGS_BYTES
-    if free < need:
-        raise InputError(f"run folder {run} has {free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}; "
-                         "free some or choose another disk with --run-dir")
-    if goes_on:
-        return
-    # The old run goes once the new one can begin, and only what a run writes: never a whole folder that a user may
-    # have pointed to by mistake.
-    for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html"):
-        (run / name).unlink(missing_ok=True)
-
-
-def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
-    """AdamW's groups, each with its peak learning rate; empty ones (a loss without parameters) left out."""
-    network = module.network
-    parts = ((network.backbone, config.backbone_lr, True), (network.sample_head, config.head_lr, True),
-             (network.structure_head, config.head_lr, True), (module.objective.metric_loss, config.loss_lr, False))
-    groups = []
-    for part, peak, may_decay in parts:
-        parameters = [value for value in part.parameters() if value.requires_grad]
-        for decays in (True, False):
-            # Vectors are biases and norms: pulling them to zero regularises nothing.
-            chosen = [value for value in parameters if (may_decay and value.dim() > 1) == decays]
-            if chosen:
-                groups.append({"params": chosen, "lr": peak, "weight_decay": config.weight_decay if decays else 0.0})
-    return groups
-
-
-def _start_group(rank: Rank, timeout: timedelta = default_pg_timeout) -> None:
-    """Start the process group of all ranks, whose collectives wait for each other so long."""
-    os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
-    import deepspeed
-
-    if rank.device.type == "cpu":
-        # A C++ op for faster sums within one machine: building it takes longer than it saves here.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if rank.device.type == "cuda" else "gloo", verbose=False,
-                               timeout=timeout)
-
-
-def _engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeedEngine:
-    """DeepSpeed's engine around the module."""
-    import deepspeed
-
-    images = config.data.classes_per_batch * config.data.images_per_class
-    settings = {
-        "train_batch_size": images,
-        "train_micro_batch_size_per_gpu": images // rank.world_size,
-        "gradient_clipping": config.optim.clip,
-        "steps_per_print": None,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": config.train.zero_stage, "overlap_comm": rank.device.type == "cuda",
-                              "contiguous_gradients": True, "stage3_param_persistence_threshold": 0},
-    }
-    optimizer = torch.optim.AdamW(_parameter_groups(module, config.optim))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings,
-                                      dist_init_required=False)
-    return engine
 
 
 def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: SplitIndex, rank: Rank,
@@ -302,7 +188,7 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
             if log:
                 log.sync()
             with phases("checkpoint"):
-                said = keeper.save(step + 1, extras={})
+                said = keeper.save(step + 1)
             if log:
                 log.say(said)
             line_began += time.perf_counter() - paused
@@ -375,12 +261,15 @@ def _banner(config: Config, manifest: Manifest, index: SplitIndex, run: Path, ra
     few = small_classes(index.label_N, images_per_class=data.images_per_class)
     ranking = f" + {loss.ranking.weight:g} × multi-cluster ranking (M = {loss.ranking.clusters})" \
         if loss.ranking.weight else ", no multi-cluster ranking"
+    memory = f", memory of {loss.memory.rows} rows from step {loss.memory.start_step} on" if loss.memory.rows else ""
     return [
         f"run       {config.recipe} → {run}",
-        f"device    {rank.world_size} × {device}; ZeRO {config.train.zero_stage}; {precision}",
+        f"device    {rank.world_size} × {device}; ZeRO {config.train.zero_stage}; {precision}"
+        + (f"; started by {rank.launcher}" if rank.launcher != "none" else ""),
         f"data      {manifest.name}: {len(index)} images, {len(np.unique(index.label_N))} classes; batches of "
         f"{data.classes_per_batch} × {data.images_per_class} at {data.image_size} px"
+        + (f", {config.train.micro_batch} a rank at a time" if config.train.micro_batch else "")
         + (f"; {few} classes have fewer images and repeat some" if few else ""),
         f"model     {config.model.backbone}, batch norm {config.model.batchnorm}, width {config.model.width}",
-        f"loss      {loss.metric}{ranking}; {kernels.describe(rank.device)}",
+        f"loss      {loss.metric}{ranking}{memory}; {kernels.describe(rank.device)}",
     ]

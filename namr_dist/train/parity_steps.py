@@ -147,14 +147,14 @@ def _ddp_step(module: TrainingModule, inputs: _Inputs, *, unused: bool) -> Step:
 
 def zero_engine(module: TrainingModule, case: Case) -> DeepSpeedEngine:
     """The engine that training makes for a case, but without gradient clipping."""
-    from namr_dist.train.loop import _engine, _start_group
+    from namr_dist.train.engine import make_engine, start_group
 
     rank = Rank(rank=dist.get_rank(), world_size=case.ranks, local_rank=dist.get_rank(), device=torch.device("cpu"))
     config = Config(recipe="parity", data=DataConfig(classes_per_batch=_CLASSES, images_per_class=_EACH),
                     optim=OptimConfig(clip=0.0), train=TrainConfig(zero_stage=int(case.way[-1])))  # type: ignore[arg-type]
-    _start_group(rank, timedelta(minutes=2))
+    start_group(rank, timedelta(minutes=2))
     _settle()
-    engine = _engine(module, config, rank)
+    engine = make_engine(module, config, rank)
     engine.train()
     return engine
 

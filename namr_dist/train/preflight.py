@@ -1,14 +1,16 @@
 """What can be known to be wrong before the first step: each check raises InputError, and none writes a file.
 
-`claim_folder` alone writes: it makes the run's folder once a run may begin there.
+`claim_folder` and `lock_folder` alone write: they make the run's folder once a run may begin there.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from errno import EACCES, EEXIST, ENOTDIR
+from errno import EACCES, EAGAIN, EEXIST, ENOTDIR, EROFS
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -84,9 +86,11 @@ def check_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) 
         raise _unwritable(run, EEXIST if there == run.absolute() else ENOTDIR)
     if not os.access(there, os.W_OK | os.X_OK):
         raise _unwritable(run, EACCES)
-    free, need = shutil.disk_usage(there).free, need_bytes + _ROOM_FOR_LOGS_BYTES
-    if free < need:
-        raise InputError(f"run folder {run} has {free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}; "
+    disk, need = shutil.disk_usage(there), need_bytes + _ROOM_FOR_LOGS_BYTES
+    if disk.total == 0:  # no disk, such as /proc, whatever its permissions say
+        raise _unwritable(run, EROFS)
+    if disk.free < need:
+        raise InputError(f"run folder {run} has {disk.free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}; "
                          "free some or choose another disk with --run-dir")
 
 
@@ -107,6 +111,25 @@ def claim_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) 
         shutil.rmtree(run / name, ignore_errors=True)
     for name in ("metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html"):
         (run / name).unlink(missing_ok=True)
+
+
+def lock_folder(run: Path) -> BinaryIO | None:
+    """Keep every other process from training in the folder `run` while the result is open; None where the file system
+    has no locks. Raises InputError if one does already."""
+    try:
+        lock = open(run / ".lock", "ab")  # noqa: SIM115 (open as long as the run lasts)
+    except OSError:
+        return None
+    try:
+        # POSIX's kind: released when the process dies, and not passed on to loader workers, who outlive it a little.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        if error.errno in (EACCES, EAGAIN):
+            raise InputError(f"run folder {run} is in use: another process trains there; wait until it has ended, or "
+                             "choose another folder with --run-dir") from None
+        return None
+    return lock
 
 
 def _unwritable(run: Path, number: int) -> InputError:

@@ -2,8 +2,8 @@
 
 `checkpoints/step-00000120.safetensors`, format namr-training/1, holds by name: `model/…`, every parameter and every
 buffer in full; `adamw/…/exp_avg`, `…/exp_avg_sq` and `…/step`, what AdamW knows of each parameter;
-`rank/00000/…`, each rank's random generators and extra tensors. Data position and learning rate are functions of
-the step. The file verifies itself (hashed.py), and no object is ever unpickled from it.
+`rank/00000/…`, each rank's random generators. Data position and learning rate are functions of the step. The file
+verifies itself (hashed.py), and no object is ever unpickled from it.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ class _Entry:
 
 
 def state_bytes(module: nn.Module) -> int:
-    """Size of a checkpoint, but for its header and what belongs to ranks."""
+    """Size of a checkpoint, but for its header and random generators."""
     held = sum(value.numel() * value.element_size() for _, value in _named_state(module))
     return held + 2 * sum(value.numel() * 4 for value in module.parameters() if value.requires_grad)
 
 
-def save_state(engine: DeepSpeedEngine, path: Path, *, step: int, config: Config, data_hash: str, host: HostGroup,
-               extras: dict[str, Tensor]) -> str | None:
+def save_state(engine: DeepSpeedEngine, path: Path, *, step: int, config: Config, data_hash: str,
+               host: HostGroup) -> str | None:
     """Write the state after `step` steps; None, or why it could not be written. All ranks call it, and learn that.
 
-    extras: what else this rank wants back; names may differ from rank to rank. The file appears whole and
-    verified or not at all. Memory: one whole parameter on the device and on the first rank's CPU.
+    The file appears whole and verified or not at all. Memory: one whole parameter on the device and on the first
+    rank's CPU.
     """
-    entries = _entries(engine, host, _rank_tensors(engine.device, extras))
+    entries = _entries(engine, host, _generators(engine.device))
     writer: HashedWriter | None = None
     trouble: OSError | None = None
     metadata = {"format": _FORMAT, "version": __version__, "step": str(step), "ranks": str(world_size()),
@@ -136,9 +136,8 @@ def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
 
 
 @torch.no_grad()
-def load_state(engine: DeepSpeedEngine, saved: SavedState | None, *, host: HostGroup,
-               seed: int) -> list[dict[str, Tensor]]:
-    """Fill a fresh engine; returns the extra tensors of each rank that wrote, in their order. All ranks call it.
+def load_state(engine: DeepSpeedEngine, saved: SavedState | None, *, host: HostGroup, seed: int) -> None:
+    """Fill a fresh engine. All ranks call it.
 
     saved: on the first rank a checkpoint that fits; it alone reads the file. With as many ranks as wrote it, each
     gets its random generators back, so every later bit is that of an unbroken run; else they are seeded anew by
@@ -174,8 +173,6 @@ def load_state(engine: DeepSpeedEngine, saved: SavedState | None, *, host: HostG
             _, rank, own = name.split("/", 2)
             by_rank[int(rank)][own] = read(name).cpu()
     _restore_generators(engine.device, by_rank, seed=seed, step=step)
-    return [{name.removeprefix("extra/"): value for name, value in own.items() if name.startswith("extra/")}
-            for own in by_rank]
 
 
 def _named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -225,12 +222,11 @@ def _from_rank(host: HostGroup, rank: int, spec: TensorSpec, mine: Tensor | None
     return value
 
 
-def _rank_tensors(device: torch.device, extras: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {f"extra/{name}": value.detach() for name, value in extras.items()}
-    tensors["rng_cpu"] = torch.get_rng_state()
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    states = {"rng_cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        tensors["rng_cuda"] = torch.cuda.get_rng_state(device)
-    return tensors
+        states["rng_cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def _restore_generators(device: torch.device, by_rank: list[dict[str, Tensor]], *, seed: int, step: int) -> None:

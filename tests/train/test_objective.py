@@ -31,7 +31,8 @@ def definition(config: LossConfig, objective: Objective, z_BD: Tensor, s_BD: Ten
         "proxy_anchor": lambda: reference.proxy_anchor_loss(
             unit_BD, labels_B, torch.nn.functional.normalize(learnt["proxies"], dim=1)),
     }[config.metric]()
-    return metric + config.ranking.weight * reference.multi_cluster_ranking(x_BD, s_BD, clusters=config.ranking.clusters)
+    ranking = reference.multi_cluster_ranking(x_BD, s_BD, clusters=config.ranking.clusters)
+    return metric + config.ranking.weight * ranking
 
 
 @pytest.mark.parametrize("config", [
@@ -46,7 +47,8 @@ def test_loss_and_gradients_are_the_definitions(config: LossConfig) -> None:
     losses = objective(z_BD, s_BD, labels_B, seed=7)
     want = definition(config, objective, z_BD, s_BD, labels_B)
     torch.testing.assert_close(losses.total, want, rtol=1e-12, atol=0)
-    torch.testing.assert_close(losses.metric + config.ranking.weight * losses.ranking, want.detach(), rtol=1e-12, atol=0)
+    parts = losses.metric + config.ranking.weight * losses.ranking
+    torch.testing.assert_close(parts, want.detach(), rtol=1e-12, atol=0)
     # Beside another term of a larger loss, with a factor: what reaches z and s is the gradient times the factor.
     leaves = [z_BD, s_BD, *objective.parameters()] if config.ranking.weight else [z_BD, *objective.parameters()]
     got = torch.autograd.grad(3 * losses.total + z_BD.sum(), leaves)

@@ -110,8 +110,22 @@ def test_ten_kills(start: Start, unbroken: dict[int, Path], tmp_path: Path, rank
     assert run.wait() == [0] * ranks, run.said()
     assert f"resumed   at step {reached} from" in run.said()
     same(folder, unbroken[ranks])
-    assert not list(folder.rglob(".*")), "unfinished files stayed"
+    assert not list(folder.rglob(".*.tmp")), "unfinished files stayed"
     assert len(checkpoints(folder)) == 2
+
+
+def test_one_process_trains_in_a_folder(start: Start, tmp_path: Path) -> None:
+    """A job that is queued again while its predecessor still dies must not touch its files."""
+    folder = tmp_path / "run"
+    run = start(folder)
+    run.until(lambda: max(losses(folder), default=0) >= 1)
+    for way in ("--resume", "--overwrite"):
+        refused(start(folder, way), "is in use: another process trains there", "--run-dir")
+    run.kill(0)
+    run.wait()
+    again = start(folder, "--resume")
+    assert again.wait() == [0], again.said()
+    assert list(losses(folder)) == list(range(1, STEPS + 1))
 
 
 def halt_inside_a_write(run: Run, folder: Path) -> None:

@@ -93,16 +93,15 @@ def write(path: Path, stage: int, steps: int, dropout: float, after: int) -> lis
     engine, host = build(stage, dropout=dropout), HostGroup()
     torch.manual_seed(100 + dist.get_rank())
     advance(engine, range(steps))
-    extras = {f"memory of {dist.get_rank()}": torch.full((2, 3), dist.get_rank() - 0.5)}
-    assert save_state(engine, path, step=steps, config=CONFIG, data_hash="d", host=host, extras=extras) is None
+    assert save_state(engine, path, step=steps, config=CONFIG, data_hash="d", host=host) is None
     losses = advance(engine, range(steps, steps + after))
     save_state(engine, path.with_name("end.safetensors"), step=steps + after, config=CONFIG, data_hash="d",
-               host=host, extras={})
+               host=host)
     return losses
 
 
-def resume(path: Path, stage: int, dropout: float, after: int) -> tuple[list[str], list[dict[str, Tensor]]]:
-    """A fresh engine, filled from the file and trained on; losses and the extra tensors."""
+def resume(path: Path, stage: int, dropout: float, after: int) -> list[str]:
+    """A fresh engine, filled from the file and trained on; its losses."""
     import torch.distributed as dist
 
     from namr_dist.parallel.host import HostGroup
@@ -110,12 +109,12 @@ def resume(path: Path, stage: int, dropout: float, after: int) -> tuple[list[str
 
     engine, host = build(stage, dropout=dropout), HostGroup()
     saved = open_state(path) if dist.get_rank() == 0 else None
-    extras = load_state(engine, saved, host=host, seed=0)
+    load_state(engine, saved, host=host, seed=0)
     step = host.from_first(saved.step if saved else None)
     losses = advance(engine, range(step, step + after))
     save_state(engine, path.with_name("resumed.safetensors"), step=step + after, config=CONFIG, data_hash="d",
-               host=host, extras={})
-    return losses, extras
+               host=host)
+    return losses
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +137,12 @@ def test_resumed_is_unbroken(pools: dict[int, Ranks], tmp_path: Path, ranks: int
     path = tmp_path / "step.safetensors"
     unbroken = pools[ranks](write, path, stage, 4, 0.5, 3)
     resumed = pools[ranks](resume, path, stage, 0.5, 3)
-    assert [losses for losses, _ in resumed] == unbroken
+    assert resumed == unbroken
     assert len(set(unbroken[0])) == 3
     end, again = tensors(tmp_path / "end.safetensors"), tensors(tmp_path / "resumed.safetensors")
     assert end.keys() == again.keys()
     for name, value in end.items():
         assert value.numpy().tobytes() == again[name].numpy().tobytes(), name
-    for _, extras in resumed:
-        assert [list(own) for own in extras] == [[f"memory of {rank}"] for rank in range(ranks)]
-        assert extras[-1][f"memory of {ranks - 1}"].tolist() == [[ranks - 1.5] * 3] * 2
 
 
 def there_and_back(stage: int) -> list[tuple[bytes, bytes]]:
@@ -281,7 +277,7 @@ def save_on_a_small_disk(path: Path) -> tuple[str | None, int, list[str]]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        trouble = save_state(engine, path, step=2, config=CONFIG, data_hash="d", host=host, extras={})
+        trouble = save_state(engine, path, step=2, config=CONFIG, data_hash="d", host=host)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     left = len(list(path.parent.iterdir()))

@@ -1,0 +1,69 @@
+"""DeepSpeed: the process group, the optimizer's parameter groups, the engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.constants import default_pg_timeout
+
+from namr_dist.config import Config, OptimConfig
+from namr_dist.parallel.ranks import Rank
+from namr_dist.train.objective import TrainingModule
+
+if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
+    from deepspeed import DeepSpeedEngine
+
+
+def start_group(rank: Rank, timeout: timedelta = default_pg_timeout) -> None:
+    """Start the process group of all ranks, whose collectives wait for each other so long."""
+    os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
+    import deepspeed
+
+    if rank.device.type == "cpu":
+        # A C++ op for faster sums within one machine: building it takes longer than it saves here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if rank.device.type == "cuda" else "gloo", verbose=False,
+                               timeout=timeout)
+
+
+def make_engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeedEngine:
+    """DeepSpeed's engine around the module."""
+    import deepspeed
+
+    images = config.data.classes_per_batch * config.data.images_per_class
+    settings = {
+        "train_batch_size": images,
+        "train_micro_batch_size_per_gpu": images // rank.world_size,
+        "gradient_clipping": config.optim.clip,
+        "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.train.zero_stage, "overlap_comm": rank.device.type == "cuda",
+                              "contiguous_gradients": True, "stage3_param_persistence_threshold": 0},
+    }
+    optimizer = torch.optim.AdamW(_parameter_groups(module, config.optim))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings,
+                                      dist_init_required=False)
+    return engine
+
+
+def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
+    """AdamW's groups, each with its peak learning rate; empty ones (a loss without parameters) left out."""
+    network = module.network
+    parts = ((network.backbone, config.backbone_lr, True), (network.sample_head, config.head_lr, True),
+             (network.structure_head, config.head_lr, True), (module.objective.metric_loss, config.loss_lr, False))
+    groups = []
+    for part, peak, may_decay in parts:
+        parameters = [value for value in part.parameters() if value.requires_grad]
+        for decays in (True, False):
+            # Vectors are biases and norms: pulling them to zero regularises nothing.
+            chosen = [value for value in parameters if (may_decay and value.dim() > 1) == decays]
+            if chosen:
+                groups.append({"params": chosen, "lr": peak, "weight_decay": config.weight_decay if decays else 0.0})
+    return groups
