@@ -30,12 +30,15 @@ demo: setup
 	$(BIN)/namr evaluate runs/demo
 	$(BIN)/namr report runs/demo
 
+# Whole files go to one process, with what they set up; four processes at most, for a file may start several ranks.
+TEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(TEST)
 
 # With the tests that take minutes each: kernels compiled for every architecture, type and width.
 test-all: setup
-	$(BIN)/python -m pytest -m "whole or not whole"
+	$(TEST) -m "whole or not whole"
 
 lint: setup
 	$(BIN)/ruff check .

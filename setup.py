@@ -38,8 +38,8 @@ EXTRAS = {
     "gpu": ["faiss-gpu>=1.15,<2"],
     "export": ONNX,
     "bench": ["matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3"],
-    "test": ["pytest>=8.3", "pytest-timeout>=2.3", "matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3",
-             "selenium>=4.20,<5", *ONNX],
+    "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "matplotlib>=3.9,<4",
+             "pytorch-metric-learning>=2.9,<3", "selenium>=4.20,<5", *ONNX],
     "dev": ["ruff>=0.9", "mypy>=1.14"],
 }
 

@@ -36,7 +36,7 @@ from namr_dist.train.checkpoint import initial_network
 from namr_dist.train.embed import test_transform
 from namr_dist.train.objective import TrainingModule
 
-CLASSES, EACH, SIDE, RANKS, MICRO_BATCH = 1024, 4, 96, 2, 32
+CLASSES, EACH, SIDE, RANKS, MICRO_BATCH, ZERO_STAGE = 1024, 4, 96, 2, 32, 2
 SMALL = "test_efficientnet"
 OUT = Path(__file__).parent / "results" / "large-batch.json"
 
@@ -82,7 +82,7 @@ def real_run(folder: Path) -> dict[str, float | list[float]]:
     words = {"data.path": folder, "data.classes_per_batch": CLASSES, "data.images_per_class": EACH,
              "data.image_size": SIDE, "data.validation_split": None, "data.workers": 1, "optim.steps": 2,
              "optim.warmup_steps": 1, "train.micro_batch": MICRO_BATCH, "train.log_every": 1,
-             "train.zero_stage": 2, "train.tensorboard": False}
+             "train.zero_stage": ZERO_STAGE, "train.tensorboard": False}
     run = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS),
          "launchers/train.py", "homeware", "--run-dir", str(folder / "run"),
@@ -143,6 +143,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         make_shards(Path(name))
         report = {"batch": CLASSES * EACH, "image_size": SIDE, "ranks": RANKS, "micro_batch": MICRO_BATCH,
+                  "backbone": homeware().model.backbone, "zero_stage": ZERO_STAGE,
                   "run": real_run(Path(name)), "equality": equality(Path(name)),
                   **provenance()}
     OUT.write_text(json.dumps(report, indent=2) + "\n")

@@ -38,9 +38,9 @@ def caching_text() -> str:
     run = found["run"]
     lines = [f"Measured by `docs/large_batch.py` ([results/large-batch.json](results/large-batch.json)) on "
              f"{found['machine']}: a global batch of {found['batch']:,} images of {found['image_size']} px on "
-             f"{found['ranks']} ranks, efficientnet_lite0, {found['micro_batch']} at a time, ZeRO 2. All processes "
-             f"together, loader workers included, never held more than {run['peak_mib'] / 1024:.2f} GiB; a step took "
-             f"{run['step_s']:.0f} s.", "",
+             f"{found['ranks']} ranks, {found['backbone']}, {found['micro_batch']} at a time, ZeRO "
+             f"{found['zero_stage']}. All processes together, loader workers included, held at most "
+             f"{run['peak_mib'] / 1024:.2f} GiB, looked at five times a second; a step took {run['step_s']:.0f} s.", "",
              "| images | type | largest difference of a parameter's gradient, of the whole gradient's norm |",
              "| ---: | --- | ---: |"]
     lines += [f"| {one['images']:,} in {one['pieces']} pieces, and all at once | "

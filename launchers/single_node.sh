@@ -9,4 +9,5 @@ ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # CPU ranks share the cores; a GPU rank needs few of its own.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / ranks) > 0 ? n : 1))}
-exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$here/train.py" "$@"
+exec python -m torch.distributed.run --standalone --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    --nproc-per-node "$ranks" "$here/train.py" "$@"

@@ -216,11 +216,13 @@ class Config:
     def load(cls, path: Path) -> Config:
         """Read a run's config.json. Raises InputError if it is missing or not one."""
         try:
-            return cls.from_object(json.loads(path.read_text(encoding="utf-8")), str(path))
+            value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path} is missing: {path.parent} is not the folder of a run") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not JSON ({error}); the run has to be trained again") from None
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}); copy it again: the metadata of every checkpoint holds it "
+                             "too") from None
+        return cls.from_object(value, str(path))
 
     @classmethod
     def from_object(cls, value: Any, where: str) -> Config:
@@ -249,8 +251,10 @@ class Config:
                              ("train.checkpoint_every", train.checkpoint_every)):
             if not period >= 0:
                 raise InputError(f"{name} is {period}; set it to at least 0")
-        if not train.timeout_minutes > 0:
-            raise InputError(f"train.timeout_minutes is {train.timeout_minutes}; set it above 0")
+        if not 0 < train.timeout_minutes <= 100_000:
+            raise InputError(f"train.timeout_minutes is {train.timeout_minutes}; set it above 0 and at most 100000")
+        if train.seed >= 2**32:
+            raise InputError(f"train.seed is {train.seed}; set it below 2^32")
         if data.images_per_class < 2:
             raise InputError(f"data.images_per_class is {data.images_per_class}; set it to at least 2, for a "
                              "batch without two images of a class has no positives")

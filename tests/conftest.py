@@ -20,6 +20,7 @@ from namr_dist.parallel.pool import Ranks
 REPOSITORY = Path(__file__).parent.parent
 
 # One thread a process: tests start several at a time on few cores, and results then never depend on how many.
+torch.set_num_threads(1)
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1"}
 
 # Triton's kernels run on CPU tensors in these processes, by its interpreter; with a GPU they are compiled instead.

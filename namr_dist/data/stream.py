@@ -37,7 +37,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         return Batch(images_bHW3=self.images_bHW3.pin_memory(), labels_b=self.labels_b.pin_memory(),
-                     index_b=self.index_b)
+                     index_b=self.index_b.pin_memory())
 
 
 class ImageSource(Dataset["Batch | InputError"]):

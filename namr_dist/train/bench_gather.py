@@ -2,8 +2,8 @@
 
 Both sides compute the same loss of the same batch: ours gathers rows and keeps each rank's gradient at home; the other
 is torch.distributed.nn.functional.all_gather, whose backward pass sends every row's gradient back to its rank
-(reduce-scatter), with the whole batch's loss on every rank, as is usual. Bytes are what the kernel counted on the
-processes' TCP sockets.
+(reduce-scatter; on gloo a scatter from each rank, which moves as much), with the whole batch's loss on every rank, as
+is usual. Bytes are what the kernel counted on the processes' TCP sockets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import struct
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ _BYTES_RECEIVED_AT = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One provider on one size; bytes and times are of a rank and step, the largest over ranks."""
+    """One provider on one size; every figure is of a rank and step, the largest over ranks."""
 
     provider: str
     ranks: int
@@ -62,7 +62,15 @@ def measure(*, ranks: int, rows: int, width: int, steps: int) -> list[Measured]:
     """Both providers on so many CPU ranks (gloo), a batch of `rows` in all, triplet loss with multi-cluster ranking."""
     with Ranks(ranks) as pool:
         answers = pool(measure_here, rows, width, steps)
-    return [max((answer[place] for answer in answers), key=lambda one: one.received_bytes) for place in range(2)]
+    return [_largest([answer[place] for answer in answers]) for place in range(2)]
+
+
+def _largest(of_ranks: list[Measured]) -> Measured:
+    """Of every figure the largest."""
+    fields = ("received_bytes", "counted_bytes", "median_s", "least_s", "most_s", "gradient_error")
+    return replace(of_ranks[0], **{
+        field: max(getattr(one, field) for one in of_ranks) for field in fields
+        if getattr(of_ranks[0], field) is not None})
 
 
 def show(measured: list[Measured]) -> None:

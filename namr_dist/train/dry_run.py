@@ -12,9 +12,11 @@ import torch
 from namr_dist.config import Config
 from namr_dist.data.plan import steps_per_epoch
 from namr_dist.errors import InputError
+from namr_dist.launchers.hostfile import SIGNALS
 from namr_dist.train.checkpoint import initial_network
+from namr_dist.train.objective import TrainingModule
 from namr_dist.train.preflight import check_folder, check_sizes, preflight, run_bytes
-from namr_dist.train.resume import checkpoints
+from namr_dist.train.resume import check_same, checkpoints
 
 _PROGRAM = "namr_dist.launchers.train"
 
@@ -32,9 +34,13 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
     from_hub = config.model.backbone.startswith("timm:") and config.model.pretrained and config.model.weights is None
     network = initial_network(config, device=torch.device("cpu"), pretrained=not from_hub)
     check_sizes(network, config, torch.device("cpu"))
+    module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N)),
+                            images_per_class=config.data.images_per_class)
+    if resume and (run / "config.json").exists():
+        check_same(run / "config.json", Config.load(run / "config.json"), config)
     there_bytes = sum(path.stat().st_size for _, path in checkpoints(run)) if resume else 0
     check_folder(run, overwrite=overwrite, goes_on=resume,
-                 need_bytes=max(0, run_bytes(network, config) - there_bytes))
+                 need_bytes=max(0, run_bytes(module, config) - there_bytes))
     data = config.data
     images = data.classes_per_batch * data.images_per_class
     per_epoch = steps_per_epoch(index.label_N, classes_per_batch=data.classes_per_batch)
@@ -54,7 +60,8 @@ def launch_commands(ranks: int, words: Sequence[str]) -> dict[str, list[str]]:
     """Commands that start so many ranks of `namr train` with these words: by torchrun on one machine, by deepspeed on
     the machines of a hostfile whose slots add up to `ranks`, by srun on those of a Slurm job."""
     return {
-        "torchrun": ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "--module", _PROGRAM, *words],
+        "torchrun": ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", SIGNALS,
+                     "--module", _PROGRAM, *words],
         "deepspeed": ["deepspeed", "--hostfile", "HOSTFILE", "--module", _PROGRAM, *words],
-        "srun": ["srun", "--ntasks", str(ranks), "namr", "train", *words],
+        "srun": ["srun", "--ntasks", str(ranks), "--kill-on-bad-exit=1", "namr", "train", *words],
     }

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from namr_dist.config import Config, OptimConfig
@@ -20,7 +21,8 @@ if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environm
 
 
 def start_group(rank: Rank, timeout: timedelta = default_pg_timeout) -> None:
-    """Start the process group of all ranks, whose collectives wait for each other so long."""
+    """Start the process group of all ranks, whose collectives wait for each other so long; half an hour at least, for
+    before they meet one of them verifies the shards."""
     os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
@@ -29,8 +31,11 @@ def start_group(rank: Rank, timeout: timedelta = default_pg_timeout) -> None:
     if rank.device.type == "cpu":
         # A C++ op for faster sums within one machine: building it takes longer than it saves here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if rank.device.type == "cuda" else "gloo", verbose=False,
-                               timeout=timeout)
+    backend = "nccl" if rank.device.type == "cuda" else "gloo"
+    if rank.world_size == 1 and not dist.is_initialized():
+        # A single process has nobody to listen to.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend, verbose=False, timeout=max(timeout, timedelta(minutes=30)))
 
 
 def make_engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeedEngine:

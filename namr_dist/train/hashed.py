@@ -6,6 +6,7 @@ rename makes it visible, and a change of any byte is found. Every safetensors re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -109,9 +110,10 @@ class HashedWriter:
             os.close(folder)
 
     def discard(self) -> None:
-        """Remove what was written so far; nothing, after a commit."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        """Remove what was written so far; nothing, after a commit. What cannot be removed goes at the next start."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
 
     def _write(self, values: memoryview) -> None:
         while values:  # the system may take fewer bytes than it is given

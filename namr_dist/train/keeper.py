@@ -39,9 +39,9 @@ class CheckpointKeeper:
         save, signal = self._host.largest(int(due), self._requests.signal)
         return bool(save or signal), bool(signal)
 
-    def save(self, step: int) -> str:
-        """Write the state after `step` steps and then drop what is older than train.keep_checkpoints; a line for
-        people. A disk that refuses is told there, and the checkpoints before stay."""
+    def save(self, step: int) -> tuple[bool, str]:
+        """Write the state after `step` steps and then drop what is older than train.keep_checkpoints; whether it was
+        written, and a line for people. Where it was not, the line says why, and the checkpoints before stay."""
         began = time.monotonic()
         path = checkpoint_path(self._run, step)
         trouble = save_state(self._engine, path, step=step, config=self._config, data_hash=self._data_hash,
@@ -49,8 +49,8 @@ class CheckpointKeeper:
         self._latest_s = time.monotonic()
         if trouble is not None:
             last = [before for before, _ in checkpoints(self._run) if before < step]
-            return (f"WARNING: no checkpoint at step {step}: {trouble}. Free some space; until the next one, a run "
-                    f"that breaks goes on from {f'step {last[-1]}' if last else 'the beginning'}")
+            return False, (f"WARNING: no checkpoint at step {step}: {trouble}; until the next one, a run that breaks "
+                           f"goes on from {f'step {last[-1]}' if last else 'the beginning'}")
         if self._first:
             remove_old(self._run, newest=step, keep=self._config.train.keep_checkpoints)
-        return f"checkpoint at step {step} in {self._latest_s - began:.1f} s → {path}"
+        return True, f"checkpoint at step {step} in {self._latest_s - began:.1f} s → {path}"

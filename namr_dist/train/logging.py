@@ -149,9 +149,9 @@ class _Events:
         folder.mkdir(exist_ok=True)
         self._folder = folder
         self._writer = EventsWriter(str(folder / "events"))
-        if first_step:  # TensorBoard then forgets what earlier files say of the steps from here on
-            self._writer.write_event(Event(step=first_step + 1, wall_time=time.time(),
-                                           session_log=SessionLog(status=SessionLog.START)))
+        # TensorBoard then forgets what earlier files say of the steps from here on.
+        self._writer.write_event(Event(step=first_step + 1, wall_time=time.time(),
+                                       session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, float], *, group: str, flush: bool) -> None:
         try:

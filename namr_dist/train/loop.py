@@ -23,7 +23,7 @@ from namr_dist.data.plan import small_classes, steps_per_epoch
 from namr_dist.data.stream import Batch, ShardImages, TrainPlan, stream
 from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
-from namr_dist.parallel.ranks import Rank
+from namr_dist.parallel.ranks import Rank, shut_down
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, save_network
@@ -38,7 +38,7 @@ from namr_dist.train.phases import Phases, StepTimes
 from namr_dist.train.preflight import check_sizes, claim_folder, lock_folder, preflight, run_bytes
 from namr_dist.train.resume import Start, checkpoints, cut_log, find_start, hash_images
 from namr_dist.train.schedule import lr_factor
-from namr_dist.train.state import check_fits, load_state
+from namr_dist.train.state import check_fits, load_state, seed_generators
 from namr_dist.train.watchdog import Watchdog, backend_timeout
 
 if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
@@ -62,11 +62,12 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N)),
                             images_per_class=config.data.images_per_class, phases=Phases(rank.device)).to(rank.device)
     data_hash = hash_images(manifest, config.data.train_splits)
-    start, lock = _start(module, config, run, data_hash, overwrite=overwrite, resume=resume) if rank.first \
-        else (Start(), None)
     timeout = backend_timeout(config.train.timeout_minutes)
     start_group(rank, timeout)
     host = HostGroup(timeout)
+    phases = module.objective.phases
+    # Only now, when all ranks have come so far, may an old run be replaced.
+    start, lock = _start(module, config, run, data_hash, host, overwrite=overwrite, resume=resume)
     if host.from_first(start.finished):
         if rank.first:
             print(f"{run} is finished: {final_checkpoint(run)}", file=sys.stderr)
@@ -74,12 +75,15 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     hosts = host.of_all(socket.gethostname())
     peak_img_per_s = run_peak_img_per_s(network, device_peak(rank.device), size=config.data.image_size,
                                         device=rank.device, ranks=rank.world_size)
-    engine = make_engine(module, config, rank)
-    first_step = host.from_first(start.step)
-    if first_step:
-        load_state(engine, start.saved, host=host, seed=config.train.seed)
     with StopRequests() as requests, lock or contextlib.nullcontext(), contextlib.ExitStack() as stack:
-        stack.enter_context(Watchdog(module.objective.phases, rank, timeout_minutes=config.train.timeout_minutes))
+        stack.enter_context(Watchdog(phases, rank, timeout_minutes=config.train.timeout_minutes))
+        with phases("start"):
+            engine = make_engine(module, config, rank)
+            first_step = host.from_first(start.step)
+            if first_step:
+                load_state(engine, start.saved, host=host, seed=config.train.seed)
+            else:
+                seed_generators(seed=config.train.seed, step=0)
         keeper = CheckpointKeeper(engine, run, config, data_hash=data_hash, host=host, first=rank.first,
                                   requests=requests)
         if not rank.first:
@@ -102,9 +106,36 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     return True
 
 
-def _start(module: TrainingModule, config: Config, run: Path, data_hash: str, *, overwrite: bool,
+def _start(module: TrainingModule, config: Config, run: Path, data_hash: str, host: HostGroup, *, overwrite: bool,
            resume: bool) -> tuple[Start, BinaryIO | None]:
-    """Make the folder ready, on the first rank, and say where to begin; and the lock that keeps others out of it."""
+    """Make the folder ready and say where to begin, on the first rank; with the lock that keeps others out of it.
+
+    Raises InputError there if it cannot, and ends the other ranks.
+    """
+    trouble: InputError | OSError | None = None
+    start, lock = Start(), None
+    if dist.get_rank() == 0:
+        try:
+            start, lock = _claim(module, config, run, data_hash, overwrite=overwrite, resume=resume)
+        except (InputError, OSError) as error:
+            trouble = error
+    _end_together(trouble, host)
+    return start, lock
+
+
+def _end_together(trouble: Exception | None, host: HostGroup) -> None:
+    """Raise the first rank's trouble there, once, and end the others with the exit code it will have."""
+    if not host.from_first(trouble is not None):
+        return
+    if trouble is None:
+        shut_down(2)
+    dist.destroy_process_group()
+    assert trouble is not None
+    raise trouble
+
+
+def _claim(module: TrainingModule, config: Config, run: Path, data_hash: str, *, overwrite: bool,
+           resume: bool) -> tuple[Start, BinaryIO | None]:
     lock = lock_folder(run) if run.is_dir() else None
     start = find_start(run, config, data_hash=data_hash) if resume else Start()
     if start.finished:
@@ -188,10 +219,15 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
             if log:
                 log.sync()
             with phases("checkpoint"):
-                said = keeper.save(step + 1)
+                saved, said = keeper.save(step + 1)
             if log:
                 log.say(said)
             line_began += time.perf_counter() - paused
+            if stop and not saved:
+                if not rank.first:
+                    shut_down(2)
+                raise InputError(f"a signal asked for an end after step {step + 1}, and its checkpoint could not be "
+                                 "written; free some space and go on from the one before with --resume")
         if stop:
             if log:
                 log.say(f"stopped after step {step + 1}, as a signal asked for; the same command with --resume goes on")
@@ -234,7 +270,7 @@ def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank:
     z_ND, _ = embed(engine, images, rank=rank, batch_size=engine.train_micro_batch_size_per_gpu(),
                     workers=config.data.workers)
     engine.train()
-    return evaluate_sample(z_ND, index.label_N)
+    return evaluate_sample(z_ND, index.label_N) if rank.first else {}
 
 
 def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> bool:

@@ -66,7 +66,8 @@ class Objective(nn.Module):
     gradients they arrive at are those of one process with the whole batch, for the loss's own parameters too.
 
     With a memory, embeddings of earlier batches are candidates too: constants, divided by the batch's scale. A call in
-    training mode is a step of its own: the batch is remembered.
+    training mode is a step of its own: the batch is remembered. The memory's buffers are equal on all ranks as they
+    are; DDP need not send them at every forward (its broadcast_buffers=False).
 
     classes: labels are 0..classes-1.  images_per_class: K, rows of a class in a batch.  width: D.
     """
@@ -89,9 +90,13 @@ class Objective(nn.Module):
     def forward(self, z_bD: Tensor, s_bD: Tensor, labels_b: Tensor, *, seed: int = 0,
                 counts_W: Sequence[int] | None = None, index_b: Tensor | None = None) -> StepLoss:
         """seed: fixes what the loss draws at random. counts_W: rows of each rank (None: asked for). Ranks may hold
-        different numbers of rows, or none. index_b: which image each row is of; a memory needs it."""
+        different numbers of rows, or none. index_b: which image each row is of; a memory needs it. Half types are
+        gathered and computed in float32. Raises ValueError for fewer than two rows in all."""
+        z_bD, s_bD = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (z_bD, s_bD))
         with self.phases("gather"):
             gather = RowGather(counts_W or count_rows(len(labels_b), z_bD.device), traffic=self.traffic)
+            if sum(gather.counts_W) < 2:
+                raise ValueError(f"the ranks have {sum(gather.counts_W)} rows in all, and a distance needs two")
             z_BD, labels_B = gather(z_bD.detach()), gather(labels_b)
             s_BD = gather(s_bD.detach()) if self.ranking_weight else None
             if self.memory is not None:

@@ -79,6 +79,10 @@ def check_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) 
     if (run / "config.json").exists() and not overwrite and not goes_on:
         raise InputError(f"{run} already holds a run; go on with it by --resume, choose another folder with "
                          "--run-dir, or replace it with --overwrite")
+    if not (run / "config.json").exists() and (written := _written(run)) and not overwrite:
+        raise InputError(f"{written[0]} is there, but {run / 'config.json'} is not: what a run would replace may "
+                         "belong to something else; copy config.json back, choose another folder with --run-dir, or "
+                         "replace it with --overwrite")
     there = run.absolute()
     while not there.exists():
         there = there.parent
@@ -103,14 +107,21 @@ def claim_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) 
         (run / ".writable").unlink()
     except OSError as error:
         raise _unwritable(run, error.errno or EACCES) from None
-    if goes_on:
+    if not overwrite:
         return
     # The old run goes once the new one can begin, and only what a run writes: never a whole folder that a user may
     # have pointed to by mistake.
-    for name in ("checkpoints", "tensorboard"):
-        shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html"):
-        (run / name).unlink(missing_ok=True)
+    for path in _written(run):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _written(run: Path) -> list[Path]:
+    """What stands in the folder under the names of a run's files and folders, config.json apart."""
+    names = ("checkpoints", "tensorboard", "metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html")
+    return [run / name for name in names if (run / name).exists()]
 
 
 def lock_folder(run: Path) -> BinaryIO | None:

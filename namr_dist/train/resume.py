@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
+
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.manifest import Manifest
@@ -21,8 +23,8 @@ from namr_dist.train.state import SavedState, open_state
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 _MAY_DIFFER = {"data.path", "data.workers", "data.verify", "train.zero_stage", "train.log_every",
                "train.validate_every", "train.tensorboard", "train.checkpoint_minutes", "train.checkpoint_every",
-               "train.keep_checkpoints", "train.timeout_minutes"}
-"""Settings that a later bit of the run does not depend on. The images themselves are compared by their hash."""
+               "train.keep_checkpoints", "train.timeout_minutes", "train.micro_batch"}
+"""Settings that the run does not depend on, but for rounding. The images themselves are compared by their hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,29 +63,37 @@ def find_start(run: Path, config: Config, *, data_hash: str) -> Start:
     """
     if not (run / "config.json").exists():
         return Start()
-    _check_same(run / "config.json", config)
+    check_same(run / "config.json", Config.load(run / "config.json"), config)
     remove_unfinished(run)
-    if final_checkpoint(run).exists():
-        return Start(goes_on=True, finished=True)
     warnings = []
-    for _, path in reversed(checkpoints(run)):
+    if final_checkpoint(run).exists():
+        try:
+            with safetensors.safe_open(final_checkpoint(run), "pt"):
+                return Start(goes_on=True, finished=True)
+        except (safetensors.SafetensorError, OSError) as error:
+            warnings.append(f"{final_checkpoint(run)} is damaged ({error})")
+    for step, path in reversed(checkpoints(run)):
         try:
             saved = open_state(path)
         except DamagedFile as error:
             warnings.append(f"{path} is damaged ({error})")
             continue
+        check_same(path, saved.config, config)
+        if saved.step != step:
+            raise InputError(f"{path} holds step {saved.step}; give it that step's name, or remove it")
         if saved.data_hash != data_hash:
             raise InputError(f"{path} was trained on other images than {config.data.path or 'homeware'} holds now; "
                              "set data.path to those, or start again with --overwrite")
         return Start(step=saved.step, saved=saved, goes_on=True, warnings=tuple(warnings))
-    if warnings:
+    if checkpoints(run):
         raise InputError(f"no checkpoint in {run / 'checkpoints'} is whole: {'; '.join(warnings)}; copy one there "
                          "again, or start again with --overwrite")
-    return Start(goes_on=True)
+    return Start(goes_on=True, warnings=tuple(warnings))
 
 
-def _check_same(path: Path, config: Config) -> None:
-    before, now = _fields(dataclasses.asdict(Config.load(path))), _fields(dataclasses.asdict(config))
+def check_same(path: Path, there: Config, here: Config) -> None:
+    """Raise InputError, naming the file `path` and the fields, if two configurations do not make the same run."""
+    before, now = _fields(dataclasses.asdict(there)), _fields(dataclasses.asdict(here))
     changed = [f"{name} is {now[name]}, there {before[name]}" for name in now
                if name not in _MAY_DIFFER and now[name] != before[name]]
     if changed:
@@ -131,5 +141,5 @@ def _whole_lines(content: bytes) -> Iterator[tuple[bytes, dict]]:
             entry = json.loads(line)
         except ValueError:
             continue
-        if line.endswith(b"\n") and isinstance(entry, dict) and "step" in entry:
+        if line.endswith(b"\n") and isinstance(entry, dict) and isinstance(entry.get("step"), int):
             yield line, entry

@@ -8,6 +8,7 @@ verifies itself (hashed.py), and no object is ever unpickled from it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class SavedState:
     """World size that wrote it."""
     data_hash: str
     """Of the images that were trained on."""
+    config: Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ def save_state(engine: DeepSpeedEngine, path: Path, *, step: int, config: Config
     """
     entries = _entries(engine, host, _generators(engine.device))
     writer: HashedWriter | None = None
-    trouble: OSError | None = None
+    trouble: str | None = None
     metadata = {"format": _FORMAT, "version": __version__, "step": str(step), "ranks": str(world_size()),
                 "zero_stage": str(engine.zero_optimization_stage()), "data": data_hash, "config": config.to_json()}
     try:
@@ -80,24 +82,27 @@ def save_state(engine: DeepSpeedEngine, path: Path, *, step: int, config: Config
                 path.parent.mkdir(exist_ok=True)
                 writer = HashedWriter(path, metadata, {entry.name: entry.spec for entry in entries})
             except OSError as error:
-                trouble = error
+                trouble = error.strerror
         for entry in entries:
             value = entry.fetch()
             # A disk that is full must not keep the other ranks waiting: the first goes on and writes nothing.
             if writer and not trouble:
+                if entry.name.startswith("model/") and not value.isfinite().all():
+                    trouble = f"{entry.name.removeprefix('model/')} is not finite"
+                    continue
                 try:
                     writer.add(value)
                 except OSError as error:
-                    trouble = error
+                    trouble = error.strerror
         if writer and not trouble:
             try:
                 writer.commit()
             except OSError as error:
-                trouble = error
+                trouble = error.strerror
     finally:
         if writer:
             writer.discard()
-    return host.from_first(f"{trouble.strerror}: {path}" if trouble else None)
+    return host.from_first(f"{trouble}: {path}" if trouble else None)
 
 
 def open_state(path: Path) -> SavedState:
@@ -115,8 +120,8 @@ def open_state(path: Path) -> SavedState:
         raise InputError(f"{path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; it was written by "
                          f"version {metadata.get('version')} of namr-dist: go on with that one, or start again with "
                          "--overwrite")
-    return SavedState(path=path, step=int(metadata["step"]), ranks=int(metadata["ranks"]),
-                      data_hash=metadata["data"])
+    return SavedState(path=path, step=int(metadata["step"]), ranks=int(metadata["ranks"]), data_hash=metadata["data"],
+                      config=Config.from_object(json.loads(metadata["config"]), f"{path}: config"))
 
 
 def check_fits(saved: SavedState, module: nn.Module) -> None:
@@ -229,12 +234,17 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
+def seed_generators(*, seed: int, step: int) -> None:
+    """Random generators of this rank from `step` on: every rank draws its own dropout."""
+    words = np.random.SeedSequence([_RNG_STREAM, seed, step, dist.get_rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]))
+
+
 def _restore_generators(device: torch.device, by_rank: list[dict[str, Tensor]], *, seed: int, step: int) -> None:
     rank = dist.get_rank()
     same = len(by_rank) == world_size() and ("rng_cuda" in by_rank[rank]) == (device.type == "cuda")
     if not same:
-        words = np.random.SeedSequence([_RNG_STREAM, seed, step, rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(words[0]))
+        seed_generators(seed=seed, step=step)
         return
     torch.set_rng_state(by_rank[rank]["rng_cpu"])
     if device.type == "cuda":

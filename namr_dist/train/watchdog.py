@@ -110,7 +110,13 @@ class Watchdog:
         self._exchange(read=False)
 
     def _watch(self) -> None:
+        latest_s = time.monotonic()
         while not self._stop.is_set():
+            now_s = time.monotonic()
+            if now_s - latest_s > BEAT_S + 2 * _ANSWER_S:
+                # This process was suspended, with its clock running: a stopped job has made no progress, and may.
+                self._began_s = now_s
+            latest_s = now_s
             claimed = self._exchange(read=self._beats % READ_EVERY == 0)
             why = self._trouble(claimed)
             if why is not None and not self._stop.is_set():

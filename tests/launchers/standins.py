@@ -15,7 +15,7 @@ nodes=(127.0.0.1 localhost)
 while [[ $1 == -* ]]; do
     case $1 in
         -n | --ntasks) tasks=$2; shift ;;
-        --export=ALL*) ;;
+        --export=ALL* | --kill-on-bad-exit=1) ;;
         *) echo "srun: unknown option $1" >&2; exit 1 ;;
     esac
     shift

@@ -65,3 +65,24 @@ def test_collapsed_embeddings_stay_finite(metric: str) -> None:
     losses = objective(z_BD, s_BD, torch.arange(CLASSES).repeat_interleave(EACH))
     losses.total.backward()
     assert losses.total.isfinite() and z_BD.grad.isfinite().all() and s_BD.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_lose_no_more_than_their_own_rounding(dtype: torch.dtype) -> None:
+    """Under a loss scale too: gradients are rounded to the type once, after the scale is multiplied in."""
+    z_BD, s_BD, labels_B = rows()
+    objective = Objective(LossConfig(), classes=CLASSES, images_per_class=EACH, width=WIDTH)
+    halves = [value.detach().to(dtype).requires_grad_() for value in (z_BD, s_BD)]
+    wide = [value.detach().double().requires_grad_() for value in halves]
+    scale = 2.0**14
+    got = torch.autograd.grad(scale * objective(*halves, labels_B).total, halves)
+    want = torch.autograd.grad(scale * objective(*wide, labels_B).total, wide)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).norm() < torch.finfo(dtype).eps * theirs.norm()
+
+
+def test_a_single_row_has_no_distance() -> None:
+    objective = Objective(LossConfig(), classes=2, images_per_class=1, width=WIDTH)
+    with pytest.raises(ValueError, match="1 rows in all, and a distance needs two"):
+        objective(torch.ones(1, WIDTH), torch.ones(1, WIDTH), torch.zeros(1, dtype=torch.int64))

@@ -25,7 +25,8 @@ def run_dry(manifest: Manifest, run: Path, *more: object, ranks: int = 2, overwr
 def test_figures(shard_set: Manifest, tmp_path: Path) -> None:
     said = run_dry(shard_set, tmp_path / "run", ranks=3)
     for words in ("nothing wrong found for 3 rank(s)", "72 images, 12 classes", "6 × 3 = 18 images; 6 a rank",
-                  "2 steps; the run's 6 are 3.0 epochs", "--nproc-per-node 3", "srun --ntasks 3 namr train"):
+                  "2 steps; the run's 6 are 3.0 epochs", "--nproc-per-node 3",
+                  "srun --ntasks 3 --kill-on-bad-exit=1 namr train"):
         assert words in said
     assert not (tmp_path / "run").exists()
 
@@ -53,13 +54,30 @@ def test_damaged_shard(own_shard_set: Manifest, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_there(shard_set: Manifest, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    config = configure("homeware_conv4", [str(word) for word in small_run(shard_set)])
+    (tmp_path / "config.json").write_text(config.to_json())
     (tmp_path / "metrics.jsonl").write_text("{}")
     with pytest.raises(InputError, match="already holds a run"):
         run_dry(shard_set, tmp_path)
+    with pytest.raises(InputError, match="belongs to another run: train.seed is 1, there 0"):
+        run_dry(shard_set, tmp_path, "--set.train.seed", 1, resume=True)
     for how in ({"overwrite": True}, {"resume": True}):
         assert "nothing wrong" in run_dry(shard_set, tmp_path, **how)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+def test_a_folder_of_something_else(shard_set: Manifest, tmp_path: Path) -> None:
+    """Files under a run's names, and no config.json: nobody said that they may go."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "mine.pt").write_text("weights")
+    for resume in (False, True):
+        with pytest.raises(InputError, match="checkpoints is there, but .*config.json is not"):
+            run_dry(shard_set, tmp_path, resume=resume)
+    with pytest.raises(InputError, match="checkpoints is there, but .*config.json is not"):
+        claim_folder(tmp_path, overwrite=False, goes_on=False, need_bytes=0)
+    assert (tmp_path / "checkpoints" / "mine.pt").read_text() == "weights"
+    claim_folder(tmp_path, overwrite=True, goes_on=False, need_bytes=0)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_folders_that_cannot_be(tmp_path: Path) -> None:

@@ -197,6 +197,40 @@ def test_damaged_checkpoints(start: Start, unbroken: dict[int, Path], half: Path
     refused(start(half, "--resume"), "no checkpoint in", "it has no SHA-256 of itself")
 
 
+def test_a_checkpoint_of_another_run(start: Start, half: Path) -> None:
+    """Copied in by mistake: its own configuration is in it, and so is its step."""
+    newest = checkpoints(half)[-1][1]
+    renamed = checkpoint_path(half, 57)
+    shutil.copy(newest, renamed)
+    refused(start(half, "--resume"), str(renamed), "holds step 56")
+    renamed.unlink()
+    about = json.loads((half / "config.json").read_text())
+    about["train"]["seed"] = 7
+    (half / "config.json").write_text(json.dumps(about))
+    refused(start(half, "--resume", "--set.train.seed", 7), str(newest), "train.seed is 7, there 0")
+
+
+def test_a_damaged_final_network_is_made_again(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(unbroken[1], run)
+    final = run / "checkpoints" / "final.safetensors"
+    final.write_bytes(final.read_bytes()[:100])
+    again = start(run, "--resume")
+    assert again.wait() == [0], again.said()
+    assert f"WARNING: {final} is damaged" in again.said()
+    same(run, unbroken[1])
+
+
+def test_the_other_ranks_end_with_the_first(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> None:
+    """What only the first rank sees ends all, told once, and before anything is lost."""
+    run = tmp_path / "run"
+    shutil.copytree(unbroken[2], run)
+    refused = start(run, ranks=2)
+    assert refused.wait() == [2, 2], refused.said()
+    assert refused.said().count("already holds a run") == 1
+    same(run, unbroken[2])
+
+
 def test_a_damaged_file_is_not_one_of_those_kept(tmp_path: Path) -> None:
     """After a run went on from 52, what is newer was damaged: it must not push the one just written out."""
     (tmp_path / "checkpoints").mkdir()
@@ -266,3 +300,24 @@ def test_other_number_of_ranks(start: Start, tmp_path: Path, before: int, after:
     assert [found[step] for step in range(1, 5)] == [expected[step] for step in range(1, 5)]
     assert [found[step][0] for step in range(5, 13)] == pytest.approx([expected[step][0] for step in range(5, 13)],
                                                                       rel=1e-6)
+
+
+def test_the_memory_goes_on(start: Start, tmp_path: Path) -> None:
+    """Bit for bit, with what a cross-batch memory holds and the drift it sees; ZeRO-2 on two ranks."""
+    words = ("--set.loss.metric", "margin", "--set.loss.memory.rows", 40, "--set.loss.memory.start_step", 2)
+    folder = tmp_path / "run"
+    run = start(folder, *words, ranks=2, steps=12)
+    assert run.wait() == [0, 0], run.said()
+    expected = steps_of(folder)
+    for name in ("final", "step-00000008"):
+        (folder / "checkpoints" / f"{name}.safetensors").unlink()
+    run = start(folder, *words, "--resume", ranks=2, steps=12)
+    assert run.wait() == [0, 0] and "resumed   at step 4 from" in run.said(), run.said()
+    assert steps_of(folder) == expected
+    assert any("drift" in entry for entry in expected[4:]) and len(expected) == 12
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """The step lines, but for the clock."""
+    return [{name: value for name, value in entry.items() if name != "time_s"}
+            for entry in entries(folder) if "loss" in entry]

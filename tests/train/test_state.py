@@ -180,12 +180,11 @@ def test_other_ranks_and_stages_go_on(pools: dict[int, Ranks], tmp_path: Path, b
     path = tmp_path / "step.safetensors"
     (ranks, stage), (other_ranks, other_stage) = before, after
     unbroken = mean(pools[ranks](write, path, stage, 4, 0.0, 8))
-    arrived = pools[other_ranks](resume, path, other_stage, 0.0, 0)
-    assert len(arrived[0][1]) == ranks, "what each writing rank had goes to every rank"
+    pools[other_ranks](resume, path, other_stage, 0.0, 0)
     saved, again = tensors(path), tensors(tmp_path / "resumed.safetensors")
     for name in (name for name in saved if not name.startswith("rank/")):
         assert saved[name].numpy().tobytes() == again[name].numpy().tobytes(), name
-    resumed = mean([losses for losses, _ in pools[other_ranks](resume, path, other_stage, 0.0, 8)])
+    resumed = mean(pools[other_ranks](resume, path, other_stage, 0.0, 8))
     assert resumed == pytest.approx(unbroken, rel=1e-6)
 
 
@@ -198,7 +197,8 @@ def small_file(path: Path, **metadata: str) -> Path:
     """What a checkpoint of Oddities holds of the model, written without an engine."""
     values = {f"model/{name}": value for name, value in Oddities(dropout=0.0).state_dict().items()}
     values = dict(sorted(values.items(), key=lambda entry: -entry[1].dtype.itemsize))
-    told = {"format": "namr-training/1", "version": "0", "step": "4", "ranks": "1", "data": "d", **metadata}
+    told = {"format": "namr-training/1", "version": "0", "step": "4", "ranks": "1", "data": "d",
+            "config": CONFIG.to_json(), **metadata}
     writer = HashedWriter(path, told, {name: TensorSpec.of(value) for name, value in values.items()})
     for value in values.values():
         writer.add(value)
@@ -208,7 +208,7 @@ def small_file(path: Path, **metadata: str) -> Path:
 
 def test_flipped_and_missing_bytes_are_found(tmp_path: Path) -> None:
     path = small_file(tmp_path / "step.safetensors")
-    assert open_state(path) == SavedState(path=path, step=4, ranks=1, data_hash="d")
+    assert open_state(path) == SavedState(path=path, step=4, ranks=1, data_hash="d", config=CONFIG)
     whole = path.read_bytes()
     for place in [*range(200), *range(200, len(whole), 7)]:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 32]) + whole[place + 1 :])
