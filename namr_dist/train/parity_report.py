@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
 from namr_dist.atomic import write_atomic
 from namr_dist.parallel.pool import Ranks
 from namr_dist.provenance import provenance
@@ -71,6 +73,8 @@ def run(progress: Callable[[int, int], None]) -> list[Row]:
     """
     cases = all_cases()
     rows: list[Row] = []
+    # As the ranks of a pool have: another number cuts sums elsewhere, and float32 shows it.
+    torch.set_num_threads(1)
 
     def add(verdicts: Iterable[Verdict]) -> None:
         for verdict in verdicts:
