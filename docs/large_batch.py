@@ -36,7 +36,7 @@ from namr_dist.train.checkpoint import initial_network
 from namr_dist.train.embed import test_transform
 from namr_dist.train.objective import TrainingModule
 
-CLASSES, EACH, SIDE, RANKS, MICRO_BATCH, ZERO_STAGE = 1024, 4, 96, 2, 32, 2
+CLASSES, EACH, SIDE, RANKS, MICRO_BATCH, ZERO_STAGE = 1024, 4, 96, 2, 16, 2
 SMALL = "test_efficientnet"
 OUT = Path(__file__).parent / "results" / "large-batch.json"
 
