@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.constants import default_pg_timeout
 
 from namr_dist.config import Config, OptimConfig
 from namr_dist.parallel.ranks import Rank
@@ -20,7 +19,7 @@ if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environm
     from deepspeed import DeepSpeedEngine
 
 
-def start_group(rank: Rank, timeout: timedelta = default_pg_timeout) -> None:
+def start_group(rank: Rank, timeout: timedelta) -> None:
     """Start the process group of all ranks, whose collectives wait for each other so long; half an hour at least, for
     before they meet one of them verifies the shards."""
     os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
