@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from namr_dist.config import Config
-from namr_dist.data.formats.homeware import open_shards
+from namr_dist.data.location import open_shards
 from namr_dist.data.manifest import ImageClass, Manifest
 from namr_dist.data.shards import Sample, write_shard
 from namr_dist.data.stream import Batch, ShardImages

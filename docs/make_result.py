@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from namr_dist.config import Config
 from namr_dist.data.augment import TestTransform
-from namr_dist.data.formats.homeware import open_shards
+from namr_dist.data.location import open_shards
 from namr_dist.data.stream import ShardImages
 from namr_dist.retrieval.search import search_excluding_self
 
@@ -54,7 +54,7 @@ def table(metrics: dict) -> str:
 def picture(run: Path) -> Image.Image:
     """Queries on the left, nearest first; green and solid is right, red and slanted is wrong."""
     config = Config.load(run / "config.json")
-    manifest = open_shards(config.data.path)
+    manifest = open_shards(config.data.path, config.data.remote)
     index = manifest.index(config.data.test_split)
     images = ShardImages(manifest, index, TestTransform(size=SIDE, crop_share=1.0))
     tensors = safetensors.numpy.load_file(run / "embeddings.safetensors")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from namr_dist.config import Config
 from namr_dist.data.augment import TestTransform
-from namr_dist.data.formats.homeware import open_shards
+from namr_dist.data.location import open_shards
 from namr_dist.data.stream import ShardImages
 from namr_dist.parallel.ranks import only_rank
 from namr_dist.retrieval.evaluate import evaluate_sample
@@ -22,7 +22,7 @@ from namr_dist.train.embed import embed
 def main(run: Path, sizes: list[int]) -> None:
     config, rank = Config.load(run / "config.json"), only_rank()
     network, trained = load_network(final_checkpoint(run), config, device=rank.device)
-    manifest = open_shards(config.data.path)
+    manifest = open_shards(config.data.path, config.data.remote)
     index = manifest.index("val")
     for size in sizes:
         images = ShardImages(manifest, index, TestTransform(size=size, crop_share=config.data.test_crop))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from namr_dist import __version__
+from namr_dist import __version__, cli_shards
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 
@@ -98,14 +98,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("--json", action="store_true", help="print JSON")
     export.set_defaults(verb=_export)
 
-    shards = verbs.add_parser("shards", help="verify shard sets, show their statistics")
-    shard_verbs = shards.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, verb, text in (("verify", _shards_verify, "hash every shard and decode every image"),
-                             ("stats", _shards_stats, "count images and classes by split")):
-        entry = shard_verbs.add_parser(name, help=text)
-        entry.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="the shard set (homeware)")
-        entry.add_argument("--json", action="store_true", help="print JSON")
-        entry.set_defaults(verb=verb)
+    cli_shards.add_parser(verbs)
 
     bench = verbs.add_parser("bench", help="measure kernels and gathering on this machine")
     bench_verbs = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -250,38 +243,6 @@ def _export(parsed: argparse.Namespace, _: list[str]) -> None:
         compared = f"  differs from the network by {exported.differences[file]:.1e} at most" \
             if file in exported.differences else ""
         print(f"{exported.folder / file}  {size / 2**20:.1f} MiB{compared}")
-
-
-def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.data.formats.homeware import open_shards
-    from namr_dist.data.shards import verify_shards
-
-    manifest = open_shards(parsed.folder)
-    images = verify_shards(manifest, manifest.splits, decode=True)
-    if parsed.json:
-        print(json.dumps({"name": manifest.name, "shards": len(manifest.shards), "images": images}))
-    else:
-        print(f"{manifest.name}: {images} images in {len(manifest.shards)} shards, all as the manifest says")
-
-
-def _shards_stats(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.data.formats.homeware import open_shards
-    from namr_dist.data.manifest import statistics
-
-    figures = statistics(open_shards(parsed.folder))
-    if parsed.json:
-        print(json.dumps(figures, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=str(figures["name"]))
-    rows = figures["splits"]
-    for column in ("split", *next(iter(rows.values()))):
-        table.add_column(column.replace("_", " "), justify="left" if column == "split" else "right")
-    for split, row in rows.items():
-        table.add_row(split, *(f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
-    Console().print(table)
 
 
 def _bench_kernels(parsed: argparse.Namespace, _: list[str]) -> None:

@@ -18,11 +18,33 @@ from namr_dist.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    cache: Path | None = None
+    """Folder on this machine for shards that lie behind a URL; None: namr-dist in the user's cache folder."""
+    cache_gib: float = 100.0
+    """Most GiB of shards kept there; those not used for longest go first."""
+    retries: int = 5
+    """Times a fetch is tried again, after 1, 2, 4 … seconds, from where it broke off."""
+    stall_seconds: float = 30.0
+    """Seconds without a byte after which a fetch counts as broken off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    path: Path | None = None
-    """Folder of the shard set, with its manifest.json. None: homeware, the set that comes with the package."""
+    path: str | None = None
+    """Folder of the shard set, with its manifest.json, or its URL (http, https, s3, gs … or pipe:COMMAND with {} for
+    the file). None: homeware, the set that comes with the package."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     train_splits: tuple[str, ...] = ("train",)
     """Splits whose images are trained on."""
+    categories: tuple[str, ...] = ()
+    """Super-classes that are trained on; none: all."""
+    class_list: Path | None = None
+    """Text file with a class a line, by name or label: only those are trained on."""
+    least_images: int = 1
+    """Classes with fewer training images are left out."""
+    most_images: int | None = None
+    """Of classes with more, so many are trained on, chosen once by train.seed."""
     validation_split: str | None = "val"
     """Split that may choose things; None: no validation."""
     test_split: str = "test"
@@ -31,6 +53,20 @@ class DataConfig:
     """P: classes in the global batch, over all ranks; a multiple of the number of ranks."""
     images_per_class: int = 4
     """K: images of each of those classes."""
+    sampling: Literal["uniform", "proportional", "category"] = "uniform"
+    """uniform: an epoch meets every class once. proportional: as often as shows each of its images once. category: as
+    uniform, with batches of few super-classes, for harder negatives."""
+    categories_per_batch: int = 1
+    """G: super-classes that `category` puts into a batch, with P / G classes each."""
+    shuffle: Literal["classes", "shards"] = "classes"
+    """classes: any classes may share a batch; shards are read here and there. shards: each is read front to back by
+    few ranks, for sets that lie elsewhere and are larger than the cache."""
+    views: int = 1
+    """Times each image stands in a batch, each time augmented anew; divides images_per_class."""
+    across_groups: bool = False
+    """Show images of as many of a class's groups as it has: In-Shop's colours, a table's column `group`."""
+    damaged_images: Literal["stop", "replace"] = "stop"
+    """A training image that cannot be decoded ends the run, or is replaced by the next of its class and counted."""
     image_size: int = 224
     """Side of the network's square input in pixels."""
     test_size: int | None = None
@@ -52,6 +88,8 @@ class DataConfig:
     """Share of the shorter side that the test transform keeps."""
     workers: int = 2
     """Processes a rank that read, decode and transform images."""
+    batch_minutes: float = 10.0
+    """Minutes without a batch from them after which the run ends, naming the shards it waits for."""
     verify: bool = True
     """Check every shard's size and SHA-256 before the first step."""
 
@@ -200,6 +238,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    recall_at: tuple[int, ...] = (1, 2, 4, 8)
+    """The k of R@k on the test split."""
+    reidentification_draws: int = 0
+    """Times that one random image of each class is made the gallery and the others search it (CMC and mAP, as VehicleID
+    is measured), beside the leave-one-out figures; 0: not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     recipe: str
     """Name of the recipe this came from."""
@@ -208,6 +255,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
@@ -241,8 +289,13 @@ class Config:
         at_least_one = {"data.classes_per_batch": data.classes_per_batch, "data.image_size": data.image_size,
                         "optim.steps": optim.steps, "train.log_every": train.log_every,
                         "train.validate_every": train.validate_every,
-                        "train.keep_checkpoints": train.keep_checkpoints, "model.width": self.model.width,
-                        "model.structure_hidden": self.model.structure_hidden, "data.test_size": self.test_size,
+                        "train.keep_checkpoints": train.keep_checkpoints,
+                        "data.views": data.views, "data.least_images": data.least_images,
+                        "data.categories_per_batch": data.categories_per_batch,
+                        "data.most_images": 1 if data.most_images is None else data.most_images,
+                        "evaluation.recall_at": min(self.evaluation.recall_at, default=0),
+                        "model.width": self.model.width, "model.structure_hidden": self.model.structure_hidden,
+                        "data.test_size": self.test_size,
                         "train.micro_batch": 1 if train.micro_batch is None else train.micro_batch}
         for name, value in at_least_one.items():
             if value < 1:
@@ -261,6 +314,7 @@ class Config:
         if data.classes_per_batch < 2:
             raise InputError("data.classes_per_batch is 1; set it to at least 2, for a batch of one class has "
                              "no negatives")
+        self._check_sampling()
         model = self.model
         from_scratch = model.backbone == "conv4" or (not model.pretrained and model.weights is None)
         if from_scratch and model.batchnorm == "frozen":
@@ -295,7 +349,9 @@ class Config:
             raise InputError(f"loss.memory.start_step is {memory.start_step}, so the memory would not be met in "
                              f"{optim.steps} steps; set it below optim.steps, or loss.memory.rows to 0")
         not_negative: dict[str, float] = {
-            "data.workers": data.workers, "data.brightness": data.brightness, "data.contrast": data.contrast,
+            "data.workers": data.workers, "data.remote.retries": data.remote.retries,
+            "evaluation.reidentification_draws": self.evaluation.reidentification_draws,
+            "data.brightness": data.brightness, "data.contrast": data.contrast,
             "data.saturation": data.saturation, "loss.ranking.weight": ranking.weight,
             "loss.memory.rows": memory.rows, "loss.memory.start_step": memory.start_step,
             "optim.backbone_lr": optim.backbone_lr, "optim.head_lr": optim.head_lr, "optim.loss_lr": optim.loss_lr,
@@ -303,6 +359,23 @@ class Config:
         for name, number in not_negative.items():
             if number < 0:
                 raise InputError(f"{name} is {number}; set it to at least 0")
+
+    def _check_sampling(self) -> None:
+        data = self.data
+        if data.images_per_class % data.views:
+            raise InputError(f"data.views is {data.views}, which does not divide data.images_per_class "
+                             f"({data.images_per_class}); set it to a divisor")
+        if data.sampling == "category" and data.classes_per_batch % data.categories_per_batch:
+            raise InputError(f"data.categories_per_batch is {data.categories_per_batch}, which does not divide "
+                             f"data.classes_per_batch ({data.classes_per_batch}); set it to a divisor")
+        if data.sampling == "category" and data.shuffle == "shards":
+            raise InputError("data.sampling category picks classes from all shards at once, which data.shuffle shards "
+                             "cannot; set data.shuffle to classes")
+        for name, limit in (("data.batch_minutes", data.batch_minutes),
+                            ("data.remote.cache_gib", data.remote.cache_gib),
+                            ("data.remote.stall_seconds", data.remote.stall_seconds)):
+            if not limit > 0:
+                raise InputError(f"{name} is {limit}; set it above 0")
 
     def _check_roles(self) -> None:
         """A split that trains may not choose, and neither may be tested on: figures would say nothing."""

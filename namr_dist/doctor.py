@@ -155,7 +155,7 @@ def _zero() -> Finding:
 
 
 def _data() -> Finding:
-    from namr_dist.data.formats.homeware import open_shards
+    from namr_dist.data.location import open_shards
     from namr_dist.data.shards import verify_shards
 
     manifest = open_shards(None)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from namr_dist.errors import InputError
 
 FORMAT = "namr-shards/1"
 FILE_NAME = "manifest.json"
+
+ROLES = ("", "query", "gallery")
+"""What an image does at test time: both, only query, only be searched. `SplitIndex.role_N` counts in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,10 @@ class Shard:
     """First byte of each JPEG in the tar."""
     lengths: tuple[int, ...]
     """Bytes of each JPEG."""
+    roles: tuple[str, ...] = ()
+    """One of ROLES for each image; empty: all are both."""
+    groups: tuple[str, ...] = ()
+    """What divides the images of a class, such as a garment's colours; empty: nothing does."""
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Shard:
@@ -72,10 +79,31 @@ class SplitIndex:
     """int64, bytes."""
     label_N: np.ndarray
     """int64, the manifest's class labels."""
+    category_N: np.ndarray
+    """int64, place of the class's category among the manifest's `categories`."""
+    role_N: np.ndarray
+    """int8, place in ROLES."""
+    group_N: np.ndarray
+    """int64; images of a class with the same number are of the same group."""
     keys: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def only(self, chosen_M: np.ndarray) -> SplitIndex:
+        """The images at these places."""
+        return SplitIndex(
+            shard_N=self.shard_N[chosen_M], offset_N=self.offset_N[chosen_M], length_N=self.length_N[chosen_M],
+            label_N=self.label_N[chosen_M], category_N=self.category_N[chosen_M], role_N=self.role_N[chosen_M],
+            group_N=self.group_N[chosen_M], keys=tuple(self.keys[place] for place in chosen_M),
+        )
+
+
+class ShardSource(Protocol):
+    """Where the tars of a set that lies elsewhere come from."""
+
+    def path(self, shard: Shard) -> Path:
+        """A local file with the whole shard. Raises InputError if it cannot be had."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +115,10 @@ class Manifest:
     classes: tuple[ImageClass, ...]
     shards: tuple[Shard, ...]
     folder: Path
+    subsets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Named parts of splits by the keys of their images, such as VehicleID's three test lists."""
+    source: ShardSource | None = field(default=None, compare=False)
+    """Fetches shards that lie elsewhere into `folder`; None: they are there. Not written."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -114,17 +146,20 @@ class Manifest:
                 classes=tuple(ImageClass(**entry) for entry in data["classes"]),
                 shards=tuple(Shard.from_json(entry) for entry in data["shards"]),
                 folder=path.parent,
+                subsets={name: tuple(keys) for name, keys in data.get("subsets", {}).items()},
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a complete manifest ({error}); rebuild the shard set") from None
         manifest._check(path)
         return manifest
 
     def save(self) -> None:
         """Write the manifest into its folder, atomically."""
+        # What is empty is left out: most sets have neither roles nor groups nor subsets.
+        shards = [{key: value for key, value in vars(shard).items() if value != ()} for shard in self.shards]
         body = {"format": FORMAT, "name": self.name, "description": self.description,
-                "classes": [asdict(entry) for entry in self.classes],
-                "shards": [asdict(shard) for shard in self.shards]}
+                "classes": [asdict(entry) for entry in self.classes], "shards": shards,
+                **({"subsets": self.subsets} if self.subsets else {})}
         write_atomic(self.folder / FILE_NAME, json.dumps(body, separators=(",", ":"), ensure_ascii=False) + "\n")
 
     def _check(self, path: Path) -> None:
@@ -137,9 +172,12 @@ class Manifest:
         for shard in self.shards:
             if Path(shard.file).name != shard.file:
                 raise InputError(f"{path}: shard name {shard.file!r} is not a plain file name")
-            lists = (shard.labels, shard.offsets, shard.lengths)
+            lists = (shard.labels, shard.offsets, shard.lengths, shard.roles or shard.keys, shard.groups or shard.keys)
             if any(len(entries) != len(shard.keys) for entries in lists):
                 raise InputError(f"{path}: the lists of {shard.file} differ in length; rebuild the shard set")
+            if strange := set(shard.roles).difference(ROLES):
+                raise InputError(f"{path}: {shard.file} has an image of role {min(map(str, strange))!r}, not query or "
+                                 "gallery; rebuild the shard set")
             for offset, length in zip(shard.offsets, shard.lengths, strict=True):
                 if not (isinstance(offset, int) and isinstance(length, int) and offset >= 0
                         and 0 < length <= shard.bytes - offset):
@@ -155,6 +193,20 @@ class Manifest:
                 twice = sorted(seen.intersection(shard.keys))[0]
                 raise InputError(f"{path}: key {twice!r} occurs in two shards; rebuild the shard set")
             seen.update(shard.keys)
+        for name, keys in self.subsets.items():
+            if name in self.splits:
+                raise InputError(f"{path}: {name!r} is both a split and a subset; rebuild the shard set")
+            if not keys or not seen.issuperset(keys):
+                raise InputError(f"{path}: subset {name!r} is empty or names images that are in no shard; rebuild the "
+                                 "shard set")
+
+    def path(self, shard: Shard) -> Path:
+        """The shard's local file, fetched if the set lies elsewhere. Raises InputError if it cannot be had."""
+        return self.source.path(shard) if self.source else self.folder / shard.file
+
+    @cached_property
+    def categories(self) -> tuple[str, ...]:
+        return tuple(sorted({entry.category for entry in self.classes}))
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
@@ -165,25 +217,45 @@ class Manifest:
         return {entry.label: entry for entry in self.classes}
 
     def index(self, *splits: str) -> SplitIndex:
-        """All images of the named splits, in the order of the tars.
+        """All images of the named splits or subsets, in the order of the tars.
 
-        Raises InputError for a split the set does not have.
+        Raises InputError for a name the set does not have.
         """
+        known = (*self.splits, *self.subsets)
         for split in splits:
-            if split not in self.splits:
-                raise InputError(f"{self.folder} has no split {split!r}; it has {', '.join(self.splits)}")
-        chosen = [(number, shard) for number, shard in enumerate(self.shards) if shard.split in splits]
+            if split not in known:
+                raise InputError(f"{self.folder} has no split {split!r}; it has {', '.join(known)}")
+        named = set().union(*(self.subsets[split] for split in splits if split in self.subsets))
+        chosen = [(number, shard) for number, shard in enumerate(self.shards)
+                  if shard.split in splits or not named.isdisjoint(shard.keys)]
+        place_of = {category: place for place, category in enumerate(self.categories)}
+        category_of = {entry.label: place_of[entry.category] for entry in self.classes}
+        labels = [label for _, shard in chosen for label in shard.labels]
+        groups = [group for _, shard in chosen for group in shard.groups or ("",) * len(shard.keys)]
 
         def joined(field: str, dtype: type) -> np.ndarray:
             return np.concatenate([np.asarray(getattr(shard, field), dtype) for _, shard in chosen])
 
-        return SplitIndex(
+        whole = SplitIndex(
             shard_N=np.concatenate([np.full(len(shard.keys), number, np.int32) for number, shard in chosen]),
             offset_N=joined("offsets", np.int64),
             length_N=joined("lengths", np.int64),
-            label_N=joined("labels", np.int64),
+            label_N=np.asarray(labels, np.int64),
+            category_N=np.asarray([category_of[label] for label in labels], np.int64),
+            role_N=np.concatenate([np.asarray([ROLES.index(role) for role in shard.roles], np.int8) if shard.roles
+                                   else np.zeros(len(shard.keys), np.int8) for _, shard in chosen]),
+            group_N=np.unique(np.asarray(groups, str), return_inverse=True)[1].astype(np.int64),
             keys=tuple(key for _, shard in chosen for key in shard.keys),
         )
+        if not named:
+            return whole
+        wanted_N = np.asarray([self.shards[number].split in splits or key in named
+                               for number, key in zip(whole.shard_N, whole.keys, strict=True)])
+        return whole.only(np.flatnonzero(wanted_N))
+
+    def shards_of(self, *splits: str) -> tuple[Shard, ...]:
+        """The shards that hold images of the named splits or subsets. Raises InputError as `index` does."""
+        return tuple(self.shards[number] for number in np.unique(self.index(*splits).shard_N))
 
     def split_hash(self, *splits: str) -> str:
         """First 16 hex digits of a SHA-256 over the sorted (key, label) pairs: names a split in a protocol."""

@@ -69,10 +69,8 @@ def verify_shards(manifest: Manifest, splits: Iterable[str], *, decode: bool = F
     key) at the first difference.
     """
     images = 0
-    for shard in manifest.shards:
-        if shard.split not in splits:
-            continue
-        path = manifest.folder / shard.file
+    for shard in manifest.shards_of(*splits):
+        path = manifest.path(shard)
         if not path.is_file():
             raise InputError(f"shard {path} is missing; copy it there or rebuild the shard set")
         size = path.stat().st_size

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from namr_dist.data.augment import TestTransform, TrainTransform
-from namr_dist.data.manifest import Manifest, SplitIndex
-from namr_dist.data.plan import augment_seed, epoch_plan, rank_part, steps_per_epoch
+from namr_dist.data.manifest import Manifest, Shard, SplitIndex
+from namr_dist.data.plan import Sampling, augment_seed, epoch_plan, rank_part, steps_per_epoch
 from namr_dist.data.shards import decode_rgb
 from namr_dist.errors import InputError
 
@@ -61,7 +61,7 @@ class ShardImages(ImageSource):
     """Images of an index, read by byte range from local tars."""
 
     def __init__(self, manifest: Manifest, index: SplitIndex, transform: TrainTransform | TestTransform) -> None:
-        self._paths = [manifest.folder / shard.file for shard in manifest.shards]
+        self._manifest = manifest
         self._index = index
         self._transform = transform
         self.side = transform.size
@@ -73,12 +73,15 @@ class ShardImages(ImageSource):
     def jpeg(self, place: int) -> bytes:
         """The undecoded image."""
         # Opened anew each time: a set may have more shards than a process may have open files.
-        with open(self._paths[self._index.shard_N[place]], "rb", buffering=0) as file:
+        with open(self._manifest.path(self._shard(place)), "rb", buffering=0) as file:
             file.seek(int(self._index.offset_N[place]))
             return file.read(int(self._index.length_N[place]))
 
+    def _shard(self, place: int) -> Shard:
+        return self._manifest.shards[self._index.shard_N[place]]
+
     def _image(self, place: int, seed: int) -> np.ndarray:
-        where = f"{self._index.keys[place]}.jpg in {self._paths[self._index.shard_N[place]]}"
+        where = f"{self._index.keys[place]}.jpg in {self._manifest.folder / self._shard(place).file}"
         image_HW3 = decode_rgb(self.jpeg(place), where, least_size=self._transform.size)
         if isinstance(self._transform, TrainTransform):
             return self._transform(image_HW3, np.random.Generator(np.random.Philox(seed)))
@@ -100,9 +103,8 @@ class ShardImages(ImageSource):
 class TrainPlan:
     """All training batches of one rank, from any step on: the stream's sampler. Position = the step alone."""
 
-    label_N: np.ndarray
-    classes_per_batch: int
-    images_per_class: int
+    index: SplitIndex
+    how: Sampling
     seed: int
     rank: int
     world_size: int
@@ -113,14 +115,13 @@ class TrainPlan:
         return self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = steps_per_epoch(self.label_N, classes_per_batch=self.classes_per_batch)
-        share = self.classes_per_batch // self.world_size * self.images_per_class
+        per_epoch = steps_per_epoch(self.index, self.how)
+        share = self.how.classes_per_batch // self.world_size * self.how.images_per_class
         plan_SPK, planned_epoch = np.empty(0), -1
         for step in range(self.first_step, self.steps):
             epoch, place = divmod(step, per_epoch)
             if epoch != planned_epoch:
-                plan_SPK = epoch_plan(self.label_N, classes_per_batch=self.classes_per_batch,
-                                      images_per_class=self.images_per_class, seed=self.seed, epoch=epoch)
+                plan_SPK = epoch_plan(self.index, self.how, seed=self.seed, epoch=epoch)
                 planned_epoch = epoch
             images = rank_part(plan_SPK[place], rank=self.rank, world_size=self.world_size)
             yield [(int(image), augment_seed(seed=self.seed, step=step, slot=self.rank * share + slot))

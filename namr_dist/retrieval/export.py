@@ -30,7 +30,7 @@ from torch import Tensor
 
 from namr_dist import __version__
 from namr_dist.config import Config
-from namr_dist.data.formats.homeware import open_shards
+from namr_dist.data.location import open_shards
 from namr_dist.data.stream import ShardImages, stream
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
@@ -140,12 +140,9 @@ def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *,
 
 def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json. Of paths only the last part stays: the rest is the training machine's."""
-    def last_part(path: Path | None) -> Path | None:
-        return path and Path(path.name)
-
     shared = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, path=last_part(config.data.path)),
-        model=dataclasses.replace(config.model, weights=last_part(config.model.weights)))
+        config, data=dataclasses.replace(config.data, path=config.data.path and Path(config.data.path).name),
+        model=dataclasses.replace(config.model, weights=config.model.weights and Path(config.model.weights.name)))
     return {
         "format": _FORMAT,
         "version": __version__,
@@ -195,7 +192,7 @@ def _read_metrics(path: Path) -> dict[str, Any] | None:
 
 def _test_images(config: Config) -> list[Tensor]:
     """A batch of each checked size, of images spread over the test split."""
-    manifest = open_shards(config.data.path)
+    manifest = open_shards(config.data.path, config.data.remote)
     index = manifest.index(config.data.test_split)
     places = iter(np.linspace(0, len(index) - 1, sum(_CHECKED_BATCHES)).astype(int).tolist())
     chosen = [[(next(places), 0) for _ in range(size)] for size in _CHECKED_BATCHES]

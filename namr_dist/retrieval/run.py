@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.folder import FolderImages
-from namr_dist.data.formats.homeware import open_shards
+from namr_dist.data.location import open_shards
 from namr_dist.data.manifest import Manifest
 from namr_dist.data.shards import verify_shards
 from namr_dist.data.stream import ShardImages
@@ -39,7 +39,7 @@ def evaluate_run(run: Path) -> dict:
     config = Config.load(run / "config.json")
     rank = only_rank()
     network, trained = load_network(final_checkpoint(run), config, device=rank.device)
-    manifest = open_shards(config.data.path)
+    manifest = open_shards(config.data.path, config.data.remote)
     split = config.data.test_split
     verify_shards(manifest, [split])
     index = manifest.index(split)
@@ -74,7 +74,7 @@ def evaluate_run(run: Path) -> dict:
 def report_run(run: Path) -> Path:
     """Write RUN/report.html from what training and evaluation left; return its path."""
     config = Config.load(run / "config.json")
-    manifest = open_shards(config.data.path)
+    manifest = open_shards(config.data.path, config.data.remote)
     index = manifest.index(config.data.test_split)
     images = ShardImages(manifest, index, test_transform(config))
     classes = [manifest.class_by_label[int(label)] for label in index.label_N]

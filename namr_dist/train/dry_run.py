@@ -30,7 +30,7 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
     """
     if ranks < 1:
         raise InputError(f"--ranks is {ranks}; set it to at least 1")
-    manifest, index = preflight(config, world_size=ranks, verify=True)
+    manifest, index, how = preflight(config, world_size=ranks, verify=True)
     from_hub = config.model.backbone.startswith("timm:") and config.model.pretrained and config.model.weights is None
     network = initial_network(config, device=torch.device("cpu"), pretrained=not from_hub)
     check_sizes(network, config, torch.device("cpu"))
@@ -43,7 +43,7 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
                  need_bytes=max(0, run_bytes(module, config) - there_bytes))
     data = config.data
     images = data.classes_per_batch * data.images_per_class
-    per_epoch = steps_per_epoch(index.label_N, classes_per_batch=data.classes_per_batch)
+    per_epoch = steps_per_epoch(index, how)
     parameters = sum(value.numel() for value in network.parameters())
     lines = [
         f"dry run   {config.recipe} → {run}: nothing wrong found for {ranks} rank(s); nothing written or started",

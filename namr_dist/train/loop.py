@@ -19,7 +19,7 @@ from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.augment import TrainTransform
 from namr_dist.data.manifest import Manifest, SplitIndex
-from namr_dist.data.plan import small_classes, steps_per_epoch
+from namr_dist.data.plan import Sampling, small_classes, steps_per_epoch
 from namr_dist.data.stream import Batch, ShardImages, TrainPlan, stream
 from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
@@ -52,7 +52,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     a signal asked for an end before the last step, and `resume` goes on. Raises InputError, before the first step,
     for whatever can be known to be wrong by then.
     """
-    manifest, index = preflight(config, world_size=rank.world_size, verify=rank.local_rank == 0)
+    manifest, index, how = preflight(config, world_size=rank.world_size, verify=rank.local_rank == 0)
     bf16, why = _precision(config, rank.device)
     # Built before the process group is up, so that a wrong backbone or file is said at once and once.
     share = config.data.classes_per_batch * config.data.images_per_class // rank.world_size
@@ -87,19 +87,20 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
         keeper = CheckpointKeeper(engine, run, config, data_hash=data_hash, host=host, first=rank.first,
                                   requests=requests)
         if not rank.first:
-            return _steps(engine, config, manifest, index, rank, keeper, first_step=first_step, log=None) \
+            return _steps(engine, config, manifest, index, how, rank, keeper, first_step=first_step, log=None) \
                 and _save(engine, config, run, rank)
         before_s = cut_log(run / "metrics.jsonl", first_step)
         log = stack.enter_context(RunLog(run, steps=config.optim.steps, hosts=hosts, peak_img_per_s=peak_img_per_s,
                                          tensorboard=config.train.tensorboard, name=config.recipe,
                                          first_step=first_step, before_s=before_s))
-        for line in _banner(config, manifest, index, run, rank, precision=f"{'bf16' if bf16 else 'fp32'} ({why})"):
+        for line in _banner(config, manifest, index, how, run, rank,
+                            precision=f"{'bf16' if bf16 else 'fp32'} ({why})"):
             log.say(line)
         for warning in start.warnings:
             log.say(f"WARNING: {warning}; an older one is used")
         if start.saved:
             log.resumed(first_step, start.saved.path)
-        if not _steps(engine, config, manifest, index, rank, keeper, first_step=first_step, log=log):
+        if not _steps(engine, config, manifest, index, how, rank, keeper, first_step=first_step, log=log):
             return False
         _save(engine, config, run, rank)
         log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {final_checkpoint(run)}")
@@ -162,21 +163,20 @@ def _precision(config: Config, device: torch.device) -> tuple[bool, str]:
     return able, "the GPU has it" if able else "the GPU has no bf16 units"
 
 
-def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: SplitIndex, rank: Rank,
-           keeper: CheckpointKeeper, *, first_step: int, log: RunLog | None) -> bool:
+def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: SplitIndex, how: Sampling,
+           rank: Rank, keeper: CheckpointKeeper, *, first_step: int, log: RunLog | None) -> bool:
     """All steps from `first_step` on; False if a signal ended them before the last."""
     data, optim = config.data, config.optim
     transform = TrainTransform(size=data.image_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio,
                                flip=data.flip, brightness=data.brightness, contrast=data.contrast,
                                saturation=data.saturation)
-    plan = TrainPlan(label_N=index.label_N, classes_per_batch=data.classes_per_batch,
-                     images_per_class=data.images_per_class, seed=config.train.seed, rank=rank.rank,
-                     world_size=rank.world_size, steps=optim.steps, first_step=first_step)
+    plan = TrainPlan(index=index, how=how, seed=config.train.seed, rank=rank.rank, world_size=rank.world_size,
+                     steps=optim.steps, first_step=first_step)
     batches = stream(ShardImages(manifest, index, transform), plan, workers=data.workers,
                      pin_memory=rank.device.type == "cuda")
     phases, traffic = engine.module.objective.phases, engine.module.objective.traffic
     peaks = [group["lr"] for group in engine.optimizer.param_groups]
-    per_epoch = steps_per_epoch(index.label_N, classes_per_batch=data.classes_per_batch)
+    per_epoch = steps_per_epoch(index, how)
     images = data.classes_per_batch * data.images_per_class
     pending: list[tuple[int, StepLoss, float, float]] = []
     line_steps, line_began = 0, time.perf_counter()
@@ -288,13 +288,13 @@ def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> boo
     return True
 
 
-def _banner(config: Config, manifest: Manifest, index: SplitIndex, run: Path, rank: Rank, *,
+def _banner(config: Config, manifest: Manifest, index: SplitIndex, how: Sampling, run: Path, rank: Rank, *,
             precision: str) -> list[str]:
     """What runs, on what, which fast paths are on, and why not where they are not."""
     device = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else \
         f"CPU, {torch.get_num_threads()} threads a rank"
     data, loss = config.data, config.loss
-    few = small_classes(index.label_N, images_per_class=data.images_per_class)
+    few = small_classes(index, how)
     ranking = f" + {loss.ranking.weight:g} × multi-cluster ranking (M = {loss.ranking.clusters})" \
         if loss.ranking.weight else ", no multi-cluster ranking"
     memory = f", memory of {loss.memory.rows} rows from step {loss.memory.start_step} on" if loss.memory.rows else ""

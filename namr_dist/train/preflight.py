@@ -12,14 +12,16 @@ from errno import EACCES, EAGAIN, EEXIST, ENOTDIR, EROFS
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import nn
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
-from namr_dist.data.formats.homeware import open_shards
+from namr_dist.data.location import open_shards
 from namr_dist.data.manifest import Manifest, SplitIndex
-from namr_dist.data.plan import check_plan
+from namr_dist.data.plan import Sampling, check_plan
+from namr_dist.data.select import training_images
 from namr_dist.data.shards import verify_shards
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
@@ -29,25 +31,33 @@ from namr_dist.train.state import state_bytes
 _ROOM_FOR_LOGS_BYTES = 32 << 20
 
 
-def preflight(config: Config, *, world_size: int, verify: bool) -> tuple[Manifest, SplitIndex]:
-    """The shard set and its training images, once both can serve `config` on so many ranks.
+def preflight(config: Config, *, world_size: int, verify: bool) -> tuple[Manifest, SplitIndex, Sampling]:
+    """The shard set, its training images and how they make batches, once all can serve `config` on so many ranks.
 
     With `verify`, the shards are hashed as well, if the configuration says so: once a machine is enough.
     """
     config.check()
     data = config.data
-    manifest = open_shards(data.path)
-    index = manifest.index(*data.train_splits)
+    manifest = open_shards(data.path, data.remote)
+    index = training_images(manifest, data, seed=config.train.seed)
     for split in (data.validation_split, data.test_split):
-        if split is not None and len(manifest.index(split)) < world_size:
+        if split is None:
+            continue
+        other = manifest.index(split)
+        if len(other) < world_size:
             raise InputError(f"split {split!r} of {manifest.folder} has fewer images than there are ranks "
                              f"({world_size}); use fewer ranks")
-    check_plan(index.label_N, classes_per_batch=data.classes_per_batch, images_per_class=data.images_per_class,
-               world_size=world_size)
+        if shared := len(np.intersect1d(index.label_N, other.label_N)):
+            raise InputError(f"{shared} classes of {split!r} in {manifest.folder} are trained on; name splits that "
+                             "share no class in data.train_splits, data.validation_split and data.test_split")
+    how = Sampling(classes_per_batch=data.classes_per_batch, images_per_class=data.images_per_class,
+                   sampling=data.sampling, categories_per_batch=data.categories_per_batch, shuffle=data.shuffle,
+                   views=data.views, across_groups=data.across_groups)
+    check_plan(index, how, world_size=world_size)
     if verify and data.verify:
         validation = {data.validation_split} if data.validation_split else set()
         verify_shards(manifest, {*data.train_splits, *validation})
-    return manifest, index
+    return manifest, index, how
 
 
 @torch.no_grad()

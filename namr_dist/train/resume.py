@@ -21,9 +21,11 @@ from namr_dist.train.hashed import DamagedFile
 from namr_dist.train.state import SavedState, open_state
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
-_MAY_DIFFER = {"data.path", "data.workers", "data.verify", "train.zero_stage", "train.log_every",
-               "train.validate_every", "train.tensorboard", "train.checkpoint_minutes", "train.checkpoint_every",
-               "train.keep_checkpoints", "train.timeout_minutes", "train.micro_batch"}
+_MAY_DIFFER = {"data.path", "data.remote.cache", "data.remote.cache_gib", "data.remote.retries",
+               "data.remote.stall_seconds", "data.workers", "data.batch_minutes", "data.verify",
+               "train.zero_stage", "train.log_every", "train.validate_every", "train.tensorboard",
+               "train.checkpoint_minutes", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_minutes",
+               "train.micro_batch", "evaluation.recall_at", "evaluation.reidentification_draws"}
 """Settings that the run does not depend on, but for rounding. The images themselves are compared by their hash."""
 
 
@@ -52,7 +54,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 def hash_images(manifest: Manifest, splits: tuple[str, ...]) -> str:
     """Names the images of these splits, their bytes and their order: what a plan's numbers mean."""
-    shards = "".join(f"{shard.split} {shard.sha256}\n" for shard in manifest.shards if shard.split in splits)
+    shards = "".join(f"{shard.split} {shard.sha256}\n" for shard in manifest.shards_of(*splits))
     return hashlib.sha256(f"{manifest.split_hash(*splits)}\n{shards}".encode()).hexdigest()
 
 

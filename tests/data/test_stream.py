@@ -12,20 +12,20 @@ import torch
 
 from namr_dist.data.augment import TestTransform, TrainTransform
 from namr_dist.data.manifest import Manifest
-from namr_dist.data.plan import epoch_plan
+from namr_dist.data.plan import Sampling, epoch_plan
 from namr_dist.data.shards import decode_rgb
 from namr_dist.data.stream import Batch, ShardImages, TrainPlan, sequential_batches, stream
 from namr_dist.errors import InputError
 
 TRANSFORM = TrainTransform(size=32, crop_scale=(0.3, 1.0), crop_ratio=(0.75, 1.33), flip=True, brightness=0.2,
                            contrast=0.2, saturation=0.2)
+HOW = Sampling(classes_per_batch=4, images_per_class=3)
 
 
 def batches(manifest: Manifest, *, workers: int = 0, rank: int = 0, world_size: int = 1,
             first_step: int = 0) -> Iterator[Batch]:
     index = manifest.index("train")
-    plan = TrainPlan(label_N=index.label_N, classes_per_batch=4, images_per_class=3, seed=1, rank=rank,
-                     world_size=world_size, steps=7, first_step=first_step)
+    plan = TrainPlan(index=index, how=HOW, seed=1, rank=rank, world_size=world_size, steps=7, first_step=first_step)
     return stream(ShardImages(manifest, index, TRANSFORM), plan, workers=workers)
 
 
@@ -34,10 +34,10 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def test_follows_the_plan(shard_set: Manifest) -> None:
-    label_N = shard_set.index("train").label_N
+    index = shard_set.index("train")
+    label_N = index.label_N
     made = list(batches(shard_set))
-    planned = np.concatenate([epoch_plan(label_N, classes_per_batch=4, images_per_class=3, seed=1, epoch=epoch)
-                              for epoch in range(3)])[:7]
+    planned = np.concatenate([epoch_plan(index, HOW, seed=1, epoch=epoch) for epoch in range(3)])[:7]
     assert (torch.stack([batch.index_b for batch in made]).numpy() == planned.reshape(7, 12)).all()
     for batch in made:
         assert batch.images_bHW3.dtype == torch.uint8 and batch.images_bHW3.shape == (12, 32, 32, 3)

@@ -14,7 +14,7 @@ from torch import Tensor
 from namr_dist.cli import configure
 from namr_dist.config import LossConfig, MemoryConfig, ModelConfig, TripletConfig
 from namr_dist.data.manifest import Manifest
-from namr_dist.data.plan import epoch_plan
+from namr_dist.data.plan import Sampling, epoch_plan
 from namr_dist.errors import InputError
 from namr_dist.kernels import reference
 from namr_dist.losses import CrossBatchMemory
@@ -191,9 +191,9 @@ def test_a_run_logs_how_far_images_moved(shard_set: Manifest, namr: Callable, tm
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line.get("drift_images", 0) for line in lines if "loss" in line]
-    label_N, images = shard_set.index("train").label_N, []
+    how, images = Sampling(classes_per_batch=6, images_per_class=3), []
     for epoch in range(3):  # of two batches of 6 × 3
-        plan = epoch_plan(label_N, classes_per_batch=6, images_per_class=3, seed=0, epoch=epoch)
+        plan = epoch_plan(shard_set.index("train"), how, seed=0, epoch=epoch)
         images += [set(batch.flatten().tolist()) for batch in plan]
     held = [set().union(*images[max(0, step - 2): step]) for step in range(6)]
     assert logged == [len(now & before) for now, before in zip(images, held, strict=True)] and sum(logged) > 4

@@ -27,11 +27,6 @@ def embedded_shards() -> Path:
     return Path(__file__).parent.parent / "homeware" / "shards"
 
 
-def open_shards(folder: Path | None) -> Manifest:
-    """The shard set in `folder`; None: homeware. Raises InputError as Manifest.load does."""
-    return Manifest.load(folder or embedded_shards())
-
-
 def split_of(place: int, place_in_training: int) -> str:
     """Split of the product at `place` within its category, ordered by id.
 
