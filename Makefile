@@ -30,8 +30,9 @@ demo: setup
 	$(BIN)/namr evaluate runs/demo
 	$(BIN)/namr report runs/demo
 
-# Whole files go to one process, with what they set up; four processes at most, for a file may start several ranks.
-TEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# Whole files go to one process, with what they set up, in the order that tests/conftest.py gives; four processes at
+# most, for a file may start several ranks.
+TEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(TEST)

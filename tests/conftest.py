@@ -29,6 +29,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start several processes come first: they take longest, and one left to the end would run alone."""
+    long = {item.path for item in items if item.get_closest_marker("dist")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def]
     """With NAMR_NO_SKIPS set (CI), a skipped test fails, unless it waits for a GPU."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from namr_dist.cli import configure
 from namr_dist.data.manifest import Manifest
 from namr_dist.data.shards import Sample, write_shard
 from namr_dist.errors import InputError
+from namr_dist.train.dry_run import dry_run
 
 
 def refused(done: subprocess.CompletedProcess[str], *named: str) -> None:
@@ -73,7 +75,7 @@ def rebuild_with_half_an_image(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    (("--set.data.classes_per_batch", 13), "data.classes_per_batch is 13, but the training split has 12 classes"),
+    (("--set.data.classes_per_batch", 13), "data.classes_per_batch is 13, but the training images are of 12 classes"),
     (("--set.data.images_per_class", 7), "data.images_per_class is 7, but the largest class has 6 images"),
     (("--set.data.images_per_class", 1), "data.images_per_class is 1; set it to at least 2"),
     (("--set.data.train_splits", "training"), "has no split 'training'; it has train, val, test"),
@@ -84,9 +86,22 @@ def rebuild_with_half_an_image(manifest: Manifest) -> None:
     (("--set.data.validation_split", "vall"), "has no split 'vall'; it has train, val, test"),
     (("--set.data.train_splits", "train", "test"), "split 'test' is both in data.train_splits and in data.test_split"),
     (("--set.model.delta", 1.0), "model.delta is 1.0; set it between 0 and 1"),
+    (("--set.data.views", 2), "data.views is 2, which does not divide data.images_per_class (3)"),
+    (("--set.data.sampling", "category", "--set.data.categories_per_batch", 4), "which does not divide"),
+    (("--set.data.sampling", "category", "--set.data.shuffle", "shards"), "set data.shuffle to classes"),
+    (("--set.data.categories", "birds"), "data.categories names 'birds'"),
+    (("--set.data.least_images", 7), "is left by data.categories"),
+    (("--set.evaluation.recall_at", 0), "evaluation.recall_at is 0; set it to at least 1"),
 ])
-def test_impossible_settings(namr: Callable, shard_set: Manifest, tmp_path: Path, change: tuple, named: str) -> None:
-    refused(train(namr, shard_set, tmp_path / "run", *change), named)
+def test_impossible_settings(shard_set: Manifest, tmp_path: Path, change: tuple, named: str) -> None:
+    config = configure("homeware_conv4", [str(word) for word in (*small_run(shard_set), *change)])
+    with pytest.raises(InputError, match=re.escape(named)):
+        dry_run(config, tmp_path / "run", ranks=1, overwrite=False, resume=False, words=[])
+
+
+def test_an_impossible_setting_is_one_line(namr: Callable, shard_set: Manifest, tmp_path: Path) -> None:
+    refused(train(namr, shard_set, tmp_path / "run", "--set.data.classes_per_batch", 13),
+            "data.classes_per_batch is 13, but the training images are of 12 classes")
 
 
 @pytest.mark.parametrize(("change", "named"), [
