@@ -18,6 +18,7 @@ RUNTIME = [
     "triton>=3.6,<3.9; platform_system == 'Linux'",
     "deepspeed>=0.19.8,<0.20",
     "webdataset>=1.0.2,<2",
+    "fsspec>=2025.3",
     "numpy>=2.1,<3",
     "timm>=1.0.20,<2",
     "efficientnet-lite-pytorch==0.1.0",
@@ -26,6 +27,7 @@ RUNTIME = [
     "pillow>=11,<14",
     "safetensors>=0.5,<1",
     "scikit-learn>=1.5,<2",
+    "scipy>=1.13,<2",
     "threadpoolctl>=3.1,<4",
     "jinja2>=3.1,<4",
     "rich>=13.7,<16",
@@ -39,7 +41,7 @@ EXTRAS = {
     "export": ONNX,
     "bench": ["matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3"],
     "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "matplotlib>=3.9,<4",
-             "pytorch-metric-learning>=2.9,<3", "selenium>=4.20,<5", *ONNX],
+             "pytorch-metric-learning>=2.9,<3", "selenium>=4.20,<5", "wids>=0.1.11,<0.2", *ONNX],
     "dev": ["ruff>=0.9", "mypy>=1.14"],
 }
 

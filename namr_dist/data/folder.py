@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,9 @@ class FolderImages(ImageSource):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def files(self, places: Iterable[int]) -> list[str]:
+        return sorted({str(self._folder / self.names[place]) for place in places})
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
         places = [place for place, _ in items]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -189,6 +190,9 @@ class Manifest:
                         f"{path}: {shard.file} is of split {shard.split!r} but holds class {label}, "
                         f"which is of {split_of.get(label)!r}; rebuild the shard set"
                     )
+            if len(set(shard.keys)) != len(shard.keys):
+                twice = next(key for key, number in Counter(shard.keys).items() if number > 1)
+                raise InputError(f"{path}: key {twice!r} occurs twice in {shard.file}; rebuild the shard set")
             if not seen.isdisjoint(shard.keys):
                 twice = sorted(seen.intersection(shard.keys))[0]
                 raise InputError(f"{path}: key {twice!r} occurs in two shards; rebuild the shard set")
@@ -262,18 +266,3 @@ class Manifest:
         index = self.index(*splits)
         lines = sorted(f"{key}\t{label}\n" for key, label in zip(index.keys, index.label_N, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
-
-
-def statistics(manifest: Manifest) -> dict:
-    """Counts by split: images, classes, images a class (mean, least, most), shards, bytes of images."""
-    rows = {}
-    for split in manifest.splits:
-        index = manifest.index(split)
-        per_class = np.unique(index.label_N, return_counts=True)[1]
-        rows[split] = {
-            "images": len(index), "classes": len(per_class), "images_per_class": float(per_class.mean()),
-            "least": int(per_class.min()), "most": int(per_class.max()),
-            "shards": sum(shard.split == split for shard in manifest.shards),
-            "mib": float(index.length_N.sum() / 2**20),
-        }
-    return {"name": manifest.name, "description": manifest.description, "splits": rows}

@@ -30,7 +30,7 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
     """
     if ranks < 1:
         raise InputError(f"--ranks is {ranks}; set it to at least 1")
-    manifest, index, how = preflight(config, world_size=ranks, verify=True)
+    manifest, index, how = preflight(config, world_size=ranks, local_rank=0)
     from_hub = config.model.backbone.startswith("timm:") and config.model.pretrained and config.model.weights is None
     network = initial_network(config, device=torch.device("cpu"), pretrained=not from_hub)
     check_sizes(network, config, torch.device("cpu"))

@@ -22,15 +22,16 @@ def test_transform(config: Config) -> TestTransform:
 
 @torch.no_grad()
 def embed(forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, *, rank: Rank, batch_size: int,
-          workers: int) -> tuple[np.ndarray, ...]:
+          workers: int, timeout_s: float = 600.0) -> tuple[np.ndarray, ...]:
     """Run `forward` (uint8 (b, H, H, 3) → tensors (b, …)) over all images; the results as fp32 arrays (N, …).
 
     Every rank calls it, computes its share, and gets all rows, in the order of `images`. Memory O(N · width).
+    timeout_s: as in `stream`, which raises InputError for images that cannot be read.
     """
     batches = sequential_batches(len(images), batch_size=batch_size, rank=rank.rank, world_size=rank.world_size)
     places: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
-    for batch in stream(images, batches, workers=workers):
+    for batch in stream(images, batches, workers=workers, timeout_s=timeout_s):
         outputs = forward(batch.images_bHW3.to(rank.device))
         places.append(batch.index_b)
         parts.append(tuple(output.float() for output in outputs))

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -45,6 +46,7 @@ class RunLog:
                                  TextColumn("{task.fields[note]}"), console=self._console)
             self._task = self._bar.add_task(name, total=steps, completed=first_step, note="")
         self._latest: dict[str, float | int] = {}
+        self._replaced: Counter[str] | None = None
         self._began = time.perf_counter() - before_s
 
     def __enter__(self) -> RunLog:
@@ -56,6 +58,9 @@ class RunLog:
                  trace: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
+        if self._replaced:
+            self.say(f"damaged   {len(self._replaced)} images, replaced {self._replaced.total()} times by others of "
+                     "their classes")
         # What could not be written has been told already; closing would only try, and fail, once more.
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
             if self._events:
@@ -84,7 +89,10 @@ class RunLog:
         went, and the bytes a rank received a step while embeddings were gathered; `images` a step. A line for people,
         if there is no bar."""
         share = {} if self._peak_img_per_s is None else {"mfu": round(img_per_s / self._peak_img_per_s, 4)}
-        self._write({"step": step, "img_per_s": round(img_per_s, 1), **share, "time_s": round(self.time_s, 3),
+        replaced = {} if self._replaced is None else \
+            {"damaged_images": len(self._replaced), "replacements": self._replaced.total()}
+        self._write({"step": step, "img_per_s": round(img_per_s, 1), **share, **replaced,
+                     "time_s": round(self.time_s, 3),
                      **{f"{name}_s": round(seconds, 5) for name, seconds in times.mean_s.items()},
                      "slowest_rank": times.slowest_rank, "slowest_s": round(times.slowest_s, 5),
                      "gathered_mib": round(gathered_bytes / 2**20, 4)})
@@ -99,6 +107,15 @@ class RunLog:
             slow = times.slowest_rank
             line += f"  slowest: rank {slow} on {self._hosts[slow]}, {1e3 * times.slowest_s:.0f} ms"
         self.say(line)
+
+    def replaced(self, damaged: Iterable[str]) -> None:
+        """Damaged images of all ranks that others stood in for since the last such call, a line each, as often as they
+        did. Each is told of once; metrics.jsonl has their number, and that of the replacements, since this start."""
+        self._replaced = self._replaced or Counter()
+        for image in damaged:
+            if image not in self._replaced:
+                self.say(f"WARNING: {image}; another of its class stands in for it")
+            self._replaced[image] += 1
 
     def validation(self, step: int, figures: dict[str, float]) -> None:
         """Recall and the like, in percent, on the validation classes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import socket
 import sys
@@ -18,8 +19,10 @@ from namr_dist import kernels
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.augment import TrainTransform
+from namr_dist.data.device import on_device
 from namr_dist.data.manifest import Manifest, SplitIndex
 from namr_dist.data.plan import Sampling, small_classes, steps_per_epoch
+from namr_dist.data.prefetch import fetched_ahead
 from namr_dist.data.stream import Batch, ShardImages, TrainPlan, stream
 from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
@@ -52,7 +55,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     a signal asked for an end before the last step, and `resume` goes on. Raises InputError, before the first step,
     for whatever can be known to be wrong by then.
     """
-    manifest, index, how = preflight(config, world_size=rank.world_size, verify=rank.local_rank == 0)
+    manifest, index, how = preflight(config, world_size=rank.world_size, local_rank=rank.local_rank)
     bf16, why = _precision(config, rank.device)
     # Built before the process group is up, so that a wrong backbone or file is said at once and once.
     share = config.data.classes_per_batch * config.data.images_per_class // rank.world_size
@@ -87,7 +90,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
         keeper = CheckpointKeeper(engine, run, config, data_hash=data_hash, host=host, first=rank.first,
                                   requests=requests)
         if not rank.first:
-            return _steps(engine, config, manifest, index, how, rank, keeper, first_step=first_step, log=None) \
+            return _steps(engine, config, manifest, index, how, rank, host, keeper, first_step=first_step, log=None) \
                 and _save(engine, config, run, rank)
         before_s = cut_log(run / "metrics.jsonl", first_step)
         log = stack.enter_context(RunLog(run, steps=config.optim.steps, hosts=hosts, peak_img_per_s=peak_img_per_s,
@@ -100,7 +103,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
             log.say(f"WARNING: {warning}; an older one is used")
         if start.saved:
             log.resumed(first_step, start.saved.path)
-        if not _steps(engine, config, manifest, index, how, rank, keeper, first_step=first_step, log=log):
+        if not _steps(engine, config, manifest, index, how, rank, host, keeper, first_step=first_step, log=log):
             return False
         _save(engine, config, run, rank)
         log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {final_checkpoint(run)}")
@@ -164,7 +167,7 @@ def _precision(config: Config, device: torch.device) -> tuple[bool, str]:
 
 
 def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: SplitIndex, how: Sampling,
-           rank: Rank, keeper: CheckpointKeeper, *, first_step: int, log: RunLog | None) -> bool:
+           rank: Rank, host: HostGroup, keeper: CheckpointKeeper, *, first_step: int, log: RunLog | None) -> bool:
     """All steps from `first_step` on; False if a signal ended them before the last."""
     data, optim = config.data, config.optim
     transform = TrainTransform(size=data.image_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio,
@@ -172,13 +175,16 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
                                saturation=data.saturation)
     plan = TrainPlan(index=index, how=how, seed=config.train.seed, rank=rank.rank, world_size=rank.world_size,
                      steps=optim.steps, first_step=first_step)
-    batches = stream(ShardImages(manifest, index, transform), plan, workers=data.workers,
-                     pin_memory=rank.device.type == "cuda")
+    source = ShardImages(manifest, index, transform, damaged=data.damaged_images)
+    batches = stream(source, plan, workers=data.workers, pin_memory=rank.device.type == "cuda",
+                     timeout_s=60 * data.batch_minutes)
+    batches = on_device(fetched_ahead(batches, manifest, plan), rank.device)
     phases, traffic = engine.module.objective.phases, engine.module.objective.traffic
     peaks = [group["lr"] for group in engine.optimizer.param_groups]
     per_epoch = steps_per_epoch(index, how)
     images = data.classes_per_batch * data.images_per_class
     pending: list[tuple[int, StepLoss, float, float]] = []
+    replaced: list[str] = []
     line_steps, line_began = 0, time.perf_counter()
     engine.train()
     phases.take()
@@ -186,6 +192,7 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
         phases.step = step + 1
         with phases("data"):
             batch = next(batches)
+        replaced += batch.replaced
         factor = lr_factor(step, optim)
         for group, peak in zip(engine.optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
@@ -200,6 +207,11 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
             _report(pending, config, per_epoch, log)
             line_steps += len(pending)
             pending.clear()
+        if (line or save) and data.damaged_images == "replace":
+            of_ranks = host.of_all(replaced)
+            if log:
+                log.replaced(itertools.chain.from_iterable(of_ranks))
+            replaced.clear()
         if line:
             spent = StepTimes.of_all_ranks(phases.take(), steps=line_steps, rank=rank)
             received = traffic.take() / line_steps
@@ -237,10 +249,8 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
 
 def _one_step(engine: DeepSpeedEngine, batch: Batch, rank: Rank, phases: Phases, *, seed: int) -> StepLoss:
     with phases("forward"):
-        losses: StepLoss = engine(batch.images_bHW3.to(rank.device, non_blocking=True),
-                                  batch.labels_b.to(rank.device, non_blocking=True), seed,
-                                  (len(batch.labels_b),) * rank.world_size,
-                                  batch.index_b.to(rank.device, non_blocking=True))
+        losses: StepLoss = engine(batch.images_bHW3, batch.labels_b, seed, (len(batch.labels_b),) * rank.world_size,
+                                  batch.index_b)
     with phases("backward"):
         engine.backward(losses.total)
     with phases("step"):
@@ -268,7 +278,7 @@ def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank:
     images = ShardImages(manifest, index, test_transform(config))
     engine.eval()
     z_ND, _ = embed(engine, images, rank=rank, batch_size=engine.train_micro_batch_size_per_gpu(),
-                    workers=config.data.workers)
+                    workers=config.data.workers, timeout_s=60 * config.data.batch_minutes)
     engine.train()
     return evaluate_sample(z_ND, index.label_N) if rank.first else {}
 
@@ -306,6 +316,10 @@ def _banner(config: Config, manifest: Manifest, index: SplitIndex, how: Sampling
         f"{data.classes_per_batch} × {data.images_per_class} at {data.image_size} px"
         + (f", {config.train.micro_batch} a rank at a time" if config.train.micro_batch else "")
         + (f"; {few} classes have fewer images and repeat some" if few else ""),
+        f"sampling  {how.sampling}, {steps_per_epoch(index, how)} steps an epoch; "
+        + ("shards read front to back" if how.shuffle == "shards" else "any classes share a batch")
+        + (f"; {how.views} views of an image" if how.views > 1 else "")
+        + ("; across groups" if how.across_groups else ""),
         f"model     {config.model.backbone}, batch norm {config.model.batchnorm}, width {config.model.width}",
         f"loss      {loss.metric}{ranking}{memory}; {kernels.describe(rank.device)}",
     ]

@@ -18,6 +18,7 @@ from torch import nn
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
+from namr_dist.data.cache import check_cache
 from namr_dist.data.location import open_shards
 from namr_dist.data.manifest import Manifest, SplitIndex
 from namr_dist.data.plan import Sampling, check_plan
@@ -31,10 +32,11 @@ from namr_dist.train.state import state_bytes
 _ROOM_FOR_LOGS_BYTES = 32 << 20
 
 
-def preflight(config: Config, *, world_size: int, verify: bool) -> tuple[Manifest, SplitIndex, Sampling]:
+def preflight(config: Config, *, world_size: int, local_rank: int) -> tuple[Manifest, SplitIndex, Sampling]:
     """The shard set, its training images and how they make batches, once all can serve `config` on so many ranks.
 
-    With `verify`, the shards are hashed as well, if the configuration says so: once a machine is enough.
+    A machine's first rank hashes the shards as well, if the configuration says so and they lie there; others are
+    hashed when they are fetched.
     """
     config.check()
     data = config.data
@@ -54,9 +56,11 @@ def preflight(config: Config, *, world_size: int, verify: bool) -> tuple[Manifes
                    sampling=data.sampling, categories_per_batch=data.categories_per_batch, shuffle=data.shuffle,
                    views=data.views, across_groups=data.across_groups)
     check_plan(index, how, world_size=world_size)
-    if verify and data.verify:
+    # The last rank of a machine knows how many there are, and speaks for all.
+    check_cache(manifest, index, how, world_size=world_size, ranks_here=local_rank + 1)
+    if local_rank == 0 and data.verify and manifest.source is None:
         validation = {data.validation_split} if data.validation_split else set()
-        verify_shards(manifest, {*data.train_splits, *validation})
+        verify_shards(manifest, {*data.train_splits, *validation}, hashes_alone=data.damaged_images == "replace")
     return manifest, index, how
 
 

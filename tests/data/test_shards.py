@@ -12,8 +12,9 @@ import simplejpeg
 import webdataset
 from conftest import make_shards, picture
 
-from namr_dist.data.manifest import Manifest, statistics
+from namr_dist.data.manifest import Manifest
 from namr_dist.data.shards import check_jpeg, decode_rgb, verify_shards
+from namr_dist.data.statistics import statistics
 from namr_dist.errors import InputError
 
 ALL = ("train", "val", "test")
@@ -89,7 +90,8 @@ def test_truncated_jpeg() -> None:
 def test_large_images_are_shrunk_while_decoding() -> None:
     image = np.kron(picture(1, 1), np.ones((8, 8, 1), np.uint8))  # 384 px
     jpeg = simplejpeg.encode_jpeg(image)
-    assert decode_rgb(jpeg, "x", least_size=96).shape[0] in range(96, 192)
+    for shrink, side in ((2, 192), (4, 96), (8, 48)):
+        assert decode_rgb(jpeg, "x", shrink=shrink).shape == (side, side, 3)
     assert decode_rgb(jpeg, "x").shape == (384, 384, 3)
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
+import multiprocessing
 import os
+import signal
+import sys
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import launch
 
 from namr_dist.data.augment import TestTransform, TrainTransform
+from namr_dist.data.device import on_device
 from namr_dist.data.manifest import Manifest
 from namr_dist.data.plan import Sampling, epoch_plan
 from namr_dist.data.shards import decode_rgb
@@ -30,7 +37,7 @@ def batches(manifest: Manifest, *, workers: int = 0, rank: int = 0, world_size: 
 
 
 def same(one: Batch, other: Batch) -> bool:
-    return all(torch.equal(getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one))
+    return one.replaced == other.replaced and all(map(torch.equal, one.tensors, other.tensors))
 
 
 def test_follows_the_plan(shard_set: Manifest) -> None:
@@ -86,6 +93,158 @@ def test_a_damaged_image_is_one_clear_error(own_shard_set: Manifest, workers: in
     with pytest.raises(InputError, match=rf"^{shard.keys[2]}.jpg in .*{shard.file} cannot be decoded \(.*\); rebuild"):
         images = ShardImages(own_shard_set, own_shard_set.index("train"), TestTransform(size=48, crop_share=1.0))
         list(stream(images, sequential_batches(len(images), batch_size=10), workers=workers))
+
+
+# Workers that die or hang.
+
+def endless(manifest: Manifest, *, workers: int, timeout_s: float = 600.0) -> Iterator[Batch]:
+    images = ShardImages(manifest, manifest.index("train"), TestTransform(size=48, crop_share=1.0))
+    return stream(images, sequential_batches(72, batch_size=6) * 1000, workers=workers, timeout_s=timeout_s)
+
+
+def worker_pids() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children() if child.pid}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_worker_is_one_clear_error(shard_set: Manifest, number: signal.Signals) -> None:
+    before = worker_pids()
+    made = endless(shard_set, workers=2)
+    next(made)
+    killed = min(worker_pids() - before)
+    os.kill(killed, number)
+    with pytest.raises(InputError, match=rf"^a data worker process \({killed}\) was ended by signal {int(number)} "
+                                         r"\(SIG.*\); lower data.workers or check memory, .*--resume$"):
+        for _ in made:
+            pass
+    assert worker_pids() == before
+
+
+def test_a_killed_worker_interrupts_no_other_code(shard_set: Manifest) -> None:
+    """Between two batches, the training step runs: the error comes with the next batch."""
+    before = worker_pids()
+    made = endless(shard_set, workers=1)
+    next(made)
+    (worker,) = worker_pids() - before
+    os.kill(worker, signal.SIGKILL)
+    while alive(worker):
+        time.sleep(0.01)
+    with pytest.raises(InputError, match=str(worker)):
+        list(made)
+
+
+def test_a_shard_that_never_answers_is_named_and_the_process_ends(own_shard_set: Manifest) -> None:
+    """Opening a FIFO waits for a writer, for ever, as does a file of a storage that is gone."""
+    path = own_shard_set.folder / own_shard_set.shards[1].file
+    path.unlink()
+    os.mkfifo(path)
+    program = f"""
+from namr_dist.data.augment import TestTransform
+from namr_dist.data.manifest import Manifest
+from namr_dist.data.stream import ShardImages, sequential_batches, stream
+from namr_dist.errors import InputError
+manifest = Manifest.load({str(own_shard_set.folder)!r})
+images = ShardImages(manifest, manifest.index("train"), TestTransform(size=48, crop_share=1.0))
+try:
+    for batch in stream(images, sequential_batches(72, batch_size=9), workers=2, timeout_s=3):
+        print(*batch.index_b.tolist())
+except InputError as error:
+    print(error)
+"""
+    # Its pipes are inherited by the workers: had one gone on, their end would not be seen.
+    done = launch(sys.executable, "-c", program, timeout=60)
+    *batches, said = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert batches == [" ".join(map(str, range(first, first + 9))) for first in range(0, 36, 9)]
+    assert said.startswith("no batch came for 3 s (data.batch_minutes); ") and said.endswith("with --resume")
+    assert str(path) in said and "train-0.tar" not in said
+
+
+def test_a_worker_blocked_in_a_read_does_not_outlive_its_parent(own_shard_set: Manifest) -> None:
+    path = own_shard_set.folder / own_shard_set.shards[1].file
+    path.unlink()
+    os.mkfifo(path)
+    ours, theirs = multiprocessing.Pipe()
+    parent = multiprocessing.get_context("fork").Process(target=take_one_batch, args=(own_shard_set, theirs))
+    parent.start()
+    worker = ours.recv()
+    assert alive(worker)
+    parent.kill()
+    parent.join()
+    deadline_s = time.monotonic() + 30
+    while alive(worker):
+        assert time.monotonic() < deadline_s, "the worker goes on"
+
+
+def take_one_batch(manifest: Manifest, told: Connection) -> None:
+    images = ShardImages(manifest, manifest.index("train"), TestTransform(size=48, crop_share=1.0))
+    made = stream(images, sequential_batches(72, batch_size=36), workers=1)
+    next(made)
+    told.send(multiprocessing.active_children()[0].pid)
+    next(made)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may still wait to be asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_full_shared_memory_is_one_clear_error(shard_set: Manifest) -> None:
+    """In a mount namespace of its own, /dev/shm is a disk of 1 MiB."""
+    program = f"""
+from namr_dist.data.augment import TestTransform
+from namr_dist.data.manifest import Manifest
+from namr_dist.data.stream import ShardImages, sequential_batches, stream
+from namr_dist.errors import InputError
+manifest = Manifest.load({str(shard_set.folder)!r})
+images = ShardImages(manifest, manifest.index("train"), TestTransform(size=224, crop_share=1.0))
+try:
+    next(stream(images, sequential_batches(72, batch_size=36), workers=1))
+except InputError as error:
+    print(error)
+"""
+    done = launch("unshare", "--mount", "--map-root-user", "sh", "-c",
+                  'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" -c "$1"', sys.executable, program, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("a data worker process cannot pass on its images (") \
+        and "enlarge /dev/shm" in done.stdout and len(done.stdout.splitlines()) == 1
+
+
+# On the way to the device.
+
+def test_batches_for_a_cpu_are_passed_on_as_they_are(shard_set: Manifest) -> None:
+    made = list(batches(shard_set))
+    for one, other in zip(made, on_device(iter(made), torch.device("cpu")), strict=True):
+        assert one is other
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_batches_on_a_gpu_are_the_same_and_come_while_it_computes() -> None:
+    device = torch.device("cuda")
+    made = [Batch(images_bHW3=torch.full((64, 224, 224, 3), number, dtype=torch.uint8), labels_b=torch.arange(64),
+                  index_b=torch.arange(64), replaced=(str(number),)).pin_memory() for number in range(6)]
+    work = torch.randn(8192, 8192, device=device)
+    sums = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for number, batch in enumerate(on_device(iter(made), device)):
+            assert all(tensor.is_cuda for tensor in batch.tensors) and batch.replaced == (str(number),)
+            for _ in range(5):
+                work @ work
+            sums.append(batch.images_bHW3.long().sum())
+            del batch
+        torch.cuda.synchronize()
+    assert [int(value) for value in sums] == [number * 64 * 224 * 224 * 3 for number in range(6)]
+    events = profile.profiler.kineto_results.events()
+    copies = [event for event in events if "Memcpy HtoD" in event.name() and event.duration_ns() > 100_000]
+    products = [event for event in events if "gemm" in event.name().lower()]
+    overlapping = [copy for copy in copies if any(
+        product.start_ns() < copy.start_ns() + copy.duration_ns() and copy.start_ns() < product.start_ns()
+        + product.duration_ns() for product in products)]
+    assert len(copies) == 6 and len(overlapping) >= 4
 
 
 def test_streams_leave_the_global_generator_alone(shard_set: Manifest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_figures(shard_set: Manifest, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ranks", "more", "named"), [
     (4, [], "data.classes_per_batch is 6, which 4 ranks cannot share equally"),
     (0, [], "--ranks is 0"),
-    (2, ["--set.data.classes_per_batch", 36], "the training split has 12 classes"),
+    (2, ["--set.data.classes_per_batch", 36], "the training images are of 12 classes"),
     # The validation split has 24 images.
     (25, [], "'val' of .* has fewer images than there are ranks"),
     (2, ["--set.model.backbone", "resnet50"], "known are conv4"),
@@ -45,6 +46,12 @@ def test_mistakes(shard_set: Manifest, tmp_path: Path, ranks: int, more: list[ob
     with pytest.raises(InputError, match=named):
         run_dry(shard_set, tmp_path / "run", *more, ranks=ranks)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_subset_of_the_training_images_is_no_test(own_shard_set: Manifest, tmp_path: Path) -> None:
+    replace(own_shard_set, subsets={"few": own_shard_set.index("train").keys[:30]}).save()
+    with pytest.raises(InputError, match="5 classes of 'few' .* are trained on; name splits that share no class"):
+        run_dry(own_shard_set, tmp_path / "run", "--set.data.test_split", "few")
 
 
 def test_damaged_shard(own_shard_set: Manifest, tmp_path: Path) -> None:

@@ -1,0 +1,328 @@
+"""Damaged data of every kind: one named error or a counted replacement; no hang, no crash, nothing lost unseen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from conftest import launch, make_shards, picture, small_run
+from PIL import Image
+
+from namr_dist.data.augment import TestTransform
+from namr_dist.data.manifest import Manifest, Shard
+from namr_dist.data.plan import Sampling, epoch_plan
+from namr_dist.data.shards import MOST_PIXELS, Sample, decode_rgb, verify_shards, write_shard
+from namr_dist.data.stream import Batch, ShardImages, sequential_batches, stream
+from namr_dist.errors import InputError
+
+CLASSES, IMAGES = 4, 6
+WHOLE = TestTransform(size=48, crop_share=1.0)
+PLACE, KEY = 8, "001_2"
+"""The damaged image: the third of its class, in the first of two tars."""
+
+
+@pytest.fixture
+def own_set(tmp_path: Path) -> Manifest:
+    """Four classes of six images, in two tars."""
+    return make_shards(tmp_path / "shards", classes={"train": CLASSES})
+
+
+def show(manifest: Manifest, *, damaged: str = "stop", workers: int = 0) -> list[Batch]:
+    """The whole split in batches of five, read as training reads it."""
+    images = ShardImages(manifest, manifest.index("train"), WHOLE, damaged=damaged)  # type: ignore[arg-type]
+    return list(stream(images, sequential_batches(len(images), batch_size=5), workers=workers))
+
+
+def first_tar(manifest: Manifest) -> Path:
+    return manifest.folder / manifest.shards[0].file
+
+
+def edit(manifest: Manifest, change: Callable[[dict], object]) -> None:
+    path = manifest.folder / "manifest.json"
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+
+
+def with_images(manifest: Manifest, jpegs: dict[str, bytes]) -> Manifest:
+    """The set built anew with these bytes in the place of images: all sizes and hashes are right."""
+    shard = manifest.shards[0]
+    tar = first_tar(manifest).read_bytes()
+    samples = [Sample(key=key, label=label, jpeg=jpegs.get(key, tar[offset : offset + length]))
+               for key, label, offset, length in zip(shard.keys, shard.labels, shard.offsets, shard.lengths,
+                                                     strict=True)]
+    again = write_shard(manifest.folder, shard.file, shard.split, samples, manifest.class_by_label)
+    built = dataclasses.replace(manifest, shards=(again, *manifest.shards[1:]))
+    built.save()
+    return built
+
+
+# Shards: always an error, for no other image could be trusted either.
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def of_another_set(path: Path) -> None:
+    other = make_shards(path.parent.parent / "other", classes={"train": CLASSES}, size=32)
+    os.replace(other.folder / other.shards[0].file, path)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("damaged", ["stop", "replace"])
+@pytest.mark.parametrize(("spoil", "named"), [
+    (Path.unlink, r"cannot be read \(No such file or directory\); copy it again"),
+    (cut_off, r"has \d+ bytes, its manifest says \d+; copy it again"),
+    (lambda path: path.write_bytes(b""), "has 0 bytes, its manifest says"),
+    (lambda path: path.write_bytes(path.read_bytes() + b"more"), r"has \d+ bytes, its manifest says"),
+    (of_another_set, r"has \d+ bytes, its manifest says"),
+    (a_folder, r"cannot be read \(Is a directory\)"),
+    (a_link_to_itself, r"cannot be read \(Too many levels of symbolic links\)"),
+])
+def test_a_damaged_shard_is_an_error_that_names_it(own_set: Manifest, spoil: Callable[[Path], object], named: str,
+                                                   damaged: str) -> None:
+    path = first_tar(own_set)
+    spoil(path)
+    with pytest.raises(InputError, match=rf"^shard {path} {named}"):
+        show(own_set, damaged=damaged)
+    with pytest.raises(InputError, match=str(path)):
+        verify_shards(own_set, ["train"])
+
+
+# Images: bytes in the place of one JPEG, in a shard that is as its manifest says.
+
+def jpeg() -> bytes:
+    return simplejpeg.encode_jpeg(picture(1, 2), quality=90)
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def flipped_bits() -> bytes:
+    """Entropy-coded data with an end-of-image marker in the middle, as a few flipped bits make."""
+    whole = bytearray(jpeg())
+    whole[len(whole) // 2 : len(whole) // 2 + 2] = b"\xff\xd9"
+    return bytes(whole)
+
+
+def said_to_be(height: int, width: int) -> bytes:
+    """A small JPEG whose header claims so many pixels."""
+    whole = bytearray(jpeg())
+    frame = whole.index(b"\xff\xc0")
+    whole[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(whole)
+
+
+UNREADABLE = {
+    "cut in half": lambda: jpeg()[: len(jpeg()) // 2],
+    "without its end": lambda: jpeg()[:-2],
+    "bits flipped": flipped_bits,
+    "header alone": lambda: jpeg()[:20],
+    "a PNG": lambda: encoded(Image.fromarray(picture(1, 2)), "PNG"),
+    "a PNG of 16 bits": lambda: encoded(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "PNG"),
+    "text": lambda: b"not an image\n" * 40,
+    "zeros": lambda: bytes(500),
+    "65,500 px square": lambda: said_to_be(65_500, 65_500),
+    "a row too many": lambda: said_to_be(MOST_PIXELS // 13_000 + 1, 13_000),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_unreadable_image_is_an_error_or_replaced_and_named(own_set: Manifest, kind: str) -> None:
+    built = with_images(own_set, {KEY: UNREADABLE[kind]()})
+    named = f"{KEY}.jpg in {first_tar(built)} "
+    with pytest.raises(InputError) as caught:
+        show(built)
+    assert str(caught.value).startswith(named) and str(caught.value).count("rebuild the shard set") == 1
+    batches = show(built, damaged="replace")
+    assert [line for batch in batches for line in batch.replaced] == [str(caught.value)]
+    index_N = np.concatenate([batch.index_b.numpy() for batch in batches])
+    want_N = np.where(np.arange(CLASSES * IMAGES) == PLACE, PLACE + 1, np.arange(CLASSES * IMAGES))
+    assert (index_N == want_N).all()
+    assert (np.concatenate([batch.labels_b.numpy() for batch in batches]) == want_N // IMAGES).all()
+    shown = np.concatenate([batch.images_bHW3.numpy() for batch in batches])
+    assert (shown[PLACE] == shown[PLACE + 1]).all()
+
+
+@pytest.mark.parametrize(("kind", "data"), [
+    ("junk behind the end", lambda: jpeg() + b"junk" * 100),
+    ("grey", lambda: encoded(Image.fromarray(picture(1, 2)).convert("L"), "JPEG")),
+    ("four inks", lambda: encoded(Image.fromarray(picture(1, 2)).convert("CMYK"), "JPEG")),
+])
+def test_unusual_images_are_shown_as_others_show_them(own_set: Manifest, kind: str, data: Callable[[], bytes]) -> None:
+    built = with_images(own_set, {KEY: data()})
+    shown = np.concatenate([batch.images_bHW3.numpy() for batch in show(built)])[PLACE]
+    pillow = np.asarray(Image.open(io.BytesIO(data())).convert("RGB"))
+    # A conversion of four inks to RGB may round otherwise.
+    assert np.abs(shown.astype(int) - pillow).max() <= 2, kind
+
+
+def test_the_size_of_a_large_image_is_named(own_set: Manifest) -> None:
+    with pytest.raises(InputError, match="x has 65500 × 65500 pixels, more than 178,956,970"):
+        decode_rgb(said_to_be(65_500, 65_500), "x")
+
+
+def test_replacements_go_round_the_class_past_other_damaged_ones(own_set: Manifest) -> None:
+    built = with_images(own_set, {f"001_{view}": b"x" for view in (1, 4, 5)})
+    (index_b,) = {tuple(batch.index_b.tolist()) for batch in stream(
+        ShardImages(built, built.index("train"), WHOLE, damaged="replace"), [[(6 + view, 0) for view in range(6)]],
+        workers=0)}
+    assert index_b == (6, 8, 8, 9, 6, 6)
+
+
+def test_a_class_without_any_readable_image_is_an_error(own_set: Manifest) -> None:
+    built = with_images(own_set, {f"001_{view}": b"x" for view in range(IMAGES)})
+    with pytest.raises(InputError, match=r"^class 1 \(thing 1\) of .*/shards has no image that can be decoded: 001_0"):
+        show(built, damaged="replace")
+
+
+def test_replacements_do_not_depend_on_the_workers(own_set: Manifest) -> None:
+    built = with_images(own_set, {KEY: b"x", "000_5": b"y"})
+    for one, other in zip(show(built, damaged="replace"), show(built, damaged="replace", workers=2), strict=True):
+        assert one.replaced == other.replaced
+        assert all((mine == theirs).all() for mine, theirs in zip(one.tensors, other.tensors, strict=True))
+
+
+# Manifests: refused before anything is read.
+
+def first(body: dict) -> dict:
+    return body["shards"][0]
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda body: body.update(format="namr-shards/2"), "has format 'namr-shards/2', expected 'namr-shards/1'"),
+    (lambda body: first(body)["lengths"].__setitem__(0, 0), "train-0.tar has an image at byte .* of 0 bytes"),
+    (lambda body: first(body)["offsets"].__setitem__(0, 10**7), "has an image at byte 10000000"),
+    (lambda body: first(body)["keys"].__setitem__(0, "003_0"), "key '003_0' occurs in two shards"),
+    (lambda body: body["classes"][0].update(split="test"), "of split 'train' but holds class 0, which is of 'test'"),
+    (lambda body: first(body)["labels"].__setitem__(0, 77), "holds class 77"),
+])
+def test_a_damaged_manifest_is_refused(own_set: Manifest, change: Callable[[dict], object], named: str) -> None:
+    edit(own_set, change)
+    with pytest.raises(InputError, match=named):
+        Manifest.load(own_set.folder)
+
+
+def test_half_a_manifest_is_refused(own_set: Manifest) -> None:
+    path = own_set.folder / "manifest.json"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(InputError, match="manifest.json cannot be read as a manifest.*; rebuild the shard set"):
+        Manifest.load(own_set.folder)
+
+
+def test_the_manifest_of_another_set_does_not_fit_the_shards(own_set: Manifest, tmp_path: Path) -> None:
+    other = make_shards(tmp_path / "other", classes={"train": CLASSES}, size=32)
+    (own_set.folder / "manifest.json").write_bytes((other.folder / "manifest.json").read_bytes())
+    with pytest.raises(InputError, match=r"shard .*train-0.tar has \d+ bytes, its manifest says \d+"):
+        show(Manifest.load(own_set.folder))
+
+
+def test_exchanged_images_are_seen_by_no_reader_of_bytes(own_set: Manifest) -> None:
+    """Two images under each other's key: each is a good JPEG, and the tar is the one that the manifest hashed.
+
+    The stream shows what it is told to; that keys and byte ranges go together is for `namr shards verify`.
+    """
+    def exchange(body: dict) -> None:
+        for column in (first(body)["offsets"], first(body)["lengths"]):
+            column[0], column[PLACE] = column[PLACE], column[0]
+
+    right = np.concatenate([batch.images_bHW3.numpy() for batch in show(own_set)])
+    edit(own_set, exchange)
+    wrong = np.concatenate([batch.images_bHW3.numpy() for batch in show(Manifest.load(own_set.folder))])
+    assert (wrong[0] == right[PLACE]).all() and (wrong[PLACE] == right[0]).all()
+
+
+def test_flipped_bits_that_still_decode_are_seen_by_the_hash(own_set: Manifest) -> None:
+    path, shard = first_tar(own_set), own_set.shards[0]
+    tar = bytearray(path.read_bytes())
+    for at in range(shard.offsets[PLACE] + 700, shard.offsets[PLACE] + shard.lengths[PLACE] - 2):
+        tar[at] ^= 1
+        path.write_bytes(tar)
+        try:
+            show(own_set)
+            break
+        except InputError:
+            tar[at] ^= 1
+    assert hashlib.sha256(tar).hexdigest() != shard.sha256, "no flipped bit passed the decoder"
+    with pytest.raises(InputError, match="train-0.tar has sha256"):
+        verify_shards(own_set, ["train"])
+
+
+# A cache that drops a shard between naming its file and the reader's open.
+
+class Forgetful:
+    """Has each shard in a folder beside; removes it again after naming it, so many times."""
+
+    def __init__(self, store: Path, folder: Path, *, losses: int) -> None:
+        self._store, self._folder, self.losses = store, folder, losses
+
+    def path(self, shard: Shard) -> Path:
+        path = self._folder / shard.file
+        path.write_bytes((self._store / shard.file).read_bytes())
+        if self.losses:
+            self.losses -= 1
+            path.unlink()
+        return path
+
+
+@pytest.mark.parametrize("losses", [1, 2])
+def test_a_shard_dropped_by_its_cache_is_asked_for_once_more(own_set: Manifest, tmp_path: Path, losses: int) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    source = Forgetful(own_set.folder, cache, losses=losses)
+    images = ShardImages(dataclasses.replace(own_set, folder=cache, source=source), own_set.index("train"), WHOLE)
+    if losses == 1:
+        assert images.jpeg(0) == ShardImages(own_set, own_set.index("train"), WHOLE).jpeg(0)
+    else:
+        with pytest.raises(InputError, match="shard train-0.tar of synthetic cannot be read"):
+            images.jpeg(0)
+
+
+# A whole run.
+
+def entries(run: Path) -> Iterator[dict]:
+    return map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.dist
+def test_a_run_names_each_damaged_image_once_and_counts_those_of_all_ranks(own_shard_set: Manifest,
+                                                                          tmp_path: Path) -> None:
+    """Every image of two classes but the last is damaged; the shards' hashes are right."""
+    built = with_images(own_shard_set, {f"00{label}_{view}": flipped_bits() for label in (2, 3) for view in range(5)})
+    done = launch(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                  "-m", "namr_dist.cli", "train", "homeware_conv4", "--run-dir", tmp_path / "run",
+                  *small_run(built, steps=8), "--set.train.log_every", 2, "--set.train.tensorboard", "False",
+                  "--set.data.damaged_images", "replace")
+    assert done.returncode == 0, done.stderr
+    # An epoch has two steps, a line in the log each.
+    index, how = built.index("train"), Sampling(classes_per_batch=6, images_per_class=3)
+    planned = [[key for key in (index.keys[place] for place in epoch_plan(index, how, seed=0, epoch=epoch).reshape(-1))
+                if key[:4] in ("002_", "003_") and key[4] != "5"] for epoch in range(4)]
+    so_far = [sum(planned[: epoch + 1], []) for epoch in range(4)]
+    counts = [(entry["damaged_images"], entry["replacements"]) for entry in entries(tmp_path / "run")
+              if "damaged_images" in entry]
+    assert counts == [(len(set(keys)), len(keys)) for keys in so_far]
+    warned = [line.split(".jpg in ")[0] for line in done.stderr.splitlines() if line.startswith("WARNING: ")]
+    assert sorted(warned) == sorted(f"WARNING: {key}" for key in set(so_far[-1]))
+    assert f"damaged   {counts[-1][0]} images, replaced {counts[-1][1]} times" in done.stderr
