@@ -100,7 +100,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     cli_shards.add_parser(verbs)
 
-    bench = verbs.add_parser("bench", help="measure kernels and gathering on this machine")
+    bench = verbs.add_parser("bench", help="measure kernels, gathering and the way of images on this machine")
     bench_verbs = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     kernels = bench_verbs.add_parser("kernels", help="time and memory of the losses beside other implementations")
     if words[:2] == ["bench", "kernels"]:  # the options live with the benchmark, which imports torch
@@ -118,6 +118,18 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     gather.add_argument("--steps", type=int, default=10, help="measured steps (%(default)s)")
     gather.add_argument("--csv", type=Path, metavar="FILE", help="write the figures")
     gather.set_defaults(verb=_bench_gather)
+    data = bench_verbs.add_parser(
+        "data", help="images a second of one core",
+        description="Images a second of one core, from shards to augmented batches, beside plain WebDataset and "
+        "torchvision's ImageFolder.")
+    data.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="a shard set (pictures of 320 to 500 px, "
+                      "made for the purpose)")
+    data.add_argument("--images", type=int, default=400, metavar="N", help="images of a pass (%(default)s)")
+    data.add_argument("--size", type=int, default=224, metavar="PIXELS", help="side of the result (%(default)s)")
+    data.add_argument("--repeats", type=int, default=5, metavar="R", help="measured passes (%(default)s)")
+    data.add_argument("--csv", type=Path, metavar="FILE", help="write the figures")
+    data.add_argument("--json", action="store_true", help="print JSON")
+    data.set_defaults(verb=_bench_data)
 
     doctor = verbs.add_parser("doctor", help="what is installed, which fast paths are on, what to do about the rest")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -267,6 +279,23 @@ def _bench_gather(parsed: argparse.Namespace, _: list[str]) -> None:
     show(measured)
     if parsed.csv:
         to_csv(measured, parsed.csv)
+
+
+def _bench_data(parsed: argparse.Namespace, _: list[str]) -> None:
+    for name in ("images", "size", "repeats"):
+        if getattr(parsed, name) < 1:
+            raise InputError(f"--{name} is {getattr(parsed, name)}; set it to at least 1")
+    if parsed.csv and not parsed.csv.parent.is_dir():
+        raise InputError(f"--csv {parsed.csv} is not in a folder that exists; give one")
+    from namr_dist.data.bench.measure import measure, show, to_csv
+
+    benchmark = measure(parsed.folder, images=parsed.images, size=parsed.size, repeats=parsed.repeats)
+    if parsed.json:
+        print(json.dumps(benchmark.to_json(), indent=2))
+    else:
+        show(benchmark)
+    if parsed.csv:
+        to_csv(benchmark, parsed.csv)
 
 
 def _doctor(parsed: argparse.Namespace, _: list[str]) -> int:

@@ -3,49 +3,218 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from namr_dist.atomic import write_atomic
+from namr_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from namr_dist.data.build import Built
+    from namr_dist.data.listing import Listing
+
+_FORMATS = ("sop", "inshop", "cub", "cars", "vehicleid", "folder")
+"""Modules of namr_dist.data.formats that read an original download."""
+_SHOWN_PROBLEMS = 20
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `shards` and its verbs to the `namr` command."""
     shards = verbs.add_parser("shards", help="build and verify shard sets, show their statistics")
     shard_verbs = shards.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, verb, text in (("verify", _shards_verify, "hash every shard and decode every image"),
-                             ("stats", _shards_stats, "count images and classes by split")):
-        entry = shard_verbs.add_parser(name, help=text)
-        entry.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="the shard set (homeware)")
+    _add_build(shard_verbs)
+    verify = shard_verbs.add_parser(
+        "verify", help="hash every shard, decode every image, compare each tar with the manifest", description="Hash "
+        "every shard, decode every image, compare every tar with the manifest, and look for images that stand in two "
+        "splits. All problems are told.")
+    stats = shard_verbs.add_parser("stats", help="count images and classes by split")
+    for entry, verb in ((verify, _shards_verify), (stats, _shards_stats)):
+        entry.add_argument("folder", nargs="?", metavar="FOLDER", help="the shard set, or its URL (homeware)")
         entry.add_argument("--json", action="store_true", help="print JSON")
         entry.set_defaults(verb=verb)
+    stats.add_argument("--images", action="store_true", help="read every image's header for its size")
+    stats.add_argument("--near-duplicates", action="store_true", help="look in the other splits for images that show "
+                       "what a training image shows")
+    stats.add_argument("--picture", type=Path, metavar="FILE.svg", help="write the histogram of images per class")
 
 
-def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> None:
+def _add_build(shard_verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    build = shard_verbs.add_parser(
+        "build", help="make a shard set from an original download or a folder of images",
+        description="Make a shard set from an original download, or from a user's own images. Every image is decoded; "
+        "those that are upright RGB or greyscale JPEGs keep their bytes. A build that broke off goes on when the same "
+        "command is given again.")
+    build.add_argument("format", choices=_FORMATS, metavar="FORMAT", help=f"one of {', '.join(_FORMATS)}")
+    build.add_argument("source", type=Path, metavar="SOURCE", help="the unpacked download; for folder, a folder of "
+                       "class folders or a CSV table")
+    build.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    build.add_argument("--allow-counts", action="store_true", help="build what is there, whatever the numbers of "
+                       "images and classes of the full set")
+    build.add_argument("--skip-broken", action="store_true", help="leave broken images out, and list them in "
+                       "skipped.csv")
+    build.add_argument("--highres", action="store_true", help="of inshop, the larger images")
+    build.add_argument("--size", type=int, metavar="PX", help="shrink images whose shorter side is longer")
+    build.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEGs that are encoded anew "
+                       "(%(default)s)")
+    build.add_argument("--validation", type=float, default=0.0, metavar="SHARE", help="share of the training classes "
+                       "that make a split val (%(default)s)")
+    build.add_argument("--shard-mib", type=float, default=128.0, metavar="MIB", help="about the size of a shard "
+                       "(%(default)s)")
+    build.add_argument("--seed", type=int, default=0, help="of the order of classes and of those for validation "
+                       "(%(default)s)")
+    build.add_argument("--workers", type=int, metavar="N", help="processes (as many as cores)")
+    build.add_argument("--json", action="store_true", help="print JSON")
+    build.set_defaults(verb=_shards_build)
+
+
+def _shards_build(parsed: argparse.Namespace, _: list[str]) -> None:
+    _check_build(parsed)
+    from namr_dist.data.build import BuildOptions, build
+    from namr_dist.data.normalise import Encoding
+    from namr_dist.data.statistics import statistics
+
+    reader = importlib.import_module(f"namr_dist.data.formats.{parsed.format}")
+    listing: Listing = reader.read(parsed.source, **({"highres": True} if parsed.highres else {}))
+    if different := listing.differences():
+        if not parsed.allow_counts:
+            raise InputError(f"{parsed.source} is not the full set: {'; '.join(different)}; unpack the download again, "
+                             "or add --allow-counts to build what is there")
+        for line in different:
+            print(f"WARNING: {line}", file=sys.stderr)
+    options = BuildOptions(encoding=Encoding(size=parsed.size, quality=parsed.quality), shard_mib=parsed.shard_mib,
+                           seed=parsed.seed, validation=parsed.validation)
+    root = parsed.source if parsed.source.is_dir() else parsed.source.parent
+    built = build(listing, root, parsed.out, options, workers=parsed.workers or len(os.sched_getaffinity(0)),
+                  skip_broken=parsed.skip_broken)
+    rows = statistics(built.manifest)["splits"]
+    if built.lost:
+        print(f"WARNING: {len(built.lost)} classes have no whole image and are left out: {', '.join(built.lost)}",
+              file=sys.stderr)
+    if parsed.json:
+        print(json.dumps({"name": listing.name, "description": listing.description, "folder": str(parsed.out),
+                          "splits": rows, "treated": built.treated, "skipped": built.skipped, "lost": built.lost,
+                          "was_there": built.was_there}, indent=2))
+    else:
+        _show_build(built, rows)
+
+
+def _check_build(parsed: argparse.Namespace) -> None:
+    """Raise InputError for options that no build can use."""
+    if parsed.highres and parsed.format != "inshop":
+        raise InputError(f"--highres goes with inshop, not {parsed.format}; leave it out")
+    for name, good, remedy in (("size", parsed.size is None or parsed.size >= 1, "at least 1"),
+                               ("quality", 1 <= parsed.quality <= 100, "1 to 100"),
+                               ("validation", 0 <= parsed.validation < 1, "a share of at least 0 and below 1"),
+                               ("shard-mib", 0 < parsed.shard_mib < 2**20, "above 0 and below 1048576"),
+                               ("seed", parsed.seed >= 0, "at least 0"),
+                               ("workers", parsed.workers is None or parsed.workers >= 1, "at least 1")):
+        if not good:
+            raise InputError(f"--{name} is {vars(parsed)[name.replace('-', '_')]}; give {remedy}")
+
+
+def _show_build(built: Built, rows: dict[str, dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    manifest = built.manifest
+    if built.was_there:
+        print(f"{manifest.folder} holds this very set already; nothing was done")
+    table = Table(title=f"{manifest.name}: {manifest.folder}")
+    for column in ("split", "images", "classes", "shards", "MiB"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, row in rows.items():
+        table.add_row(split, *(f"{row[name]:,}" for name in ("images", "classes", "shards")), f"{row['mib']:,.1f}")
+    Console().print(table)
+    print("images: " + ", ".join(f"{number:,} {treatment}" for treatment, number in built.treated.items()))
+    if built.skipped:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in built.skipped.items())
+        print(f"left out: {kinds}; {manifest.folder / 'skipped.csv'} lists them")
+
+
+def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> int:
     from namr_dist.data.location import open_shards
-    from namr_dist.data.shards import verify_shards
+    from namr_dist.data.statistics import statistics
+    from namr_dist.data.verify import unnamed_tars, verify
 
     manifest = open_shards(parsed.folder)
-    images = verify_shards(manifest, manifest.splits, decode=True)
+    rows = statistics(manifest)["splits"]
+    images = sum(row["images"] for row in rows.values())
+    with _bar("images", images) as advance:
+        verified = verify(manifest, advance=advance)
+    found = verified.problems
+    strays = unnamed_tars(manifest)
+    for file in strays:
+        print(f"WARNING: {manifest.folder / file} is not in the manifest; move it elsewhere", file=sys.stderr)
+    for line in verified.shared[:_SHOWN_PROBLEMS]:
+        print(f"WARNING: {line}", file=sys.stderr)
+    if len(verified.shared) > _SHOWN_PROBLEMS:
+        print(f"WARNING: {len(verified.shared)} images are in two splits in all", file=sys.stderr)
     if parsed.json:
-        print(json.dumps({"name": manifest.name, "shards": len(manifest.shards), "images": images}))
-    else:
+        print(json.dumps({"name": manifest.name, "shards": len(manifest.shards), "images": images,
+                          "splits": {split: {name: row[name] for name in ("images", "classes", "shards")}
+                                     for split, row in rows.items()},
+                          "problems": found, "shared_images": verified.shared, "unnamed_tars": strays},
+                         indent=2))
+    if found:
+        shown = found if len(found) == 1 else [f"{len(found)} problems in {manifest.folder}:", *found[:_SHOWN_PROBLEMS]]
+        raise InputError("\n  ".join(shown) + ("\n  …" if len(found) > _SHOWN_PROBLEMS else ""))
+    if not parsed.json:
         print(f"{manifest.name}: {images} images in {len(manifest.shards)} shards, all as the manifest says")
+        for split, row in rows.items():
+            print(f"  {split}: images {row['images']:,}, classes {row['classes']:,}, shards {row['shards']:,}")
+    return 0
 
 
 def _shards_stats(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.data.location import open_shards
-    from namr_dist.data.manifest import statistics
+    from namr_dist.data.statistics import statistics
 
-    figures = statistics(open_shards(parsed.folder))
+    if parsed.picture and (parsed.picture.is_dir() or not parsed.picture.parent.is_dir()):
+        raise InputError(f"--picture {parsed.picture} is not a file in a folder that exists; give one")
+    manifest = open_shards(parsed.folder)
+    figures = statistics(manifest, sizes=parsed.images)
+    if parsed.near_duplicates:
+        from namr_dist.data.near_duplicates import near_duplicates
+
+        with _bar("images", sum(row["images"] for row in figures["splits"].values())) as advance:
+            figures["near_duplicates"] = near_duplicates(manifest, advance=advance)
+    if parsed.picture:
+        from namr_dist.data.histogram import histogram_svg
+
+        write_atomic(parsed.picture, histogram_svg(figures))
     if parsed.json:
         print(json.dumps(figures, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
+    else:
+        _show_stats(figures)
 
-    table = Table(title=str(figures["name"]))
-    rows = figures["splits"]
-    for column in ("split", *next(iter(rows.values()))):
-        table.add_column(column.replace("_", " "), justify="left" if column == "split" else "right")
-    for split, row in rows.items():
-        table.add_row(split, *(f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
-    Console().print(table)
+
+def _show_stats(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from namr_dist.data.tables import near_duplicate_tables, statistics_tables
+
+    console = Console()
+    for table in statistics_tables(figures):
+        console.print(table)
+    if "near_duplicates" in figures:
+        for table in near_duplicate_tables(figures["near_duplicates"]):
+            console.print(table)
+
+
+@contextlib.contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar, if stderr is a terminal; gives what moves it on."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    said = Console(stderr=True)
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=said, transient=True,
+                  disable=not said.is_terminal) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,79 @@
+"""`namr shards build` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from namr_dist.cli import main
+
+sys.path.append(str(Path(__file__).parent.parent / "data"))
+
+import miniatures
+
+
+def told(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Lines on stderr; no traceback among them."""
+    assert "Traceback" not in done.stderr + done.stdout
+    return done.stderr.splitlines()
+
+
+def test_other_counts_than_the_full_set_are_refused_or_told(namr: Callable, tmp_path: Path) -> None:
+    source, out = miniatures.sop(tmp_path / "source"), tmp_path / "out"
+    refused = namr("shards", "build", "sop", source, "--out", out)
+    assert refused.returncode == 2 and len(told(refused)) == 1 and not out.exists()
+    assert "train images: 21 found, 59,551 expected" in refused.stderr and "--allow-counts" in refused.stderr
+    built = namr("shards", "build", "sop", source, "--out", out, "--allow-counts", "--workers", 1, "--json")
+    assert built.returncode == 0, built.stderr
+    assert "WARNING: test classes: 6 found, 11,316 expected" in told(built)
+    figures = json.loads(built.stdout)
+    assert {split: (row["images"], row["classes"]) for split, row in figures["splits"].items()} == {
+        "train": (21, 6), "test": (21, 6)}
+    assert (figures["treated"], figures["skipped"], figures["was_there"]) == ({"kept": 42}, {}, False)
+
+
+def test_the_summary_counts_by_split_and_by_treatment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = miniatures.user_folder(tmp_path / "source")
+    words = ["shards", "build", "folder", str(source), "--out", str(tmp_path / "out"), "--workers", "1",
+             "--validation", "0.34"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    rows = [line.split("│") for line in said.out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row[1:4]] for row in rows] == [["train", "8", "2"], ["val", "4", "1"],
+                                                                     ["test", "12", "3"]]
+    assert "images: 18 converted, 6 kept" in said.out and not said.err
+    assert main(words) == 0
+    assert "holds this very set already; nothing was done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    (["sop", "--highres"], "--highres goes with inshop, not sop"),
+    (["sop", "--size", "0"], "--size is 0; give at least 1"),
+    (["sop", "--quality", "101"], "--quality is 101; give 1 to 100"),
+    (["sop", "--validation", "1"], "--validation is 1.0; give a share"),
+    (["sop", "--validation", "nan"], "--validation is nan; give a share"),
+    (["sop", "--shard-mib", "0"], "--shard-mib is 0.0; give above 0"),
+    (["sop", "--workers", "0"], "--workers is 0; give at least 1"),
+    (["sop", "--seed", "-1"], "--seed is -1; give at least 0"),
+])
+def test_options_that_no_build_can_use_are_refused(tmp_path: Path, words: list[str], named: str,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "build", words[0], str(tmp_path), "--out", str(tmp_path / "out"), *words[1:]]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and named in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_trees_of_inshop_are_built_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = miniatures.inshop(tmp_path / "source", highres=True)
+    descriptions = []
+    for more in ([], ["--highres"]):
+        assert main(["shards", "build", "inshop", str(source), "--out", str(tmp_path / f"out{len(more)}"),
+                     "--allow-counts", "--workers", "1", "--json", *more]) == 0
+        descriptions.append(json.loads(capsys.readouterr().out)["description"])
+    assert "img_highres" not in descriptions[0] and "img_highres" in descriptions[1]
