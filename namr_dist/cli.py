@@ -81,7 +81,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
                              "file with z, s (float32) and the images' names in its metadata.")
     embed.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     source = embed.add_mutually_exclusive_group(required=True)
-    source.add_argument("--shards", type=Path, metavar="FOLDER", help="a shard set")
+    source.add_argument("--shards", metavar="FOLDER", help="a shard set, or its URL")
     source.add_argument("--images", type=Path, metavar="FOLDER", help="image files, searched recursively")
     embed.add_argument("--split", default="test", help="split of the shard set (%(default)s)")
     embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")

@@ -262,7 +262,8 @@ class Manifest:
         return tuple(self.shards[number] for number in np.unique(self.index(*splits).shard_N))
 
     def split_hash(self, *splits: str) -> str:
-        """First 16 hex digits of a SHA-256 over the sorted (key, label) pairs: names a split in a protocol."""
+        """First 16 hex digits of a SHA-256 over the sorted keys, labels and roles: names a split in a protocol."""
         index = self.index(*splits)
-        lines = sorted(f"{key}\t{label}\n" for key, label in zip(index.keys, index.label_N, strict=True))
+        lines = sorted(f"{key}\t{label}" + (f"\t{ROLES[role]}" if role else "") + "\n"
+                       for key, label, role in zip(index.keys, index.label_N, index.role_N, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

@@ -36,11 +36,22 @@ def as_matrix(values_ND: Any, name: str) -> Float64:
 
     Raises InputError unless the input is two-dimensional, non-empty, finite and below 1e17.
     """
-    matrix_ND = np.ascontiguousarray(_as_numpy(values_ND), dtype=np.float64)
+    return _checked(np.ascontiguousarray(_as_numpy(values_ND), dtype=np.float64), name)
+
+
+def as_float32(values_ND: Any, name: str) -> Float32:
+    """As :func:`as_matrix`, rounded to fp32: half the memory, and no copy of what is fp32 already."""
+    with np.errstate(over="ignore"):
+        return _checked(np.ascontiguousarray(_as_numpy(values_ND), dtype=np.float32), name)
+
+
+def _checked(matrix_ND: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     if matrix_ND.ndim != 2 or 0 in matrix_ND.shape:
         raise InputError(f"{name}: a non-empty (rows, width) matrix is needed, got shape {matrix_ND.shape}")
+    # By rows' extremes, which NaN passes through: no second matrix is made.
     with np.errstate(invalid="ignore"):
-        bad_N: Bool = np.asarray(np.any(~(np.abs(matrix_ND) <= _LARGEST_ENTRY), axis=1))
+        inside_N = (matrix_ND.max(axis=1) <= _LARGEST_ENTRY) & (matrix_ND.min(axis=1) >= -_LARGEST_ENTRY)
+    bad_N: Bool = ~inside_N
     if bad_N.any():
         row = int(np.flatnonzero(bad_N)[0])
         raise InputError(

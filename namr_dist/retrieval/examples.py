@@ -1,6 +1,6 @@
 """Pictures for the report: queries with their neighbours, and a map of all embeddings.
 
-Shapes: N test images, D width, K neighbours, P points on the map.
+Shapes: N test images, Q of them queries, G of them searched, D width, K neighbours, P points on the map.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float64, Int64
 from namr_dist.retrieval.charts import HUES, SHAPES, marker, scatter
 from namr_dist.retrieval.index import sample_vectors
-from namr_dist.retrieval.metrics import relevance
+from namr_dist.retrieval.metrics import relevance, relevant_counts
+from namr_dist.retrieval.roles import Division
 from namr_dist.retrieval.search import search_excluding_self
 
 NEIGHBOURS = 8
@@ -45,7 +46,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A query, and its nearest other images in order."""
+    """A query, and the nearest images it finds, in order."""
 
     query: Picture
     neighbours: list[Picture]
@@ -83,6 +84,7 @@ def data_uri(jpeg: bytes, name: str) -> str:
 def neighbour_examples(
     z_ND: Float64,
     labels_N: Int64,
+    sides: Division,
     load_jpeg: Callable[[int], bytes],
     names: Sequence[str],
     *,
@@ -91,37 +93,40 @@ def neighbour_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Queries whose first neighbour is right, and queries where it is wrong.
 
-    About ten queries, half of each kind where both exist, drawn by the seed from the images that have
+    About ten queries, half of each kind where both exist, drawn by the seed from the queries that have
     a right answer; no class twice. Neighbours are those of the sample mode.
     """
-    served = sample_vectors(z_ND, z_ND, cosine=cosine)
-    _, ranked_NK = search_excluding_self(served.queries_QV, served.items_NV, NEIGHBOURS, metric=served.metric)
-    right_NK = relevance(ranked_NK, labels_N, labels_N)
-    _, class_N, size_C = np.unique(labels_N, return_inverse=True, return_counts=True)
-    relevant_N = size_C[class_N] - 1
-    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(relevant_N > 0))
+    query_labels_Q, item_labels_G = labels_N[sides.query_Q], labels_N[sides.item_G]
+    served = sample_vectors(z_ND[sides.query_Q], z_ND[sides.item_G], cosine=cosine)
+    _, ranked_QK = search_excluding_self(served.queries_QV, served.items_NV, NEIGHBOURS, query_ids_Q=sides.own_Q,
+                                         metric=served.metric)
+    right_QK = relevance(ranked_QK, query_labels_Q, item_labels_G)
+    relevant_Q = relevant_counts(query_labels_Q, item_labels_G, query_ids_Q=sides.own_Q)
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(relevant_Q > 0))
     kinds: dict[bool, list[int]] = {True: [], False: []}
     taken: set[int] = set()
     for query in drawn.tolist():
-        kind = kinds[bool(right_NK[query, 0])]
-        if len(kind) < 2 * _QUERIES_OF_EACH_KIND and int(labels_N[query]) not in taken:
+        kind = kinds[bool(right_QK[query, 0])]
+        if len(kind) < 2 * _QUERIES_OF_EACH_KIND and int(query_labels_Q[query]) not in taken:
             kind.append(query)
-            taken.add(int(labels_N[query]))
+            taken.add(int(query_labels_Q[query]))
     # A kind that is rare leaves its places to the other.
     right = kinds[True][: 2 * _QUERIES_OF_EACH_KIND - min(len(kinds[False]), _QUERIES_OF_EACH_KIND)]
     wrong = kinds[False][: 2 * _QUERIES_OF_EACH_KIND - len(right)]
 
+    def picture(place: int, caption: str, *, right: bool) -> Picture:
+        name = names[place]
+        return Picture(uri=data_uri(load_jpeg(place), name), name=name, alt=f"{caption}: {name}", right=right)
+
     def example(query: int) -> Example:
+        place = int(sides.query_Q[query])
         neighbours = []
-        for rank, (item, good) in enumerate(zip(ranked_NK[query], right_NK[query], strict=True), start=1):
+        for rank, (item, good) in enumerate(zip(ranked_QK[query], right_QK[query], strict=True), start=1):
             if item >= 0:
-                verdict = "right" if good else "wrong"
-                alt = f"Neighbour {rank} of {names[query]}, {verdict}: {names[item]}"
-                uri = data_uri(load_jpeg(int(item)), names[item])
-                neighbours.append(Picture(uri=uri, name=names[item], alt=alt, right=bool(good)))
-        uri = data_uri(load_jpeg(query), names[query])
-        picture = Picture(uri=uri, name=names[query], alt=f"Query: {names[query]}", right=True)
-        return Example(query=picture, neighbours=neighbours, relevant=int(relevant_N[query]))
+                caption = f"Neighbour {rank} of {names[place]}, {'right' if good else 'wrong'}"
+                neighbours.append(picture(int(sides.item_G[item]), caption, right=bool(good)))
+        return Example(query=picture(place, "Query", right=True), neighbours=neighbours,
+                       relevant=int(relevant_Q[query]))
 
     return [example(query) for query in right], [example(query) for query in wrong]
 

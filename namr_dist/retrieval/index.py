@@ -47,8 +47,8 @@ def _served(
     queries_QV: list[Float64], items_NV: list[Float64], metric: Metric, offset_Q: Float64, scale: float
 ) -> Served:
     return Served(
-        queries_QV=np.concatenate(queries_QV, axis=1).astype(np.float32),
-        items_NV=np.concatenate(items_NV, axis=1).astype(np.float32),
+        queries_QV=np.concatenate(queries_QV, axis=1, dtype=np.float32, casting="same_kind"),
+        items_NV=np.concatenate(items_NV, axis=1, dtype=np.float32, casting="same_kind"),
         metric=metric,
         offset_Q=offset_Q,
         scale=scale,
@@ -63,7 +63,8 @@ def centred(z_QD: Any, z_ND: Any) -> tuple[Float64, Float64]:
             f"query z is {queries.shape[1]} wide, item z {items.shape[1]}: embed both with the same model"
         )
     centre_D = items.mean(axis=0)
-    return queries - centre_D, items - centre_D
+    moved = items - centre_D
+    return (moved if queries is items else queries - centre_D), moved
 
 
 def as_weights(s_ND: Any, z_ND: Float64, name: str) -> Float64:

@@ -86,11 +86,14 @@ def retrieval_scores(
     *,
     ks: Sequence[int] = (1, 2, 4, 8),
     query_ids_Q: Int64 | None = None,
+    first_right_Q: Int64 | None = None,
 ) -> RetrievalScores:
     """R@k, MAP@R and R-precision of ranked neighbours.
 
     ranked_QK: (Q, K) item indices, nearest first, the query's own entry left out, −1 for "no more
-    items"; K must reach max(ks) and the largest R.
+    items"; K must reach the largest R, and max(ks) too unless first_right_Q is given: (Q,) the place, from
+    1 on, of each query's first right item in the whole order; whatever it says where R = 0 is not read.
+    With fewer than k other items, R@k looks at all of them.
     R@k is the share of queries with a right item among the first k; R-precision the share of right
     items among the first R; MAP@R = (1/R) Σ_{i ≤ R} P(i)·rel(i) with P(i) the precision of the first i
     (Musgrave et al., "A Metric Learning Reality Check", 2020).
@@ -99,7 +102,7 @@ def retrieval_scores(
     query_labels = as_labels(query_labels_Q, len(ranked_QK), "query labels")
     item_labels = as_labels(item_labels_N, len(item_labels_N), "item labels")
     relevant_Q = relevant_counts(query_labels, item_labels, query_ids_Q=query_ids_Q)
-    needed = max(max(ks), int(relevant_Q.max()))
+    needed = max(max(ks) if first_right_Q is None else 1, int(relevant_Q.max()))
     if ranked_QK.shape[1] < needed:
         raise InputError(
             f"{ranked_QK.shape[1]} neighbours a query, {needed} are needed (largest k {max(ks)}, "
@@ -115,7 +118,10 @@ def retrieval_scores(
     rank_K = np.arange(1, right_QK.shape[1] + 1)
     hit_QK = right_QK & (rank_K <= relevant_Q1)
     precision_QK = np.cumsum(right_QK, axis=1) / rank_K
-    shares = [right_QK[:, :k].any(axis=1).mean() for k in ks]
+    if first_right_Q is None:
+        shares = [right_QK[:, :k].any(axis=1).mean() for k in ks]
+    else:
+        shares = [(first_right_Q[counted_Q] <= k).mean() for k in ks]
     shares.append(((precision_QK * hit_QK).sum(axis=1) / relevant_Q1[:, 0]).mean())
     shares.append((hit_QK.sum(axis=1) / relevant_Q1[:, 0]).mean())
     percent = {name: 100 * float(share) for name, share in zip(names, shares, strict=True)}

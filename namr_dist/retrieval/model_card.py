@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from namr_dist import __version__
-from namr_dist.retrieval.tables import baseline_rows, columns, mode_rows, number
+from namr_dist.retrieval.reidentification import METRICS
+from namr_dist.retrieval.tables import (
+    Row,
+    baseline_rows,
+    columns,
+    mean_and_deviation,
+    mode_rows,
+    number,
+    reidentification_rows,
+)
 
 _LOADING = {
     "model.safetensors": ("with namr-dist installed (neither DeepSpeed nor a process group is used)", """\
@@ -91,16 +100,22 @@ def _measured(metrics: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> 
         known = {"steps": trained["steps"], "trained on": trained["machine"], "trained with": trained["versions"]}
         return ["## Measured", "Nothing: the run was exported before `namr evaluate`.",
                 _table(["", ""], [[key, str(value)] for key, value in known.items()])]
-    before, modes = baseline_rows(metrics), mode_rows(metrics)
+    before, modes = baseline_rows(metrics), mode_rows(metrics["test"])
     names = columns([*before, *modes])
     rows = [[row.name, *(number(row.figures.get(name)) for name in names)] for row in before]
-    for row in modes:
-        label = row.name if row.control else f"trained, {row.name}" + " (looks at the gallery)" * row.looks_at_gallery
-        rows.append([label, *(number(row.figures.get(name)) for name in names)])
+    rows += [[_label(row), *(number(row.figures.get(name)) for name in names)] for row in modes]
+    again = [[_label(row), *(mean_and_deviation(row, name) for name in METRICS)]
+             for row in reidentification_rows(metrics)]
     protocol = [[key, str(value)] for key, value in (metrics.get("protocol") or {}).items()]
     return ["## Measured", "Retrieval on the test split, in percent; one run. Rows that begin with \"with\" are "
-            "controls of the row above.", _table(["embedding", *names], rows), "## Protocol",
-            _table(["", ""], protocol)]
+            "controls of the row above.", _table(["embedding", *names], rows),
+            *(["Re-identification, in percent: mean ± standard deviation over random galleries.",
+               _table(["embedding", *METRICS], again)] if again else []),
+            "## Protocol", _table(["", ""], protocol)]
+
+
+def _label(row: Row) -> str:
+    return row.name if row.control else f"trained, {row.name}" + " (looks at the gallery)" * row.looks_at_gallery
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -16,8 +16,16 @@ from namr_dist.atomic import write_atomic
 from namr_dist.errors import InputError
 from namr_dist.retrieval.charts import Line, line_chart, smoothed, thinned
 from namr_dist.retrieval.examples import NEIGHBOURS, embedding_map, neighbour_examples
+from namr_dist.retrieval.reidentification import METRICS
 from namr_dist.retrieval.run_record import RunRecord, read_run
-from namr_dist.retrieval.tables import baseline_rows, columns, mode_rows, number
+from namr_dist.retrieval.tables import (
+    baseline_rows,
+    columns,
+    mean_and_deviation,
+    mode_rows,
+    number,
+    reidentification_rows,
+)
 
 _BACKBONES = {"efficientnet_lite0": "EfficientNet-Lite0", "conv4": "a small four-layer network"}
 _LOSSES = {
@@ -50,8 +58,8 @@ def write_report(
     """Write RUN/report.html and return its path.
 
     run_dir holds config.json, metrics.jsonl, metrics.json and embeddings.safetensors (z (N, D),
-    labels (N,)). load_jpeg gives the image file of a place in the embeddings' order; names and
-    categories (N each; "" for none) its class and super-category.
+    labels (N,) and, where images have roles, roles (N,)). load_jpeg gives the image file of a place in the
+    embeddings' order; names and categories (N each; "" for none) its class and super-category.
     The page needs no network: charts are inline SVG, images data URIs. It replaces an older one
     atomically. Choices at random (examples, map) follow the run's seed.
     Raises InputError where a file is missing or damaged, or the lengths differ.
@@ -66,9 +74,10 @@ def write_report(
     seed = _number_in(run.config, "train", "seed")
     seed = 0 if seed is None else int(seed)
     cosine = _block(run.metrics, "test_protocol").get("distance") == "cosine"
-    right, wrong = neighbour_examples(run.z_ND, run.labels_N, load_jpeg, names, cosine=cosine, seed=seed)
+    right, wrong = neighbour_examples(run.z_ND, run.labels_N, run.sides, load_jpeg, names, cosine=cosine, seed=seed)
     measurement = _block(run.metrics, "test_counts") | _block(run.metrics, "test_protocol")
-    rows, trained = baseline_rows(run.metrics), mode_rows(run.metrics)
+    rows, trained = baseline_rows(run.metrics), mode_rows(run.metrics["test"])
+    result_columns = columns([*rows, trained[0]])
     folder = Path(__file__).parent / "templates"
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -78,14 +87,19 @@ def write_report(
     page = environment.get_template("report.html").render(
         title=run.name,
         recipe=str(run.config.get("recipe") or ""),
-        headline=run.metrics["test"]["sample"].get("R@1"),
+        headline=_first_cut_off(run.metrics),
         summary=list(_summary(run)),
         facts=list(_facts(run)),
         bars=[(row.name, row.figures, False) for row in rows] + [("trained", trained[0].figures, True)],
-        result_columns=columns([*rows, trained[0]]),
+        result_columns=result_columns,
         mode_columns=columns(trained),
         modes=trained,
         mode_texts=_MODE_TEXTS,
+        again=_block(run.metrics, "reidentification"),
+        again_columns=METRICS,
+        again_rows=[(row, [mean_and_deviation(row, name) for name in METRICS])
+                    for row in reidentification_rows(run.metrics)],
+        leave_one_out=run.sides.leave_one_out,
         certificate=_block(run.metrics, "test_counts").get("rerank_certified_percent"),
         clustering={name: run.metrics["test"]["sample"].get(name) for name in ("NMI", "AMI")},
         has_structure="adaptive" in run.metrics["test"],
@@ -141,7 +155,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     train = _block(run.metrics, "train")
-    yield "test images", f"{len(run.labels_N):,}"
+    if run.sides.leave_one_out:
+        yield "test images", f"{len(run.labels_N):,}"
+    else:
+        yield "test queries", f"{len(run.sides.query_Q):,}"
+        yield "images searched", f"{len(run.sides.item_G):,}"
     yield "test classes", f"{len(set(run.labels_N.tolist())):,}"
     yield "embedding width", f"{run.z_ND.shape[1]:,}"
     if (steps := _number_in(train, "steps")) is not None:
@@ -155,24 +173,33 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
 def _summary(run: RunRecord) -> Iterator[str]:
     """What was trained, how well it finds, and whether the structure embedding helps, as sentences."""
     yield _what_was_trained(run)
-    sample = run.metrics["test"]["sample"]
-    found = _number_in(sample, "R@1")
+    name = _first_cut_off(run.metrics)
+    found = _number_in(run.metrics, "test", "sample", name)
     if found is None:
         return
+    sides = run.sides
+    searched = ("Each test image then searched all the others" if sides.leave_one_out else
+                f"Each of {len(sides.query_Q):,} test images then searched a gallery of {len(sides.item_G):,}")
+    hit = "The nearest image was" if name == "R@1" else f"One of the {name[2:]} nearest images was"
     text = (
-        "Each test image then searched all the others. None of their classes had been trained on. "
-        f"The nearest image was of the same class for {found:.1f} % of them (R@1)"
+        f"{searched}. None of their classes had been trained on. "
+        f"{hit} of the same class for {found:.1f} % of them ({name})"
     )
-    rivals = [(row.name, _number_in(row.figures, "R@1")) for row in baseline_rows(run.metrics)]
+    rivals = [(row.name, _number_in(row.figures, name)) for row in baseline_rows(run.metrics)]
     known = [
-        f"{value:.1f} % " + ("by comparing raw pixels" if name == "raw pixels" else f"with the {name}")
-        for name, value in rivals
+        f"{value:.1f} % " + ("by comparing raw pixels" if rival == "raw pixels" else f"with the {rival}")
+        for rival, value in rivals
         if value is not None
     ]
     if known:
         text += ", against " + (", ".join(known[:-1]) + " and " if len(known) > 1 else "") + known[-1]
     yield text + "."
-    yield from _structure_verdict(run.metrics, found)
+    yield from _structure_verdict(run.metrics, name, found)
+
+
+def _first_cut_off(metrics: Mapping[str, Any]) -> str:
+    """The R@k of the smallest k that was measured."""
+    return next(iter(columns(mode_rows(metrics["test"])[:1])), "R@1")
 
 
 def _what_was_trained(run: RunRecord) -> str:
@@ -198,10 +225,10 @@ def _what_was_trained(run: RunRecord) -> str:
     return text + "."
 
 
-def _structure_verdict(metrics: Mapping[str, Any], found: float) -> Iterator[str]:
+def _structure_verdict(metrics: Mapping[str, Any], name: str, found: float) -> Iterator[str]:
     queries = _number_in(metrics, "test_counts", "queries")
     learnt, ones, shuffled = (
-        _number_in(metrics, "test", "symmetric" + suffix, "R@1") for suffix in ("", "_s1", "_shuffled")
+        _number_in(metrics, "test", "symmetric" + suffix, name) for suffix in ("", "_s1", "_shuffled")
     )
     if learnt is None or ones is None or shuffled is None or not queries:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.folder import FolderImages
 from namr_dist.data.location import open_shards
-from namr_dist.data.manifest import Manifest
+from namr_dist.data.manifest import Manifest, SplitIndex
 from namr_dist.data.shards import verify_shards
-from namr_dist.data.stream import ShardImages
-from namr_dist.parallel.ranks import only_rank
+from namr_dist.data.stream import ImageSource, ShardImages
+from namr_dist.parallel.ranks import Rank, only_rank
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
+from namr_dist.retrieval.reidentification import reidentify
 from namr_dist.retrieval.report import write_report
+from namr_dist.retrieval.roles import Division, divide
 from namr_dist.retrieval.run_record import read_log
 from namr_dist.retrieval.search import search_backend
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, load_network
@@ -34,18 +37,20 @@ def evaluate_run(run: Path) -> dict:
     """Measure a run on its test split; write RUN/metrics.json and RUN/embeddings.safetensors; return the figures.
 
     Beside the trained network stand raw pixels (32 × 32), the network before training and the frozen backbone's
-    pooled features. Raises InputError if the run is not finished or its data are not as they were.
+    pooled features. If the split has roles, queries search the gallery, else all search all others.
+    Raises InputError if the run is not finished, its data are not as they were, or the split has no query or nothing
+    to search.
     """
     config = Config.load(run / "config.json")
     rank = only_rank()
     network, trained = load_network(final_checkpoint(run), config, device=rank.device)
     manifest = open_shards(config.data.path, config.data.remote)
     split = config.data.test_split
-    verify_shards(manifest, [split])
     index = manifest.index(split)
+    sides = divide(index.role_N, len(index), f"split {split!r} of {manifest.folder}")
+    verify_shards(manifest, [split])
     images = ShardImages(manifest, index, test_transform(config))
-    workers = config.data.workers
-    z_ND, s_ND = embed(network, images, rank=rank, batch_size=_BATCH, workers=workers)
+    z_ND, s_ND = _embedded(network, images, config, rank)
 
     before = initial_network(config, device=rank.device, pretrained=True).eval()
 
@@ -53,19 +58,22 @@ def evaluate_run(run: Path) -> dict:
         features_bF = before.features(batch_bHW3)
         return before.sample_head(features_bF), features_bF, _raw_pixels(batch_bHW3)
 
-    start_ND, features_NF, pixels_NP = embed(measure_start, images, rank=rank, batch_size=_BATCH, workers=workers)
-    measured = evaluate(z_ND, s_ND, index.label_N, delta=config.model.delta, seed=config.train.seed)
+    start_ND, features_NF, pixels_NP = _embedded(measure_start, images, config, rank)
+    labels_N, roles_N, ks = index.label_N, index.role_N, config.evaluation.recall_at
+    seed, draws = config.train.seed, config.evaluation.reidentification_draws
+    reidentified = reidentify(z_ND, s_ND, labels_N, draws=draws, seed=seed) if draws else None
     metrics = {
-        **measured,
+        **evaluate(z_ND, s_ND, labels_N, delta=config.model.delta, ks=ks, seed=seed, roles_N=roles_N),
+        **({"reidentification": reidentified} if reidentified else {}),
         "baselines": {
-            "raw pixels": evaluate_sample(pixels_NP, index.label_N),
-            "untrained model": evaluate_sample(start_ND, index.label_N),
-            "frozen backbone": evaluate_sample(features_NF, index.label_N, distance="cosine"),
+            "raw pixels": evaluate_sample(pixels_NP, labels_N, ks=ks, roles_N=roles_N),
+            "untrained model": evaluate_sample(start_ND, labels_N, ks=ks, roles_N=roles_N),
+            "frozen backbone": evaluate_sample(features_NF, labels_N, ks=ks, distance="cosine", roles_N=roles_N),
         },
         "train": _training_figures(run, trained),
-        "protocol": _protocol(config, manifest, trained),
+        "protocol": _protocol(config, manifest, trained, sides, reidentified),
     }
-    tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), "labels": torch.from_numpy(index.label_N)}
+    tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **_facts(index)}
     write_atomic(run / "embeddings.safetensors", safetensors.torch.save(tensors))
     write_atomic(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
@@ -81,33 +89,49 @@ def report_run(run: Path) -> Path:
     return write_report(run, images.jpeg, [entry.name for entry in classes], [entry.category for entry in classes])
 
 
-def embed_shards(run: Path, folder: Path, split: str, out: Path) -> int:
-    """Embed a split of a shard set into `out`; return the number of images."""
+def embed_shards(run: Path, location: str, split: str, out: Path) -> int:
+    """Embed a split of the shard set in a folder or behind a URL into `out`; return the number of images."""
     config = Config.load(run / "config.json")
-    manifest = Manifest.load(folder)
+    manifest = open_shards(location, config.data.remote)
     verify_shards(manifest, [split])
     index = manifest.index(split)
     return _embed_to(run, config, ShardImages(manifest, index, test_transform(config)), index.keys, out,
-                     labels_N=index.label_N)
+                     _facts(index))
 
 
 def embed_folder(run: Path, folder: Path, out: Path) -> int:
     """Embed every JPEG, PNG, WebP and BMP file below a folder into `out`; return their number."""
     config = Config.load(run / "config.json")
     images = FolderImages(folder, test_transform(config))
-    return _embed_to(run, config, images, images.names, out)
+    return _embed_to(run, config, images, images.names, out, {})
 
 
-def _embed_to(run: Path, config: Config, images: ShardImages | FolderImages, names: tuple[str, ...], out: Path, *,
-              labels_N: np.ndarray | None = None) -> int:
+def _embedded(forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, config: Config,
+              rank: Rank) -> tuple[np.ndarray, ...]:
+    return embed(forward, images, rank=rank, batch_size=_BATCH, workers=config.data.workers,
+                 timeout_s=60 * config.data.batch_minutes)
+
+
+def _facts(index: SplitIndex) -> dict[str, Tensor]:
+    """What is known of the images, to lie beside their embeddings; roles only where there are any."""
+    facts = {"labels": torch.from_numpy(index.label_N)}
+    return facts | {"roles": torch.from_numpy(index.role_N)} if index.role_N.any() else facts
+
+
+def _embed_to(run: Path, config: Config, images: ShardImages | FolderImages, names: tuple[str, ...], out: Path,
+              facts: dict[str, Tensor]) -> int:
     rank = only_rank()
     network, _ = load_network(final_checkpoint(run), config, device=rank.device)
-    z_ND, s_ND = embed(network, images, rank=rank, batch_size=_BATCH, workers=config.data.workers)
-    tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND)}
-    if labels_N is not None:
-        tensors["labels"] = torch.from_numpy(labels_N)
+    z_ND, s_ND = _embedded(network, images, config, rank)
+    tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **facts}
     write_atomic(out, safetensors.torch.save(tensors, {"names": json.dumps(names), "run": run.name}))
     return len(names)
+
+
+def _describe(reidentified: dict) -> str:
+    return (f"one random image of each of {reidentified['gallery']:,} classes is the gallery, the "
+            f"{reidentified['queries']:,} others search it, whatever their roles; mean and standard deviation of "
+            f"{reidentified['draws']} draws, seed {reidentified['seed']}")
 
 
 def _raw_pixels(images_bHW3: Tensor) -> Tensor:
@@ -123,16 +147,18 @@ def _training_figures(run: Path, trained: dict) -> dict:
     return {"steps": trained["steps"], "seconds": lines[-1]["time_s"], "img_per_s": float(np.median(speeds))}
 
 
-def _protocol(config: Config, manifest: Manifest, trained: dict) -> dict:
+def _protocol(config: Config, manifest: Manifest, trained: dict, sides: Division, reidentified: dict | None) -> dict:
     data, model, loss = config.data, config.model, config.loss
     backend, here = search_backend(), provenance()
     return {
         "data set": manifest.name,
+        "source": manifest.description,
         "train splits": ", ".join(data.train_splits),
         "train hash": manifest.split_hash(*data.train_splits),
         "test split": data.test_split,
         "test hash": manifest.split_hash(data.test_split),
-        "query": "leave one out over the test split; a query's own index is left out, not its first hit",
+        "query": str(sides),
+        **({"re-identification": _describe(reidentified)} if reidentified else {}),
         "test transform": f"middle square, {data.test_crop:g} of the shorter side, to {config.test_size} px, bicubic",
         "backbone": model.backbone + (" (pre-trained)" if model.pretrained else " (from scratch)"),
         "batch norm": model.batchnorm,

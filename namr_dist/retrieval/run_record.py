@@ -16,6 +16,7 @@ from safetensors.numpy import load
 
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
+from namr_dist.retrieval.roles import Division, divide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class RunRecord:
     metrics: dict[str, Any]
     z_ND: Float64
     labels_N: Int64
+    sides: Division
+    """who queries and who is searched"""
 
 
 def _bytes(path: Path, made_by: str) -> bytes:
@@ -93,4 +96,5 @@ def read_run(run_dir: Path) -> RunRecord:
         metrics=metrics,
         z_ND=z_ND,
         labels_N=as_labels(np.asarray(tensors["labels"]), len(z_ND), f"{path}, labels"),
+        sides=divide(tensors.get("roles"), len(z_ND), str(path)),
     )

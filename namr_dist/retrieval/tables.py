@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from namr_dist.retrieval.evaluate import LOOKS_AT_GALLERY, MODES
+from namr_dist.retrieval.reidentification import METRICS
 
 BASELINES = ("raw pixels", "untrained model", "frozen backbone")
 _LAST_COLUMNS = ("MAP@R", "R-precision")
@@ -53,9 +55,8 @@ def baseline_rows(metrics: Mapping[str, Any]) -> list[Row]:
     return [Row(name=name, figures=baselines[name]) for name in names]
 
 
-def mode_rows(metrics: Mapping[str, Any]) -> list[Row]:
-    """Every measured mode, each followed by its controls."""
-    test = metrics["test"]
+def mode_rows(test: Mapping[str, Any]) -> list[Row]:
+    """Every mode of a block {mode: figures}, each followed by its controls."""
     rows = []
     for mode in MODES:
         if mode in test:
@@ -67,14 +68,26 @@ def mode_rows(metrics: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def results_table(metrics: Mapping[str, Any]) -> Table:
-    """The content of metrics.json as a table for the console: baselines, then trained modes and controls."""
-    before, trained = baseline_rows(metrics), mode_rows(metrics)
+def reidentification_rows(metrics: Mapping[str, Any]) -> list[Row]:
+    """The same for re-identification; none where it was not measured."""
+    return mode_rows((metrics.get("reidentification") or {}).get("modes") or {})
+
+
+def mean_and_deviation(row: Row, name: str) -> str:
+    """A figure of re-identification, such as "91.2 ± 0.3"."""
+    return f"{number(row.figures.get(name))} ± {number(row.figures.get(f'{name} std'))}"
+
+
+def results_table(metrics: Mapping[str, Any]) -> Group:
+    """The content of metrics.json for the console: baselines, then trained modes and controls; re-identification,
+    where it was measured, in a table of its own."""
+    before, trained = baseline_rows(metrics), mode_rows(metrics["test"])
     names = columns([*before, *trained])
     counts = metrics.get("test_counts") or {}
     title = "Test retrieval, %"
     if "queries" in counts:
-        title += f" ({counts['queries']:,} queries, {counts.get('left_out', 0):,} left out)"
+        title += (f" ({counts['queries']:,} queries, {counts.get('left_out', 0):,} left out, "
+                  f"{counts.get('items', 0):,} images searched)")
     notes = []
     if any(row.looks_at_gallery for row in trained):
         notes.append("* looks at the whole gallery, not only at the two images compared")
@@ -89,8 +102,22 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
         table.add_row(Text(row.name), *(number(row.figures.get(name)) for name in names))
     if before:
         table.add_section()
-    for row in trained:
-        label = f"  {row.name}" if row.control else f"trained, {row.name}" + " *" * row.looks_at_gallery
-        values = [number(row.figures.get(name)) for name in names]
-        table.add_row(Text(label), *values, style="dim" if row.control else None)
+    _add_trained(table, trained, [[number(row.figures.get(name)) for name in names] for row in trained])
+    again = reidentification_rows(metrics)
+    return Group(table, _reidentification_table(metrics["reidentification"], again)) if again else Group(table)
+
+
+def _reidentification_table(block: Mapping[str, Any], rows: list[Row]) -> Table:
+    title = (f"Re-identification, % ({block['queries']:,} queries, gallery of {block['gallery']:,}, mean ± deviation "
+             f"of {block['draws']} draws)")
+    table = Table("", title=title)
+    for name in METRICS:
+        table.add_column(name, justify="right")
+    _add_trained(table, rows, [[mean_and_deviation(row, name) for name in METRICS] for row in rows])
     return table
+
+
+def _add_trained(table: Table, rows: list[Row], values: list[list[str]]) -> None:
+    for row, cells in zip(rows, values, strict=True):
+        label = f"  {row.name}" if row.control else f"trained, {row.name}" + " *" * row.looks_at_gallery
+        table.add_row(Text(label), *cells, style="dim" if row.control else None)

@@ -280,7 +280,7 @@ def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank:
     z_ND, _ = embed(engine, images, rank=rank, batch_size=engine.train_micro_batch_size_per_gpu(),
                     workers=config.data.workers, timeout_s=60 * config.data.batch_minutes)
     engine.train()
-    return evaluate_sample(z_ND, index.label_N) if rank.first else {}
+    return evaluate_sample(z_ND, index.label_N, roles_N=index.role_N) if rank.first else {}
 
 
 def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> bool:

@@ -26,6 +26,7 @@ from namr_dist.data.select import training_images
 from namr_dist.data.shards import verify_shards
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
+from namr_dist.retrieval.roles import divide
 from namr_dist.train.state import state_bytes
 
 # What a run writes beside its network (logs, events, embeddings, report), generously.
@@ -46,6 +47,7 @@ def preflight(config: Config, *, world_size: int, local_rank: int) -> tuple[Mani
         if split is None:
             continue
         other = manifest.index(split)
+        divide(other.role_N, len(other), f"split {split!r} of {manifest.folder}")
         if len(other) < world_size:
             raise InputError(f"split {split!r} of {manifest.folder} has fewer images than there are ranks "
                              f"({world_size}); use fewer ranks")

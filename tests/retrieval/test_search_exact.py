@@ -77,6 +77,14 @@ def test_back_ends_agree_beyond_the_spare_candidates(metric, rng):
         np.testing.assert_array_equal(found_values, values[:, :10])
 
 
+def test_more_neighbours_than_the_gpu_code_of_faiss_returns(rng):
+    """Another back end takes over at its limit of 2,048, on machines without a GPU too."""
+    pytest.importorskip("faiss")
+    items = rng.integers(0, 4, (2200, 3)).astype(float)
+    _, order = full_sort(items[:5], items, "l2")
+    np.testing.assert_array_equal(search(items[:5], items, 2100, backend="faiss-gpu")[1], order[:, :2100])
+
+
 def test_a_sloppy_library_changes_nothing(monkeypatch, rng):
     """Candidates with errors up to the bound, in any order, must not show in the result."""
     queries, items = rng.standard_normal((40, 16)), rng.standard_normal((400, 16)) * 0.01
