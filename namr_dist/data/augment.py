@@ -71,7 +71,7 @@ class TrainView(View):
         picture_3SS = interpolate(part_hw3.permute(2, 0, 1)[None], (self.size, self.size), mode="bicubic",
                                   antialias=True)[0]
         picture_SS3 = self._jittered(picture_3SS).permute(1, 2, 0).numpy()
-        return picture_SS3[:, ::-1] if self.mirrored else picture_SS3
+        return np.ascontiguousarray(picture_SS3[:, ::-1] if self.mirrored else picture_SS3)
 
     def _jittered(self, picture_3SS: Tensor) -> Tensor:
         if self.brightness == self.contrast == self.saturation == 1:
