@@ -39,8 +39,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         entry.add_argument("--json", action="store_true", help="print JSON")
         entry.set_defaults(verb=verb)
     stats.add_argument("--images", action="store_true", help="read every image's header for its size")
-    stats.add_argument("--near-duplicates", action="store_true", help="look in the other splits for images that show "
-                       "what a training image shows")
+    stats.add_argument("--near-duplicates", action="store_true", help="look for images that show what an image "
+                       "of another split shows")
     stats.add_argument("--picture", type=Path, metavar="FILE.svg", help="write the histogram of images per class")
 
 
@@ -87,10 +87,11 @@ def _shards_build(parsed: argparse.Namespace, _: list[str]) -> None:
                              "or add --allow-counts to build what is there")
         for line in different:
             print(f"WARNING: {line}", file=sys.stderr)
+    for line in listing.notes:
+        print(f"WARNING: {line}", file=sys.stderr)
     options = BuildOptions(encoding=Encoding(size=parsed.size, quality=parsed.quality), shard_mib=parsed.shard_mib,
                            seed=parsed.seed, validation=parsed.validation)
-    root = parsed.source if parsed.source.is_dir() else parsed.source.parent
-    built = build(listing, root, parsed.out, options, workers=parsed.workers or len(os.sched_getaffinity(0)),
+    built = build(listing, parsed.out, options, workers=parsed.workers or len(os.sched_getaffinity(0)),
                   skip_broken=parsed.skip_broken)
     rows = statistics(built.manifest)["splits"]
     if built.lost:
@@ -111,25 +112,31 @@ def _check_build(parsed: argparse.Namespace) -> None:
     for name, good, remedy in (("size", parsed.size is None or parsed.size >= 1, "at least 1"),
                                ("quality", 1 <= parsed.quality <= 100, "1 to 100"),
                                ("validation", 0 <= parsed.validation < 1, "a share of at least 0 and below 1"),
-                               ("shard-mib", 0 < parsed.shard_mib < 2**20, "above 0 and below 1048576"),
+                               ("shard-mib", 0.001 <= parsed.shard_mib < 2**20, "at least 0.001 and below 1048576"),
                                ("seed", parsed.seed >= 0, "at least 0"),
                                ("workers", parsed.workers is None or parsed.workers >= 1, "at least 1")):
         if not good:
             raise InputError(f"--{name} is {vars(parsed)[name.replace('-', '_')]}; give {remedy}")
+    source, out = parsed.source.resolve(), parsed.out.resolve()
+    if source in (out, *out.parents) or out in source.parents:
+        raise InputError(f"--out {parsed.out} and {parsed.source} are one folder or lie one in the other, where the "
+                         "shards would be among the images; give another folder")
 
 
 def _show_build(built: Built, rows: dict[str, dict]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     manifest = built.manifest
     if built.was_there:
         print(f"{manifest.folder} holds this very set already; nothing was done")
-    table = Table(title=f"{manifest.name}: {manifest.folder}")
+    table = Table(title=Text(f"{manifest.name}: {manifest.folder}"))
     for column in ("split", "images", "classes", "shards", "MiB"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, row in rows.items():
-        table.add_row(split, *(f"{row[name]:,}" for name in ("images", "classes", "shards")), f"{row['mib']:,.1f}")
+        counts = (f"{row[name]:,}" for name in ("images", "classes", "shards"))
+        table.add_row(Text(split), *counts, f"{row['mib']:,.1f}")
     Console().print(table)
     print("images: " + ", ".join(f"{number:,} {treatment}" for treatment, number in built.treated.items()))
     if built.skipped:

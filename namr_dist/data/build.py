@@ -1,7 +1,8 @@
 """From a listing of image files to a shard set: in parallel, the same bytes every time, resumed where it broke off.
 
 In the folder, beside the set itself: `build.json`, which says from the first moment what is built; `skipped.csv`, the
-files that were left out; and, until the manifest is written, a hidden file for each finished shard.
+files that were left out; or, instead of a set, `broken.csv`, the files that ended the build; and, until the manifest is
+written, a hidden file for each finished shard.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ from namr_dist.data.shards import Sample, write_shard
 from namr_dist.data.workers import Advance, run_tasks
 from namr_dist.errors import InputError
 
-RECORD, SKIPPED = "build.json", "skipped.csv"
-"""Files that a build leaves beside the manifest; the second only if it left images out."""
+RECORD, SKIPPED, BROKEN = "build.json", "skipped.csv", "broken.csv"
+"""Files that a build leaves: the second only if it left images out, the third only if such ended it."""
 
 _FORMAT = "namr-build/1"
 _TOLD = 20
 """Broken files that an error names."""
+_Broken = tuple[str, str, str]
+"""A broken file: its path in the source, kind and detail."""
+_UNREADABLE = "unreadable"
+"""Kind of a broken file that the system would not read."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 _FINISHED_SHARD = re.compile(r"\.(.+-\d{6}\.tar)\.json")
 
@@ -92,20 +97,18 @@ class _Finished:
     depends: str
     shard: Shard
     treated: dict[str, int]
-    broken: list[tuple[str, str, str]]
-    """Path, kind, detail."""
+    broken: list[_Broken]
 
 
-def build(listing: Listing, root: Path, out: Path, options: BuildOptions, *, workers: int = 1,
-          skip_broken: bool = False) -> Built:
+def build(listing: Listing, out: Path, options: BuildOptions, *, workers: int = 1, skip_broken: bool = False) -> Built:
     """Write the listing's images as a shard set into `out`, which is new, empty, or of the same build.
 
-    root: folder that the paths in the shards are relative to. Raises InputError for a folder with anything else in it,
-    too little disk space, files that are broken (unless skipped), and a worker that dies; shards that are finished by
-    then stay, and the same call goes on.
+    Raises InputError for a folder with anything else in it, or with a finished set of which a tar is gone, for too
+    little disk space, files that are broken (unless skipped), and a worker that dies; shards that are finished by then
+    stay, and the same call goes on.
     """
     listing = with_validation(listing, share=options.validation, seed=options.seed)
-    inside = _paths_inside(listing, root)
+    inside = _paths_inside(listing)
     tasks = _tasks(listing, inside, options)
     record = {"format": _FORMAT, "name": listing.name, "description": listing.description,
               "options": _options_json(options), "listing": _digest(_listing_lines(listing, inside))}
@@ -114,10 +117,13 @@ def build(listing: Listing, root: Path, out: Path, options: BuildOptions, *, wor
     if there.get("sources") and (out / FILE_NAME).is_file():
         if there["sources"] != sources:
             raise InputError(f"{out} is a finished set, and files of its source have changed since; give a new folder")
+        manifest = Manifest.load(out)
+        _check_tars(manifest)
         _remove(out, _TEMPORARY, _FINISHED_SHARD)
-        return Built(manifest=Manifest.load(out), treated=there["treated"], skipped=there["skipped"],
+        return Built(manifest=manifest, treated=there["treated"], skipped=there["skipped"],
                      lost=tuple(there["lost"]), was_there=True)
-    finished = {task.plan.file: found for task in tasks if (found := _read_finished(out, task))}
+    finished = {task.plan.file: found for task in tasks
+                if (found := _read_finished(out, task, skip_broken=skip_broken))}
     waiting = [task for task in tasks if task.plan.file not in finished]
     if options.encoding.size is None:  # else nobody knows what the smaller images will take
         _check_space(out, waiting)
@@ -130,7 +136,8 @@ def build(listing: Listing, root: Path, out: Path, options: BuildOptions, *, wor
         done = [finished[task.plan.file] for task in tasks]
         broken = [entry for one in done for entry in one.broken]
         if broken and not skip_broken:
-            raise InputError(_told(broken, images=len(listing.images)))
+            _write_broken(out / BROKEN, broken)
+            raise InputError(_told(broken, out / BROKEN, images=len(listing.images)))
         built = _complete(listing, out, done, broken)
         write_atomic(out / RECORD, json.dumps({**record, "sources": sources, "treated": built.treated,
                                                "skipped": built.skipped, "lost": built.lost}, indent=2) + "\n")
@@ -154,9 +161,20 @@ def _write(name: str, out: Path, tasks: list[_Task], encoding: Encoding, workers
     return finished
 
 
-def _paths_inside(listing: Listing, root: Path) -> dict[str, str]:
+def _check_tars(manifest: Manifest) -> None:
+    """Raise InputError for a tar of a finished set that is missing or of another size."""
+    for shard in manifest.shards:
+        path = manifest.folder / shard.file
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            found = "is missing" if size is None else f"has {size} bytes, its manifest says {shard.bytes}"
+            raise InputError(f"{manifest.folder} is a finished set, but {shard.file} {found}; remove the folder and "
+                             "build again")
+
+
+def _paths_inside(listing: Listing) -> dict[str, str]:
     """Each image's path inside its source, by key."""
-    inside = functools.cache(lambda folder: os.path.relpath(folder, root))
+    inside = functools.cache(lambda folder: os.path.relpath(folder, listing.root))
     return {image.key: os.path.normpath(os.path.join(inside(folder), name))
             for image in listing.images for folder, name in [os.path.split(image.path)]}
 
@@ -225,14 +243,20 @@ def _finished_path(out: Path, file: str) -> Path:
     return out / f".{file}.json"
 
 
-def _read_finished(out: Path, task: _Task) -> _Finished | None:
-    """The shard, if it is written and all it depends on is as it was then."""
+def _read_finished(out: Path, task: _Task, *, skip_broken: bool) -> _Finished | None:
+    """The shard, if it is written and all it depends on is as it was then.
+
+    Not one with broken files that are not to be skipped: a repair may keep size and time. Nor one with files that the
+    system would not read, which says nothing of the files.
+    """
     try:
         value = json.loads(_finished_path(out, task.plan.file).read_text(encoding="utf-8"))
         size = (out / task.plan.file).stat().st_size
     except FileNotFoundError:
         return None
     if value["depends"] != task.depends or size != value["shard"]["bytes"]:
+        return None
+    if any(kind == _UNREADABLE or not skip_broken for _, kind, _ in value["broken"]):
         return None
     return _Finished(**{**value, "shard": Shard.from_json(value["shard"]),
                         "broken": [tuple(entry) for entry in value["broken"]]})
@@ -283,7 +307,7 @@ def _remove(out: Path, *patterns: re.Pattern[str]) -> None:
 def _make_shard(out: Path, encoding: Encoding, task: _Task, advance: Advance) -> _Finished:
     """Write one shard, and after it the hidden file that says so. Broken images are left out and named."""
     treated: Counter[str] = Counter()
-    broken: list[tuple[str, str, str]] = []
+    broken: list[_Broken] = []
 
     def samples() -> Iterator[Sample]:
         for image, path in zip(task.plan.images, task.paths, strict=True):
@@ -294,6 +318,9 @@ def _make_shard(out: Path, encoding: Encoding, task: _Task, advance: Advance) ->
             except BrokenImage as error:
                 broken.append((path, error.kind, error.detail))
                 continue
+            except MemoryError:
+                raise InputError(f"{image.path} needs more memory than there is; give the same command again with "
+                                 "fewer --workers: finished shards are kept") from None
             treated[treatment] += 1
             yield Sample(key=image.key, jpeg=jpeg, label=image.label, source=path, role=image.role, group=image.group)
 
@@ -307,18 +334,27 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BrokenImage("unreadable", str(error.strerror)) from None
+        raise BrokenImage(_UNREADABLE, str(error.strerror)) from None
 
 
-def _told(broken: list[tuple[str, str, str]], *, images: int) -> str:
+def _told(broken: list[_Broken], path: Path, *, images: int) -> str:
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(Counter(kind for _, kind, _ in broken).items()))
-    named = ", ".join(f"{path} ({kind})" for path, kind, _ in broken[:_TOLD])
+    named = ", ".join(f"{file} ({kind})" for file, kind, _ in broken[:_TOLD])
     more = f" and {len(broken) - _TOLD} more" if len(broken) > _TOLD else ""
-    return (f"{len(broken)} of {images} images are broken ({kinds}): {named}{more}; repair them, or add --skip-broken "
-            "to leave them out: finished shards are kept")
+    return (f"{len(broken)} of {images} images are broken ({kinds}): {named}{more}; all are in {path}; add "
+            "--skip-broken to leave them out, or repair them: finished shards are kept (to delete them would change "
+            "the listing, which takes a new folder)")
 
 
-def _complete(listing: Listing, out: Path, done: list[_Finished], broken: list[tuple[str, str, str]]) -> Built:
+def _write_broken(path: Path, broken: list[_Broken]) -> None:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("path", "reason"))
+    writer.writerows((file, f"{kind} ({detail})" if detail else kind) for file, kind, detail in broken)
+    write_atomic(path, table.getvalue())
+
+
+def _complete(listing: Listing, out: Path, done: list[_Finished], broken: list[_Broken]) -> Built:
     """Write the manifest, and before it the list of what was left out."""
     shards = tuple(one.shard for one in done if one.shard.keys)
     keys = {key for shard in shards for key in shard.keys}
@@ -333,12 +369,11 @@ def _complete(listing: Listing, out: Path, done: list[_Finished], broken: list[t
         name=listing.name, description=listing.description,
         classes=tuple(entry for entry in listing.classes if entry.label in labels), shards=shards, folder=out,
         subsets={name: members for name, members in subsets.items() if members})
+    (out / BROKEN).unlink(missing_ok=True)
     if broken:
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(("path", "reason"))
-        writer.writerows((path, f"{kind} ({detail})" if detail else kind) for path, kind, detail in broken)
-        write_atomic(out / SKIPPED, table.getvalue())
+        _write_broken(out / SKIPPED, broken)
+    else:  # a build that skipped some and was killed may have left it
+        (out / SKIPPED).unlink(missing_ok=True)
     manifest.save()
     treated: Counter[str] = Counter()
     for one in done:

@@ -31,7 +31,8 @@ from namr_dist.data.remote import Origin, TransferError
 from namr_dist.errors import InputError
 
 _POLL_S = 0.1
-_TOUCH_S = 60.0
+_WHOLE = re.compile(r"[0-9a-f]{32}-.+", re.DOTALL)
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}-.+\.(\d+)\.part", re.DOTALL)
 
 
 def open_remote(url: str, remote: RemoteConfig) -> Manifest:
@@ -42,7 +43,7 @@ def open_remote(url: str, remote: RemoteConfig) -> Manifest:
     cache = cache_folder(remote)
     folder = cache / "manifests" / hashlib.sha256(url.encode()).hexdigest()[:32]
     origin = Origin(url=url, remote=remote)
-    body = origin.read(FILE_NAME, remedy="check data.path and the network")
+    body = origin.read(FILE_NAME, remedy="check the address and the network")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (cache / "shards").mkdir(exist_ok=True)
@@ -139,7 +140,7 @@ class ShardCache:
                     part.truncate(0)
                 raise
 
-        self._origin.repeated(attempt, shard.file, remedy="check the network and the file there, and go on with "
+        self._origin.repeated(attempt, shard.file, remedy="check the network and the file there; training goes on with "
                               "--resume")
         os.fsync(part.fileno())
         with self._locked_folder():
@@ -164,23 +165,30 @@ class ShardCache:
             raise TransferError(f"it ended after {have} of {shard.bytes} bytes")
 
     def _make_room(self, need_bytes: int, part: Path) -> bool:
-        """Drop what has not been used for longest until `part` can grow to so many bytes; False if others are being
-        fetched and leave no room. Unfinished files count in full. Needs the folder's lock."""
+        """Drop what has not been used for longest so that `part` can grow to so many bytes; False, with nothing
+        dropped, if others are being fetched and leave no room. Unfinished files count in full, files that are none of
+        the cache's do not: nobody may ever remove them. Needs the folder's lock."""
         others = []
         with os.scandir(self._folder) as entries:
             for entry in entries:
-                if entry.name in (".lock", part.name):
-                    continue
-                status = entry.stat()
-                size = int(entry.name.split(".")[-2]) if entry.name.startswith(".") else status.st_size
-                others.append((status.st_mtime, size, Path(entry.path)))
+                unfinished = _UNFINISHED.fullmatch(entry.name)
+                if entry.name != part.name and (unfinished or _WHOLE.fullmatch(entry.name)):
+                    status = entry.stat()
+                    others.append((status.st_mtime_ns, int(unfinished[1]) if unfinished else status.st_size,
+                                   Path(entry.path)))
         total = need_bytes + sum(size for _, size, _ in others)
+        dropped = []
         for _, size, path in sorted(others):
             if total <= self.limit_bytes:
                 break
-            if _dropped(path):
+            if not _is_being_fetched(path):
+                dropped.append(path)
                 total -= size
-        return total <= self.limit_bytes
+        if total > self.limit_bytes:
+            return False
+        for path in dropped:
+            path.unlink()
+        return True
 
     @contextlib.contextmanager
     def _locked_folder(self) -> Iterator[None]:
@@ -197,10 +205,9 @@ def _used(path: Path, shard: Shard) -> bool:
         status = path.stat()
     except FileNotFoundError:
         return False
-    if time.time() - status.st_mtime > _TOUCH_S:
-        # Another user's file in a shared cache may be read and not touched.
-        with contextlib.suppress(FileNotFoundError, PermissionError):
-            os.utime(path)
+    # Another user's file in a shared cache may be read and not touched.
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        os.utime(path)
     return status.st_size == shard.bytes
 
 
@@ -241,17 +248,15 @@ def _open_locked(path: Path) -> FileIO | None:
     return file
 
 
-def _dropped(path: Path) -> bool:
-    """Remove a shard or an unfinished one, unless it is being fetched."""
-    if not path.name.startswith("."):
-        path.unlink()
-        return True
-    unfinished = _open_locked(path)
-    if unfinished is None:
+def _is_being_fetched(path: Path) -> bool:
+    """Of a shard or an unfinished one. If not, nobody begins to while the folder is locked."""
+    if not _UNFINISHED.fullmatch(path.name):
         return False
-    with _unlocking(unfinished):
-        path.unlink()
-    return True
+    unfinished = _open_locked(path)
+    if unfinished is not None:
+        with _unlocking(unfinished):
+            pass
+    return unfinished is None
 
 
 @contextlib.contextmanager
@@ -266,7 +271,7 @@ def _unlocking(file: FileIO) -> Iterator[None]:
 
 def _unusable(cache: Path, error: OSError) -> InputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"cache folder {cache} is full ({error.strerror}); free some space, lower "
-                          "data.remote.cache_gib, or set data.remote.cache to a larger disk")
-    return InputError(f"cache folder {cache} cannot be used ({error.strerror}); set data.remote.cache to a folder on a "
-                      "disk of this machine that can be written")
+        return InputError(f"cache folder {cache} is full ({error.strerror}); free some space, or have the "
+                          "cache on a larger disk by data.remote.cache or the environment's XDG_CACHE_HOME")
+    return InputError(f"cache folder {cache} cannot be used ({error.strerror}); name a folder on a disk of this "
+                      "machine that can be written, by data.remote.cache or the environment's XDG_CACHE_HOME")

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from namr_dist.data.augment import TestTransform
+from namr_dist.data.formats.lists import ENDINGS
+from namr_dist.data.normalise import BrokenImage, viewed_rgb
 from namr_dist.data.stream import Batch, ImageSource
 from namr_dist.errors import InputError
-
-_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 class FolderImages(ImageSource):
@@ -29,9 +28,9 @@ class FolderImages(ImageSource):
         self._transform = transform
         self.side = transform.size
         self.names = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
-                                  if path.suffix.lower() in _ENDINGS and path.is_file()))
+                                  if path.suffix.lower() in ENDINGS and path.is_file()))
         if not self.names:
-            raise InputError(f"{folder} holds no image ({', '.join(sorted(_ENDINGS))})")
+            raise InputError(f"{folder} holds no image ({', '.join(ENDINGS)})")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -50,8 +49,8 @@ class FolderImages(ImageSource):
 
     def _image(self, path: Path) -> np.ndarray:
         try:
-            with Image.open(path) as image:
-                # Cameras store a rotation beside the pixels; every viewer applies it.
-                return self._transform(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            return self._transform(viewed_rgb(path.read_bytes()))
+        except BrokenImage as error:
             raise InputError(f"{path} cannot be decoded ({error}); repair or remove it") from None
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); repair or remove it") from None

@@ -35,12 +35,16 @@ class Listing:
     name: str
     description: str
     """One line: source, edition, which image tree; it goes into the manifest."""
+    root: Path
+    """The folder that the listed paths are relative to; the shards state the images' paths from there."""
     classes: tuple[ImageClass, ...]
     images: tuple[SourceImage, ...]
     subsets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """As in a manifest."""
     expected: dict[str, int] = field(default_factory=dict)
     """Known counts of the full set, such as "train images" or "gallery classes", to compare with `counts`."""
+    notes: tuple[str, ...] = ()
+    """A line for each thing that the user should know of before a build."""
 
     def counts(self) -> dict[str, int]:
         """Images and classes of every split, role and subset, in the words that `expected` uses."""
@@ -87,4 +91,4 @@ class Listing:
         if missing:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
             raise InputError(f"{self.name}: {len(missing)} of {len(self.images)} listed images are missing: "
-                             f"{', '.join(missing[:10])}{more}; unpack the download again")
+                             f"{', '.join(missing[:10])}{more}; check the paths, or unpack the download again")

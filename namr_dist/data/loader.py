@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import math
 import multiprocessing
@@ -40,6 +41,8 @@ class WatchedLoader(Generic[_T]):
         before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
         self._batches: Iterator[_T] = iter(self._made)
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
+        # An error elsewhere may keep this open in its traceback, and at its end Python would wait for the workers.
+        atexit.register(self._kill)
         if threading.current_thread() is threading.main_thread():
             # DataLoader's handler raises a RuntimeError wherever this process may be when a worker dies, in the middle
             # of a step as well.
@@ -52,6 +55,7 @@ class WatchedLoader(Generic[_T]):
         del self._batches
         # One that is blocked in a read heeds neither that nor SIGTERM, and Python waits for it at its own end.
         self._kill()
+        atexit.unregister(self._kill)
 
     def next(self, files: Callable[[], list[str]]) -> _T | InputError | None:
         """The next batch; None after the last; an InputError if a worker has died, or if none came for `timeout_s`.

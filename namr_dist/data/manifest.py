@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +47,7 @@ class Shard:
     """One tar. The four lists run in the order of the tar."""
 
     file: str
-    """File name inside the folder of the manifest."""
+    """File name inside the folder of the manifest, of at most 200 bytes."""
     split: str
     bytes: int
     sha256: str
@@ -135,7 +137,7 @@ class Manifest:
                 f"no shard set at {path.parent}: {FILE_NAME} is missing; "
                 "give the folder that holds it"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read as a manifest: {error}; rebuild the shard set") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -151,6 +153,7 @@ class Manifest:
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a complete manifest ({error}); rebuild the shard set") from None
+        manifest._check_types(path)
         manifest._check(path)
         return manifest
 
@@ -163,6 +166,34 @@ class Manifest:
                 **({"subsets": self.subsets} if self.subsets else {})}
         write_atomic(self.folder / FILE_NAME, json.dumps(body, separators=(",", ":"), ensure_ascii=False) + "\n")
 
+    def _check_types(self, path: Path) -> None:
+        for what, values in self._texts():
+            if not _are_texts(values):
+                raise InputError(f"{path}: {what} must be text; rebuild the shard set")
+        for what, values in self._numbers():
+            if not _are_int64(values):
+                raise InputError(f"{path}: {what} must be whole numbers; rebuild the shard set")
+
+    def _texts(self) -> Iterator[tuple[str, Any]]:
+        yield "name and description", (self.name, self.description)
+        for name in ("name", "category", "split"):
+            yield f"{name} of classes", tuple(getattr(entry, name) for entry in self.classes)
+        for name in ("file", "split", "sha256"):
+            yield f"{name} of shards", tuple(getattr(shard, name) for shard in self.shards)
+        for shard in self.shards:
+            for name in ("keys", "roles", "groups"):
+                yield f"{name} of {shard.file}", getattr(shard, name)
+        yield "names of subsets", tuple(self.subsets)
+        for name, keys in self.subsets.items():
+            yield f"keys of subset {name!r}", keys
+
+    def _numbers(self) -> Iterator[tuple[str, Any]]:
+        yield "label of classes", tuple(entry.label for entry in self.classes)
+        yield "bytes of shards", tuple(shard.bytes for shard in self.shards)
+        for shard in self.shards:
+            for name in ("labels", "offsets", "lengths"):
+                yield f"{name} of {shard.file}", getattr(shard, name)
+
     def _check(self, path: Path) -> None:
         if not self.classes or not any(shard.keys for shard in self.shards):
             raise InputError(f"{path} lists no images; rebuild the shard set")
@@ -171,8 +202,12 @@ class Manifest:
             raise InputError(f"{path}: a class label occurs twice; rebuild the shard set")
         seen: set[str] = set()
         for shard in self.shards:
-            if Path(shard.file).name != shard.file:
-                raise InputError(f"{path}: shard name {shard.file!r} is not a plain file name")
+            # Of that length, a cache may add its own parts to it.
+            if not re.fullmatch(rb"[^/]{1,200}", shard.file.encode(), re.DOTALL) or shard.file in (".", ".."):
+                raise InputError(f"{path}: shard name {shard.file[:80]!r} is not a plain file name of at most 200 "
+                                 "bytes; rebuild the shard set")
+            if "" in shard.keys:
+                raise InputError(f"{path}: {shard.file} has an image with an empty key; rebuild the shard set")
             lists = (shard.labels, shard.offsets, shard.lengths, shard.roles or shard.keys, shard.groups or shard.keys)
             if any(len(entries) != len(shard.keys) for entries in lists):
                 raise InputError(f"{path}: the lists of {shard.file} differ in length; rebuild the shard set")
@@ -180,9 +215,8 @@ class Manifest:
                 raise InputError(f"{path}: {shard.file} has an image of role {min(map(str, strange))!r}, not query or "
                                  "gallery; rebuild the shard set")
             for offset, length in zip(shard.offsets, shard.lengths, strict=True):
-                if not (isinstance(offset, int) and isinstance(length, int) and offset >= 0
-                        and 0 < length <= shard.bytes - offset):
-                    raise InputError(f"{path}: {shard.file} has an image at byte {offset!r} of {length!r} bytes, "
+                if not (offset >= 0 and 0 < length <= shard.bytes - offset):
+                    raise InputError(f"{path}: {shard.file} has an image at byte {offset} of {length} bytes, "
                                      f"outside its {shard.bytes}; rebuild the shard set")
             for label in set(shard.labels):
                 if split_of.get(label) != shard.split:
@@ -263,7 +297,24 @@ class Manifest:
 
     def split_hash(self, *splits: str) -> str:
         """First 16 hex digits of a SHA-256 over the sorted keys, labels and roles: names a split in a protocol."""
-        index = self.index(*splits)
+        return self.hash_of(self.index(*splits))
+
+    def hash_of(self, index: SplitIndex) -> str:
+        """The same of any of the set's images."""
         lines = sorted(f"{key}\t{label}" + (f"\t{ROLES[role]}" if role else "") + "\n"
                        for key, label, role in zip(index.keys, index.label_N, index.role_N, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def _are_texts(values: Any) -> bool:
+    """Whether it is a tuple of texts that can be names of files: without NUL and halves of characters."""
+    try:
+        return isinstance(values, tuple) and b"\0" not in "".join(values).encode()
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
+def _are_int64(values: Any) -> bool:
+    """Whether it is a tuple of whole numbers, neither true nor false, that fit 64 bits."""
+    return isinstance(values, tuple) and set(map(type, values)) <= {int} and (
+        not values or (min(values) >= -2**63 and max(values) < 2**63))

@@ -51,6 +51,13 @@ def check_plan(index: SplitIndex, how: Sampling, *, world_size: int) -> None:
             f"data.images_per_class is {how.images_per_class}, but the largest class has {counts.max()} images; "
             f"set it to at most {counts.max() * how.views}"
         )
+    categories = len(np.unique(index.category_N))
+    if how.sampling == "category" and categories < max(2, how.categories_per_batch):
+        raise InputError(
+            f"data.sampling is category and data.categories_per_batch {how.categories_per_batch}, but the training "
+            f"images are of {categories} super-class{'es' if categories > 1 else ''}; set data.sampling to uniform"
+            + (f", or data.categories_per_batch to at most {categories}" if categories > 1 else "")
+        )
     if how.classes_per_batch % world_size:
         raise InputError(
             f"data.classes_per_batch is {how.classes_per_batch}, which {world_size} ranks cannot share equally; "
@@ -163,7 +170,9 @@ def _by_category(index: SplitIndex, how: Sampling, steps: int, rng: np.random.Ge
     group = how.classes_per_batch // how.categories_per_batch
     first_C = np.unique(index.label_N, return_index=True)[1]
     shuffled_C = rng.permutation(len(first_C))
-    category_C = index.category_N[first_C[shuffled_C]]
+    # In another order each time, or the classes that no batch has room for would be the last super-class's.
+    number_of = rng.permutation(int(index.category_N.max()) + 1)
+    category_C = number_of[index.category_N[first_C[shuffled_C]]]
     by_category_C = shuffled_C[np.argsort(category_C, kind="stable")]
     category_C = np.sort(category_C)
     place_C = _occurrence(category_C)

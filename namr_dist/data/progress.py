@@ -22,8 +22,8 @@ class BuildProgress:
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            self._bar = Progress(TextColumn(name), BarColumn(), TextColumn("{task.fields[note]}"),
-                                 console=self._console)
+            self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(),
+                                 TextColumn("{task.fields[note]}"), console=self._console)
             self._task = self._bar.add_task(name, total=size, note="")
         self._began = self._told = time.perf_counter()
 

@@ -37,6 +37,7 @@ from namr_dist.config import RemoteConfig
 from namr_dist.errors import InputError
 
 _BLOCK_BYTES = 1 << 20
+_LONGEST_READ_BYTES = 1 << 30
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 60.0
 # Client errors that time mends: time-out, a range that is not there (yet), too early, too many requests.
@@ -76,15 +77,24 @@ class Body(Protocol):
 
 def is_url(location: str) -> bool:
     """Whether a location is a URL and not a folder's path."""
-    return location.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
+    return is_command(location) or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
+
+
+def is_command(location: str) -> bool:
+    """Whether reading from a location runs a command of a shell."""
+    return location.startswith("pipe:")
 
 
 def shown(location: str) -> str:
     """A location or message for the user's eyes: of a command the program alone, of URLs neither user nor query."""
-    if location.startswith("pipe:"):
-        return f"pipe:{location[5:].split(maxsplit=1)[0]} …" if location[5:].strip() else "pipe:"
-    without_user = re.sub(r"://[^/\s]*@", "://…@", location)
-    return re.sub(r"(\w://[^\s?#]*)[?#][^\s]*", r"\1?…", without_user)
+    if is_command(location):
+        # A word such as TOKEN=… sets a variable, and where it ends is the shell's to say.
+        program = re.match(r"pipe:\s*([\w./+-]*)(?!\S)", location)
+        return f"pipe:{program[1]} …" if program and program[1] else "pipe:…"
+    # A password may hold any character, so that an @ behind a ? leaves open which of them begins the query.
+    without_both = re.sub(r"(\w://)[^\s?#]*[?#]\S*@\S*", r"\1…", location)
+    without_user = re.sub(r"://\S*@", "://…@", without_both)
+    return re.sub(r"(\w://[^\s?#]*)[?#]\S*", r"\1?…", without_user)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,33 +105,38 @@ class Origin:
     remote: RemoteConfig
 
     def __post_init__(self) -> None:
-        if self.url.startswith("pipe:"):
+        if is_command(self.url):
             if "{}" not in self.url:
                 raise InputError(f"{shown(self.url)} has no {{}} where the file's name belongs; put it there")
             return
         if self._is_http and not _http_host(self.url):
-            raise InputError(f"{shown(self.url)} is no URL; set data.path to a folder or to a URL such as "
-                             "https://HOST/FOLDER")
+            raise InputError(f"{shown(self.url)} is no URL; give a folder or a URL such as https://HOST/FOLDER")
 
     def shown(self, file: str) -> str:
         """The file's address without credentials."""
-        return f"{file} from {shown(self.url)}" if self.url.startswith("pipe:") else shown(self._address(file))
+        return f"{file} from {shown(self.url)}" if is_command(self.url) else shown(self._address(file))
 
     def open(self, file: str, start: int) -> Body:
         """A file's bytes from `start` on, or from 0. Raises TransferError and RefusedError."""
         address = self._address(file)
-        if address.startswith("pipe:"):
+        if is_command(address):
             return _PipeBody(address[5:], self.remote.stall_seconds)
         if self._is_http:
             return _HttpBody(address, start, self.remote.stall_seconds)
         return _FsspecBody(address, start)
 
     def read(self, file: str, *, remedy: str) -> bytes:
-        """A whole file, tried as often as `repeated` does. Raises InputError."""
+        """A whole file of at most 1 GiB, tried as often as `repeated` does. Raises InputError."""
 
         def attempt() -> bytes:
+            blocks, size = [], 0
             with contextlib.closing(self.open(file, 0)) as body:
-                return b"".join(iter(body.read, b""))
+                while block := body.read():
+                    size += len(block)
+                    if size > _LONGEST_READ_BYTES:
+                        raise RefusedError(f"it has more than {_LONGEST_READ_BYTES / 2**30:g} GiB; check the address")
+                    blocks.append(block)
+            return b"".join(blocks)
 
         return self.repeated(attempt, file, remedy=remedy)
 
@@ -153,7 +168,7 @@ class Origin:
         return re.match("https?://", self.url, re.IGNORECASE) is not None
 
     def _address(self, file: str) -> str:
-        if self.url.startswith("pipe:"):
+        if is_command(self.url):
             # The name comes from a manifest, the command goes to a shell.
             if not re.fullmatch(r"[\w.-]+", file, re.ASCII):
                 raise RefusedError(f"a command can take no name with such characters ({file!r}); rename the shard")
@@ -241,6 +256,8 @@ class _HttpBody:
                 raise RefusedError(f"its certificate is not trusted ({cause.verify_message}); check the address, or "
                                    "set SSL_CERT_FILE to the authority's certificate") from None
             raise TransferError(self._words(cause)) from None
+        except ValueError as error:  # of a host such as a..b, given or redirected to
+            raise RefusedError(f"it is no URL ({error}); check the address") from None
 
     def _words(self, cause: object) -> str:
         if isinstance(cause, TimeoutError):
@@ -258,12 +275,12 @@ def _refusal(code: int, headers: Message) -> Exception:
     if code >= 500 or code in _MENDED_BY_TIME:
         return TransferError(answer, afresh=code == 416, wait_s=_asked_wait(headers.get("Retry-After", "")))
     if code in (401, 403, 407):
-        return RefusedError(f"{answer}; check the credentials in data.path or the proxy's, and that they may read it")
+        return RefusedError(f"{answer}; check the credentials in the address or the proxy's, and that they may read it")
     if code in (404, 410):
-        return RefusedError(f"{answer}; check data.path, or copy the file there")
+        return RefusedError(f"{answer}; check the address, or copy the file there")
     if code < 400:
-        return RefusedError(f"{answer}, without end or to something other than http; check data.path")
-    return RefusedError(f"{answer}; check data.path")
+        return RefusedError(f"{answer}, without end or to something other than http; check the address")
+    return RefusedError(f"{answer}; check the address")
 
 
 def _asked_wait(retry_after: str) -> float:
@@ -285,7 +302,7 @@ class _PipeBody:
 
     def __init__(self, command: str, stall_seconds: float) -> None:
         if webdataset.utils.enforce_security:
-            raise RefusedError("WDS_SECURE forbids commands; unset it, or set data.path to another URL")
+            raise RefusedError("WDS_SECURE forbids commands; unset it, or give another URL")
         self._stall_seconds = stall_seconds
         # A session of its own, so that what the shell starts can be ended with it; unbuffered, so that the selector
         # sees every byte.
@@ -343,11 +360,11 @@ def _fsspec_troubles() -> Iterator[None]:
     except ImportError as error:
         raise RefusedError(f"a package is missing: {error}") from None
     except FileNotFoundError:
-        raise RefusedError("it is not there; check data.path, or copy the file there") from None
+        raise RefusedError("it is not there; check the address, or copy the file there") from None
     except PermissionError as error:
         raise RefusedError(f"access is refused ({error}); check the store's credentials") from None
     except Exception as error:  # each store has exceptions of its own
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
-            raise RefusedError("nothing here reads such URLs; set data.path to http, https, s3, gs or pipe:COMMAND"
+            raise RefusedError("nothing here reads such URLs; give one of http, https, s3, gs or pipe:COMMAND"
                                ) from None
         raise TransferError(str(error) or type(error).__name__) from None

@@ -52,14 +52,21 @@ def _listed_labels(manifest: Manifest, path: Path) -> list[int]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data.class_list {path} cannot be read ({error}); give a text file with a class a line"
                          ) from None
-    by_name = {entry.name: entry.label for entry in manifest.classes}
-    by_name |= {str(entry.label): entry.label for entry in manifest.classes}
+    labels_of: dict[str, set[int]] = {}
+    for entry in manifest.classes:
+        labels_of.setdefault(entry.name, set()).add(entry.label)
+        labels_of.setdefault(str(entry.label), set()).add(entry.label)
     chosen = []
     for number, line in enumerate(lines, 1):
         word = line.strip()
-        if word and word not in by_name:
+        if not word:
+            continue
+        labels = sorted(labels_of.get(word, ()))
+        if not labels:
             raise InputError(f"{path}, line {number}: {manifest.folder} has no class {word!r}; give a name or a label "
                              "of its manifest")
-        if word:
-            chosen.append(by_name[word])
+        if len(labels) > 1:
+            raise InputError(f"{path}, line {number}: {word!r} is a name or a label of classes {labels[0]} and "
+                             f"{labels[1]} of {manifest.folder}; give another word for the one that is meant")
+        chosen += labels
     return chosen

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +112,7 @@ def _meta(sample: Sample, entry: ImageClass) -> bytes:
                       ensure_ascii=False).encode()
 
 
-def verify_shards(manifest: Manifest, splits: Iterable[str], *, decode: bool = False,
+def verify_shards(manifest: Manifest, splits: Sequence[str], *, decode: bool = False,
                   hashes_alone: bool = False) -> int:
     """Check every shard of the named splits against the manifest; return the number of images.
 
@@ -121,7 +121,7 @@ def verify_shards(manifest: Manifest, splits: Iterable[str], *, decode: bool = F
     difference.
     """
     images = 0
-    for shard in manifest.shards_of(*splits):
+    for shard in manifest.shards_of(*splits) if splits else ():
         first = next(shard_problems(manifest.path(shard), shard, decode=decode, hashes_alone=hashes_alone), None)
         if first:
             raise InputError(first)
@@ -156,14 +156,19 @@ def map_jpegs(manifest: Manifest, index: SplitIndex, work: Callable[[bytes, str]
     """`work(jpeg, where)` of every image of an index in its order, tar by tar, on all cores.
 
     `where` names image and shard for an error. Threads: hashing, JPEG decoding and Pillow let others run meanwhile.
+    Raises InputError for a shard that is missing or cannot be read.
     """
     def of_shard(places_M: np.ndarray) -> list[Result]:
         path = manifest.path(manifest.shards[index.shard_N[places_M[0]]])
         results = []
-        with open(path, "rb") as stream:
-            for place in places_M:
-                stream.seek(int(index.offset_N[place]))
-                results.append(work(stream.read(int(index.length_N[place])), f"{index.keys[place]}.jpg in {path}"))
+        try:
+            with open(path, "rb") as stream:
+                for place in places_M:
+                    stream.seek(int(index.offset_N[place]))
+                    results.append(work(stream.read(int(index.length_N[place])), f"{index.keys[place]}.jpg in {path}"))
+        except OSError as error:
+            raise InputError(f"shard {path} cannot be read ({error.strerror}); copy it there or rebuild the shard "
+                             "set") from None
         return results
 
     by_shard = np.split(np.arange(len(index)), np.flatnonzero(np.diff(index.shard_N)) + 1)

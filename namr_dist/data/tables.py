@@ -32,20 +32,23 @@ def statistics_tables(figures: dict[str, Any]) -> Iterator[Table]:
 
 
 def near_duplicate_tables(audit: dict[str, Any]) -> Iterator[Table]:
-    """What `near_duplicates` found: a count for each split, and its nearest pairs."""
-    train, bits = audit["train_split"], audit["near_bits"]
-    table = _table(f"Images within {bits} bits of a {train} image", "split", "images", "flat, not compared", "near")
+    """What `near_duplicates` found: counts for each split, and the nearest pairs of any two."""
+    *others, _ = audit["splits"]
+    table = _table(f"Images within {audit['near_bits']} bits of an image of another split", "split", "images",
+                   "flat, not compared", *(f"near {other}" for other in others))
     for split, row in audit["splits"].items():
-        table.add_row(Text(split), _number(row["images"]), _number(row["flat"]), _number(row["near"]))
+        near = [_number(found["near"]) for found in row["against"].values()]
+        table.add_row(Text(split), _number(row["images"]), _number(row["flat"]), *near)
     yield table
     for split, row in audit["splits"].items():
-        table = Table(title=f"Nearest pairs of {split} and {train}", title_justify="left")
-        for column in (split, train):
-            table.add_column(column, overflow="fold")
-        table.add_column("bits", justify="right")
-        for pair in row["nearest"]:
-            table.add_row(Text(pair["key"]), Text(pair["train_key"]), _number(pair["bits"]))
-        yield table
+        for other, found in row["against"].items():
+            table = Table(title=Text(f"Nearest pairs of {split} and {other}"), title_justify="left")
+            for column in (split, other):
+                table.add_column(Text(column), overflow="fold")
+            table.add_column("bits", justify="right")
+            for pair in found["nearest"]:
+                table.add_row(Text(pair["key"]), Text(pair["other_key"]), _number(pair["bits"]))
+            yield table
 
 
 def _histogram(histogram: dict[str, Any]) -> Table:

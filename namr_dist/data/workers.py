@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ def run_tasks(work: Callable[[Task, Advance], Result], tasks: Sequence[Task], *,
               advance: Advance) -> Iterator[Result]:
     """The result of `work` for each task, in the order in which they are ready; one worker is this process itself.
 
-    `work`, tasks and results are pickled. What `work` raises is raised here, and InputError if a process dies. All
+    `work`, tasks and results are pickled. What `work` raises is raised here, and InputError if a process ends. All
     processes have ended by the time this returns or raises. To be called by the main thread.
     """
     if min(workers, len(tasks)) <= 1:
@@ -35,12 +36,14 @@ def run_tasks(work: Callable[[Task, Advance], Result], tasks: Sequence[Task], *,
             pipe, process = _start(work)
             processes[pipe] = process
         busy = set(processes)
-        for pipe in processes:
-            pipe.send(next(waiting))
+        for pipe, process in processes.items():
+            with _alive(process):
+                pipe.send(next(waiting))
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
-                kind, answer = ready.recv()
+                with _alive(processes[ready]):
+                    kind, answer = ready.recv()
                 if kind == "advance":
                     advance(*answer)
                 elif kind == "failed":
@@ -48,16 +51,29 @@ def run_tasks(work: Callable[[Task, Advance], Result], tasks: Sequence[Task], *,
                 else:
                     yield answer
                     try:
-                        ready.send(next(waiting))
+                        with _alive(processes[ready]):
+                            ready.send(next(waiting))
                     except StopIteration:
                         busy.remove(ready)
-    except (EOFError, ConnectionError):
-        raise InputError("a worker process was killed, most likely for want of memory; give the same command again "
-                         "with fewer --workers: finished shards are kept") from None
     finally:
         for process in processes.values():
             process.kill()
             process.join()
+
+
+@contextlib.contextmanager
+def _alive(process: BaseProcess) -> Iterator[None]:
+    """For the use of its pipe. Raises InputError, with how it ended, if nobody is at the other end."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        process.join()
+        code = process.exitcode or 0
+        if code == -signal.SIGKILL:
+            raise InputError("a worker process was killed, most likely for want of memory; give the same command again "
+                             "with fewer --workers: finished shards are kept") from None
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise InputError(f"a worker process {how}; give the same command again: finished shards are kept") from None
 
 
 def _start(work: Callable[[Any, Advance], Any]) -> tuple[Connection, BaseProcess]:

@@ -57,7 +57,7 @@ def test_the_summary_counts_by_split_and_by_treatment(tmp_path: Path, capsys: py
     (["sop", "--quality", "101"], "--quality is 101; give 1 to 100"),
     (["sop", "--validation", "1"], "--validation is 1.0; give a share"),
     (["sop", "--validation", "nan"], "--validation is nan; give a share"),
-    (["sop", "--shard-mib", "0"], "--shard-mib is 0.0; give above 0"),
+    (["sop", "--shard-mib", "0"], "--shard-mib is 0.0; give at least 0.001"),
     (["sop", "--workers", "0"], "--workers is 0; give at least 1"),
     (["sop", "--seed", "-1"], "--seed is -1; give at least 0"),
 ])
@@ -77,3 +77,36 @@ def test_both_trees_of_inshop_are_built_on_request(tmp_path: Path, capsys: pytes
                      "--allow-counts", "--workers", "1", "--json", *more]) == 0
         descriptions.append(json.loads(capsys.readouterr().out)["description"])
     assert "img_highres" not in descriptions[0] and "img_highres" in descriptions[1]
+
+
+@pytest.mark.parametrize(("source", "out"), [("set", "set/shards"), ("set", "set"), ("set", "."), ("link", "set/x/y")])
+def test_shards_and_images_are_not_put_together(tmp_path: Path, source: str, out: str,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(miniatures.user_folder(tmp_path / "set").rglob("*"))
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    assert main(["shards", "build", "folder", str(tmp_path / source), "--out", str(tmp_path / out)]) == 2
+    assert "are one folder or lie one in the other" in capsys.readouterr().err
+    assert sorted((tmp_path / "set").rglob("*")) == before
+
+
+def test_the_folder_above_the_download_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = miniatures.sop(tmp_path / "unpacked" / "source")
+    for name, given in (("one", source), ("two", source.parent)):
+        assert main(["shards", "build", "sop", str(given), "--out", str(tmp_path / name), "--allow-counts",
+                     "--workers", "1"]) == 0
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+
+
+def test_names_that_look_like_markup_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """The progress bar, which only a terminal gets, and the table."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.chdir(tmp_path)
+    source = miniatures.user_folder(Path("a[") / "b]{set}[red]")
+    (source / "bench" / "photo.heic").write_bytes(b"")
+    Path("x[").mkdir()
+    assert main(["shards", "build", "folder", str(source), "--out", "x[/b]", "--workers", "1"]) == 0
+    said = capsys.readouterr()
+    assert "b]{set}[red]: x[/b]" in " ".join(said.out.split()) and "\x1b[2Kb]{set}[red] " in said.err
+    assert f"WARNING: 1 .heic files in {source} are not read" in said.err

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -50,7 +52,7 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
     """It, built in one go by this process."""
-    return build(sop.read(products), products, tmp_path_factory.mktemp("whole"), SMALL)
+    return build(sop.read(products), tmp_path_factory.mktemp("whole"), SMALL)
 
 
 @pytest.mark.parametrize(("make", "words", "counts"), [
@@ -99,7 +101,7 @@ def test_readers_of_tars_see_all_that_is_known_of_an_image(products: Path, whole
 def test_roles_and_groups_are_in_the_manifest_and_in_the_tars(tmp_path: Path) -> None:
     table = miniatures.user_table(tmp_path / "source")
     listing = folder.read(table)
-    manifest = build(listing, table.parent, tmp_path / "out", BuildOptions()).manifest
+    manifest = build(listing, tmp_path / "out", BuildOptions()).manifest
     expected = {image.key: (image.role, image.group) for image in listing.images}
     assert {role for role, _ in expected.values()} == {"", "query", "gallery"}
     for shard in manifest.shards:
@@ -144,7 +146,7 @@ def test_validation_classes_come_from_training_alone(products: Path) -> None:
 
 
 def test_two_workers_write_the_same_bytes_as_one(products: Path, whole: Built, tmp_path: Path) -> None:
-    again = build(sop.read(products), products, tmp_path, SMALL, workers=2)
+    again = build(sop.read(products), tmp_path, SMALL, workers=2)
     assert files(tmp_path) == files(whole.manifest.folder)
     assert again.treated == whole.treated == {"kept": 42}
 
@@ -189,6 +191,11 @@ def damage(source: Path) -> dict[str, str]:
     return {path.relative_to(source).as_posix(): kind for kind, path in broken.items()}
 
 
+def reasons(table: Path) -> dict[str, str]:
+    with open(table, newline="") as file:
+        return {row["path"]: row["reason"].split(" (")[0] for row in csv.DictReader(file)}
+
+
 def test_broken_files_are_all_named_then_left_out_on_request(own_products: Path, tmp_path: Path,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     broken, out = damage(own_products), tmp_path / "out"
@@ -199,15 +206,14 @@ def test_broken_files_are_all_named_then_left_out_on_request(own_products: Path,
     assert "3 of 42 images are broken (1 empty, 1 not an image, 1 truncated)" in told and "--skip-broken" in told
     assert all(f"{path} ({kind})" in told for path, kind in broken.items())
     assert not (out / "manifest.json").exists() and not (out / "skipped.csv").exists()
+    assert str(out / "broken.csv") in told and reasons(out / "broken.csv") == broken
     tars = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert main([*words, "--skip-broken"]) == 0
     assert "left out: 1 empty, 1 not an image, 1 truncated" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")} == tars, "a finished shard was made again"
     manifest = Manifest.load(out)
     assert verify_shards(manifest, manifest.splits, decode=True) == 39
-    with open(out / "skipped.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["path"]: row["reason"].split(" (")[0] for row in rows} == broken
+    assert reasons(out / "skipped.csv") == broken and not (out / "broken.csv").exists()
 
 
 def test_a_repaired_file_makes_its_shard_anew_and_no_other(own_products: Path, tmp_path: Path, whole: Built) -> None:
@@ -215,13 +221,60 @@ def test_a_repaired_file_makes_its_shard_anew_and_no_other(own_products: Path, t
     good = damaged.read_bytes()
     damaged.write_bytes(good[:100] + bytes(len(good) - 100))
     with pytest.raises(InputError, match="1 of 42 images are broken"):
-        build(sop.read(own_products), own_products, out, SMALL)
+        build(sop.read(own_products), out, SMALL)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     damaged.write_bytes(good)
-    build(sop.read(own_products), own_products, out, SMALL)
+    build(sop.read(own_products), out, SMALL)
     changed = [name for name, then in before.items() if (out / name).stat().st_mtime_ns != then]
     assert len(changed) == 1 and len(before) > 4
     assert files(out) == files(whole.manifest.folder)
+
+
+def test_a_repaired_file_may_keep_its_size_and_time(own_products: Path, tmp_path: Path, whole: Built) -> None:
+    damaged, out = own_products / "bicycle_final" / "111085122872_0.JPG", tmp_path / "out"
+    good, then = damaged.read_bytes(), damaged.stat().st_mtime_ns
+    for data, broken in ((good[:100] + bytes(len(good) - 100), True), (good, False)):
+        damaged.write_bytes(data)
+        os.utime(damaged, ns=(then, then))
+        with pytest.raises(InputError, match="1 of 42") if broken else contextlib.nullcontext():
+            build(sop.read(own_products), out, SMALL)
+    assert files(out) == files(whole.manifest.folder)
+
+
+def test_what_the_system_would_not_read_is_tried_again(own_products: Path, tmp_path: Path) -> None:
+    (own_products / "bicycle_final" / "111085122872_0.JPG").write_bytes(b"")
+    listing, out = sop.read(own_products), tmp_path / "out"
+    with pytest.raises(InputError, match="1 empty"):
+        build(listing, out, SMALL)
+    path = next(path for path in out.glob(".*.tar.json") if '"empty"' in path.read_text())
+    path.write_text(path.read_text().replace('"empty"', '"unreadable"'))
+    assert build(listing, out, SMALL, skip_broken=True).skipped == {"empty": 1}
+
+
+def test_want_of_memory_is_no_broken_file(tmp_path: Path) -> None:
+    source = miniatures.user_folder(tmp_path / "source")
+    Image.new("L", (9_000, 9_000)).save(source / "bench" / "large.png", compress_level=1)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, before[1]))
+    try:
+        with pytest.raises(InputError, match="large.png needs more memory than there is; give the same command again"):
+            build(folder.read(source), tmp_path / "out", BuildOptions())
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_list_of_files_that_were_skipped_does_not_outlive_them(own_products: Path, tmp_path: Path) -> None:
+    """A build that skips one is killed before its manifest; then the file is repaired."""
+    damaged, out = own_products / "bicycle_final" / "111085122872_0.JPG", tmp_path / "out"
+    good = damaged.read_bytes()
+    damaged.write_bytes(b"")
+    with pytest.raises(InputError, match="1 empty"):
+        build(sop.read(own_products), out, SMALL)
+    (out / "broken.csv").rename(out / "skipped.csv")
+    damaged.write_bytes(good)
+    build(sop.read(own_products), out, SMALL, skip_broken=True)
+    assert not (out / "skipped.csv").exists()
 
 
 def test_a_class_without_a_whole_image_is_named_and_left_out(own_products: Path, tmp_path: Path) -> None:
@@ -229,7 +282,7 @@ def test_a_class_without_a_whole_image_is_named_and_left_out(own_products: Path,
     for image in listing.images:
         if image.label == 3:
             image.path.write_bytes(b"")
-    built = build(listing, own_products, tmp_path / "out", SMALL, skip_broken=True)
+    built = build(listing, tmp_path / "out", SMALL, skip_broken=True)
     assert built.lost == ("3",) and built.skipped == {"empty": 5}
     assert {entry.label for entry in Manifest.load(tmp_path / "out").classes} == {1, 2, 4, 5, 6, *range(11319, 11325)}
 
@@ -250,20 +303,31 @@ def test_images_are_normalised_and_counted(tmp_path: Path) -> None:
     Image.fromarray(picture(9, 9, size=80)).save(source / "bench" / "large.jpg", exif=exif)
     (source / "bench" / "trailer.jpg").write_bytes((source / "bench" / "view 0.jpg").read_bytes() + bytes(500))
     listing = folder.read(source)
-    built = build(listing, source, tmp_path / "out", BuildOptions())
+    built = build(listing, tmp_path / "out", BuildOptions())
     assert built.treated == {"converted": 18, "cut": 1, "kept": 6, "turned": 1}
     smaller = dataclasses.replace(SMALL, encoding=dataclasses.replace(SMALL.encoding, size=40))
-    assert build(listing, source, tmp_path / "small", smaller).treated == {"converted": 18, "cut": 1, "kept": 6,
+    assert build(listing, tmp_path / "small", smaller).treated == {"converted": 18, "cut": 1, "kept": 6,
                                                                          "shrunk": 1}
 
 
 def test_a_finished_set_is_left_alone(products: Path, whole: Built, tmp_path: Path) -> None:
     out = shutil.copytree(whole.manifest.folder, tmp_path / "out")
     then = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    again = build(sop.read(products), products, out, SMALL)
+    again = build(sop.read(products), out, SMALL)
     assert again.was_there and not whole.was_there
     assert (again.treated, again.skipped, again.lost) == (whole.treated, {}, ())
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == then
+
+
+def test_a_finished_set_without_one_of_its_tars_is_no_set(products: Path, whole: Built, tmp_path: Path) -> None:
+    out = shutil.copytree(whole.manifest.folder, tmp_path / "out")
+    tar = out / whole.manifest.shards[2].file
+    os.truncate(tar, 1024)
+    with pytest.raises(InputError, match=f"{tar.name} has 1024 bytes, its manifest says .*; remove the folder and"):
+        build(sop.read(products), out, SMALL)
+    tar.unlink()
+    with pytest.raises(InputError, match=f"is a finished set, but {tar.name} is missing; remove the folder and build"):
+        build(sop.read(products), out, SMALL)
 
 
 @pytest.mark.parametrize(("change", "named"), [
@@ -274,21 +338,21 @@ def test_a_folder_of_another_build_is_refused(products: Path, whole: Built, chan
     before = files(whole.manifest.folder)
     listing, options = change(sop.read(products), SMALL)
     with pytest.raises(InputError, match=named):
-        build(listing, products, whole.manifest.folder, options)
+        build(listing, whole.manifest.folder, options)
     assert files(whole.manifest.folder) == before
 
 
 def test_a_finished_set_of_files_that_have_changed_is_refused(own_products: Path, tmp_path: Path) -> None:
-    build(sop.read(own_products), own_products, tmp_path / "out", SMALL)
+    build(sop.read(own_products), tmp_path / "out", SMALL)
     os.utime(own_products / "bicycle_final" / "111085122872_0.JPG", (1, 1))
     with pytest.raises(InputError, match="files of its source have changed"):
-        build(sop.read(own_products), own_products, tmp_path / "out", SMALL)
+        build(sop.read(own_products), tmp_path / "out", SMALL)
 
 
 def test_a_folder_that_no_build_made_is_refused(products: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="is there and not from a build; give a new folder"):
-        build(sop.read(products), products, tmp_path, SMALL)
+        build(sop.read(products), tmp_path, SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -296,7 +360,7 @@ def test_too_small_a_disk_is_told_before(products: Path, tmp_path: Path, monkeyp
     free = shutil.disk_usage(tmp_path)._replace(free=50_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(InputError, match="need about 0 MiB, .* free; free some space or give another folder"):
-        build(sop.read(products), products, tmp_path / "out", SMALL)
+        build(sop.read(products), tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
 
 
@@ -304,9 +368,9 @@ def test_two_builds_do_not_share_a_folder(products: Path, tmp_path: Path) -> Non
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(InputError, match="another build is writing"):
-        build(sop.read(products), products, tmp_path, SMALL)
+        build(sop.read(products), tmp_path, SMALL)
     os.close(handle)
-    assert build(sop.read(products), products, tmp_path, SMALL).treated == {"kept": 42}
+    assert build(sop.read(products), tmp_path, SMALL).treated == {"kept": 42}
 
 
 def test_a_shard_without_a_whole_image_is_left_out(own_products: Path, tmp_path: Path) -> None:
@@ -314,10 +378,10 @@ def test_a_shard_without_a_whole_image_is_left_out(own_products: Path, tmp_path:
     for image in listing.images:
         if image.split == "train":
             image.path.write_bytes(b"no image")
-    built = build(listing, own_products, out, SMALL, skip_broken=True)
+    built = build(listing, out, SMALL, skip_broken=True)
     assert built.manifest.splits == ("test",) and built.skipped == {"not an image": 21} and len(built.lost) == 6
     assert set(files(out)) == {"manifest.json", "skipped.csv", *(shard.file for shard in built.manifest.shards)}
     for image in listing.images:
         image.path.write_bytes(b"no image")
     with pytest.raises(InputError, match="no image of sop is whole"):
-        build(listing, own_products, tmp_path / "none", SMALL, skip_broken=True)
+        build(listing, tmp_path / "none", SMALL, skip_broken=True)

@@ -59,6 +59,7 @@ def test_every_image_is_listed_once(make: Make, read: Read, counts: dict[str, in
 @pytest.mark.parametrize(("make", "read", "counts"), READERS[:7], ids=NAMES[:7])
 def test_the_folder_above_will_do(make: Make, read: Read, counts: dict[str, int], downloads: dict[Make, Path]) -> None:
     assert read(downloads[make].parent) == read(downloads[make])
+    assert read(downloads[make]).root.is_dir()
 
 
 @pytest.mark.parametrize(("make", "read"), [*LISTS, (miniatures.cars_flat, cars.read)], ids=lambda it: it.__module__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -56,6 +57,17 @@ def test_bytes_behind_the_end_are_cut_off(smooth: Image.Image) -> None:
     assert as_shard_jpeg(data + b"\0" * 30, PLAIN) == (data + b"\0" * 30, "kept")
     assert as_shard_jpeg(data + b"\0" * 31, PLAIN) == (data, "cut")
     assert as_shard_jpeg(data + b"trailer " * 1000, PLAIN) == (data, "cut")
+    assert as_shard_jpeg(data + b"trailer\xff\xd9" * 9 + b"\0" * 40, PLAIN) == (data, "cut")
+    assert as_shard_jpeg(data + data, PLAIN) == (data, "cut")
+
+
+def test_a_preview_inside_is_not_the_end(smooth: Image.Image) -> None:
+    """Cameras put a whole small JPEG, with an end of its own, into a segment of the header."""
+    preview, data = saved(smooth.resize((16, 12)), "JPEG"), saved(smooth, "JPEG", progressive=True)
+    segment = b"\xff\xe1" + struct.pack(">H", len(preview) + 2) + preview
+    whole = data[:20] + segment + data[20:]
+    assert as_shard_jpeg(whole, PLAIN) == (whole, "kept")
+    assert as_shard_jpeg(whole + bytes(99), PLAIN) == (whole, "cut")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -124,13 +136,73 @@ def test_16_bit_grey_keeps_its_range() -> None:
     assert pixels[8, 8::16, 0] == pytest.approx([0, 16, 128, 255], abs=2)
 
 
-def test_what_only_a_lenient_decoder_reads_is_encoded_anew(smooth: Image.Image) -> None:
+def stray_bytes(jpeg: bytes) -> bytes:
+    return jpeg[:20] + b"\x55" * 3 + jpeg[20:]  # between the first two segments
+
+
+def unknown_revision(jpeg: bytes) -> bytes:
+    return jpeg[:11] + b"\x09" + jpeg[12:]
+
+
+def odd_profile(jpeg: bytes) -> bytes:
+    return jpeg[:20] + b"\xff\xe2" + struct.pack(">H", 19) + b"ICC_PROFILE\0\x05\x02abc" + jpeg[20:]
+
+
+def odd_scan(jpeg: bytes) -> bytes:
+    at = jpeg.index(b"\xff\xda")
+    end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return jpeg[: end - 2] + b"\0" + jpeg[end - 1 :]
+
+
+ODDITIES = [(stray_bytes, "3 extraneous bytes before marker"), (unknown_revision, "unknown JFIF revision"),
+            (odd_profile, "bad ICC marker"), (odd_scan, "Invalid SOS parameters")]
+
+
+def half(jpeg: bytes) -> bytes:
+    return jpeg[: len(jpeg) * 2 // 3] + b"\xff\xd9"
+
+
+def hole(jpeg: bytes) -> bytes:
+    return jpeg[: len(jpeg) // 2] + bytes(200) + jpeg[len(jpeg) // 2 + 200 :]
+
+
+@pytest.mark.parametrize(("oddity", "warning"), ODDITIES, ids=lambda it: getattr(it, "__name__", ""))
+def test_an_odd_header_is_done_away_with(smooth: Image.Image, oddity: Callable[[bytes], bytes], warning: str) -> None:
     data = saved(smooth, "JPEG", quality=95)
-    odd = data[:20] + b"\x55" * 3 + data[20:]  # between the first two segments
-    with pytest.raises(ValueError, match="3 extraneous bytes before marker"):
-        simplejpeg.decode_jpeg(odd)
-    pixels, treatment = shown(odd)
+    with pytest.raises(ValueError, match=warning):
+        simplejpeg.decode_jpeg(oddity(data))
+    pixels, treatment = shown(oddity(data))
     assert treatment == "repaired" and far(pixels, simplejpeg.decode_jpeg(data)) < 1
+
+
+@pytest.mark.parametrize(("stray", "treatment"), [(10, "repaired"), (16, "repaired"), (40, None)])
+def test_a_few_stray_bytes_before_the_end_are_done_away_with(smooth: Image.Image, stray: int,
+                                                             treatment: str | None) -> None:
+    data = saved(smooth, "JPEG", quality=95)
+    odd = data[:-2] + b"\x5a" * stray + data[-2:]
+    with pytest.raises(ValueError, match="extraneous bytes before marker 0xd9"):
+        simplejpeg.decode_jpeg(odd)
+    if treatment is None:
+        with pytest.raises(BrokenImage, match="damaged"):
+            as_shard_jpeg(odd, PLAIN)
+    else:
+        pixels, done = shown(odd)
+        assert done == treatment and far(pixels, simplejpeg.decode_jpeg(data)) < 1
+
+
+@pytest.mark.parametrize("loss", [half, hole])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_lost_pixels_are_damage(loss: Callable[[bytes], bytes], progressive: bool, mode: str) -> None:
+    """Pillow reads all of these, the lost parts in grey. libjpeg tells only the first of its warnings."""
+    data = saved(Image.fromarray(picture(0, 0, size=80)).convert(mode), "JPEG", quality=95, progressive=progressive)
+    oddities = [oddity for oddity, _ in ODDITIES[: 4 - progressive]] if mode == "RGB" else []
+    for broken in (loss(data), *(oddity(loss(data)) for oddity in oddities)):
+        with Image.open(io.BytesIO(broken)) as image:
+            image.load()
+        with pytest.raises(BrokenImage) as caught:
+            as_shard_jpeg(broken, PLAIN)
+        assert caught.value.kind == "damaged"
 
 
 def png_claiming(width: int, height: int) -> bytes:

@@ -45,6 +45,20 @@ def test_class_list_by_name_or_label(shard_set: Manifest, tmp_path: Path) -> Non
         chosen(shard_set, class_list=tmp_path / "none.txt")
 
 
+def test_a_class_list_never_guesses(shard_set: Manifest, tmp_path: Path) -> None:
+    """Names that are numbers: the class called 2 has another label."""
+    names = {0: "1", 1: "2", 2: "3", 3: "same", 4: "same"}
+    named = replace(shard_set, classes=tuple(replace(entry, name=names.get(entry.label, entry.name))
+                                             for entry in shard_set.classes))
+    path = tmp_path / "classes.txt"
+    path.write_text("0\n11\n")
+    assert chosen(named, class_list=path)[0] == [0, 11]
+    for word, labels in (("2", "1 and 2"), ("same", "3 and 4")):
+        path.write_text(word)
+        with pytest.raises(InputError, match=f"'{word}' is a name or a label of classes {labels}"):
+            chosen(named, class_list=path)
+
+
 def test_most_images_are_a_fixed_choice(shard_set: Manifest) -> None:
     assert chosen(shard_set, most_images=4) == (list(range(12)), [4] * 12)
     assert chosen(shard_set, most_images=40) == (list(range(12)), [6] * 12)

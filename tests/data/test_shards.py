@@ -113,11 +113,41 @@ def edit(manifest: Manifest, change) -> None:  # type: ignore[no-untyped-def]
     (lambda body: body["shards"][0]["offsets"].__setitem__(3, 10**9), "has an image at byte 1000000000"),
     (lambda body: body["shards"][0]["lengths"].__setitem__(3, -5), "of -5 bytes"),
     (lambda body: body["classes"].append(body["classes"][0]), "label occurs twice"),
+    *((lambda body, file=file: body["shards"][0].update(file=file), "not a plain file name of at most 200 bytes")
+      for file in ("", ".", "..", "/x.tar", "a" * 201, "ä" * 101)),
+    (lambda body: body["shards"][0]["keys"].__setitem__(3, ""), "train-0.tar has an image with an empty key"),
+    (lambda body: body.update(name=3), "name and description must be text"),
+    *((lambda body, wrong=wrong, name=name: body["shards"][0].update({name: wrong}), f"{name} of shards must be {kind}")
+      for name, kind, wrong in (("file", "text", 3), ("file", "text", "a\0"), ("split", "text", None),
+                                ("sha256", "text", 3), ("bytes", "whole numbers", "10"),
+                                ("bytes", "whole numbers", 2**70))),
+    *((lambda body, wrong=wrong, name=name: body["classes"][0].update({name: wrong}),
+       f"{name} of classes must be {kind}")
+      for name, kind, wrong in (("category", "text", None), ("name", "text", ["x"]), ("name", "text", "\ud800"),
+                                ("label", "whole numbers", "0"), ("label", "whole numbers", 0.5),
+                                ("label", "whole numbers", [0]), ("label", "whole numbers", 2**70))),
+    *((lambda body, wrong=wrong, name=name: body["shards"][0][name].__setitem__(3, wrong),
+       f"{name} of train-0.tar must be {kind}")
+      for name, kind, wrong in (("keys", "text", 3), ("keys", "text", "a\0"), ("labels", "whole numbers", "0"),
+                                ("labels", "whole numbers", None), ("labels", "whole numbers", [0]),
+                                ("offsets", "whole numbers", 512.0), ("lengths", "whole numbers", True))),
+    *((lambda body, wrong=wrong, name=name: body["shards"][0].update({name: wrong}), f"{name} of train-0.tar must be")
+      for name, wrong in (("keys", "abc"), ("keys", 3), ("labels", {}), ("offsets", None), ("roles", [["query"]] * 36),
+                          ("groups", [[1, 2]] * 36))),
+    (lambda body: body.update(subsets={"part": [["000_0"]]}), "keys of subset 'part' must be text"),
+    (lambda body: body.update(subsets=["part"]), "not a complete manifest"),
 ])
 def test_wrong_manifests_are_refused(own_shard_set: Manifest, change, named: str) -> None:  # type: ignore[no-untyped-def]
     edit(own_shard_set, change)
     with pytest.raises(InputError, match=named):
         Manifest.load(own_shard_set.folder)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe{}", b"1" * 5000])
+def test_what_is_no_json_is_no_manifest(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"manifest.json cannot be read as a manifest: .*; rebuild the shard set"):
+        Manifest.load(tmp_path)
 
 
 def test_unknown_split(shard_set: Manifest) -> None:

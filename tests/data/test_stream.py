@@ -255,3 +255,20 @@ def test_streams_leave_the_global_generator_alone(shard_set: Manifest) -> None:
     for workers in (0, 1):
         list(stream(images, sequential_batches(6, batch_size=3), workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_error_elsewhere_ends_the_program(shard_set: Manifest) -> None:
+    """One that is kept in its traceback keeps the stream and its workers, who ignore SIGTERM."""
+    done = launch(sys.executable, "-c", f"""
+from namr_dist.data.manifest import Manifest
+from namr_dist.data.augment import TestTransform
+from namr_dist.data.stream import ShardImages, sequential_batches, stream
+manifest = Manifest.load({str(shard_set.folder)!r})
+images = ShardImages(manifest, manifest.index("train"), TestTransform(size=32, crop_share=1.0))
+def step():
+    batches = stream(images, sequential_batches(72, batch_size=2), workers=2)
+    next(batches)
+    raise RuntimeError("out of memory")
+step()
+""", timeout=60)
+    assert done.returncode == 1 and "RuntimeError: out of memory" in done.stderr

@@ -52,6 +52,14 @@ def test_hidden_and_other_files_are_no_images(tmp_path: Path) -> None:
     assert folder.read(tmp_path).counts()["images"] == 2
 
 
+def test_images_of_other_kinds_are_counted_by_ending(tmp_path: Path) -> None:
+    listing = folder.read(put(tmp_path, "a/1.jpg", "a/2.JFIF", "a/3.heic", "a/4.HEIC", "b/1.jpg", "b/2.gif",
+                              "b/._3.gif", "b/notes.txt"))
+    assert len(listing.images) == 3
+    assert [note.split(" files")[0] for note in listing.notes] == ["1 .gif", "2 .heic"]
+    assert folder.read(put(tmp_path / "plain", "a/1.jpg", "b/1.jpg")).notes == ()
+
+
 @pytest.mark.parametrize(("names", "message"), [
     (["train/a/1.jpg", "test/b/1.jpg", "c/d/1.jpg"], "d is a folder in the class folder 'c'"),
     (["train/a/1.jpg", "test/a/2.jpg"], "train/a: class 'a' is of split 'train' here and of 'test' elsewhere"),
@@ -74,6 +82,8 @@ def test_names_in_another_encoding_are_refused(tmp_path: Path) -> None:
 def test_neither_folder_nor_table(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither a folder nor a .csv file"):
         folder.read(tmp_path / "x.json")
+    with pytest.raises(InputError, match="there is no file .*/x.csv; give"):
+        folder.read(tmp_path / "x.csv")
 
 
 def table(root: Path, text: str) -> Path:
@@ -132,7 +142,8 @@ def test_as_spreadsheets_write_it(tmp_path: Path) -> None:
     ("path,label,split,is_query,is_gallery\na.jpg,x,test,yes,0\n", "line 2: is_query is 'yes'; set it to true"),
     ("path,label,split,is_query,is_gallery\na.jpg,x,test,,\n", "line 2: is_query is ''; set it to true"),
     ("path,label,split\n\"a.jpg,x,train\n", "cannot be read as a table"),
-    ("path,label,split\nz.jpg,x,train\n", "1 of 1 listed images are missing"),
+    ("path,label,split\nz.jpg,x,train\n", "1 of 1 listed images are missing: .*; check the paths, or"),
+    ("path,label,split\na.jpg,01,train\nb.jpg,2,train\nc.jpg,1,train\n", "line 4: labels '1' and '01' are the same"),
 ])
 def test_impossible_tables_are_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):

@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader
 from namr_dist.config import DataConfig
 from namr_dist.data.augment import TrainTransform, TrainView
 from namr_dist.data.manifest import Manifest, SplitIndex
-from namr_dist.data.plan import Sampling
-from namr_dist.data.stream import Batch, ShardImages, TrainPlan
+from namr_dist.data.stream import Batch, ShardImages
 
 STAGES = ("read", "decode", "augment", "collate")
 
@@ -69,14 +68,13 @@ class Work:
 
 
 def namr(work: Work) -> Provider:
-    """This package's stream, in the order of a plan."""
-    how = Sampling(classes_per_batch=min(work.batch // 4, len(np.unique(work.index.label_N))), images_per_class=4)
-    plan = TrainPlan(index=work.index, how=how, seed=0, rank=0, world_size=1,
-                     steps=-(-len(work.index) // (how.classes_per_batch * how.images_per_class)))
+    """What a worker of this package's stream does, here and there in the tars."""
+    order_N = np.random.default_rng(0).permutation(len(work.index)).tolist()
 
     def run(clock: LapClock) -> Iterator[int]:
         images = _LappedImages(work, clock)
-        for items in plan:
+        for first in range(0, len(order_N), work.batch):
+            items = [(place, place) for place in order_N[first : first + work.batch]]
             batch = images.__getitems__(items)
             if not isinstance(batch, Batch):
                 raise batch

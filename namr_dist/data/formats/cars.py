@@ -43,7 +43,7 @@ def read(source: Path) -> Listing:
     readers = {"flat": _read_flat, "devkit": _read_devkit, "class folder": _read_folders}
     labelled, names = readers[layout](root)
     listing = Listing(name="cars", description=f"Cars196, original images, {layout} layout, classes 1–98 train",
-                      classes=_classes(root, labelled, names), expected=_EXPECTED,
+                      root=root, classes=_classes(root, labelled, names), expected=_EXPECTED,
                       images=tuple(SourceImage(path=root / path, key=image_key(path), label=label, split=_split(label))
                                    for path, label in labelled))
     listing.check()

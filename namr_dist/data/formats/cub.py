@@ -59,8 +59,8 @@ def read(source: Path) -> Listing:
         if line.integer("class_id", class_id) not in classes:
             raise InputError(f"{line.where}: class {name!r} has no images; unpack the download again")
     listing = Listing(name="cub", description="CUB-200-2011, original images, classes 1–100 train",
-                      classes=tuple(classes[label] for label in sorted(classes)), images=tuple(images),
-                      expected=_EXPECTED)
+                      root=root / "images", classes=tuple(classes[label] for label in sorted(classes)),
+                      images=tuple(images), expected=_EXPECTED)
     listing.check()
     return listing
 

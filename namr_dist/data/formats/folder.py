@@ -10,9 +10,10 @@ are relative to its folder; is_query and is_gallery are true or false (1 or 0), 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from namr_dist.data.formats.lists import ENDINGS, unique_keys
+from namr_dist.data.formats.lists import ENDINGS, OTHER_ENDINGS, unique_keys
 from namr_dist.data.formats.table import Entry, read_table
 from namr_dist.data.listing import Listing, SourceImage
 from namr_dist.data.manifest import ROLES, ImageClass
@@ -24,13 +25,16 @@ _SPLIT_OF = {"train": "train", "val": "val", "test": "test", "query": "test", "g
 def read(source: Path) -> Listing:
     """Labels number the sorted class names from 0; a table's labels that are all whole numbers are kept.
 
-    `source` is a folder or a file that ends in .csv. Raises InputError for a class in two splits or without images,
-    for images outside of class folders, and for a table with anything but what is stated above.
+    `source` is a folder or a file that ends in .csv. `notes` count the images of other kinds in class folders. Raises
+    InputError for a class in two splits or without images, for images outside of class folders, and for a table with
+    anything but what is stated above.
     """
+    notes: tuple[str, ...] = ()
     if source.is_dir():
         root = source
         entries, description = _read_folders(source)
         numbers = _in_order(entries)
+        notes = _other_images(root, entries)
     elif source.suffix.lower() == ".csv":
         root, description = source.parent, f"table {source.name}"
         entries = read_table(source)
@@ -38,8 +42,8 @@ def read(source: Path) -> Listing:
         numbers = {entry.label: int(entry.label) for entry in entries} if kept else _in_order(entries)
     else:
         raise InputError(f"{source} is neither a folder nor a .csv file; give one of both")
-    listing = Listing(name=root.resolve().name, description=description, classes=_classes(entries, numbers),
-                      images=_images(root, entries, numbers))
+    listing = Listing(name=root.resolve().name, description=description, root=root, notes=notes,
+                      classes=_classes(entries, numbers), images=_images(root, entries, numbers))
     listing.check()
     return listing
 
@@ -91,6 +95,14 @@ def _read_folders(root: Path) -> tuple[list[Entry], str]:
     return entries, f"class folders: of {len(classes)} sorted classes the first {half} train, the others test"
 
 
+def _other_images(root: Path, entries: list[Entry]) -> tuple[str, ...]:
+    """A line for each ending of images that lie beside the listed ones and are not read."""
+    found = Counter(path.suffix.lower() for folder in {root / entry.path.parent for entry in entries}
+                    for path in _entries(folder) if path.suffix.lower() in OTHER_ENDINGS)
+    return tuple(f"{number:,} {ending} files in {root} are not read; convert them to JPEG or PNG to have them in"
+                 for ending, number in sorted(found.items()))
+
+
 def _entry(root: Path, path: Path, label: str, *, split: str, role: str = "") -> Entry:
     return Entry(path=PurePosixPath(path.relative_to(root)), label=label, split=split, where=str(path.parent),
                  role=role)
@@ -106,6 +118,9 @@ def _classes(entries: list[Entry], numbers: dict[str, int]) -> tuple[ImageClass,
         label = numbers[entry.label]
         known = classes.setdefault(label, ImageClass(label=label, name=entry.label, category=entry.category,
                                                      split=entry.split))
+        if known.name != entry.label:
+            raise InputError(f"{entry.where}: labels {entry.label!r} and {known.name!r} are the same number; write a "
+                             "class's number in one way")
         if known.split != entry.split:
             raise InputError(f"{entry.where}: class {entry.label!r} is of split {entry.split!r} here and of "
                              f"{known.split!r} elsewhere; splits may share no class: keep it in one")

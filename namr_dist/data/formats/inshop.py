@@ -54,7 +54,7 @@ def read(source: Path, *, highres: bool = False) -> Listing:
     classes = tuple(ImageClass(label=label, name=f"id_{label:08d}", category=_most_common(categories[label]),
                                split=splits[label]) for label in sorted(splits))
     listing = Listing(name="inshop", description=f"DeepFashion In-Shop Clothes Retrieval, image tree {tree.name}",
-                      classes=classes, images=tuple(images), expected=_EXPECTED)
+                      root=tree.parent, classes=classes, images=tuple(images), expected=_EXPECTED)
     listing.check()
     return listing
 

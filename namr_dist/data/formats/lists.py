@@ -8,8 +8,10 @@ from pathlib import Path, PurePosixPath
 
 from namr_dist.errors import InputError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp")
 """Of image files, in any case."""
+OTHER_ENDINGS = (".heic", ".heif", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+"""Of image files that no build reads."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def read(source: Path) -> Listing:
                                  "unpack the download again")
             images.append(SourceImage(path=root / place, key=image_key(place), label=label, split=split))
     listing = Listing(name="sop", description="Stanford Online Products, original images",
-                      classes=tuple(classes[label] for label in sorted(classes)), images=tuple(images),
+                      root=root, classes=tuple(classes[label] for label in sorted(classes)), images=tuple(images),
                       expected=_EXPECTED)
     listing.check()
     return listing

@@ -70,6 +70,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 if words:
                     yield where, {name: word if name == "path" else word.strip()
                                   for name, word in zip(header, words, strict=True)}
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}; give a folder of class folders or a .csv file") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a table ({error}); store it as CSV in UTF-8") from None
 

@@ -46,7 +46,7 @@ def read(source: Path) -> Listing:
     classes = tuple(ImageClass(label=vehicle, name=str(vehicle), category="", split=split_of[vehicle])
                     for vehicle in sorted(split_of))
     listing = Listing(name="vehicleid", description="PKU VehicleID, original images; test is the union of its lists",
-                      classes=classes, images=tuple(images.values()), subsets=subsets, expected=_EXPECTED)
+                      root=root, classes=classes, images=tuple(images.values()), subsets=subsets, expected=_EXPECTED)
     listing.check()
     return listing
 
