@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import errno
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.verb(parsed, overrides) or 0
     except InputError as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        # The reader of the output (head, less) has left: nobody to tell, and nothing for Python to flush at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell counts SIGPIPE
     except OSError as error:
         if error.errno is None:
             raise
@@ -69,11 +74,16 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     evaluate = verbs.add_parser("evaluate", help="measure a trained run on its test split",
                                 description="Measure a run on its test split: metrics.json, embeddings.safetensors.")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    evaluate.add_argument("--json", action="store_true", help="print metrics.json instead of a table")
+    _add_shards(evaluate)
+    evaluate.add_argument("--split", metavar="NAME", help="another test split or subset; its files are "
+                          "metrics-NAME.json and embeddings-NAME.safetensors")
+    evaluate.add_argument("--recall-at", type=int, nargs="+", default=[], metavar="K", help="the k of R@k (as trained)")
+    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     evaluate.set_defaults(verb=_evaluate)
 
     report = verbs.add_parser("report", help="write a run's report.html")
     report.add_argument("run", type=Path, metavar="RUN", help="folder of an evaluated run")
+    _add_shards(report)
     report.set_defaults(verb=_report)
 
     embed = verbs.add_parser("embed", help="embed images with a trained run",
@@ -92,6 +102,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
                               "model card. Every file is read back and compared with the network.")
     export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    _add_shards(export)
     formats = ("safetensors", "torch", "onnx")
     export.add_argument("--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT",
                         help="any of safetensors, torch (torch.export) and onnx; by default all")
@@ -144,6 +155,11 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if overrides and parsed.verb is not _train:
         parser.error(f"{overrides[0]} goes with `namr train`")
     return parsed, overrides
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shards", metavar="FOLDER", help="where the run's shard set is now, a folder or a URL (where "
+                        "it was trained from)")
 
 
 def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
@@ -199,8 +215,6 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _dry_run(parsed: argparse.Namespace, overrides: list[str], config: Config) -> None:
-    import os
-
     from namr_dist.parallel.ranks import read_launch
     from namr_dist.train.dry_run import dry_run
 
@@ -217,7 +231,7 @@ def _dry_run(parsed: argparse.Namespace, overrides: list[str], config: Config) -
 def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.retrieval.run import evaluate_run
 
-    metrics = evaluate_run(parsed.run)
+    metrics = evaluate_run(parsed.run, shards=parsed.shards, split=parsed.split, recall_at=tuple(parsed.recall_at))
     if parsed.json:
         print(json.dumps(metrics, indent=2))
         return
@@ -231,7 +245,7 @@ def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
 def _report(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.retrieval.run import report_run
 
-    print(report_run(parsed.run))
+    print(report_run(parsed.run, shards=parsed.shards))
 
 
 def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
@@ -239,7 +253,7 @@ def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
 
     if parsed.out.is_dir() or not parsed.out.parent.is_dir():
         raise InputError(f"--out {parsed.out} is not a file in a folder that exists; give one")
-    count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards
+    count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards is not None
              else embed_folder(parsed.run, parsed.images, parsed.out))
     print(f"{count} images → {parsed.out}")
 
@@ -247,7 +261,7 @@ def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
 def _export(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.retrieval.export import export_run
 
-    exported = export_run(parsed.run, parsed.out, parsed.formats)
+    exported = export_run(parsed.run, parsed.out, parsed.formats, shards=parsed.shards)
     if parsed.json:
         print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))
         return

@@ -89,7 +89,8 @@ class DataConfig:
     workers: int = 2
     """Processes a rank that read, decode and transform images."""
     batch_minutes: float = 10.0
-    """Minutes without a batch from them after which the run ends, naming the shards it waits for."""
+    """Minutes without a batch from them after which the run ends, naming the shards it waits for; fewer than
+    train.timeout_minutes, or that ends it first."""
     verify: bool = True
     """Check every shard's size and SHA-256 before the first step."""
 
@@ -374,8 +375,8 @@ class Config:
         for name, limit in (("data.batch_minutes", data.batch_minutes),
                             ("data.remote.cache_gib", data.remote.cache_gib),
                             ("data.remote.stall_seconds", data.remote.stall_seconds)):
-            if not limit > 0:
-                raise InputError(f"{name} is {limit}; set it above 0")
+            if not 0 < limit <= 1e6:
+                raise InputError(f"{name} is {limit}; set it above 0 and at most 1000000")
 
     def _check_roles(self) -> None:
         """A split that trains may not choose, and neither may be tested on: figures would say nothing."""

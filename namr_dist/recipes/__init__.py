@@ -12,12 +12,13 @@ from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.recipes.cars import cars
 from namr_dist.recipes.cub import cub
+from namr_dist.recipes.folder import folder
 from namr_dist.recipes.homeware import homeware, homeware_conv4
 from namr_dist.recipes.inshop import inshop
 from namr_dist.recipes.sop import sop
 from namr_dist.recipes.vehicleid import vehicleid
 
-ALL: tuple[Callable[[], Config], ...] = (homeware, homeware_conv4, sop, inshop, cub, cars, vehicleid)
+ALL: tuple[Callable[[], Config], ...] = (homeware, homeware_conv4, sop, inshop, cub, cars, vehicleid, folder)
 
 
 def find(name: str) -> Config:

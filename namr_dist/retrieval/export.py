@@ -11,7 +11,6 @@ Shapes: b images, H pixels a side, D width.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import secrets
@@ -44,6 +43,8 @@ from namr_dist.model.programs import (
     write_torch,
 )
 from namr_dist.retrieval.model_card import model_card
+from namr_dist.retrieval.run_record import run_config
+from namr_dist.retrieval.sharing import shareable
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, load_network
 from namr_dist.train.embed import test_transform
 
@@ -99,7 +100,7 @@ def load(folder: str | Path) -> EmbeddingNetwork:
     return network
 
 
-def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *,
+def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *, shards: str | None = None,
                tolerance: float = TOLERANCE) -> Exported:
     """Write the network of RUN into the new folder `out`: the named formats, config.json and README.md.
 
@@ -110,7 +111,7 @@ def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *,
     _check_folder(out)
     if "onnx" in formats:
         check_onnx_packages()
-    config = Config.load(run / "config.json")
+    config = run_config(run, shards)
     cpu = torch.device("cpu")
     network, trained = load_network(final_checkpoint(run), config, device=cpu)
     metrics = _read_metrics(run / "metrics.json")
@@ -139,10 +140,8 @@ def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *,
 
 
 def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json. Of paths only the last part stays: the rest is the training machine's."""
-    shared = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, path=config.data.path and Path(config.data.path).name),
-        model=dataclasses.replace(config.model, weights=config.model.weights and Path(config.model.weights.name)))
+    """The content of config.json. Of paths and URLs only the last part stays, without credentials: the rest is the
+    training machine's."""
     return {
         "format": _FORMAT,
         "version": __version__,
@@ -154,7 +153,7 @@ def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
         "output": {"dtype": "float32", "width": config.model.width, "z": "sample embedding, not normalised",
                    "s": "structure embedding, within 1 ± delta", "delta": config.model.delta},
         "trained": trained,
-        "config": dataclasses.asdict(shared),
+        "config": shareable(json.loads(config.to_json())),
     }
 
 

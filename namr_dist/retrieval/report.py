@@ -18,6 +18,7 @@ from namr_dist.retrieval.charts import Line, line_chart, smoothed, thinned
 from namr_dist.retrieval.examples import NEIGHBOURS, embedding_map, neighbour_examples
 from namr_dist.retrieval.reidentification import METRICS
 from namr_dist.retrieval.run_record import RunRecord, read_run
+from namr_dist.retrieval.sharing import shareable
 from namr_dist.retrieval.tables import (
     baseline_rows,
     columns,
@@ -111,7 +112,7 @@ def write_report(
             ("Protocol", list(_flat(_block(run.metrics, "protocol")))),
             ("Measurement", list(_flat(measurement))),
         ],
-        config=json.dumps(run.config, indent=2, ensure_ascii=False),
+        config=json.dumps(shareable(run.config), indent=2, ensure_ascii=False),
     )
     path = run_dir / "report.html"
     write_atomic(path, page)

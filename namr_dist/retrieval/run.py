@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from namr_dist.atomic import write_atomic
-from namr_dist.config import Config
+from namr_dist.config import Config, DataConfig
 from namr_dist.data.folder import FolderImages
 from namr_dist.data.location import open_shards
 from namr_dist.data.manifest import Manifest, SplitIndex
 from namr_dist.data.shards import verify_shards
 from namr_dist.data.stream import ImageSource, ShardImages
+from namr_dist.errors import InputError
 from namr_dist.parallel.ranks import Rank, only_rank
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 from namr_dist.retrieval.reidentification import reidentify
 from namr_dist.retrieval.report import write_report
 from namr_dist.retrieval.roles import Division, divide
-from namr_dist.retrieval.run_record import read_log
+from namr_dist.retrieval.run_record import read_log, run_config
 from namr_dist.retrieval.search import search_backend
 from namr_dist.train.checkpoint import final_checkpoint, initial_network, load_network
 from namr_dist.train.embed import embed, test_transform
@@ -33,20 +35,31 @@ _BATCH = 128
 _RAW_PIXELS = 32
 
 
-def evaluate_run(run: Path) -> dict:
+def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = None,
+                 recall_at: tuple[int, ...] = ()) -> dict:
     """Measure a run on its test split; write RUN/metrics.json and RUN/embeddings.safetensors; return the figures.
+
+    shards: where the set is now; None: where it was trained from. split: another test split or subset, whose files are
+    named metrics-SPLIT.json and embeddings-SPLIT.safetensors. recall_at: the k of R@k; none: the configuration's.
 
     Beside the trained network stand raw pixels (32 × 32), the network before training and the frozen backbone's
     pooled features. If the split has roles, queries search the gallery, else all search all others.
     Raises InputError if the run is not finished, its data are not as they were, or the split has no query or nothing
     to search.
     """
-    config = Config.load(run / "config.json")
+    config = run_config(run, shards)
+    ending = f"-{split}" if split and split != config.data.test_split else ""
+    config = replace(config, data=replace(config.data, test_split=split or config.data.test_split),
+                     evaluation=replace(config.evaluation, recall_at=recall_at or config.evaluation.recall_at))
+    config.check()
     rank = only_rank()
     network, trained = load_network(final_checkpoint(run), config, device=rank.device)
     manifest = open_shards(config.data.path, config.data.remote)
     split = config.data.test_split
     index = manifest.index(split)
+    if shared := len(np.intersect1d(manifest.index(*config.data.train_splits).label_N, index.label_N)):
+        raise InputError(f"{shared} classes of {split!r} in {manifest.folder} are of the splits that were trained on; "
+                         "name another")
     sides = divide(index.role_N, len(index), f"split {split!r} of {manifest.folder}")
     verify_shards(manifest, [split])
     images = ShardImages(manifest, index, test_transform(config))
@@ -74,14 +87,14 @@ def evaluate_run(run: Path) -> dict:
         "protocol": _protocol(config, manifest, trained, sides, reidentified),
     }
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **_facts(index)}
-    write_atomic(run / "embeddings.safetensors", safetensors.torch.save(tensors))
-    write_atomic(run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_atomic(run / f"embeddings{ending}.safetensors", safetensors.torch.save(tensors))
+    write_atomic(run / f"metrics{ending}.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def report_run(run: Path) -> Path:
+def report_run(run: Path, *, shards: str | None = None) -> Path:
     """Write RUN/report.html from what training and evaluation left; return its path."""
-    config = Config.load(run / "config.json")
+    config = run_config(run, shards)
     manifest = open_shards(config.data.path, config.data.remote)
     index = manifest.index(config.data.test_split)
     images = ShardImages(manifest, index, test_transform(config))
@@ -147,6 +160,15 @@ def _training_figures(run: Path, trained: dict) -> dict:
     return {"steps": trained["steps"], "seconds": lines[-1]["time_s"], "img_per_s": float(np.median(speeds))}
 
 
+def _filters(data: DataConfig) -> str:
+    """What of the training splits was left out, in words."""
+    words = [f"super-classes {', '.join(data.categories)}" if data.categories else "",
+             f"those in {data.class_list.name}" if data.class_list else "",
+             f"with {data.least_images} images or more" if data.least_images > 1 else "",
+             f"at most {data.most_images} images each" if data.most_images else ""]
+    return "".join(f"; {word}" for word in words if word)
+
+
 def _protocol(config: Config, manifest: Manifest, trained: dict, sides: Division, reidentified: dict | None) -> dict:
     data, model, loss = config.data, config.model, config.loss
     backend, here = search_backend(), provenance()
@@ -154,7 +176,8 @@ def _protocol(config: Config, manifest: Manifest, trained: dict, sides: Division
         "data set": manifest.name,
         "source": manifest.description,
         "train splits": ", ".join(data.train_splits),
-        "train hash": manifest.split_hash(*data.train_splits),
+        "train images": f"{trained['images']} of {trained['classes']} classes" + _filters(data),
+        "train hash": trained["images_hash"],
         "test split": data.test_split,
         "test hash": manifest.split_hash(data.test_split),
         "query": str(sides),
@@ -165,7 +188,9 @@ def _protocol(config: Config, manifest: Manifest, trained: dict, sides: Division
         "width": model.width,
         "metric loss": loss.metric,
         "ranking": f"λ = {loss.ranking.weight:g}, M = {loss.ranking.clusters}" if loss.ranking.weight else "none",
-        "batch": f"{data.classes_per_batch} classes × {data.images_per_class} images",
+        "batch": f"{data.classes_per_batch} classes × {data.images_per_class} images, {data.sampling}, shuffled by "
+                 f"{data.shuffle}" + (f", {data.views} views of an image" if data.views > 1 else "")
+                 + (", across groups" if data.across_groups else ""),
         "seed": config.train.seed,
         "steps": trained["steps"],
         "checkpoint": "the last; its number of steps was fixed in the recipe",

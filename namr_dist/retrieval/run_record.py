@@ -6,7 +6,7 @@ Shapes: N test images, D width.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from namr_dist.config import Config
+from namr_dist.data.remote import is_command, shown
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.roles import Division, divide
@@ -34,6 +36,19 @@ class RunRecord:
     labels_N: Int64
     sides: Division
     """who queries and who is searched"""
+
+
+def run_config(run: Path, shards: str | None = None) -> Config:
+    """The configuration that a run was trained with, with its shard set at `shards` if that is given.
+
+    Raises InputError if it cannot be read, or if its shards come from a command: a file that somebody else made is no
+    reason to run one.
+    """
+    config = Config.load(run / "config.json")
+    if shards is None and config.data.path and is_command(config.data.path):
+        raise InputError(f"{run / 'config.json'} reads its shards by a command ({shown(config.data.path)}); if you "
+                         "trust it, give it with --shards, or a folder or URL that has the same set")
+    return config if shards is None else replace(config, data=replace(config.data, path=shards))
 
 
 def _bytes(path: Path, made_by: str) -> bytes:

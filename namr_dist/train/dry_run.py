@@ -26,7 +26,8 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
     """Lines that say what `ranks` ranks would do, and how to start them with the words of `namr train`.
 
     Raises InputError for whatever training would refuse before its first step, except that weights on a hub are not
-    asked for and checkpoints not opened. No file is written and no process group started.
+    asked for, checkpoints not opened, and a cache for remote shards is held against one rank's needs. No process group
+    is started and no file written, but for the manifest of a remote set in the cache.
     """
     if ranks < 1:
         raise InputError(f"--ranks is {ranks}; set it to at least 1")

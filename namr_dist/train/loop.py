@@ -64,7 +64,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     check_sizes(network, config, rank.device)
     module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N)),
                             images_per_class=config.data.images_per_class, phases=Phases(rank.device)).to(rank.device)
-    data_hash = hash_images(manifest, config.data.train_splits)
+    data_hash = hash_images(manifest, index)
     timeout = backend_timeout(config.train.timeout_minutes)
     start_group(rank, timeout)
     host = HostGroup(timeout)
@@ -91,7 +91,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
                                   requests=requests)
         if not rank.first:
             return _steps(engine, config, manifest, index, how, rank, host, keeper, first_step=first_step, log=None) \
-                and _save(engine, config, run, rank)
+                and _save(engine, config, run, rank, manifest, index)
         before_s = cut_log(run / "metrics.jsonl", first_step)
         log = stack.enter_context(RunLog(run, steps=config.optim.steps, hosts=hosts, peak_img_per_s=peak_img_per_s,
                                          tensorboard=config.train.tensorboard, name=config.recipe,
@@ -105,7 +105,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
             log.resumed(first_step, start.saved.path)
         if not _steps(engine, config, manifest, index, how, rank, host, keeper, first_step=first_step, log=log):
             return False
-        _save(engine, config, run, rank)
+        _save(engine, config, run, rank, manifest, index)
         log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {final_checkpoint(run)}")
     return True
 
@@ -283,7 +283,8 @@ def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank:
     return evaluate_sample(z_ND, index.label_N, roles_N=index.role_N) if rank.first else {}
 
 
-def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> bool:
+def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank, manifest: Manifest,
+          index: SplitIndex) -> bool:
     import deepspeed
 
     network = engine.module.network
@@ -292,7 +293,8 @@ def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank) -> boo
             deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=config.train.zero_stage == 3):
         if rank.first:
             trained = {"steps": config.optim.steps, "ranks": rank.world_size, "zero_stage": config.train.zero_stage,
-                       "precision": "bf16" if network.bf16 else "fp32", **provenance()}
+                       "precision": "bf16" if network.bf16 else "fp32", "images": len(index),
+                       "classes": len(np.unique(index.label_N)), "images_hash": manifest.hash_of(index), **provenance()}
             save_network(final_checkpoint(run), network.state_dict(), config, trained=trained)
     dist.barrier()
     return True
@@ -305,6 +307,8 @@ def _banner(config: Config, manifest: Manifest, index: SplitIndex, how: Sampling
         f"CPU, {torch.get_num_threads()} threads a rank"
     data, loss = config.data, config.loss
     few = small_classes(index, how)
+    idle = [split for split in manifest.splits
+            if split not in (*data.train_splits, data.validation_split, data.test_split)]
     ranking = f" + {loss.ranking.weight:g} × multi-cluster ranking (M = {loss.ranking.clusters})" \
         if loss.ranking.weight else ", no multi-cluster ranking"
     memory = f", memory of {loss.memory.rows} rows from step {loss.memory.start_step} on" if loss.memory.rows else ""
@@ -315,7 +319,8 @@ def _banner(config: Config, manifest: Manifest, index: SplitIndex, how: Sampling
         f"data      {manifest.name}: {len(index)} images, {len(np.unique(index.label_N))} classes; batches of "
         f"{data.classes_per_batch} × {data.images_per_class} at {data.image_size} px"
         + (f", {config.train.micro_batch} a rank at a time" if config.train.micro_batch else "")
-        + (f"; {few} classes have fewer images and repeat some" if few else ""),
+        + (f"; {few} classes have fewer images and repeat some" if few else "")
+        + (f"; not used: {', '.join(idle)}" if idle and data.test_split in manifest.splits else ""),
         f"sampling  {how.sampling}, {steps_per_epoch(index, how)} steps an epoch; "
         + ("shards read front to back" if how.shuffle == "shards" else "any classes share a batch")
         + (f"; {how.views} views of an image" if how.views > 1 else "")

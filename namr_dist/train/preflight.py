@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import shutil
 from errno import EACCES, EAGAIN, EEXIST, ENOTDIR, EROFS
@@ -43,17 +44,18 @@ def preflight(config: Config, *, world_size: int, local_rank: int) -> tuple[Mani
     data = config.data
     manifest = open_shards(data.path, data.remote)
     index = training_images(manifest, data, seed=config.train.seed)
-    for split in (data.validation_split, data.test_split):
-        if split is None:
-            continue
-        other = manifest.index(split)
-        divide(other.role_N, len(other), f"split {split!r} of {manifest.folder}")
-        if len(other) < world_size:
-            raise InputError(f"split {split!r} of {manifest.folder} has fewer images than there are ranks "
-                             f"({world_size}); use fewer ranks")
-        if shared := len(np.intersect1d(index.label_N, other.label_N)):
-            raise InputError(f"{shared} classes of {split!r} in {manifest.folder} are trained on; name splits that "
-                             "share no class in data.train_splits, data.validation_split and data.test_split")
+    if data.validation_split and data.validation_split not in (*manifest.splits, *manifest.subsets):
+        raise InputError(f"{manifest.folder} has no split {data.validation_split!r} to validate on; it has "
+                         f"{', '.join((*manifest.splits, *manifest.subsets))}; set data.validation_split to None, or "
+                         "build the set with --validation")
+    used = {" and ".join(data.train_splits): manifest.index(*data.train_splits)}
+    for split in filter(None, (data.validation_split, data.test_split)):
+        used[split] = manifest.index(split)
+        _check_measurable(used[split], f"split {split!r} of {manifest.folder}", world_size=world_size)
+    for (one, first), (other, second) in itertools.combinations(used.items(), 2):
+        if shared := len(np.intersect1d(first.label_N, second.label_N)):
+            raise InputError(f"{one} and {other} of {manifest.folder} share {shared} classes; name splits that share "
+                             "none in data.train_splits, data.validation_split and data.test_split")
     how = Sampling(classes_per_batch=data.classes_per_batch, images_per_class=data.images_per_class,
                    sampling=data.sampling, categories_per_batch=data.categories_per_batch, shuffle=data.shuffle,
                    views=data.views, across_groups=data.across_groups)
@@ -61,9 +63,22 @@ def preflight(config: Config, *, world_size: int, local_rank: int) -> tuple[Mani
     # The last rank of a machine knows how many there are, and speaks for all.
     check_cache(manifest, index, how, world_size=world_size, ranks_here=local_rank + 1)
     if local_rank == 0 and data.verify and manifest.source is None:
-        validation = {data.validation_split} if data.validation_split else set()
-        verify_shards(manifest, {*data.train_splits, *validation}, hashes_alone=data.damaged_images == "replace")
+        verify_shards(manifest, data.train_splits, hashes_alone=data.damaged_images == "replace")
+        verify_shards(manifest, [data.validation_split] if data.validation_split else [])
     return manifest, index, how
+
+
+def _check_measurable(index: SplitIndex, name: str, *, world_size: int) -> None:
+    """Raise InputError if a split has an image for each rank to embed too few, or no query with a right answer."""
+    if len(index) < world_size:
+        raise InputError(f"{name} has fewer images than there are ranks ({world_size}); use fewer ranks")
+    sides = divide(index.role_N, len(index), name)
+    labels, counts = np.unique(index.label_N[sides.item_G], return_counts=True)
+    right = dict(zip(labels.tolist(), counts.tolist(), strict=True))
+    if not any(right.get(label, 0) > (own >= 0)
+               for label, own in zip(index.label_N[sides.query_Q].tolist(), sides.own_Q.tolist(), strict=True)):
+        raise InputError(f"{name} has no query with another image of its class to find; name another split, or rebuild "
+                         "the shard set with classes of two images or more")
 
 
 @torch.no_grad()

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
-from namr_dist.data.manifest import Manifest
+from namr_dist.data.manifest import Manifest, SplitIndex
 from namr_dist.errors import InputError
 from namr_dist.train.checkpoint import final_checkpoint
 from namr_dist.train.hashed import DamagedFile
@@ -52,10 +53,10 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(name[1]), path) for name, path in found if name)
 
 
-def hash_images(manifest: Manifest, splits: tuple[str, ...]) -> str:
-    """Names the images of these splits, their bytes and their order: what a plan's numbers mean."""
-    shards = "".join(f"{shard.split} {shard.sha256}\n" for shard in manifest.shards_of(*splits))
-    return hashlib.sha256(f"{manifest.split_hash(*splits)}\n{shards}".encode()).hexdigest()
+def hash_images(manifest: Manifest, index: SplitIndex) -> str:
+    """Names the images that are trained on, their bytes and their order: what a plan's numbers mean."""
+    shards = [manifest.shards[number].sha256 for number in np.unique(index.shard_N)]
+    return hashlib.sha256("\n".join([*shards, *index.keys]).encode()).hexdigest()
 
 
 def find_start(run: Path, config: Config, *, data_hash: str) -> Start:

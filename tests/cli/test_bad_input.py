@@ -83,7 +83,7 @@ def rebuild_with_half_an_image(manifest: Manifest) -> None:
     (("--set.model.batchnorm", "frozen"), "conv4 starts from scratch, so its batch norm cannot be frozen"),
     (("--set.data.image_size", 50), "images are 50×50 px"),
     (("--set.optim.steps", 0), "optim.steps is 0; set it to at least 1"),
-    (("--set.data.validation_split", "vall"), "has no split 'vall'; it has train, val, test"),
+    (("--set.data.test_split", "tset"), "has no split 'tset'; it has train, val, test"),
     (("--set.data.train_splits", "train", "test"), "split 'test' is both in data.train_splits and in data.test_split"),
     (("--set.model.delta", 1.0), "model.delta is 1.0; set it between 0 and 1"),
     (("--set.data.views", 2), "data.views is 2, which does not divide data.images_per_class (3)"),

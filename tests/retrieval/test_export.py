@@ -17,14 +17,16 @@ from conftest import REPOSITORY, launch, small_run
 from PIL import Image
 from torch import Tensor, nn
 
-from namr_dist.config import Config
+from namr_dist.config import Config, DataConfig, ModelConfig, RemoteConfig
 from namr_dist.data.manifest import Manifest
 from namr_dist.data.shards import decode_rgb
 from namr_dist.data.stream import ShardImages
 from namr_dist.errors import InputError
 from namr_dist.model.programs import trace
-from namr_dist.retrieval.export import difference, export_run, load
+from namr_dist.retrieval.export import describe, difference, export_run, load
+from namr_dist.retrieval.report import write_report
 from namr_dist.retrieval.run import evaluate_run
+from namr_dist.retrieval.sharing import shareable
 from namr_dist.train.checkpoint import final_checkpoint, save_network
 from namr_dist.train.embed import test_transform as transform_of
 
@@ -72,6 +74,35 @@ def test_what_is_written(run: Path, exported: Path, shard_set: Manifest) -> None
     recall = json.loads((run / "metrics.json").read_text())["test"]["sample"]["R@1"]
     assert f"| trained, sample | {recall:.1f} |" in card
     assert shard_set.split_hash("test") in card
+
+
+@pytest.mark.parametrize(("location", "told"), [
+    ("/home/me/shards", "shards"), ("https://me:se/cret@host/all/set?sig=se/cret", "set?…"),
+    ("https://me:secret@host", "…@host"), ("s3://bucket/set/", "set"), (None, None),
+    ("pipe:TOKEN=secret curl https://h/{}", "pipe:…"), ("pipe:/opt/get --key secret {}", "get …"),
+])
+def test_what_is_given_away_has_neither_folders_nor_credentials(location: str | None, told: str | None) -> None:
+    config = Config(recipe="sop", model=ModelConfig(weights=Path("/home/me/weights.pt")), data=DataConfig(
+        path=location, class_list=Path("/home/me/list.txt"), remote=RemoteConfig(cache=Path("/scratch/me"))))
+    given = describe(config, {})["config"]
+    assert (given["data"]["path"], given["data"]["class_list"], given["data"]["remote"]["cache"],
+            given["model"]["weights"]) == (told, "list.txt", "me", "weights.pt")
+    given["data"].update(path=config.data.path, class_list="/home/me/list.txt")
+    given["data"]["remote"]["cache"], given["model"]["weights"] = "/scratch/me", "/home/me/weights.pt"
+    assert given == json.loads(config.to_json()), "another field was changed"
+    assert shareable({"data": None, "model": {}}) == {"data": None, "model": {}}
+
+
+def test_a_report_has_neither_folders_nor_credentials(run: Path, tmp_path: Path, shard_set: Manifest) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["path"] = "https://me:secret@host/folder/set?sig=secret"
+    (copy / "config.json").write_text(json.dumps(config))
+    index = shard_set.index("test")
+    images = ShardImages(shard_set, index, transform_of(Config.load(copy / "config.json")))
+    page = write_report(copy, images.jpeg, index.keys, index.keys).read_text()
+    assert "set?…" in page and "secret" not in page and "host/folder" not in page
 
 
 @pytest.mark.parametrize(("file", "absent"), [

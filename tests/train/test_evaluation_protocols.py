@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_the_report_tells_the_protocol(evaluated: Path) -> None:
 
 def test_embed_keeps_the_roles(evaluated: Path, queries_and_gallery: Manifest, tmp_path: Path) -> None:
     out = tmp_path / "test.safetensors"
-    assert embed_shards(evaluated, queries_and_gallery.folder, "test", out) == 36
+    assert embed_shards(evaluated, str(queries_and_gallery.folder), "test", out) == 36
     assert safetensors.numpy.load_file(out)["roles"].tolist() == queries_and_gallery.index("test").role_N.tolist()
 
 
@@ -100,3 +101,34 @@ def test_a_split_without_a_gallery_is_named(evaluated: Path, queries_and_gallery
             evaluate_run(evaluated)
     finally:
         queries_and_gallery.save()
+
+
+def test_another_part_of_the_set_at_another_place(evaluated: Path, queries_and_gallery: Manifest,
+                                                  tmp_path: Path) -> None:
+    """As VehicleID's three lists are measured from one run."""
+    moved = tmp_path / "moved"
+    shutil.copytree(queries_and_gallery.folder, moved)
+    whole = Manifest.load(moved)
+    keys = tuple(key for key in whole.index("test").keys if key[:3] in ("012", "015"))
+    dataclasses.replace(whole, subsets={"few": keys, "seen": whole.index("train").keys}).save()
+    before = (evaluated / "metrics.json").read_bytes()
+    few = evaluate_run(evaluated, shards=str(moved), split="few", recall_at=(2,))
+    assert few["test_counts"]["queries"] == 6 and few["protocol"]["test split"] == "few"
+    assert "R@2" in few["test"]["sample"] and "R@3" not in few["test"]["sample"]
+    assert json.loads((evaluated / "metrics-few.json").read_text()) == few
+    assert len(safetensors.numpy.load_file(evaluated / "embeddings-few.safetensors")["labels"]) == 12
+    assert (evaluated / "metrics.json").read_bytes() == before
+    with pytest.raises(InputError, match="12 classes of 'seen' .* are of the splits that were trained on"):
+        evaluate_run(evaluated, shards=str(moved), split="seen")
+
+
+def test_a_command_in_a_runs_file_is_not_run(evaluated: Path, tmp_path: Path) -> None:
+    run = tmp_path / "foreign"
+    shutil.copytree(evaluated, run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["path"] = f"pipe:touch {tmp_path}/ran; cat {{}}"
+    (run / "config.json").write_text(json.dumps(config))
+    for use in (evaluate_run, report_run):
+        with pytest.raises(InputError, match="reads its shards by a command .*; .* give it with --shards"):
+            use(run)
+    assert not (tmp_path / "ran").exists()

@@ -11,6 +11,7 @@ from conftest import small_run
 
 from namr_dist.cli import configure
 from namr_dist.data.manifest import Manifest
+from namr_dist.data.shards import Sample, write_shard
 from namr_dist.errors import InputError
 from namr_dist.train.dry_run import dry_run
 from namr_dist.train.preflight import check_folder, claim_folder
@@ -50,8 +51,42 @@ def test_mistakes(shard_set: Manifest, tmp_path: Path, ranks: int, more: list[ob
 
 def test_a_subset_of_the_training_images_is_no_test(own_shard_set: Manifest, tmp_path: Path) -> None:
     replace(own_shard_set, subsets={"few": own_shard_set.index("train").keys[:30]}).save()
-    with pytest.raises(InputError, match="5 classes of 'few' .* are trained on; name splits that share no class"):
+    with pytest.raises(InputError, match="train and few of .* share 5 classes; name splits that share none"):
         run_dry(own_shard_set, tmp_path / "run", "--set.data.test_split", "few")
+
+
+def test_validation_and_test_share_no_class(own_shard_set: Manifest, tmp_path: Path) -> None:
+    keys = own_shard_set.index("test").keys
+    replace(own_shard_set, subsets={"small": keys[:12], "large": keys[:24]}).save()
+    with pytest.raises(InputError, match="small and large of .* share 2 classes"):
+        run_dry(own_shard_set, tmp_path / "run", "--set.data.validation_split", "small", "--set.data.test_split",
+                "large")
+
+
+def test_a_set_without_validation_classes(shard_set: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no split 'vall' to validate on; .*; set data.validation_split to None"):
+        run_dry(shard_set, tmp_path / "run", "--set.data.validation_split", "vall")
+
+
+def test_a_split_without_pairs_measures_nothing(own_shard_set: Manifest, tmp_path: Path) -> None:
+    test = own_shard_set.index("test")
+    replace(own_shard_set, subsets={"lone": test.keys[::6]}).save()
+    with pytest.raises(InputError, match="split 'lone' of .* has no query with another image of its class to find"):
+        run_dry(own_shard_set, tmp_path / "run", "--set.data.test_split", "lone")
+
+
+def test_a_truncated_validation_image_is_seen_before(own_shard_set: Manifest, tmp_path: Path) -> None:
+    """data.damaged_images is about training images."""
+    shard = own_shard_set.shards[2]
+    assert shard.split == "val"
+    tar = (own_shard_set.folder / shard.file).read_bytes()
+    samples = [Sample(key=key, label=label, jpeg=tar[offset : offset + length // (1 + (number == 3))])
+               for number, (key, label, offset, length) in enumerate(zip(shard.keys, shard.labels, shard.offsets,
+                                                                         shard.lengths, strict=True))]
+    again = write_shard(own_shard_set.folder, shard.file, shard.split, samples, own_shard_set.class_by_label)
+    replace(own_shard_set, shards=tuple(again if one is shard else one for one in own_shard_set.shards)).save()
+    with pytest.raises(InputError, match="truncated JPEG"):
+        run_dry(own_shard_set, tmp_path / "run", "--set.data.damaged_images", "replace")
 
 
 def test_damaged_shard(own_shard_set: Manifest, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ import torch
 from conftest import make_shards, small_run
 from training_runs import Run, entries, losses, start_parent
 
+from namr_dist.config import DataConfig
 from namr_dist.data.manifest import Manifest
-from namr_dist.train.resume import checkpoint_path, checkpoints, remove_old
+from namr_dist.data.select import training_images
+from namr_dist.train.resume import checkpoint_path, checkpoints, hash_images, remove_old
 from namr_dist.train.state import open_state
 
 pytestmark = pytest.mark.dist
@@ -256,6 +258,16 @@ def test_other_settings_and_images(start: Start, unbroken: dict[int, Path], half
     run = start(half, "--resume")
     assert run.wait() == [0] and f"{half} is finished" in run.said()
     assert "resumed" not in run.said()
+
+
+def test_the_images_that_are_trained_on_name_a_run(shard_set: Manifest, tmp_path: Path) -> None:
+    """A class list is a file, and may have changed under its name."""
+    path = tmp_path / "classes.txt"
+    hashes = []
+    for words in ("1 2 3", "1 2 4", "1 2 3"):
+        path.write_text("\n".join(words.split()))
+        hashes.append(hash_images(shard_set, training_images(shard_set, DataConfig(class_list=path), seed=0)))
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_disk_full_at_a_checkpoint(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> None:
