@@ -188,9 +188,10 @@ def _protocol(config: Config, manifest: Manifest, trained: dict, sides: Division
         "width": model.width,
         "metric loss": loss.metric,
         "ranking": f"λ = {loss.ranking.weight:g}, M = {loss.ranking.clusters}" if loss.ranking.weight else "none",
-        "batch": f"{data.classes_per_batch} classes × {data.images_per_class} images, {data.sampling}, shuffled by "
-                 f"{data.shuffle}" + (f", {data.views} views of an image" if data.views > 1 else "")
-                 + (", across groups" if data.across_groups else ""),
+        "batch": f"{data.classes_per_batch} classes × {data.images_per_class} images",
+        "sampling": f"{data.sampling}, shuffled by {data.shuffle}"
+                    + (f", {data.views} views of an image" if data.views > 1 else "")
+                    + (", across groups" if data.across_groups else ""),
         "seed": config.train.seed,
         "steps": trained["steps"],
         "checkpoint": "the last; its number of steps was fixed in the recipe",
