@@ -70,9 +70,11 @@ def test_two_ranks_follow_the_same_curve(trained: Path, shard_set: Manifest, tmp
     done = launch(*start, LAUNCHER, "homeware_conv4", "--run-dir", tmp_path / "two", *small_run(shard_set, steps=10),
                   "--set.train.zero_stage", stage, cwd=tmp_path, env={"PATH": f"{BIN}:/usr/bin:/bin"})
     assert done.returncode == 0, done.stderr[-3000:]
-    # Sums over ranks run in another order, and training multiplies the difference from step to step.
-    assert curve(tmp_path / "two")[:5] == pytest.approx(curve(trained)[:5], rel=1e-4)
-    assert len(curve(tmp_path / "two")) == 10
+    # Sums over ranks run in another order, and training multiplies the difference tenfold from step to step: batches of
+    # 18 under batch norm, Adam's first steps. tests/train/test_parity.py compares gradients.
+    together, alone = curve(tmp_path / "two"), curve(trained)
+    assert together[0] == pytest.approx(alone[0], rel=1e-5) and together[1] == pytest.approx(alone[1], rel=1e-4)
+    assert together == pytest.approx(alone, rel=2e-2)
     one = safetensors.torch.load_file(trained / "checkpoints" / "final.safetensors")
     two = safetensors.torch.load_file(tmp_path / "two" / "checkpoints" / "final.safetensors")
     assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in two.items()}
