@@ -415,6 +415,11 @@ def test_look_ahead_fetches_in_the_plans_order_and_not_too_far(server: BadServer
     assert asked == [files[number] for number in order]
 
 
+def children() -> list[str]:
+    """Processes of this one; other tests' ranks may be among them."""
+    return [child.name for child in multiprocessing.active_children()]
+
+
 def test_look_ahead_leaves_errors_to_the_reader_and_ends_when_told(server: BadServer, remote: RemoteConfig,
                                                                    shard_set: Manifest) -> None:
     manifest = open_shards(server.url, remote)
@@ -424,9 +429,9 @@ def test_look_ahead_leaves_errors_to_the_reader_and_ends_when_told(server: BadSe
     ahead = LookAhead(manifest, [{0, 1, 2}])
     until(lambda: bool(server.starts(files[1])))
     # No thread: a process forked in the midst of its fetch would find locks that nobody ever gives back.
-    assert [child.name for child in multiprocessing.active_children()] == ["look-ahead"]
+    assert "look-ahead" in children()
     ahead.close()
-    assert not multiprocessing.active_children()
+    assert "look-ahead" not in children()
     with pytest.raises(InputError, match="404"):
         manifest.path(manifest.shards[0])
     assert not kept(remote) and not server.starts(files[2])
