@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from namr_dist.errors import InputError
+from namr_dist.typed import from_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +275,7 @@ class Config:
     @classmethod
     def from_object(cls, value: Any, where: str) -> Config:
         """The configuration in parsed JSON. Raises InputError, naming `where`, if it is not one."""
-        config: Config = _build(cls, value, where)
+        config: Config = from_object(cls, value, where)
         return config
 
     @property
@@ -391,33 +390,3 @@ class Config:
             for other in names[place + 1:]:
                 if shared := sorted(filter(None, roles[name] & roles[other])):
                     raise InputError(f"split {shared[0]!r} is both in {name} and in {other}; give each its own")
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """JSON value → the annotated type. Unknown or missing fields and wrong types raise InputError."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise InputError(f"{where} should be an object with fields, not {value!r}")
-        hints = typing.get_type_hints(kind)
-        if unknown := sorted(value.keys() - hints.keys()):
-            raise InputError(f"{where} has the unknown field {unknown[0]!r}: it was written by another version")
-        try:
-            return kind(**{name: _build(hints[name], entry, f"{where}: {name}") for name, entry in value.items()})
-        except TypeError as error:
-            raise InputError(f"{where} is incomplete: {error}") from None
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _build(arguments[0], value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise InputError(f"{where} is {value!r}, not one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple:
-        return tuple(_build(arguments[0], entry, where) for entry in value)
-    if kind is Path:
-        return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind):
-        raise InputError(f"{where} is {value!r}, expected a {kind.__name__}")
-    return value

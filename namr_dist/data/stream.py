@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -55,7 +56,7 @@ class Batch:
         return replace(self, images_bHW3=images, labels_b=labels, index_b=index)
 
 
-class ImageSource(Dataset["Batch | InputError"]):
+class ImageSource(Dataset["Batch | InputError"], ABC):
     """Images that come a whole batch at a time.
 
     An item is a pair (place among the images, augmentation seed). What is wrong with the data is returned as an
@@ -65,15 +66,17 @@ class ImageSource(Dataset["Batch | InputError"]):
     side: int
     """Pixels of a side of the images it makes."""
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Images in all."""
 
+    @abstractmethod
     def files(self, places: Iterable[int]) -> list[str]:
         """The files that the images at these places are read from, each once, sorted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
-        raise NotImplementedError
+        """The images of a batch, in order."""
 
 
 class ShardImages(ImageSource):

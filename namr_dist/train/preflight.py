@@ -152,7 +152,8 @@ def claim_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) 
 def _written(run: Path) -> list[Path]:
     """What stands in the folder under the names of a run's files and folders, config.json apart."""
     names = ("checkpoints", "tensorboard", "metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html")
-    return [run / name for name in names if (run / name).exists()]
+    of_splits = [*run.glob("metrics-*.json"), *run.glob("embeddings-*.safetensors")]
+    return [path for path in (*(run / name for name in names), *sorted(of_splits)) if path.exists()]
 
 
 def lock_folder(run: Path) -> BinaryIO | None:

@@ -16,6 +16,7 @@ import safetensors
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.manifest import Manifest, SplitIndex
+from namr_dist.data.remote import shown
 from namr_dist.errors import InputError
 from namr_dist.train.checkpoint import final_checkpoint
 from namr_dist.train.hashed import DamagedFile
@@ -85,8 +86,8 @@ def find_start(run: Path, config: Config, *, data_hash: str) -> Start:
         if saved.step != step:
             raise InputError(f"{path} holds step {saved.step}; give it that step's name, or remove it")
         if saved.data_hash != data_hash:
-            raise InputError(f"{path} was trained on other images than {config.data.path or 'homeware'} holds now; "
-                             "set data.path to those, or start again with --overwrite")
+            raise InputError(f"{path} was trained on other images than {shown(config.data.path or 'homeware')} holds "
+                             "now; set data.path to those, or start again with --overwrite")
         return Start(step=saved.step, saved=saved, goes_on=True, warnings=tuple(warnings))
     if checkpoints(run):
         raise InputError(f"no checkpoint in {run / 'checkpoints'} is whole: {'; '.join(warnings)}; copy one there "

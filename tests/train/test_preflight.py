@@ -108,6 +108,14 @@ def test_a_run_that_is_there(shard_set: Manifest, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
 
 
+def test_overwriting_leaves_no_figures_of_the_old_network(tmp_path: Path) -> None:
+    """Those of other splits have the splits' names."""
+    for name in ("config.json", "metrics.json", "metrics-test_800.json", "embeddings-test_800.safetensors", "mine.txt"):
+        (tmp_path / name).write_text("{}")
+    claim_folder(tmp_path, overwrite=True, goes_on=False, need_bytes=0)
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "mine.txt", "checkpoints"}
+
+
 def test_a_folder_of_something_else(shard_set: Manifest, tmp_path: Path) -> None:
     """Files under a run's names, and no config.json: nobody said that they may go."""
     (tmp_path / "checkpoints").mkdir()

@@ -9,9 +9,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from namr_dist.data.augment import TestTransform
 from namr_dist.data.formats.homeware import embedded_shards
 from namr_dist.data.manifest import ImageClass, Manifest
 from namr_dist.data.shards import Sample, decode_rgb, write_shard
+from namr_dist.data.stream import ShardImages
 
 IMAGES_PER_CLASS = 4
 _SIDES = (320, 501)
@@ -43,14 +45,12 @@ def make_example_set(folder: Path, *, images: int) -> Manifest:
 
 def _samples(homeware: Manifest, labels: range) -> Iterator[Sample]:
     index = homeware.index(*homeware.splits)
+    renders = ShardImages(homeware, index, TestTransform(size=1, crop_share=1.0))
     for label in labels:
         for view in range(IMAGES_PER_CLASS):
             number = label * IMAGES_PER_CLASS + view
             place = number % len(index)
-            shard = homeware.shards[index.shard_N[place]]
-            with open(homeware.path(shard), "rb") as file:
-                file.seek(int(index.offset_N[place]))
-                render = decode_rgb(file.read(int(index.length_N[place])), index.keys[place])
+            render = decode_rgb(renders.jpeg(place), index.keys[place])
             yield Sample(key=f"{number:06d}", label=label, jpeg=_enlarged(render, np.random.default_rng(number)))
 
 
