@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,17 +127,24 @@ def started(folder: Path, world_size: int, *words: object) -> Iterator[Group]:
         yield group
     finally:
         for process in group.ranks:
-            for child in children(process):
-                os.kill(child, signal.SIGKILL)
+            kill(children(process))
             process.kill()
             process.wait()
 
 
 def children(process: subprocess.Popen[bytes]) -> list[int]:
-    if process.poll() is not None:
-        return []
-    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
+    found: list[int] = []
+    for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found += map(int, task.read_text().split())
+    return found
+
+
+def kill(processes: list[int]) -> None:
+    """Some may have ended by themselves: a worker notices that its rank is gone."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -209,8 +216,7 @@ def test_training_with_a_hung_loader(shard_set: Manifest, tmp_path: Path) -> Non
         for worker in workers:
             os.kill(worker, signal.SIGSTOP)
         codes, reports = group.outcome(0, 1)
-        for worker in workers:
-            os.kill(worker, signal.SIGKILL)
+        kill(workers)
     assert codes == [EXIT_CODE] * 2
     assert reports.count("namr: error:") == 1, reports
     # Rank 0 waits in the batch norm over all ranks.
