@@ -31,7 +31,7 @@ from namr_dist.retrieval.index import (
 from namr_dist.retrieval.metrics import clustering_scores, relevance, relevant_counts, retrieval_scores
 from namr_dist.retrieval.rerank import check_delta, rerank_candidates
 from namr_dist.retrieval.roles import divide
-from namr_dist.retrieval.search import checked_query_ids, exact_values, ranks_of, search_backend, search_excluding_self
+from namr_dist.retrieval.search import exact_values, ranks_of, search_backend, search_excluding_self
 
 Distance = Literal["euclidean", "cosine"]
 
@@ -178,69 +178,7 @@ def evaluate(
     """
     side = _side(z_ND, s_ND, labels_N, delta, distance, "test")
     sides = divide(roles_N, len(side.z))
-    return _evaluate(
-        side.at(sides.query_Q), side.at(sides.item_G), sides.own_Q, delta, ks, seed, candidates, distance
-    )
-
-
-def evaluate_sample(
-    z_ND: Any,
-    labels_N: Any,
-    *,
-    ks: Sequence[int] = (1, 2, 4, 8),
-    distance: Distance = "euclidean",
-    roles_N: Any | None = None,
-) -> dict[str, float]:
-    """R@k, MAP@R and R-precision of the sample mode alone, in percent: for validation while training and for
-    embeddings without s.
-
-    Arguments and errors as in :func:`evaluate`.
-    """
-    side = _side(z_ND, None, labels_N, 0.0, distance, "sample")
-    sides = divide(roles_N, len(side.z))
-    queries, items = side.at(sides.query_Q), side.at(sides.item_G)
-    return _Ranking(queries, items, sides.own_Q, ks).served_percent(sample_vectors(queries.z, items.z))
-
-
-def evaluate_queries(
-    query_z_QD: Any,
-    query_s_QD: Any | None,
-    query_labels_Q: Any,
-    item_z_ND: Any,
-    item_s_ND: Any | None,
-    item_labels_N: Any,
-    *,
-    delta: float,
-    query_ids_Q: Int64 | None = None,
-    ks: Sequence[int] = (1, 10, 20, 30),
-    seed: int = 0,
-    candidates: int = 100,
-    distance: Distance = "euclidean",
-) -> dict[str, Any]:
-    """As :func:`evaluate` for queries and items that come as two sets.
-
-    query_ids_Q: (Q,) each query's index among the items, to leave it out; None: no query is an item.
-    NMI and AMI are those of the items.
-    """
-    queries = _side(query_z_QD, query_s_QD, query_labels_Q, delta, distance, "query")
-    items = _side(item_z_ND, item_s_ND, item_labels_N, delta, distance, "item")
-    if (queries.s is None) != (items.s is None):
-        raise InputError("structure embeddings: given for one side only; pass both, or None for both")
-    outside_Q = np.full(len(queries.z), -1, dtype=np.int64) if query_ids_Q is None else query_ids_Q
-    own_Q = checked_query_ids(outside_Q, len(queries.z), len(items.z))
-    return _evaluate(queries, items, own_Q, delta, ks, seed, candidates, distance)
-
-
-def _evaluate(
-    queries: _Side,
-    items: _Side,
-    own_Q: Int64,
-    delta: float,
-    ks: Sequence[int],
-    seed: int,
-    candidates: int,
-    distance: Distance,
-) -> dict[str, Any]:
+    queries, items, own_Q = side.at(sides.query_Q), side.at(sides.item_G), sides.own_Q
     ranking = _Ranking(queries, items, own_Q, ks)
     zq, z = queries.z, items.z
     # Candidates beyond the other items would only be padding.
@@ -284,3 +222,22 @@ def _evaluate(
             "search_backend_reason": backend.reason,
         },
     }
+
+
+def evaluate_sample(
+    z_ND: Any,
+    labels_N: Any,
+    *,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    distance: Distance = "euclidean",
+    roles_N: Any | None = None,
+) -> dict[str, float]:
+    """R@k, MAP@R and R-precision of the sample mode alone, in percent: for validation while training and for
+    embeddings without s.
+
+    Arguments and errors as in :func:`evaluate`.
+    """
+    side = _side(z_ND, None, labels_N, 0.0, distance, "sample")
+    sides = divide(roles_N, len(side.z))
+    queries, items = side.at(sides.query_Q), side.at(sides.item_G)
+    return _Ranking(queries, items, sides.own_Q, ks).served_percent(sample_vectors(queries.z, items.z))

@@ -11,7 +11,6 @@ from namr_dist.retrieval.evaluate import (
     LOOKS_AT_GALLERY,
     MODES,
     evaluate,
-    evaluate_queries,
     evaluate_sample,
 )
 from namr_dist.retrieval.index import (
@@ -177,21 +176,6 @@ def test_evaluate_without_structure_and_by_cosine():
     scaled = evaluate(z * lengths, None, labels, delta=DELTA, ks=(1, 3), distance="cosine")
     assert scaled["test"]["sample"]["MAP@R"] == pytest.approx(result["test"]["sample"]["MAP@R"])
     assert evaluate_sample(z * lengths, labels) != evaluate_sample(z, labels)
-
-
-def test_evaluate_queries_against_a_gallery():
-    rng = np.random.default_rng(11)
-    labels = np.repeat(np.arange(20), 6)
-    z = (rng.standard_normal((20, 8))[labels] + rng.standard_normal((120, 8))).astype(np.float32)
-    s = rng.uniform(0.5, 1.5, z.shape).astype(np.float32)
-    query, item = np.arange(120) % 3 == 0, np.arange(120) % 3 != 0
-    result = evaluate_queries(z[query], s[query], labels[query], z[item], s[item], labels[item], delta=DELTA)
-    assert result["test_counts"]["queries"] == 40 and result["test_counts"]["items"] == 80
-    assert result["test_counts"]["largest_R"] == 4  # nothing of a query's own to subtract
-    # Queries that are the items, told so by their indices, are the leave-one-out evaluation.
-    own = np.arange(120)
-    whole = evaluate_queries(z, s, labels, z, s, labels, delta=DELTA, query_ids_Q=own, ks=(1, 2, 4, 8))
-    assert whole == evaluate(z, s, labels, delta=DELTA)
 
 
 def test_bad_evaluations_are_named():

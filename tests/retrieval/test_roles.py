@@ -7,7 +7,7 @@ import pytest
 from test_retrieval_metrics import by_loops, clusters
 
 from namr_dist.errors import InputError
-from namr_dist.retrieval.evaluate import evaluate, evaluate_queries, evaluate_sample
+from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 from namr_dist.retrieval.roles import divide
 from namr_dist.retrieval.search import ranks_of
 
@@ -60,15 +60,6 @@ def test_queries_that_are_partly_items_equal_the_definitions(mixed):
     assert result["test_counts"]["left_out"] == queries - counted >= 12
     sample = evaluate_sample(z, labels, ks=ks, roles_N=roles)
     assert sample == pytest.approx(expected["sample"], abs=1e-9)
-
-
-def test_the_same_as_two_sets_told_which_queries_are_items(mixed):
-    z, s, labels, roles = mixed
-    sides = divide(roles, 150)
-    q, g = sides.query_Q, sides.item_G
-    assert (g[sides.own_Q[sides.own_Q >= 0]] == q[sides.own_Q >= 0]).all()
-    apart = evaluate_queries(z[q], s[q], labels[q], z[g], s[g], labels[g], delta=0.5, query_ids_Q=sides.own_Q)
-    assert apart == evaluate(z, s, labels, delta=0.5, ks=(1, 10, 20, 30), roles_N=roles)
 
 
 def test_no_roles_are_leave_one_out(mixed):
