@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from namr_dist.data.formats.lists import find_list, image_key, read_lines, relative_path
+from namr_dist.data.formats.lists import find_list, image_key, read_labels, read_lines, relative_path
 from namr_dist.data.listing import Listing, SourceImage
 from namr_dist.data.manifest import ImageClass
 from namr_dist.errors import InputError
@@ -30,7 +30,7 @@ def read(source: Path) -> Listing:
     if not (root / "image_class_labels.txt").is_file():
         raise InputError(f"{root} has no image_class_labels.txt, as in the edition of 2010, which is another data set; "
                          "download CUB_200_2011")
-    label_of = _labels(root / "image_class_labels.txt")
+    label_of = read_labels(root / "image_class_labels.txt", "image_id class_id")
     lines = read_lines(root / "images.txt")
     if len(lines) == _IMAGES_OF_2010:
         raise InputError(f"{root / 'images.txt'} lists {_IMAGES_OF_2010:,} images, as the edition of 2010, which is "
@@ -63,15 +63,3 @@ def read(source: Path) -> Listing:
                       images=tuple(images), expected=_EXPECTED)
     listing.check()
     return listing
-
-
-def _labels(path: Path) -> dict[int, int]:
-    """Class of each image id."""
-    label_of: dict[int, int] = {}
-    for line in read_lines(path):
-        image_id, class_id = line.columns("image_id class_id")
-        image = line.integer("image_id", image_id)
-        if image in label_of:
-            raise InputError(f"{line.where} lists image {image} a second time; unpack the download again")
-        label_of[image] = line.integer("class_id", class_id)
-    return label_of

@@ -88,6 +88,22 @@ def read_lines(path: Path) -> list[Line]:
     return lines
 
 
+def read_labels(path: Path, header: str) -> dict[int, int]:
+    """A list of two columns of numbers, named by `header`: image → class, in its order. It has no line with the names.
+
+    Raises InputError as `read_lines` does, for a word that is no number, and for an image that is listed twice.
+    """
+    image_name, class_name = header.split()
+    label_of: dict[int, int] = {}
+    for line in read_lines(path):
+        image_id, class_id = line.columns(header)
+        image = line.integer(image_name, image_id)
+        if image in label_of:
+            raise InputError(f"{line.where} lists image {image_id} a second time; unpack the download again")
+        label_of[image] = line.integer(class_name, class_id)
+    return label_of
+
+
 def after_header(path: Path, lines: list[Line], header: str) -> list[Line]:
     """The lines behind the header, which is the first. Raises InputError if it is another, or if nothing follows."""
     if not lines or lines[0].text.split() != header.split():

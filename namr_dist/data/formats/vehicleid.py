@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from namr_dist.data.formats.lists import find_list, read_lines
+from namr_dist.data.formats.lists import find_list, read_labels
 from namr_dist.data.listing import Listing, SourceImage
 from namr_dist.data.manifest import ImageClass
 from namr_dist.errors import InputError
@@ -30,7 +30,7 @@ def read(source: Path) -> Listing:
     images: dict[int, SourceImage] = {}
     subsets: dict[str, tuple[str, ...]] = {}
     for split, name in (("train", "train_list"), *(("test", f"test_list_{size}") for size in _TEST_SIZES)):
-        listed = _vehicles(root / "train_test_split" / f"{name}.txt")
+        listed = read_labels(root / "train_test_split" / f"{name}.txt", "image_id vehicle_id")
         for image, vehicle in listed.items():
             if vehicle_of.setdefault(image, vehicle) != vehicle:
                 raise InputError(f"{name}.txt in {root} says that image {image} shows vehicle {vehicle}, another list "
@@ -49,15 +49,3 @@ def read(source: Path) -> Listing:
                       root=root, classes=classes, images=tuple(images.values()), subsets=subsets, expected=_EXPECTED)
     listing.check()
     return listing
-
-
-def _vehicles(path: Path) -> dict[int, int]:
-    """Vehicle of each image of a list, in its order."""
-    vehicle_of: dict[int, int] = {}
-    for line in read_lines(path):
-        image_id, vehicle_id = line.columns("image_id vehicle_id")
-        image = line.integer("image_id", image_id)
-        if image in vehicle_of:
-            raise InputError(f"{line.where} lists image {image_id} a second time; unpack the download again")
-        vehicle_of[image] = line.integer("vehicle_id", vehicle_id)
-    return vehicle_of
