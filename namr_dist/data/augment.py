@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from namr_dist.config import DataConfig
+
 # ITU-R BT.601 luma weights, as JPEG and Pillow use them.
 _LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -111,6 +113,12 @@ class TrainTransform:
     contrast: float
     saturation: float
     """Each factor is drawn from 1 ± this value; 0 leaves it out."""
+
+    @classmethod
+    def configured(cls, data: DataConfig, *, size: int) -> TrainTransform:
+        """What a configuration asks for, at any size."""
+        return cls(size=size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip,
+                   brightness=data.brightness, contrast=data.contrast, saturation=data.saturation)
 
     def __call__(self, image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns uint8 (size, size, 3)."""

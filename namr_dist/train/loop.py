@@ -170,9 +170,7 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
            rank: Rank, host: HostGroup, keeper: CheckpointKeeper, *, first_step: int, log: RunLog | None) -> bool:
     """All steps from `first_step` on; False if a signal ended them before the last."""
     data, optim = config.data, config.optim
-    transform = TrainTransform(size=data.image_size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio,
-                               flip=data.flip, brightness=data.brightness, contrast=data.contrast,
-                               saturation=data.saturation)
+    transform = TrainTransform.configured(data, size=data.image_size)
     plan = TrainPlan(index=index, how=how, seed=config.train.seed, rank=rank.rank, world_size=rank.world_size,
                      steps=optim.steps, first_step=first_step)
     source = ShardImages(manifest, index, transform, damaged=data.damaged_images)

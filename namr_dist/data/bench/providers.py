@@ -59,9 +59,7 @@ class Work:
     """Crop, flip and jitter."""
 
     def transform(self) -> TrainTransform:
-        data = self.data
-        return TrainTransform(size=self.size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip,
-                              brightness=data.brightness, contrast=data.contrast, saturation=data.saturation)
+        return TrainTransform.configured(self.data, size=self.size)
 
     def urls(self) -> list[str]:
         return [str(self.manifest.path(self.manifest.shards[number])) for number in np.unique(self.index.shard_N)]
