@@ -28,6 +28,7 @@ from namr_dist.config import RemoteConfig
 from namr_dist.data.manifest import FILE_NAME, Manifest, Shard, SplitIndex
 from namr_dist.data.plan import Sampling
 from namr_dist.data.remote import Origin, TransferError
+from namr_dist.data.shards import sha256_of
 from namr_dist.errors import InputError
 
 _POLL_S = 0.1
@@ -224,12 +225,9 @@ def _write(part: FileIO, block: bytes) -> None:
 
 def _check(shard: Shard, part: FileIO) -> None:
     part.seek(0)
-    digest = hashlib.sha256()
-    while block := part.read(1 << 20):
-        digest.update(block)
-    if digest.hexdigest() != shard.sha256:
-        raise TransferError(f"it has sha256 {digest.hexdigest()[:12]}…, its manifest says {shard.sha256[:12]}…",
-                            afresh=True)
+    digest = sha256_of(part)
+    if digest != shard.sha256:
+        raise TransferError(f"it has sha256 {digest[:12]}…, its manifest says {shard.sha256[:12]}…", afresh=True)
 
 
 def _open_locked(path: Path) -> FileIO | None:

@@ -138,7 +138,8 @@ def shard_problems(path: Path, shard: Shard, *, decode: bool, hashes_alone: bool
     if size != shard.bytes:
         yield f"shard {path} has {size} bytes, its manifest says {shard.bytes}; copy it again"
         return
-    digest = _sha256(path)
+    with open(path, "rb") as stream:
+        digest = sha256_of(stream)
     if digest != shard.sha256:
         yield f"shard {path} has sha256 {digest[:12]}…, its manifest says {shard.sha256[:12]}…; copy it again"
     if hashes_alone:
@@ -217,9 +218,9 @@ def decode_rgb(jpeg: bytes, where: str, *, shrink: int = 1) -> np.ndarray:
         raise DamagedImage(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(stream: BinaryIO) -> str:
+    """Of a file from where it stands to its end, as hex digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    while block := stream.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
