@@ -6,6 +6,14 @@ import os
 import secrets
 from pathlib import Path
 
+from namr_dist.errors import InputError
+
+
+def check_target(option: str, path: Path) -> None:
+    """Raise InputError, naming the command's option, if no file can be made at `path`: before hours of work for it."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{option} {path} is not a file in a folder that exists; give one")
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` (text is stored as UTF-8), also across a crash or a power cut.

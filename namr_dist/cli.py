@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from namr_dist import __version__, cli_shards
+from namr_dist.atomic import check_target
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 
@@ -251,8 +252,7 @@ def _report(parsed: argparse.Namespace, _: list[str]) -> None:
 def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.retrieval.run import embed_folder, embed_shards
 
-    if parsed.out.is_dir() or not parsed.out.parent.is_dir():
-        raise InputError(f"--out {parsed.out} is not a file in a folder that exists; give one")
+    check_target("--out", parsed.out)
     count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards is not None
              else embed_folder(parsed.run, parsed.images, parsed.out))
     print(f"{count} images → {parsed.out}")
@@ -284,6 +284,8 @@ def _bench_kernels(parsed: argparse.Namespace, _: list[str]) -> None:
 def _bench_gather(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.train.bench_gather import measure, show, to_csv
 
+    if parsed.csv:
+        check_target("--csv", parsed.csv)
     for ranks in parsed.ranks:
         if ranks < 2 or parsed.rows % (4 * ranks):
             raise InputError(f"--rows {parsed.rows} cannot be shared by --ranks {ranks}; give at least 2 ranks, and "
@@ -299,8 +301,8 @@ def _bench_data(parsed: argparse.Namespace, _: list[str]) -> None:
     for name in ("images", "size", "repeats"):
         if getattr(parsed, name) < 1:
             raise InputError(f"--{name} is {getattr(parsed, name)}; set it to at least 1")
-    if parsed.csv and not parsed.csv.parent.is_dir():
-        raise InputError(f"--csv {parsed.csv} is not in a folder that exists; give one")
+    if parsed.csv:
+        check_target("--csv", parsed.csv)
     from namr_dist.data.bench.measure import measure, show, to_csv
 
     benchmark = measure(parsed.folder, images=parsed.images, size=parsed.size, repeats=parsed.repeats)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from namr_dist.atomic import write_atomic
+from namr_dist.atomic import check_target, write_atomic
 from namr_dist.errors import InputError
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ def _shards_stats(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.data.location import open_shards
     from namr_dist.data.statistics import statistics
 
-    if parsed.picture and (parsed.picture.is_dir() or not parsed.picture.parent.is_dir()):
-        raise InputError(f"--picture {parsed.picture} is not a file in a folder that exists; give one")
+    if parsed.picture:
+        check_target("--picture", parsed.picture)
     manifest = open_shards(parsed.folder)
     figures = statistics(manifest, sizes=parsed.images)
     if parsed.near_duplicates:
@@ -217,11 +217,8 @@ def _show_stats(figures: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar, if stderr is a terminal; gives what moves it on."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
+    from namr_dist.data.progress import transient_bar
 
-    said = Console(stderr=True)
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=said, transient=True,
-                  disable=not said.is_terminal) as bar:
+    with transient_bar() as bar:
         task = bar.add_task(name, total=total)
         yield lambda done: bar.advance(task, done)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from namr_dist import __version__
-from namr_dist.errors import InputError
+from namr_dist.atomic import check_target
+from namr_dist.data.progress import transient_bar
 
 Status = Literal["ok", "slow", "missing"]
 
@@ -68,11 +68,9 @@ def parity(*, as_json: bool, csv: Path | None) -> int:
     """
     from namr_dist.train import parity_report
 
-    if csv and not csv.parent.is_dir():
-        raise InputError(f"--csv is {csv}, whose folder does not exist; make it or give another file")
-    said = Console(stderr=True)
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=said, transient=True,
-                  disable=not said.is_terminal) as bar:
+    if csv:
+        check_target("--csv", csv)
+    with transient_bar() as bar:
         task = bar.add_task("parity", total=None)
         rows = parity_report.run(lambda done, total: bar.update(task, completed=done, total=total))
     made = parity_report.origin()

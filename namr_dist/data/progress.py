@@ -1,4 +1,4 @@
-"""How far a build is: a bar on a terminal, else a plain line every ten seconds."""
+"""How far long work is, for people: a bar on a terminal, and, for a build, a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 _LINE_EVERY_S, _BAR_EVERY_S = 10.0, 0.1
+
+
+def transient_bar() -> Progress:
+    """Counts on stderr, if that is a terminal, and leaves nothing behind."""
+    console = Console(stderr=True)
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True,
+                    disable=not console.is_terminal)
 
 
 class BuildProgress:

@@ -69,7 +69,7 @@ def test_the_example_set_is_a_shard_set(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--images", "0"], "--images is 0; set it to at least 1"),
-    (["--csv", "nowhere/figures.csv"], "--csv nowhere/figures.csv is not in a folder that exists; give one"),
+    (["--csv", "nowhere/figures.csv"], "--csv nowhere/figures.csv is not a file in a folder that exists; give one"),
     (["nowhere"], "no shard set at nowhere")])
 def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "data", *words]) == 2
