@@ -63,15 +63,14 @@ def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = No
     sides = divide(index.role_N, len(index), f"split {split!r} of {manifest.folder}")
     verify_shards(manifest, [split])
     images = ShardImages(manifest, index, test_transform(config))
-    z_ND, s_ND = _embedded(network, images, config, rank)
-
     before = initial_network(config, device=rank.device, pretrained=True).eval()
 
-    def measure_start(batch_bHW3: Tensor) -> tuple[Tensor, ...]:
+    def forward(batch_bHW3: Tensor) -> tuple[Tensor, ...]:
         features_bF = before.features(batch_bHW3)
-        return before.sample_head(features_bF), features_bF, _raw_pixels(batch_bHW3)
+        return *network(batch_bHW3), before.sample_head(features_bF), features_bF, _raw_pixels(batch_bHW3)
 
-    start_ND, features_NF, pixels_NP = _embedded(measure_start, images, config, rank)
+    # All at once: each image is read and decoded a single time.
+    z_ND, s_ND, start_ND, features_NF, pixels_NP = _embedded(forward, images, config, rank)
     labels_N, roles_N, ks = index.label_N, index.role_N, config.evaluation.recall_at
     seed, draws = config.train.seed, config.evaluation.reidentification_draws
     reidentified = reidentify(z_ND, s_ND, labels_N, draws=draws, seed=seed) if draws else None
