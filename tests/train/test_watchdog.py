@@ -134,6 +134,8 @@ def started(folder: Path, world_size: int, *words: object) -> Iterator[Group]:
 
 def children(process: subprocess.Popen[bytes]) -> list[int]:
     found: list[int] = []
+    if process.poll() is not None:  # its number may be another's by now
+        return found
     for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
         with suppress(OSError):  # the thread has ended
             found += map(int, task.read_text().split())
@@ -141,7 +143,7 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
 
 
 def kill(processes: list[int]) -> None:
-    """Some may have ended by themselves: a worker notices that its rank is gone."""
+    """Some may be gone: a data worker ends with its rank, and whoever adopts it may have reaped it by now."""
     for process in processes:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
