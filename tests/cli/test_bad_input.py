@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import subprocess
@@ -11,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_shards, small_run
+import simplejpeg
+from conftest import picture, small_run
+from damaged_sets import with_images
 
 from namr_dist.cli import configure
 from namr_dist.data.manifest import Manifest
-from namr_dist.data.shards import Sample, write_shard
 from namr_dist.errors import InputError
 from namr_dist.train.dry_run import dry_run
 
@@ -56,22 +56,11 @@ def test_wrong_hash(namr: Callable, own_shard_set: Manifest, tmp_path: Path) -> 
     refused(train(namr, own_shard_set, tmp_path / "run"), "train-0.tar has sha256", "copy it again")
 
 
-def test_truncated_jpeg(namr: Callable, tmp_path: Path) -> None:
-    """A shard whose hash is right, but which was built from half an image."""
-    manifest = make_shards(tmp_path / "shards", classes={"train": 12, "val": 4, "test": 6})
-    rebuild_with_half_an_image(manifest)
-    refused(train(namr, manifest, tmp_path / "run"), "003_2.jpg in", "train-0.tar is a truncated JPEG")
-    refused(namr("shards", "verify", manifest.folder), "003_2.jpg in", "is a truncated JPEG")
-
-
-def rebuild_with_half_an_image(manifest: Manifest) -> None:
-    shard = manifest.shards[0]
-    tar = (manifest.folder / shard.file).read_bytes()
-    images = zip(shard.keys, shard.labels, shard.offsets, shard.lengths, strict=True)
-    samples = [Sample(key=key, label=label, jpeg=tar[offset : offset + (length // 2 if key == "003_2" else length)])
-               for key, label, offset, length in images]
-    again = write_shard(manifest.folder, shard.file, shard.split, samples, manifest.class_by_label)
-    dataclasses.replace(manifest, shards=(again, *manifest.shards[1:])).save()
+def test_truncated_jpeg(namr: Callable, own_shard_set: Manifest, tmp_path: Path) -> None:
+    """A shard whose hash is right, but which was built from a part of an image."""
+    with_images(own_shard_set, {"003_2": simplejpeg.encode_jpeg(picture(3, 2))[:700]})
+    refused(train(namr, own_shard_set, tmp_path / "run"), "003_2.jpg in", "train-0.tar is a truncated JPEG")
+    refused(namr("shards", "verify", own_shard_set.folder), "003_2.jpg in", "is a truncated JPEG")
 
 
 @pytest.mark.parametrize(("change", "named"), [

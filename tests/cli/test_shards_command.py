@@ -102,6 +102,7 @@ def test_names_that_look_like_markup_are_shown(tmp_path: Path, capsys: pytest.Ca
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """The progress bar, which only a terminal gets, and the table."""
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")  # one on which a line can be erased
     monkeypatch.chdir(tmp_path)
     source = miniatures.user_folder(Path("a[") / "b]{set}[red]")
     (source / "bench" / "photo.heic").write_bytes(b"")

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import simplejpeg
 from conftest import launch, make_shards, picture, small_run
+from damaged_sets import edit, with_images
+from pictures import jpeg_claiming, saved
 from PIL import Image
 
 from namr_dist.data.augment import TestTransform
 from namr_dist.data.manifest import Manifest, Shard
 from namr_dist.data.plan import Sampling, epoch_plan
-from namr_dist.data.shards import MOST_PIXELS, Sample, decode_rgb, verify_shards, write_shard
+from namr_dist.data.shards import MOST_PIXELS, decode_rgb, verify_shards
 from namr_dist.data.stream import Batch, ShardImages, sequential_batches, stream
 from namr_dist.errors import InputError
 
@@ -44,26 +46,6 @@ def show(manifest: Manifest, *, damaged: str = "stop", workers: int = 0) -> list
 
 def first_tar(manifest: Manifest) -> Path:
     return manifest.folder / manifest.shards[0].file
-
-
-def edit(manifest: Manifest, change: Callable[[dict], object]) -> None:
-    path = manifest.folder / "manifest.json"
-    body = json.loads(path.read_text())
-    change(body)
-    path.write_text(json.dumps(body))
-
-
-def with_images(manifest: Manifest, jpegs: dict[str, bytes]) -> Manifest:
-    """The set built anew with these bytes in the place of images: all sizes and hashes are right."""
-    shard = manifest.shards[0]
-    tar = first_tar(manifest).read_bytes()
-    samples = [Sample(key=key, label=label, jpeg=jpegs.get(key, tar[offset : offset + length]))
-               for key, label, offset, length in zip(shard.keys, shard.labels, shard.offsets, shard.lengths,
-                                                     strict=True)]
-    again = write_shard(manifest.folder, shard.file, shard.split, samples, manifest.class_by_label)
-    built = dataclasses.replace(manifest, shards=(again, *manifest.shards[1:]))
-    built.save()
-    return built
 
 
 # Shards: always an error, for no other image could be trusted either.
@@ -113,24 +95,10 @@ def jpeg() -> bytes:
     return simplejpeg.encode_jpeg(picture(1, 2), quality=90)
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
 def flipped_bits() -> bytes:
     """Entropy-coded data with an end-of-image marker in the middle, as a few flipped bits make."""
     whole = bytearray(jpeg())
     whole[len(whole) // 2 : len(whole) // 2 + 2] = b"\xff\xd9"
-    return bytes(whole)
-
-
-def said_to_be(height: int, width: int) -> bytes:
-    """A small JPEG whose header claims so many pixels."""
-    whole = bytearray(jpeg())
-    frame = whole.index(b"\xff\xc0")
-    whole[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
     return bytes(whole)
 
 
@@ -139,12 +107,12 @@ UNREADABLE = {
     "without its end": lambda: jpeg()[:-2],
     "bits flipped": flipped_bits,
     "header alone": lambda: jpeg()[:20],
-    "a PNG": lambda: encoded(Image.fromarray(picture(1, 2)), "PNG"),
-    "a PNG of 16 bits": lambda: encoded(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "PNG"),
+    "a PNG": lambda: saved(Image.fromarray(picture(1, 2)), "PNG"),
+    "a PNG of 16 bits": lambda: saved(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "PNG"),
     "text": lambda: b"not an image\n" * 40,
     "zeros": lambda: bytes(500),
-    "65,500 px square": lambda: said_to_be(65_500, 65_500),
-    "a row too many": lambda: said_to_be(MOST_PIXELS // 13_000 + 1, 13_000),
+    "65,500 px square": lambda: jpeg_claiming(65_500, 65_500),
+    "a row too many": lambda: jpeg_claiming(13_000, MOST_PIXELS // 13_000 + 1),
 }
 
 
@@ -167,8 +135,8 @@ def test_an_unreadable_image_is_an_error_or_replaced_and_named(own_set: Manifest
 
 @pytest.mark.parametrize(("kind", "data"), [
     ("junk behind the end", lambda: jpeg() + b"junk" * 100),
-    ("grey", lambda: encoded(Image.fromarray(picture(1, 2)).convert("L"), "JPEG")),
-    ("four inks", lambda: encoded(Image.fromarray(picture(1, 2)).convert("CMYK"), "JPEG")),
+    ("grey", lambda: saved(Image.fromarray(picture(1, 2)).convert("L"), "JPEG")),
+    ("four inks", lambda: saved(Image.fromarray(picture(1, 2)).convert("CMYK"), "JPEG")),
 ])
 def test_unusual_images_are_shown_as_others_show_them(own_set: Manifest, kind: str, data: Callable[[], bytes]) -> None:
     built = with_images(own_set, {KEY: data()})
@@ -178,9 +146,11 @@ def test_unusual_images_are_shown_as_others_show_them(own_set: Manifest, kind: s
     assert np.abs(shown.astype(int) - pillow).max() <= 2, kind
 
 
-def test_the_size_of_a_large_image_is_named(own_set: Manifest) -> None:
-    with pytest.raises(InputError, match="x has 65500 × 65500 pixels, more than 178,956,970"):
-        decode_rgb(said_to_be(65_500, 65_500), "x")
+@pytest.mark.parametrize(("width", "height"), [(65_500, 65_500), (13_000, 13_766)])
+def test_the_size_of_a_large_image_is_named(width: int, height: int) -> None:
+    """The second by less than a row, so that another limit would show."""
+    with pytest.raises(InputError, match=f"x has {width} × {height} pixels, more than 178,956,970"):
+        decode_rgb(jpeg_claiming(width, height), "x")
 
 
 def test_replacements_go_round_the_class_past_other_damaged_ones(own_set: Manifest) -> None:

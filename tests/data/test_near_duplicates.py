@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import saved
 from PIL import Image
 from rich.console import Console
 
@@ -17,17 +19,13 @@ from namr_dist.data.statistics import statistics
 from namr_dist.data.tables import near_duplicate_tables, statistics_tables
 from namr_dist.errors import InputError
 
+jpeg = partial(saved, kind="JPEG", quality=90)
+
 
 def scene(seed: int) -> Image.Image:
     """A photograph's stand-in: smooth light and dark of all sizes."""
     small_HW3 = np.random.default_rng(seed).uniform(0, 255, (9, 9, 3)).astype(np.uint8)
     return Image.fromarray(small_HW3).resize((300, 200), Image.Resampling.BICUBIC)
-
-
-def jpeg(image: Image.Image, quality: int = 90) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=quality)
-    return data.getvalue()
 
 
 def make_set(folder: Path, images: dict[str, dict[str, bytes]]) -> Manifest:

@@ -209,7 +209,8 @@ def test_full_size(sop: SplitIndex, how: Sampling) -> None:
         for rank in range(world_size):
             plan = TrainPlan(index=sop, how=how, seed=0, rank=rank, world_size=world_size, steps=steps)
             batches = [places for _, places in plan._parts()]
-            assert [place for place, _ in next(iter(plan))] == batches[0].tolist()
+            if rank in (0, world_size - 1):  # not for each: it plans the epoch once more
+                assert [place for place, _ in next(iter(plan))] == batches[0].tolist()
             assert [len(places) for places in batches] == [256 // world_size] * steps
             shares += batches
         met[world_size] = np.sort(np.concatenate(shares))

@@ -66,12 +66,16 @@ def test_most_images_are_a_fixed_choice(shard_set: Manifest) -> None:
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_small_classes_are_left_out(shard_set: Manifest, tmp_path: Path) -> None:
-    few = shard_set.index("train").only(np.flatnonzero(shard_set.index("train").label_N != 5))
-    assert len(few) == 66 and few.keys == tuple(key for key in shard_set.index("train").keys if key[:3] != "005")
-    with pytest.raises(InputError, match=r"no image of train .* is left .*data.least_images \(7\)"):
-        chosen(shard_set, least_images=7)
-    assert len(chosen(shard_set, least_images=6)[0]) == 12
+def test_small_classes_are_left_out(shard_set: Manifest) -> None:
+    """Class 5 has three images, the others six."""
+    keys = tuple(key for key in shard_set.index("train").keys if key not in ("005_3", "005_4", "005_5"))
+    uneven = replace(shard_set, subsets={"uneven": keys})
+    assert chosen(uneven, train_splits=("uneven",), least_images=3) == (list(range(12)), [6] * 5 + [3] + [6] * 6)
+    for least_images in (4, 6):
+        assert chosen(uneven, train_splits=("uneven",), least_images=least_images) == (
+            [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11], [6] * 11)
+    with pytest.raises(InputError, match=r"no image of uneven .* is left .*data.least_images \(7\)"):
+        chosen(uneven, train_splits=("uneven",), least_images=7)
 
 
 def test_a_subset_is_named_like_a_split(own_shard_set: Manifest) -> None:

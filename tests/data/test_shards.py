@@ -11,6 +11,7 @@ import pytest
 import simplejpeg
 import webdataset
 from conftest import make_shards, picture
+from damaged_sets import edit
 
 from namr_dist.data.manifest import Manifest
 from namr_dist.data.shards import check_jpeg, decode_rgb, verify_shards
@@ -93,13 +94,6 @@ def test_large_images_are_shrunk_while_decoding() -> None:
     for shrink, side in ((2, 192), (4, 96), (8, 48)):
         assert decode_rgb(jpeg, "x", shrink=shrink).shape == (side, side, 3)
     assert decode_rgb(jpeg, "x").shape == (384, 384, 3)
-
-
-def edit(manifest: Manifest, change) -> None:  # type: ignore[no-untyped-def]
-    path = manifest.folder / "manifest.json"
-    body = json.loads(path.read_text())
-    change(body)
-    path.write_text(json.dumps(body))
 
 
 @pytest.mark.parametrize(("change", "named"), [
