@@ -12,15 +12,26 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from bad_server import BadServer
 
+from namr_dist.config import RemoteConfig
+from namr_dist.data import remote as transport
+from namr_dist.data.augment import TrainTransform
 from namr_dist.data.manifest import ImageClass, Manifest
+from namr_dist.data.plan import Sampling
 from namr_dist.data.shards import Sample, write_shard
 from namr_dist.parallel.pool import Ranks
 
 REPOSITORY = Path(__file__).parent.parent
 
+TRANSFORM = TrainTransform(size=32, crop_scale=(0.3, 1.0), crop_ratio=(0.75, 1.33), flip=True, brightness=0.2,
+                           contrast=0.2, saturation=0.2)
+HOW = Sampling(classes_per_batch=4, images_per_class=3)
+
 # One thread a process: tests start several at a time on few cores, and results then never depend on how many.
 torch.set_num_threads(1)
+# The tests' servers are on this machine, where no proxy finds them.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1"}
 
 # Triton's kernels run on CPU tensors in these processes, by its interpreter; with a GPU they are compiled instead.
@@ -88,6 +99,23 @@ def own_shard_set(tmp_path: Path) -> Manifest:
     return make_shards(tmp_path / "shards", classes={"train": 12, "val": 4, "test": 6})
 
 
+@pytest.fixture
+def server(shard_set: Manifest) -> Iterator[BadServer]:
+    """Serves the shard set."""
+    with BadServer(shard_set.folder) as server:
+        yield server
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteConfig:
+    """A cache of its own and short pauses between tries. A pause of the tests' process is not taken for a stall."""
+    monkeypatch.setattr(transport, "_FIRST_WAIT_S", 0.01)
+    # What a host that is none says, a proxy would say in its own words; and no store of s3 is asked.
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    return RemoteConfig(cache=tmp_path / "cache", retries=2, stall_seconds=10)
+
+
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Ranks]:
     """Two gloo processes for the whole session."""
@@ -117,6 +145,14 @@ def launch(*words: object, timeout: float = 240, cwd: Path | None = None,
     """Run any program with the tests' environment and return what it said."""
     return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=timeout, cwd=cwd,
                           env={**_ENVIRONMENT, **(env or {})}, check=False)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may still wait to be asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it goes while it is read
+        return False
 
 
 def small_run(manifest: Manifest, *, steps: int = 6) -> list[object]:

@@ -23,7 +23,7 @@ import pytest
 import simplejpeg
 import webdataset
 import wids
-from conftest import picture
+from conftest import alive, picture
 from PIL import Image
 
 from namr_dist.cli import main
@@ -154,18 +154,20 @@ def test_two_workers_write_the_same_bytes_as_one(products: Path, whole: Built, t
 def test_a_killed_build_goes_on_where_it_was(tmp_path: Path) -> None:
     """kill -9 of the command alone, as the kernel does it, once the first of many shards is finished."""
     source = miniatures.cars_devkit(tmp_path / "source")
-    words = ["shards", "build", "cars", str(source), "--allow-counts", "--shard-mib", "0.03", "--out"]
+    words = ["shards", "build", "cars", str(source), "--allow-counts", "--shard-mib", "0.01", "--out"]
     command = [sys.executable, "-m", "namr_dist.cli", *words, str(tmp_path / "out"), "--workers", "2"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not list(tmp_path.glob("out/.*.tar.json")):
             time.sleep(0.001)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert process.poll() is None, "the build ended before it could be killed"
+        children = [int(word) for word in
+                    Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "out" / "manifest.json").exists()
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{child}/cmdline").exists() for child in children) and time.monotonic() < deadline:
+    while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(children) >= 2 and not any(Path(f"/proc/{child}/cmdline").exists() for child in children)
+    assert len(children) >= 2 and not any(map(alive, children))
     finished = {path.name[1:-5]: os.stat(tmp_path / "out" / path.name[1:-5]).st_mtime_ns
                 for path in (tmp_path / "out").glob(".*.tar.json")}
     (tmp_path / "out" / ".train-000001.tar.0123456789ab.tmp").write_bytes(b"half a shard")

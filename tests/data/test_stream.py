@@ -9,24 +9,19 @@ import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import launch
+from conftest import HOW, TRANSFORM, alive, launch
 
-from namr_dist.data.augment import TestTransform, TrainTransform
+from namr_dist.data.augment import TestTransform
 from namr_dist.data.device import on_device
 from namr_dist.data.manifest import Manifest
-from namr_dist.data.plan import Sampling, epoch_plan
+from namr_dist.data.plan import epoch_plan
 from namr_dist.data.shards import decode_rgb
 from namr_dist.data.stream import Batch, ShardImages, TrainPlan, sequential_batches, stream
 from namr_dist.errors import InputError
-
-TRANSFORM = TrainTransform(size=32, crop_scale=(0.3, 1.0), crop_ratio=(0.75, 1.33), flip=True, brightness=0.2,
-                           contrast=0.2, saturation=0.2)
-HOW = Sampling(classes_per_batch=4, images_per_class=3)
 
 
 def batches(manifest: Manifest, *, workers: int = 0, rank: int = 0, world_size: int = 1,
@@ -167,10 +162,14 @@ def test_a_worker_blocked_in_a_read_does_not_outlive_its_parent(own_shard_set: M
     ours, theirs = multiprocessing.Pipe()
     parent = multiprocessing.get_context("fork").Process(target=take_one_batch, args=(own_shard_set, theirs))
     parent.start()
-    worker = ours.recv()
-    assert alive(worker)
-    parent.kill()
-    parent.join()
+    theirs.close()  # so that one that fails is seen to end
+    try:
+        assert ours.poll(60)
+        worker = ours.recv()
+        assert alive(worker)
+    finally:
+        parent.kill()
+        parent.join()
     deadline_s = time.monotonic() + 30
     while alive(worker):
         assert time.monotonic() < deadline_s, "the worker goes on"
@@ -182,14 +181,6 @@ def take_one_batch(manifest: Manifest, told: Connection) -> None:
     next(made)
     told.send(multiprocessing.active_children()[0].pid)
     next(made)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended may still wait to be asked how."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def test_full_shared_memory_is_one_clear_error(shard_set: Manifest) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from conftest import alive
 
 from namr_dist.parallel import pool as pools
 from namr_dist.parallel.pool import RankError, Ranks
@@ -61,17 +62,9 @@ def test_ranks_end_with_a_killed_parent(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
         ranks = [int(word) for word in parent.stdout.readline().split()]
-        assert len(ranks) == 2 and all(running(rank) for rank in ranks)
+        assert len(ranks) == 2 and all(map(alive, ranks))
         parent.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while any(running(rank) for rank in ranks):
+    while any(map(alive, ranks)):
         assert time.monotonic() < deadline, "ranks outlive their parent"
         time.sleep(0.05)
-
-
-def running(process: int) -> bool:
-    stat = Path(f"/proc/{process}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

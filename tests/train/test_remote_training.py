@@ -31,7 +31,7 @@ def test_a_run_over_a_bad_network_has_the_losses_of_a_local_one(shard_set: Manif
         server.faults[second.file] = [drop(50_000)]
         # Without hashing beforehand, it is the loader's workers that fetch.
         remote = train(shard_set, tmp_path / "remote", "--set.data.path", server.url, "--set.data.verify", "False",
-                       "--set.data.remote.cache", tmp_path / "cache", "--set.data.remote.stall_seconds", 1)
+                       "--set.data.remote.cache", tmp_path / "cache", "--set.data.remote.stall_seconds", 5)
         assert remote.wait() == [0], remote.said()
     local = train(shard_set, tmp_path / "local")
     assert local.wait() == [0], local.said()
