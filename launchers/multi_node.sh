@@ -43,13 +43,21 @@ trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 mapfile -t lines <<<"$commands"
+running=()
 for line in "${lines[@]}"; do
     eval "exec $line" </dev/null &
+    running+=($!)
 done
-for _ in "${lines[@]}"; do
-    wait -n || {
-        code=$?
-        echo "multi_node.sh: a machine's ranks ended with code $code; ending the others" >&2
-        exit $code
-    }
+# Not `wait -n`: of two that end at once, it may miss one and then say 127.
+while ((${#running[@]})); do
+    for place in "${!running[@]}"; do
+        kill -0 "${running[place]}" 2>/dev/null && continue
+        wait "${running[place]}" || {
+            code=$?
+            echo "multi_node.sh: a machine's ranks ended with code $code; ending the others" >&2
+            exit $code
+        }
+        unset "running[place]"
+    done
+    sleep 0.2
 done

@@ -20,6 +20,7 @@ while [[ $1 == -* ]]; do
     esac
     shift
 done
+started=()
 list=$(IFS=,; echo "${nodes[*]:0:tasks}")
 for ((task = 0; task < tasks; task++)); do
     SLURM_JOB_ID=$STANDIN_JOB SLURM_JOB_NODELIST=$list SLURM_JOB_NUM_NODES=$tasks SLURM_NODELIST=$list \
@@ -27,8 +28,9 @@ for ((task = 0; task < tasks; task++)); do
         SLURM_NODEID=$task SLURM_GTIDS=$task SLURM_STEP_ID=0 SLURM_STEPID=0 SLURM_STEP_NODELIST=$list \
         SLURM_STEP_NUM_NODES=$tasks SLURM_STEP_NUM_TASKS=$tasks SLURM_STEP_TASKS_PER_NODE="1(x$tasks)" \
         SLURM_TASKS_PER_NODE="1(x$tasks)" SLURMD_NODENAME=${nodes[task]} "$@" &
+    started+=($!)
 done
-for ((task = 0; task < tasks; task++)); do wait -n; done
+for task in "${started[@]}"; do wait "$task"; done  # `wait -n` may miss one of two that end at once
 """
 
 _SSH = r"""#!/usr/bin/env bash
