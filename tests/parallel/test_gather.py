@@ -48,7 +48,8 @@ def test_half_the_bytes_of_a_gather_with_grad(two_ranks: Callable, width: int) -
     """Counted by the kernel on each process's sockets; the gradients of both ways are one process's."""
     from namr_dist.train.bench_gather import measure_here
 
-    for ours, other in two_ranks(measure_here, 256, width, 2):
+    # With fewer rows, what the protocol adds, a little different each time, takes the share to the bound.
+    for ours, other in two_ranks(measure_here, 512, width, 2):
         assert ours.received_bytes <= 0.55 * other.received_bytes
         # What the log says is what arrives, but for the protocol's own few bytes.
         assert 1 <= ours.received_bytes / ours.counted_bytes < 1.05
