@@ -47,14 +47,10 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What torchrun passes on to its ranks. By itself it leaves out SIGUSR1, dies of it, and leaves them behind."""
-
-
 def node_command(hosts: dict[str, int], node: int, *, port: int, words: Sequence[str]) -> list[str]:
     """What machine number `node` runs: torchrun with its ranks. The first host is where all ranks meet."""
-    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(hosts)), "--node-rank", str(node),
-            "--master-addr", next(iter(hosts)), "--master-port", str(port), "--signals-to-handle", SIGNALS,
+    return [sys.executable, "-m", "namr_dist.launchers.torchrun", "--nnodes", str(len(hosts)), "--node-rank", str(node),
+            "--master-addr", next(iter(hosts)), "--master-port", str(port),
             "--nproc-per-node", str(list(hosts.values())[node]), "--module", "namr_dist.launchers.train", *words]
 
 

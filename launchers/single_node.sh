@@ -9,5 +9,4 @@ ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # CPU ranks share the cores; a GPU rank needs few of its own.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = $(nproc) / ranks) > 0 ? n : 1))}
-exec python -m torch.distributed.run --standalone --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-    --nproc-per-node "$ranks" "$here/train.py" "$@"
+exec python -m namr_dist.launchers.torchrun --standalone --nproc-per-node "$ranks" "$here/train.py" "$@"

@@ -32,7 +32,7 @@ HOW = Sampling(classes_per_batch=4, images_per_class=3)
 torch.set_num_threads(1)
 # The tests' servers are on this machine, where no proxy finds them.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
-_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1"}
 
 # Triton's kernels run on CPU tensors in these processes, by its interpreter; with a GPU they are compiled instead.
 # Read when a kernel is defined, hence here, and after the environment of launched programs is fixed.
@@ -144,7 +144,7 @@ def launch(*words: object, timeout: float = 240, cwd: Path | None = None,
            env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run any program with the tests' environment and return what it said."""
     return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=timeout, cwd=cwd,
-                          env={**_ENVIRONMENT, **(env or {})}, check=False)
+                          env={**ENVIRONMENT, **(env or {})}, check=False)
 
 
 def alive(pid: int) -> bool:

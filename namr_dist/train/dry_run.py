@@ -12,7 +12,6 @@ import torch
 from namr_dist.config import Config
 from namr_dist.data.plan import steps_per_epoch
 from namr_dist.errors import InputError
-from namr_dist.launchers.hostfile import SIGNALS
 from namr_dist.train.checkpoint import initial_network
 from namr_dist.train.objective import TrainingModule
 from namr_dist.train.preflight import check_folder, check_sizes, preflight, run_bytes
@@ -61,7 +60,7 @@ def launch_commands(ranks: int, words: Sequence[str]) -> dict[str, list[str]]:
     """Commands that start so many ranks of `namr train` with these words: by torchrun on one machine, by deepspeed on
     the machines of a hostfile whose slots add up to `ranks`, by srun on those of a Slurm job."""
     return {
-        "torchrun": ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", SIGNALS,
+        "torchrun": ["python", "-m", "namr_dist.launchers.torchrun", "--standalone", "--nproc-per-node", str(ranks),
                      "--module", _PROGRAM, *words],
         "deepspeed": ["deepspeed", "--hostfile", "HOSTFILE", "--module", _PROGRAM, *words],
         "srun": ["srun", "--ntasks", str(ranks), "--kill-on-bad-exit=1", "namr", "train", *words],

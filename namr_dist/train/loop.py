@@ -89,25 +89,27 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
                 seed_generators(seed=config.train.seed, step=0)
         keeper = CheckpointKeeper(engine, run, config, data_hash=data_hash, host=host, first=rank.first,
                                   requests=requests)
-        if not rank.first:
-            return _steps(engine, config, manifest, index, how, rank, host, keeper, first_step=first_step, log=None) \
-                and _save(engine, config, run, rank, manifest, index)
-        before_s = cut_log(run / "metrics.jsonl", first_step)
-        log = stack.enter_context(RunLog(run, steps=config.optim.steps, hosts=hosts, peak_img_per_s=peak_img_per_s,
-                                         tensorboard=config.train.tensorboard, name=config.recipe,
-                                         first_step=first_step, before_s=before_s))
-        for line in _banner(config, manifest, index, how, run, rank,
-                            precision=f"{'bf16' if bf16 else 'fp32'} ({why})"):
-            log.say(line)
-        for warning in start.warnings:
-            log.say(f"WARNING: {warning}; an older one is used")
-        if start.saved:
-            log.resumed(first_step, start.saved.path)
-        if not _steps(engine, config, manifest, index, how, rank, host, keeper, first_step=first_step, log=log):
-            return False
-        _save(engine, config, run, rank, manifest, index)
-        log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {final_checkpoint(run)}")
-    return True
+        log = None
+        if rank.first:
+            before_s = cut_log(run / "metrics.jsonl", first_step)
+            log = stack.enter_context(RunLog(run, steps=config.optim.steps, hosts=hosts, peak_img_per_s=peak_img_per_s,
+                                             tensorboard=config.train.tensorboard, name=config.recipe,
+                                             first_step=first_step, before_s=before_s))
+            for line in _banner(config, manifest, index, how, run, rank,
+                                precision=f"{'bf16' if bf16 else 'fp32'} ({why})"):
+                log.say(line)
+            for warning in start.warnings:
+                log.say(f"WARNING: {warning}; an older one is used")
+            if start.saved:
+                log.resumed(first_step, start.saved.path)
+        finished = _steps(engine, config, manifest, index, how, rank, host, keeper, first_step=first_step, log=log)
+        if finished:
+            _save(engine, config, run, rank, manifest, index)
+        if finished and log:
+            log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {final_checkpoint(run)}")
+    # A launcher ends all ranks when the first has left with a code that is not 0: that must not cut off the log.
+    host.largest(0)
+    return finished
 
 
 def _start(module: TrainingModule, config: Config, run: Path, data_hash: str, host: HostGroup, *, overwrite: bool,
@@ -282,7 +284,7 @@ def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank:
 
 
 def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank, manifest: Manifest,
-          index: SplitIndex) -> bool:
+          index: SplitIndex) -> None:
     import deepspeed
 
     network = engine.module.network
@@ -294,8 +296,6 @@ def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank, manife
                        "precision": "bf16" if network.bf16 else "fp32", "images": len(index),
                        "classes": len(np.unique(index.label_N)), "images_hash": manifest.hash_of(index), **provenance()}
             save_network(final_checkpoint(run), network.state_dict(), config, trained=trained)
-    dist.barrier()
-    return True
 
 
 def _banner(config: Config, manifest: Manifest, index: SplitIndex, how: Sampling, run: Path, rank: Rank, *,

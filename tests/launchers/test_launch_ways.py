@@ -173,11 +173,9 @@ def test_multi_node_dry_run(place: Place) -> None:
     for node, line in enumerate(lines):
         there = shlex.split(line[5])
         assert there[:3] == ["cd", str(place.folder), "&&"] and "NCCL_DEBUG=INFO" in there
-        start = there.index("torch.distributed.run") + 1
+        start = there.index("namr_dist.launchers.torchrun") + 1
         assert there[start:] == ["--nnodes", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1",
-                                 "--master-port", "29600", "--signals-to-handle",
-                                 "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-                                 "--nproc-per-node", "1", "--module", PROGRAM, *place.words]
+                                 "--master-port", "29600", "--nproc-per-node", "1", "--module", PROGRAM, *place.words]
     assert not (place.folder / "run").exists()
     [refused] = place.start([MULTI_NODE, "--dry-run", place.hostfile, *place.words, "--set.data.classes_per_batch",
                              "5"])

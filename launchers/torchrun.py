@@ -1,0 +1,51 @@
+"""torchrun whose ranks may finish what a signal asks of them, and whose exit code is theirs.
+
+    python -m namr_dist.launchers.torchrun --nproc-per-node 2 --module namr_dist.launchers.train homeware
+
+torchrun itself kills its ranks 30 s after SIGTERM, dies of SIGUSR1 and leaves them behind, and ends with 1 whatever
+they end with. Here both signals go on to the ranks, which write a checkpoint; the first that ends with anything but 0
+gives this program its exit code, and the others are ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run torchrun with these words, by default the command line's; returns the exit code."""
+    for number in _PASSED_ON:
+        signal.signal(number, _pass_on)
+    try:
+        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if words is None else words)])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode  # as a shell counts signals
+        print(f"torchrun: rank {rank} was the first to end, with code {code}", file=sys.stderr)
+        return code
+    return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    children = [int(child) for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
+    if not children:  # nothing has begun that could be finished
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
