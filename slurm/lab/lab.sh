@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# A real Slurm cluster of two nodes on this machine, to try scripts on:  sudo slurm/lab/lab.sh start | stop | status
+#
+# Both nodes are daemons of this machine, node1 and node2, with 2 CPUs and 2 GPUs each that are there in name only.
+# A job in partition high preempts one in partition low, the default. Needs root and the packages slurmctld, slurmd,
+# slurm-client and munge of Debian or Ubuntu. start adds a line to /etc/hosts, stop removes it; all else is in LAB.
+#
+# LAB    folder of the cluster: configuration, state, logs (/tmp/slurm-lab)
+#
+# node K [stop | kill]   start, stop or kill -9 the daemon of node K (1 or 2) alone: a node that fails
+set -euo pipefail
+
+LAB=${LAB:-/tmp/slurm-lab}
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+MARK='# slurm-lab'
+export SLURM_CONF=$LAB/slurm.conf
+
+die() {
+    echo "lab.sh: $*" >&2
+    exit 2
+}
+
+check_machine() {
+    ((EUID == 0)) || die "must run as root"
+    local program missing=()
+    for program in munged mungekey slurmctld slurmd sinfo scontrol; do
+        command -v "$program" >/dev/null || missing+=("$program")
+    done
+    ((${#missing[@]} == 0)) || die "no ${missing[*]} here; apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+}
+
+configure() {
+    mkdir -p "$LAB"/{run,log,state,dev}
+    # munged refuses a socket in a folder that others may write to.
+    chmod 755 "$LAB" "$LAB"/{run,log,state}
+    sed -e "s|@LAB@|$LAB|g" -e "s|@HOST@|$(hostname -s)|g" "$HERE/slurm.conf.in" >"$LAB/slurm.conf"
+    sed -e "s|@LAB@|$LAB|g" "$HERE/gres.conf.in" >"$LAB/gres.conf"
+    : >"$LAB/plugstack.conf"
+    local gpu
+    for gpu in 0 1; do # files that stand for GPUs: as good as /dev/null
+        [[ -e $LAB/dev/gpu$gpu ]] || mknod "$LAB/dev/gpu$gpu" c 1 3
+    done
+    grep -q "$MARK" /etc/hosts || printf '127.0.0.1 node1 node2 %s\n' "$MARK" >>/etc/hosts
+}
+
+pid_of() { cat "$LAB/run/$1.pid" 2>/dev/null; }
+
+runs() {
+    local pid
+    pid=$(pid_of "$1") && [[ $pid ]] && kill -0 "$pid" 2>/dev/null
+}
+
+# end DAEMON [SIGNAL]: and wait until it has gone
+end() {
+    runs "$1" || return 0
+    kill -"${2:-TERM}" "$(pid_of "$1")"
+    local _
+    for _ in {1..100}; do
+        runs "$1" || return 0
+        sleep 0.1
+    done
+    kill -KILL "$(pid_of "$1")"
+}
+
+start_node() {
+    mkdir -p "$LAB/spool/$1"
+    slurmd -N "$1" -f "$SLURM_CONF"
+}
+
+start() {
+    check_machine
+    runs slurmctld && die "a cluster is running in $LAB already"
+    configure
+    [[ -s $LAB/munge.key ]] || mungekey --create --keyfile "$LAB/munge.key"
+    munged --force --key-file="$LAB/munge.key" --socket="$LAB/run/munge.sock" --pid-file="$LAB/run/munged.pid" \
+        --log-file="$LAB/log/munged.log" --seed-file="$LAB/run/munged.seed"
+    slurmctld -f "$SLURM_CONF"
+    start_node node1
+    start_node node2
+    local _
+    for _ in {1..60}; do
+        # slurmctld answers before it has read everything, and may end on what it reads.
+        if runs slurmctld && [[ $(states) == "idle idle" ]]; then
+            echo "node1 and node2 are up; now: export SLURM_CONF=$SLURM_CONF"
+            return
+        fi
+        # The saved state keeps nodes drained.
+        timeout 5 scontrol update nodename=node1,node2 state=resume 2>/dev/null || true
+        sleep 0.5
+    done
+    tail -n 5 "$LAB"/log/*.log >&2
+    stop
+    die "the nodes did not come up; the ends of their logs are above"
+}
+
+states() { timeout 5 sinfo --noheader --Node --partition=low --format=%T 2>/dev/null | paste -sd' '; }
+
+stop() {
+    if runs slurmctld; then timeout 10 scancel --quiet --user="$(id -un)" || true; fi
+    local daemon
+    for daemon in slurmctld slurmd.node1 slurmd.node2 munged; do end "$daemon"; done
+    local pid
+    for pid in $(pgrep slurmstepd); do # a step's own daemon outlives that of its node
+        if tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "SLURM_CONF=$SLURM_CONF"; then kill -KILL "$pid"; fi
+    done
+    sed "/$MARK\$/d" /etc/hosts >"$LAB/hosts" && cat "$LAB/hosts" >/etc/hosts # may be a mount: not replaced
+    rm -rf "$LAB"
+}
+
+node() {
+    local name=node$1
+    case ${2-start} in
+        start) start_node "$name" ;;
+        stop) end "slurmd.$name" ;;
+        kill) end "slurmd.$name" KILL ;;
+        *) die "node takes nothing, stop or kill after the number" ;;
+    esac
+}
+
+case ${1-} in
+    start) start ;;
+    stop) check_machine && stop ;;
+    status) timeout 5 sinfo && timeout 5 squeue ;;
+    node) node "${2:?the number of a node}" "${3-start}" ;;
+    *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; [[ ${1-} == --help ]] || exit 2 ;;
+esac
