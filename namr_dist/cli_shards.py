@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ _SHOWN_PROBLEMS = 20
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `shards` and its verbs to the `namr` command."""
-    shards = verbs.add_parser("shards", help="build and verify shard sets, show their statistics")
+    shards = verbs.add_parser("shards", help="build, verify and stage shard sets, show their statistics")
     shard_verbs = shards.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_build(shard_verbs)
     verify = shard_verbs.add_parser(
@@ -42,6 +43,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     stats.add_argument("--near-duplicates", action="store_true", help="look for images that show what an image "
                        "of another split shows")
     stats.add_argument("--picture", type=Path, metavar="FILE.svg", help="write the histogram of images per class")
+    stage = shard_verbs.add_parser(
+        "stage", help="copy a shard set to this machine's own disk", description="Copy a shard set to this machine's "
+        "own disk, hash every shard there, and print the folder to train from. What is there and whole is not copied "
+        "again.")
+    stage.add_argument("folder", metavar="FOLDER", help="the shard set, or its URL")
+    stage.add_argument("to", type=Path, metavar="TO", help="a folder on the disk; each set and version has its own in "
+                       "it")
+    stage.add_argument("--splits", nargs="+", default=(), metavar="NAME", help="splits or subsets whose shards are "
+                       "copied (all)")
+    stage.set_defaults(verb=_shards_stage)
 
 
 def _add_build(shard_verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -212,6 +223,16 @@ def _show_stats(figures: dict[str, Any]) -> None:
     if "near_duplicates" in figures:
         for table in near_duplicate_tables(figures["near_duplicates"]):
             console.print(table)
+
+
+def _shards_stage(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.data.staging import stage
+
+    began = time.perf_counter()
+    staged = stage(parsed.folder, parsed.to, parsed.splits)
+    print(f"staged {staged.images:,} images, {staged.bytes / 2**20:,.1f} MiB, in {time.perf_counter() - began:.1f} s; "
+          f"{staged.were_there} of {staged.shards} shards were there already", file=sys.stderr)
+    print(staged.folder)  # alone on stdout: for a shell's $(…)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -113,7 +113,10 @@ class ShardCache:
             while not _used(there, shard):
                 if part := self._claim(shard, there):
                     with _unlocking(part):
-                        self._fetch(shard, part, there)
+                        fetch(self._origin, shard, part, remedy="check the network and the file there; training goes "
+                              "on with --resume")
+                        with self._locked_folder():
+                            os.replace(part.name, there)
                 else:
                     time.sleep(_POLL_S)
         except OSError as error:
@@ -130,40 +133,6 @@ class ShardCache:
             if _used(there, shard) or not self._make_room(shard.bytes, part):
                 return None
             return _open_locked(part)
-
-    def _fetch(self, shard: Shard, part: FileIO, there: Path) -> None:
-        def attempt() -> None:
-            try:
-                self._receive(shard, part)
-                _check(shard, part)
-            except TransferError as error:
-                if error.afresh:
-                    part.truncate(0)
-                raise
-
-        self._origin.repeated(attempt, shard.file, remedy="check the network and the file there; training goes on with "
-                              "--resume")
-        os.fsync(part.fileno())
-        with self._locked_folder():
-            os.replace(part.name, there)
-
-    def _receive(self, shard: Shard, part: FileIO) -> None:
-        """Append what is missing."""
-        have = part.seek(0, os.SEEK_END)
-        if have > shard.bytes:
-            have = part.truncate(0)
-        if have == shard.bytes:
-            return
-        with contextlib.closing(self._origin.open(shard.file, have)) as body:
-            if body.total not in (None, shard.bytes):
-                raise TransferError(f"it has {body.total} bytes there, its manifest says {shard.bytes}", afresh=True)
-            if body.start != have:
-                have = part.truncate(0)
-            while have < shard.bytes and (block := body.read()):
-                _write(part, block)
-                have += len(block)
-        if have < shard.bytes:
-            raise TransferError(f"it ended after {have} of {shard.bytes} bytes")
 
     def _make_room(self, need_bytes: int, part: Path) -> bool:
         """Drop what has not been used for longest so that `part` can grow to so many bytes; False, with nothing
@@ -198,6 +167,46 @@ class ShardCache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with _unlocking(lock):
                 yield
+
+
+def fetch(origin: Origin, shard: Shard, part: FileIO, *, remedy: str,
+          told: Callable[[int], object] = lambda have: None) -> None:
+    """Append to `part`, a file open for appending, what it lacks of a shard; check size and hash; flush to disk.
+
+    remedy: of an error that outlasts all tries.  told: called with the bytes of the shard that `part` has, as they
+    come. Raises InputError if the shard cannot be had, OSError if `part` cannot be written.
+    """
+    def attempt() -> None:
+        try:
+            _receive(origin, shard, part, told)
+            _check(shard, part)
+        except TransferError as error:
+            if error.afresh:
+                told(part.truncate(0))
+            raise
+
+    origin.repeated(attempt, shard.file, remedy=remedy)
+    os.fsync(part.fileno())
+
+
+def _receive(origin: Origin, shard: Shard, part: FileIO, told: Callable[[int], object]) -> None:
+    """Append what is missing."""
+    have = part.seek(0, os.SEEK_END)
+    if have > shard.bytes:
+        have = part.truncate(0)
+    if have == shard.bytes:
+        return
+    with contextlib.closing(origin.open(shard.file, have)) as body:
+        if body.total not in (None, shard.bytes):
+            raise TransferError(f"it has {body.total} bytes there, its manifest says {shard.bytes}", afresh=True)
+        if body.start != have:
+            have = part.truncate(0)
+        while have < shard.bytes and (block := body.read()):
+            _write(part, block)
+            have += len(block)
+            told(have)
+    if have < shard.bytes:
+        raise TransferError(f"it ended after {have} of {shard.bytes} bytes")
 
 
 def _used(path: Path, shard: Shard) -> bool:

@@ -1,6 +1,7 @@
-"""Files of a folder behind a URL, read front to back: http and https, pipe:COMMAND, and what fsspec knows.
+"""Files of a folder, read front to back: on a mounted disk, or behind a URL: http and https, pipe:COMMAND, and what
+fsspec knows.
 
-What a network may mend by itself is a `TransferError` and is tried again; a clear answer, such as "not there", is a
+What time may mend by itself is a `TransferError` and is tried again; a clear answer, such as "not there", is a
 `RefusedError` and is not. Addresses and commands may hold credentials: messages show them by `shown` alone.
 """
 
@@ -99,7 +100,7 @@ def shown(location: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """A folder behind a URL. Raises InputError if it can be none."""
+    """A folder, by its absolute path or its URL. Raises InputError if it can be none."""
 
     url: str
     remote: RemoteConfig
@@ -123,7 +124,7 @@ class Origin:
             return _PipeBody(address[5:], self.remote.stall_seconds)
         if self._is_http:
             return _HttpBody(address, start, self.remote.stall_seconds)
-        return _FsspecBody(address, start)
+        return _FsspecBody(address, start) if is_url(address) else _FileBody(address, start)
 
     def read(self, file: str, *, remedy: str) -> bytes:
         """A whole file of at most 1 GiB, tried as often as `repeated` does. Raises InputError."""
@@ -327,6 +328,36 @@ class _PipeBody:
             os.killpg(self._pipe.proc.pid, signal.SIGKILL)
         self._pipe.ignore_errors = True
         self._pipe.close()
+
+
+class _FileBody:
+    """A file of a folder; what the system itself repeats, as NFS does, is not bounded."""
+
+    def __init__(self, path: str, start: int) -> None:
+        self.start = start
+        with _file_troubles():
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (`close` closes it)
+            self.total: int | None = self._file.seek(0, os.SEEK_END)
+            self._file.seek(start)
+
+    def read(self) -> bytes:
+        with _file_troubles():
+            return self._file.read(_BLOCK_BYTES) or b""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _file_troubles() -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise RefusedError("it is not there; copy it there or rebuild the shard set") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise RefusedError(f"{error.strerror}; make it a file that can be read") from None
+    except OSError as error:
+        raise TransferError(str(error.strerror)) from None
 
 
 class _FsspecBody:
