@@ -6,10 +6,13 @@ Verbs import what they need, so that --help and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +23,7 @@ from namr_dist.config import Config
 from namr_dist.errors import InputError
 
 _OVERRIDE = "--set."
+_PREFLIGHT_S = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +76,23 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     train.add_argument("--ranks", type=int, metavar="W", help="ranks that --dry-run checks for (as launched)")
     train.set_defaults(verb=_train)
 
+    preflight = verbs.add_parser(
+        "preflight", help="check the nodes of a job before it trains",
+        description="Check, with one process a node, whether a recipe can train there: srun --ntasks-per-node=1 namr "
+        "preflight RECIPE. Ends within 30 s, with exit code 0 or 2 on all nodes.")
+    preflight.add_argument("recipe", metavar="RECIPE", help="name of a recipe, with --set… as for namr train")
+    preflight.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
+    preflight.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks that will train on each node (one a "
+                           "GPU, or one)")
+    preflight.set_defaults(verb=_preflight)
+
+    top = verbs.add_parser("top", help="watch a run", description="Progress, losses, speed and checkpoints of a run, "
+                           "from any machine that sees its folder; live on a terminal, until it is finished or Ctrl-C.")
+    top.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    top.add_argument("--once", action="store_true", help="print it once, also on a terminal")
+    top.add_argument("--json", action="store_true", help="print it once, as JSON")
+    top.set_defaults(verb=_top)
+
     evaluate = verbs.add_parser("evaluate", help="measure a trained run on its test split",
                                 description="Measure a run on its test split: metrics.json, embeddings.safetensors.")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
@@ -82,9 +103,14 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     evaluate.set_defaults(verb=_evaluate)
 
-    report = verbs.add_parser("report", help="write a run's report.html")
-    report.add_argument("run", type=Path, metavar="RUN", help="folder of an evaluated run")
+    report = verbs.add_parser("report", help="write a run's report.html, or one table over many runs",
+                              description="Write a run's report.html. Of several runs, or a folder that holds runs: "
+                              "one table with a row a setting, over its seeds, as text and as a page.")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs, or of runs")
     _add_shards(report)
+    report.add_argument("--out", type=Path, metavar="FILE.html", help="the table's page (report.html in the folder "
+                        "that holds the runs)")
+    report.add_argument("--json", action="store_true", help="print the table as JSON")
     report.set_defaults(verb=_report)
 
     embed = verbs.add_parser("embed", help="embed images with a trained run",
@@ -153,8 +179,8 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     own, overrides = _split_overrides(words)
     parsed = parser.parse_args(own)
-    if overrides and parsed.verb is not _train:
-        parser.error(f"{overrides[0]} goes with `namr train`")
+    if overrides and parsed.verb not in (_train, _preflight):
+        parser.error(f"{overrides[0]} goes with `namr train` and `namr preflight`")
     return parsed, overrides
 
 
@@ -229,6 +255,43 @@ def _dry_run(parsed: argparse.Namespace, overrides: list[str], config: Config) -
         print("\n".join(lines))
 
 
+def _preflight(parsed: argparse.Namespace, overrides: list[str]) -> None:
+    from namr_dist.cluster.deadline import Deadline
+
+    deadline = Deadline(_PREFLIGHT_S)  # before torch is imported, which may take long from a slow file system
+    if parsed.ranks_per_node is not None and parsed.ranks_per_node < 1:
+        raise InputError(f"--ranks-per-node is {parsed.ranks_per_node}; set it to at least 1")
+    config = _configure_quietly(parsed.recipe, overrides)
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # one line says what is wrong, and not torch's traces in C++
+    from namr_dist.cluster.preflight import preflight
+
+    try:
+        code = preflight(config, parsed.run_dir or Path("runs") / parsed.recipe, ranks_per_node=parsed.ranks_per_node,
+                         deadline=deadline)
+    except InputError as error:
+        code = _fail(str(error))
+    sys.stderr.flush()
+    os._exit(code)  # a call that hangs has left a thread behind, which the usual end would wait for
+
+
+def _configure_quietly(recipe: str, overrides: list[str]) -> Config | InputError:
+    """`configure`, but a mistake is returned in one line, for many nodes to tell once."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return configure(recipe, overrides)
+    except InputError as error:
+        return error
+    except SystemExit:
+        return InputError(re.sub(r"[\s─-╿]+", " ", said.getvalue()).strip())  # out of tyro's box
+
+
+def _top(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.cluster.top import top
+
+    top(parsed.run, once=parsed.once, as_json=parsed.json)
+
+
 def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.retrieval.run import evaluate_run
 
@@ -244,9 +307,38 @@ def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
 
 
 def _report(parsed: argparse.Namespace, _: list[str]) -> None:
+    if len(parsed.runs) > 1 or any(parsed.runs[0].glob("*/config.json")) and not _is_run(parsed.runs[0]):
+        _compare(parsed)
+        return
+    if parsed.out or parsed.json:
+        raise InputError(f"{'--out' if parsed.out else '--json'} goes with several runs; {parsed.runs[0]} is one, or "
+                         "holds none: give more, or leave it out")
     from namr_dist.retrieval.run import report_run
 
-    print(report_run(parsed.run, shards=parsed.shards))
+    print(report_run(parsed.runs[0], shards=parsed.shards))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    if parsed.shards:
+        raise InputError(f"--shards is {parsed.shards}, which goes with one run; leave it out")
+    if parsed.out is None and len(parsed.runs) > 1:
+        raise InputError("the table of several runs needs a place; give --out FILE.html")
+    out = parsed.out or parsed.runs[0] / "report.html"
+    check_target("--out", out)
+    from namr_dist.retrieval.compare import compare, find_runs
+    from namr_dist.retrieval.comparison_page import print_comparison, write_comparison
+
+    comparison = compare(find_runs(parsed.runs))
+    write_comparison(comparison, out)
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(comparison), indent=2))
+        return
+    print_comparison(comparison)
+    print(out)
 
 
 def _embed(parsed: argparse.Namespace, _: list[str]) -> None:

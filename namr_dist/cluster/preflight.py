@@ -1,0 +1,247 @@
+"""`namr preflight`: one process a node, all at once, before ranks start there.
+
+Each node checks itself and tells the first, which compares them, prints one table and gives all the same exit code.
+Shares of the limit say when each part ends, whatever hangs; see also deadline.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from namr_dist.cluster import checks
+from namr_dist.cluster.comparison import Report, compare, show
+from namr_dist.cluster.deadline import EXIT_CODE, Deadline, TooLate, node_name, within
+from namr_dist.cluster.meeting import FirstNodeGone, Meeting
+from namr_dist.config import Config
+from namr_dist.errors import InputError
+from namr_dist.parallel.hostlist import expand_hosts
+from namr_dist.parallel.ranks import Launch, read_launch
+from namr_dist.retrieval.search import search_backend
+from namr_dist.train.dry_run import dry_run
+
+_CHECKED, _REPORTED, _EXCHANGED, _TOLD = 0.5, 0.7, 0.85, 0.95
+_HUNG = "is that file system hung?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Check:
+    fact: str | None
+    """Field of Report that takes what is found; None: nothing to keep."""
+    doing: str
+    hint: str
+    """What it may mean if this does not end."""
+    find: Callable[[], Any]
+
+
+def preflight(config: Config | InputError, run: Path, *, ranks_per_node: int | None, deadline: Deadline) -> int:
+    """Check all nodes for a run of `config` in the folder `run`, and print what was found; 0, or 2 if ranks would fail.
+
+    config: an InputError if the settings could not be read here.  ranks_per_node: None: one a GPU, or one. Raises
+    InputError, on one node, if the nodes do not meet.
+    """
+    launch = read_launch(os.environ)
+    try:
+        node = _Node(config, run, ranks_per_node, launch, deadline)
+        return node.lead() if launch.rank == 0 else node.follow()
+    except (FirstNodeGone, dist.DistError) as error:
+        # The first node speaks for all. Where it does not, one more is enough.
+        if launch.rank == 1:
+            reason = str(error) if isinstance(error, FirstNodeGone) else \
+                "the connection to the first node broke; see what it says"
+            raise InputError(f"preflight: {node_name()}: {reason}") from None
+        return EXIT_CODE
+
+
+class _Node:
+    """This process among the nodes."""
+
+    def __init__(self, config: Config | InputError, run: Path, ranks_per_node: int | None, launch: Launch,
+                 deadline: Deadline) -> None:
+        self._config = _for_checks(config) if isinstance(config, Config) else config
+        self._run = run
+        self._ranks_per_node = ranks_per_node
+        self._launch = launch
+        self._deadline = deadline
+        self._meeting = Meeting(launch, deadline)
+        self._meeting.publish(f"name/{launch.rank}", node_name())
+        self._report = Report(node=node_name())
+        self._probe: Path | None = None
+
+    def lead(self) -> int:
+        """The first node: gather, compare, show, and tell all."""
+        size = self._launch.world_size
+        try:
+            self._check(self._checks())
+            reports = {0: self._report, **self._gather("report", share=_REPORTED)}
+            silent = set(range(size)) - reports.keys()
+            backend = _backend(reports) if not silent else ""
+            self._meeting.publish("backend", backend)
+        finally:
+            if self._probe is not None:
+                self._probe.unlink(missing_ok=True)
+        if backend:
+            self._exchange(backend)
+            reports |= {0: self._report, **self._gather("exchanged", share=_TOLD)}
+        names = _names([self._meeting.read(f"name/{rank}", share=0) for rank in range(size)], os.environ)
+        problems = compare(reports, names, ranks_per_node=self._ranks_per_node)
+        problems += [f"{names[rank]}: {self._why_silent(rank)}" for rank in sorted(silent)]
+        show(reports, names)
+        for problem in problems:
+            print(f"namr: error: preflight: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"preflight: {size} nodes in {self._deadline.passed_s:.0f} s", file=sys.stderr)
+        code = EXIT_CODE if problems else 0
+        self._meeting.publish("code", str(code))
+        self._meeting.leave(size - 1 - len(silent))
+        return code
+
+    def follow(self) -> int:
+        """Any other node: check, tell the first, and end as it says."""
+        rank = self._launch.rank
+        if self._check(self._checks()) and self._report.free_bytes is not None:
+            self._see_probe()
+        self._meeting.publish(f"report/{rank}", json.dumps(asdict(self._report)))
+        self._wait_for_first()
+        backend = self._meeting.read("backend", share=_TOLD)
+        if backend:
+            self._exchange(backend)
+            self._meeting.publish(f"exchanged/{rank}", json.dumps(asdict(self._report)))
+            self._wait_for_first()
+        code = self._meeting.read("code", share=1.0)
+        if code is None:
+            raise FirstNodeGone("the first node gives no verdict; see what it says")
+        self._meeting.leave(0)
+        return int(code)
+
+    def _wait_for_first(self) -> None:
+        self._meeting.begin("waiting for the first node: see what it says")
+
+    def _gather(self, kind: str, *, share: float) -> dict[int, Report]:
+        keys = {f"{kind}/{rank}": rank for rank in range(1, self._launch.world_size)}
+        return {keys[key]: Report.from_json(text)
+                for key, text in self._meeting.gather(list(keys), share=share).items()}
+
+    def _why_silent(self, rank: int) -> str:
+        doing = self._meeting.read(f"doing/{rank}", share=0)
+        if doing is None:
+            return f"did not report; look there whether {sys.executable} starts, and reaches {self._meeting.address}"
+        return f"has not answered for {self._deadline.passed_s:.0f} s, still {doing}"
+
+    def _check(self, plan: list[_Check]) -> bool:
+        """Fill the report; one check that hangs is this node's last. Whether all have ended."""
+        problems = self._report.problems
+        for check in plan:
+            self._meeting.begin(f"{check.doing}: {check.hint}")
+            try:
+                found = within(self._deadline.left_s(_CHECKED), check.find)
+                if check.fact is not None:
+                    setattr(self._report, check.fact, found)
+            except TooLate:
+                problems.append(f"{check.doing} has not ended after {self._deadline.passed_s:.0f} s: {check.hint}")
+                return False
+            except InputError as error:
+                if str(error) not in problems:  # the configuration as a whole may meet the same mistake
+                    problems.append(str(error))
+            except Exception as error:  # whatever it is, ranks would meet it too
+                problems.append(f"{check.doing} failed ({type(error).__name__}: {error}); see what is wrong there")
+        return True
+
+    def _checks(self) -> list[_Check]:
+        config, launch = self._config, self._launch
+        if isinstance(config, InputError):
+            self._report.problems.append(str(config))
+            return []
+        if launch.local_rank > 0:
+            self._report.problems.append(f"process {launch.rank} shares its machine with another; start one a node, as "
+                                         "srun --ntasks-per-node=1 does")
+            return []
+        data, environ = config.data, os.environ
+        plan = [
+            _Check(fact="free_bytes", doing=f"writing to run folder {self._run}", hint=_HUNG, find=self._write_probe),
+            _Check(fact="versions", doing="reading versions", hint=_HUNG, find=checks.versions),
+            _Check(fact="gpus", doing="opening GPUs", hint="does nvidia-smi answer there?",
+                   find=lambda: checks.gpus(environ, self._ranks_per_node)),
+            _Check(fact="search", doing="loading faiss", hint=_HUNG, find=lambda: search_backend().name),
+            _Check(fact="shards", doing=f"checking shards ({data.path or 'homeware'})", hint=_HUNG,
+                   find=lambda: asdict(checks.shards(data))),
+            _Check(fact="weights", doing=f"getting weights of {config.model.backbone}",
+                   hint="compute nodes often have no internet: run namr preflight once where there is, with the same "
+                   "cache, or set model.weights to a file", find=lambda: checks.weights(config)),
+        ]
+        if launch.rank == 0:
+            plan.append(_Check(fact=None, doing="checking the configuration for all ranks", hint=_HUNG,
+                               find=lambda: self._dry_run(config)))
+        return plan
+
+    def _write_probe(self) -> int:
+        probe = checks.write_probe(self._run)
+        if self._launch.rank == 0:
+            self._probe = probe  # stays until the others have looked
+            self._meeting.publish("probe", str(probe))
+        else:
+            probe.unlink()
+        return checks.free_bytes(probe.parent)
+
+    def _see_probe(self) -> None:
+        self._meeting.begin("waiting for a file from the first node: see what it says")
+        probe = self._meeting.read("probe", share=_CHECKED)
+        if probe is not None:
+            self._check([_Check(fact=None, doing=f"looking for {probe}", hint=_HUNG,
+                                find=lambda: checks.see_probe(Path(probe)))])
+
+    def _dry_run(self, config: Config) -> list[str]:
+        ranks = self._launch.world_size * (self._ranks_per_node or len(self._report.gpus or []) or 1)
+        return dry_run(config, self._run, ranks=ranks, overwrite=False, resume=True, words=[config.recipe])
+
+    def _exchange(self, backend: str) -> None:
+        variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+        remedy = (f"check the firewall between the nodes, and set {variable} to the network interface that joins them")
+        seconds = self._deadline.left_s(_EXCHANGED)
+        self._meeting.begin(f"adding numbers over all nodes ({backend}): {remedy}")
+        # Over a connection of its own: a call that hangs would keep this one.
+        store, rank = self._meeting.another_connection(), self._launch.rank
+        try:
+            self._report.mib_per_s = within(seconds, lambda: checks.all_reduce(
+                store, rank=rank, size=self._launch.world_size, backend=backend, seconds=seconds))
+        except InputError as error:
+            self._report.problems.append(str(error))
+        except TooLate:
+            self._report.problems.append(f"a sum over all nodes by {backend} has not ended after {seconds:.0f} s; "
+                                         + remedy)
+        except Exception as error:
+            self._report.problems.append(f"a sum over all nodes by {backend} failed ({checks.first_line(error)}); "
+                                         + remedy)
+
+
+def _for_checks(config: Config) -> Config:
+    """No hashes, which take as long as reading all shards, and fewer tries at what does not answer."""
+    data = config.data
+    return dataclasses.replace(config, data=dataclasses.replace(
+        data, verify=False, remote=dataclasses.replace(data.remote, retries=min(1, data.remote.retries))))
+
+
+def _backend(reports: Mapping[int, Report]) -> str:
+    """What training's ranks would speak; empty where nodes would not agree."""
+    gpus = [report.gpus for report in reports.values()]
+    if None in gpus or any(gpus) and not all(gpus):
+        return ""
+    return "nccl" if any(gpus) else "gloo"
+
+
+def _names(said: Sequence[str | None], environ: Mapping[str, str]) -> list[str]:
+    """A name for each node, also for those that never came; names that occur twice with their number."""
+    try:
+        listed = expand_hosts(environ.get("SLURM_STEP_NODELIST", ""))
+    except InputError:
+        listed = ()
+    names = [name or (listed[rank] if len(listed) == len(said) else f"node {rank}") for rank, name in enumerate(said)]
+    return [name if names.count(name) == 1 else f"{name} ({rank})" for rank, name in enumerate(names)]
