@@ -86,15 +86,17 @@ class RunLog:
 
     def speed(self, step: int, img_per_s: float, times: StepTimes, *, images: int, gathered_bytes: float) -> None:
         """Of the steps since the last such call, validation and checkpoints left out: images a second, where the time
-        went, and the bytes a rank received a step while embeddings were gathered; `images` a step. A line for people,
-        if there is no bar."""
+        went, the machine of the slowest rank, and the bytes a rank received a step while embeddings were gathered;
+        `images` a step. A line for people, if there is no bar."""
         share = {} if self._peak_img_per_s is None else {"mfu": round(img_per_s / self._peak_img_per_s, 4)}
         replaced = {} if self._replaced is None else \
             {"damaged_images": len(self._replaced), "replacements": self._replaced.total()}
+        slowest_host = self._hosts[times.slowest_rank]
         self._write({"step": step, "img_per_s": round(img_per_s, 1), **share, **replaced,
                      "time_s": round(self.time_s, 3),
                      **{f"{name}_s": round(seconds, 5) for name, seconds in times.mean_s.items()},
-                     "slowest_rank": times.slowest_rank, "slowest_s": round(times.slowest_s, 5),
+                     "slowest_rank": times.slowest_rank, "slowest_host": slowest_host,
+                     "slowest_s": round(times.slowest_s, 5),
                      "gathered_mib": round(gathered_bytes / 2**20, 4)})
         self._speed = f"  {img_per_s:.0f} img/s" + (f", {100 * share['mfu']:.0f} % of peak" if share else "")
         if self._bar:
@@ -104,8 +106,7 @@ class RunLog:
                 f"loss {latest['loss']:.4f} (metric {latest['metric_loss']:.4f}, ranking {latest['ranking_loss']:.4f})"
                 f"  lr {latest['lr']:.1e}{self._speed}  {spent(times.mean_s, step_s=images / img_per_s)}")
         if len(self._hosts) > 1:
-            slow = times.slowest_rank
-            line += f"  slowest: rank {slow} on {self._hosts[slow]}, {1e3 * times.slowest_s:.0f} ms"
+            line += f"  slowest: rank {times.slowest_rank} on {slowest_host}, {1e3 * times.slowest_s:.0f} ms"
         self.say(line)
 
     def replaced(self, damaged: Iterable[str]) -> None:
@@ -142,7 +143,8 @@ class RunLog:
     def _write(self, figures: dict) -> None:
         self._line(figures)
         if self._events:
-            values = figures.get("val") or {name: value for name, value in figures.items() if name != "step"}
+            values = figures.get("val") or {name: value for name, value in figures.items()
+                                            if name != "step" and not isinstance(value, str)}
             self._events.write(figures["step"], values, group="val" if "val" in figures else "train",
                                flush="loss" not in figures)
 

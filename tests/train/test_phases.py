@@ -139,6 +139,7 @@ def test_speed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert logged["img_per_s"] == 2000.0 and logged["mfu"] == 0.4 and logged["gathered_mib"] == 1.0
     assert {f"{name}_s" for name in STEP_PHASES} <= logged.keys() and logged["slowest_rank"] == 1
+    assert logged["slowest_host"] == "right"
 
 
 @pytest.mark.parametrize(("name", "giga_multiply_adds", "share_of_products"), [

@@ -1,0 +1,247 @@
+"""How a run stands, read from its folder while it trains, on any machine that sees the folder. Nothing is written.
+
+No torch is imported: people look often.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import statistics
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from namr_dist.config import Config
+from namr_dist.errors import InputError
+
+State = Literal["not started", "training", "stopped", "finished", "evaluated"]
+
+_CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
+_NO_PHASES = ("img_per_s", "time_s", "slowest_s")
+"""figures of a line of speed that end in _s as phases do"""
+_LEAST_SILENCE_S = 60.0
+_START_S = 600.0
+"""Before the first step of a start: loading, kernels that are compiled, a first batch."""
+_RECENT = 200
+_FLOCK = struct.Struct("hhqqi4x")
+"""Linux's struct flock on 64 bits: type, whence, start, length, process"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    step: int
+    figures: dict[str, float]
+    """percent"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What is known of a run at one moment; None for what is not known, or not yet."""
+
+    run: str
+    recipe: str
+    state: State
+    step: int
+    steps: int
+    epoch: int | None
+    elapsed_s: float
+    """of training, over all starts; what a start lost by not reaching a checkpoint is not counted"""
+    left_s: float | None
+    """at the pace of the later half of the steps since the last start, validation and checkpoints included"""
+    last_line_age_s: float | None
+    silent_s: float | None
+    """seconds without a line while training, if they are many times what this run usually takes"""
+    loss: float | None
+    metric_loss: float | None
+    ranking_loss: float | None
+    lr: float | None
+    img_per_s: float | None
+    mfu: float | None
+    """share of the devices' peak"""
+    gathered_mib: float | None
+    """what a rank receives in gathers a step"""
+    step_s: float | None
+    phases_s: dict[str, float]
+    """seconds a step, mean over ranks"""
+    slowest_rank: int | None
+    slowest_host: str | None
+    slowest_s: float | None
+    """its seconds a step of work of its own"""
+    validation: Validation | None
+    best_validation: Validation | None
+    """by the first figure, R@1"""
+    checkpoint_step: int | None
+    checkpoint_age_s: float | None
+    resumed_from: tuple[int, ...]
+    """the step of each restart"""
+    damaged_images: int | None
+    replacements: int | None
+
+
+class _Log:
+    """What metrics.jsonl says: it is read once, and then only what was added."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self._inode, self._read_bytes = -1, 0
+        self.changed: float | None = None
+        """when the last line came, seconds since 1970"""
+        self.time_s = 0.0
+        self.step: dict[str, Any] = {}
+        self.speed: dict[str, Any] = {}
+        self.validations: list[Validation] = []
+        self.resumed_from: list[int] = []
+        self.marks: list[tuple[int, float]] = [(0, 0.0)]
+        """(step, seconds) since the last start, which is the first of them"""
+
+    def read(self) -> None:
+        try:
+            with open(self._path, "rb") as file:
+                status = os.fstat(file.fileno())
+                # A run that goes on cuts the log, by another file in its place.
+                if status.st_ino != self._inode or status.st_size < self._read_bytes:
+                    self._forget()
+                self._inode = status.st_ino
+                file.seek(self._read_bytes)
+                # Up to the last line end: what comes after it is still being written.
+                whole = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            self._forget()
+            return
+        self._read_bytes += len(whole[0]) + len(whole[1])
+        for line in whole[0].splitlines():
+            self._add(line)
+        if self._read_bytes:
+            self.changed = status.st_mtime
+
+    def _add(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return  # half a line that a killed process left
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            return
+        time_s = entry.get("time_s", self.time_s)
+        self.time_s = max(self.time_s, time_s)
+        if "resumed" in entry:
+            self.resumed_from.append(entry["step"])
+            self.marks = [(entry["step"], time_s)]
+        elif "val" in entry:
+            self.validations.append(Validation(step=entry["step"], figures=entry["val"]))
+        elif "img_per_s" in entry:
+            self.speed = entry
+        elif "loss" in entry:
+            self.step = entry
+            self.marks.append((entry["step"], time_s))
+
+    def pace_s(self) -> float | None:
+        """Seconds a step, pauses included, over the later half of the steps since the last start."""
+        (first, began_s), (last, ended_s) = self.marks[(len(self.marks) - 1) // 2], self.marks[-1]
+        return (ended_s - began_s) / (last - first) if last > first else None
+
+    def usual_s(self, log_every: int) -> float:
+        """Seconds between two writes at most, pauses apart: on a GPU, losses are read once in `log_every` steps."""
+        times_s = [time_s for _, time_s in self.marks[-_RECENT:]]
+        gaps_s = [after - before for before, after in zip(times_s, times_s[1:], strict=False)]
+        return log_every * statistics.median(gaps_s) if gaps_s else 0.0
+
+    def silence_s(self, log_every: int) -> float:
+        """Seconds without a line that are more than this run's steps and pauses explain."""
+        if len(self.marks) == 1:
+            return _START_S
+        longest_s = max(after - before for (_, before), (_, after) in zip(self.marks, self.marks[1:], strict=False))
+        return max(_LEAST_SILENCE_S, 5 * self.usual_s(log_every), 2 * longest_s)
+
+
+class RunReader:
+    """Looks at the run in a folder, again and again."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._log = _Log(run / "metrics.jsonl")
+
+    def look(self) -> RunState:
+        """How the run stands now. Raises InputError if the folder holds none."""
+        run, log = self._run, self._log
+        if not (run / "config.json").exists():
+            raise InputError(f"{run} holds no run (no config.json); give the folder that --run-dir named")
+        config = Config.load(run / "config.json")
+        log.read()
+        now = time.time()
+        checkpoint_step, checkpoint_time = _newest_checkpoint(run)
+        quiet_s = max(0.0, now - max((run / "config.json").stat().st_mtime, log.changed or 0.0))
+        state = self._state(config, quiet_s, begun=bool(log.step) or checkpoint_step is not None)
+        step, pace_s = log.marks[-1][0], log.pace_s()
+        running_s = quiet_s if state == "training" and len(log.marks) > 1 else 0.0
+        images, speed = config.data.classes_per_batch * config.data.images_per_class, log.speed
+        return RunState(
+            run=str(run), recipe=config.recipe, state=state, step=step, steps=config.optim.steps,
+            epoch=log.step.get("epoch"), elapsed_s=log.time_s + running_s,
+            left_s=None if pace_s is None else max(0.0, (config.optim.steps - step) * pace_s - running_s),
+            last_line_age_s=None if log.changed is None else max(0.0, now - log.changed),
+            silent_s=quiet_s if state == "training" and quiet_s > log.silence_s(config.train.log_every) else None,
+            loss=log.step.get("loss"), metric_loss=log.step.get("metric_loss"),
+            ranking_loss=log.step.get("ranking_loss"), lr=log.step.get("lr"),
+            img_per_s=speed.get("img_per_s"), mfu=speed.get("mfu"), gathered_mib=speed.get("gathered_mib"),
+            step_s=images / speed["img_per_s"] if speed.get("img_per_s") else None,
+            phases_s={name[:-2]: seconds for name, seconds in speed.items()
+                      if name.endswith("_s") and name not in _NO_PHASES},
+            slowest_rank=speed.get("slowest_rank"), slowest_host=speed.get("slowest_host"),
+            slowest_s=speed.get("slowest_s"),
+            validation=log.validations[-1] if log.validations else None, best_validation=_best(log.validations),
+            checkpoint_step=checkpoint_step,
+            checkpoint_age_s=None if checkpoint_time is None else max(0.0, now - checkpoint_time),
+            resumed_from=tuple(log.resumed_from),
+            damaged_images=speed.get("damaged_images"), replacements=speed.get("replacements"))
+
+    def _state(self, config: Config, quiet_s: float, *, begun: bool) -> State:
+        run, log = self._run, self._log
+        if (run / "checkpoints" / "final.safetensors").exists():
+            return "evaluated" if (run / "metrics.json").exists() else "finished"
+        locked = _is_locked(run / ".lock")
+        if locked is None:
+            training = quiet_s < log.silence_s(config.train.log_every)
+        else:
+            # Some file systems keep a lock to the machine that took it: a fresh line then tells more than its absence.
+            training = locked or quiet_s < 2 * log.usual_s(config.train.log_every)
+        return "training" if training else "stopped" if begun else "not started"
+
+
+def _is_locked(path: Path) -> bool | None:
+    """Whether a process holds the lock of `preflight.lock_folder`; None where that cannot be known.
+
+    It is only asked for: taking it, even for a moment, could turn away a run that starts just then.
+    """
+    try:
+        with open(path, "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        return None
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _newest_checkpoint(run: Path) -> tuple[int | None, float | None]:
+    """(steps done, seconds since 1970) of the newest training state."""
+    found = [(int(name[1]), path) for path in (run / "checkpoints").glob("step-*.safetensors")
+             if (name := _CHECKPOINT.fullmatch(path.name))]
+    for step, path in sorted(found, reverse=True):
+        try:
+            return step, path.stat().st_mtime
+        except FileNotFoundError:
+            continue  # replaced by --overwrite since it was listed
+    return None, None
+
+
+def _best(validations: list[Validation]) -> Validation | None:
+    def first_figure(validation: Validation) -> float:
+        return next(iter(validation.figures.values()), 0.0)
+
+    return max(validations, key=first_figure, default=None)
