@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from namr_dist.errors import InputError
@@ -138,6 +136,10 @@ def embedding_map(
 
     t-SNE of at most 2,500 images drawn by the seed, some 5 s on one core; PCA below 50 images.
     """
+    # Seconds of imports, which only a report needs.
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     chosen_P = np.arange(len(z_ND))
     if len(chosen_P) > _MAP_POINTS:
         chosen_P = np.sort(np.random.default_rng(seed).choice(chosen_P, _MAP_POINTS, replace=False))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from namr_dist.atomic import write_atomic
@@ -79,13 +79,7 @@ def write_report(
     measurement = _block(run.metrics, "test_counts") | _block(run.metrics, "test_protocol")
     rows, trained = baseline_rows(run.metrics), mode_rows(run.metrics["test"])
     result_columns = columns([*rows, trained[0]])
-    folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    page = environment.get_template("report.html").render(
+    page = template("report.html").render(
         title=run.name,
         recipe=str(run.config.get("recipe") or ""),
         headline=_first_cut_off(run.metrics),
@@ -117,6 +111,16 @@ def write_report(
     path = run_dir / "report.html"
     write_atomic(path, page)
     return path
+
+
+def template(name: str) -> Template:
+    """The template of a page. Text that is put into it is escaped; a name it is not given is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    return environment.get_template(name)
 
 
 def _block(values: Mapping[str, Any], name: str) -> dict[str, Any]:

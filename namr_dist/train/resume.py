@@ -23,7 +23,7 @@ from namr_dist.train.hashed import DamagedFile
 from namr_dist.train.state import SavedState, open_state
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
-_MAY_DIFFER = {"data.path", "data.remote.cache", "data.remote.cache_gib", "data.remote.retries",
+MAY_DIFFER = {"data.path", "data.remote.cache", "data.remote.cache_gib", "data.remote.retries",
                "data.remote.stall_seconds", "data.workers", "data.batch_minutes", "data.verify",
                "train.zero_stage", "train.log_every", "train.validate_every", "train.tensorboard",
                "train.checkpoint_minutes", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_minutes",
@@ -99,7 +99,7 @@ def check_same(path: Path, there: Config, here: Config) -> None:
     """Raise InputError, naming the file `path` and the fields, if two configurations do not make the same run."""
     before, now = _fields(dataclasses.asdict(there)), _fields(dataclasses.asdict(here))
     changed = [f"{name} is {now[name]}, there {before[name]}" for name in now
-               if name not in _MAY_DIFFER and now[name] != before[name]]
+               if name not in MAY_DIFFER and now[name] != before[name]]
     if changed:
         raise InputError(f"{path} belongs to another run: {'; '.join(changed)}; give its settings, or another folder "
                          "with --run-dir")
