@@ -26,7 +26,8 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 def main(words: Sequence[str] | None = None) -> int:
     """Run torchrun with these words, by default the command line's; returns the exit code."""
     for number in _PASSED_ON:
-        signal.signal(number, _pass_on)
+        signal.signal(number, _pass_on_or_end)
+    signal.signal(signal.SIGCHLD, _rank_ended)
     try:
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if words is None else words)])
     except ChildFailedError as error:
@@ -34,17 +35,33 @@ def main(words: Sequence[str] | None = None) -> int:
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode  # as a shell counts signals
         print(f"torchrun: rank {rank} was the first to end, with code {code}", file=sys.stderr)
         return code
+    finally:
+        for number in _PASSED_ON:  # Python's own end would set back a handler, and die of the next one
+            signal.signal(number, signal.SIG_IGN)
     return 0
 
 
+def _children() -> list[int]:
+    return [int(child) for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
+
+
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    children = [int(child) for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
-    if not children:  # nothing has begun that could be finished
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-    for child in children:
+    for child in _children():
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
+
+
+def _pass_on_or_end(number: int, frame: FrameType | None) -> None:
+    if not _children():  # no rank has begun, and there is nothing to finish
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    _pass_on(number, frame)
+
+
+def _rank_ended(number: int, frame: FrameType | None) -> None:
+    """From now on a signal without ranks comes late, and must not take the place of their exit code."""
+    for late in _PASSED_ON:
+        signal.signal(late, _pass_on)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,16 @@
 # A job in partition high preempts one in partition low, the default. Needs root and the packages slurmctld, slurmd,
 # slurm-client and munge of Debian or Ubuntu. start adds a line to /etc/hosts, stop removes it; all else is in LAB.
 #
-# LAB    folder of the cluster: configuration, state, logs (/tmp/slurm-lab)
+# node K start | kill    kill -9 all that runs on node K, 1 or 2, as when its power fails, or start it again
 #
-# node K [stop | kill]   start, stop or kill -9 the daemon of node K (1 or 2) alone: a node that fails
+# LAB       folder of the cluster: configuration, state, logs (/tmp/slurm-lab)
+# LAB_PORT  the first of three free ports (26817)
 set -euo pipefail
 
 LAB=${LAB:-/tmp/slurm-lab}
+PORT=${LAB_PORT:-26817}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-MARK='# slurm-lab'
+MARK="# slurm-lab in $LAB"
 export SLURM_CONF=$LAB/slurm.conf
 
 die() {
@@ -33,14 +35,27 @@ configure() {
     mkdir -p "$LAB"/{run,log,state,dev}
     # munged refuses a socket in a folder that others may write to.
     chmod 755 "$LAB" "$LAB"/{run,log,state}
-    sed -e "s|@LAB@|$LAB|g" -e "s|@HOST@|$(hostname -s)|g" "$HERE/slurm.conf.in" >"$LAB/slurm.conf"
+    sed -e "s|@LAB@|$LAB|g" -e "s|@HOST@|$(hostname -s)|g" -e "s|@PORT@|$PORT|g" \
+        -e "s|@NODE_PORTS@|$((PORT + 1))-$((PORT + 2))|g" "$HERE/slurm.conf.in" >"$LAB/slurm.conf"
     sed -e "s|@LAB@|$LAB|g" "$HERE/gres.conf.in" >"$LAB/gres.conf"
     : >"$LAB/plugstack.conf"
     local gpu
     for gpu in 0 1; do # files that stand for GPUs: as good as /dev/null
         [[ -e $LAB/dev/gpu$gpu ]] || mknod "$LAB/dev/gpu$gpu" c 1 3
     done
-    grep -q "$MARK" /etc/hosts || printf '127.0.0.1 node1 node2 %s\n' "$MARK" >>/etc/hosts
+    hosts start
+}
+
+# hosts start | stop: our line in /etc/hosts. Other clusters of this machine have theirs; the file may be a mount, so it
+# is written in place.
+hosts() {
+    local others
+    exec 9</etc/hosts
+    flock 9
+    others=$(grep -v "$MARK\$" /etc/hosts)
+    if [[ $1 == start ]]; then others+=$'\n'"127.0.0.1 node1 node2 $MARK"; fi
+    echo "$others" >/etc/hosts
+    exec 9<&-
 }
 
 pid_of() { cat "$LAB/run/$1.pid" 2>/dev/null; }
@@ -97,23 +112,32 @@ states() { timeout 5 sinfo --noheader --Node --partition=low --format=%T 2>/dev/
 
 stop() {
     if runs slurmctld; then timeout 10 scancel --quiet --user="$(id -un)" || true; fi
+    kill_tasks 'node[12]'
     local daemon
     for daemon in slurmctld slurmd.node1 slurmd.node2 munged; do end "$daemon"; done
-    local pid
-    for pid in $(pgrep slurmstepd); do # a step's own daemon outlives that of its node
-        if tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "SLURM_CONF=$SLURM_CONF"; then kill -KILL "$pid"; fi
-    done
-    sed "/$MARK\$/d" /etc/hosts >"$LAB/hosts" && cat "$LAB/hosts" >/etc/hosts # may be a mount: not replaced
+    # Each removes the file with its number before it has quite gone.
+    while pgrep -f "^slurm(d|ctld) .*-f $SLURM_CONF" >/dev/null; do sleep 0.1; done
+    hosts stop
     rm -rf "$LAB"
 }
 
+# kill_tasks NODES: all that runs on them, with the daemons of its steps, which outlive that of their node
+kill_tasks() {
+    local file pid parent
+    { grep -slzx "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ || true; } | while read -r file; do
+        grep -qszEx "SLURMD_NODENAME=$1" "$file" || continue
+        pid=$(basename "$(dirname "$file")")
+        parent=$(ps -o ppid= -p "$pid" | tr -d " ") || continue
+        if [[ $(ps -o comm= -p "${parent:-1}") == slurmstepd ]]; then kill -KILL "$parent" 2>/dev/null || true; fi
+        kill -KILL "$pid" 2>/dev/null || true
+    done
+}
+
 node() {
-    local name=node$1
-    case ${2-start} in
-        start) start_node "$name" ;;
-        stop) end "slurmd.$name" ;;
-        kill) end "slurmd.$name" KILL ;;
-        *) die "node takes nothing, stop or kill after the number" ;;
+    case $2 in
+        start) start_node "node$1" ;;
+        kill) end "slurmd.node$1" KILL && kill_tasks "node$1" ;;
+        *) die "node $1 $2: not start or kill" ;;
     esac
 }
 
@@ -121,6 +145,6 @@ case ${1-} in
     start) start ;;
     stop) check_machine && stop ;;
     status) timeout 5 sinfo && timeout 5 squeue ;;
-    node) node "${2:?the number of a node}" "${3-start}" ;;
+    node) node "${2:?the number of a node}" "${3:?start or kill}" ;;
     *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; [[ ${1-} == --help ]] || exit 2 ;;
 esac

@@ -34,14 +34,14 @@ USER_TABLE_COUNTS = {"train images": 9, "train classes": 3, "val images": 6, "va
                      "gallery classes": 3, "images": 24, "classes": 8, "categories": 2}
 
 
-def sop(folder: Path) -> Path:
-    """Stanford_Online_Products: 12 classes of 2 to 5 images; one image is greyscale."""
+def sop(folder: Path, classes: int = 6) -> Path:
+    """Stanford_Online_Products: so many classes of 2 to 5 images in each split; one image is greyscale."""
     folders = {1: "bicycle_final", 4: "coffee_maker_final", 12: "toaster_final"}
     lines = ["image_id class_id super_class_id path"]
     for split, first in (("train", 1), ("test", 11319)):
         start = len(lines)
-        for label in range(first, first + 6):
-            super_class = list(folders)[(label - first) // 2]
+        for label in range(first, first + classes):
+            super_class = list(folders)[(label - first) * len(folders) // classes]
             for view in range(2 + label % 4):
                 path = f"{folders[super_class]}/{111085122871 + label}_{view}.JPG"
                 lines.append(f"{len(lines)} {label} {super_class} {path}")

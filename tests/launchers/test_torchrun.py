@@ -43,8 +43,12 @@ def start(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_goes_to_the_ranks_and_their_code_comes_back(tmp_path: Path, number: signal.Signals) -> None:
     process, ranks = start(tmp_path)
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    with process:
+        while process.poll() is None:  # again and again, also when the ranks have ended
+            process.send_signal(number)
+            time.sleep(0.01)
+        assert process.stderr
+        said = process.stderr.read()
     assert process.returncode == 75 and "was the first to end, with code 75" in said and "Traceback" not in said
     assert [(tmp_path / f"heard-{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
     assert not any(alive(rank) for rank in ranks)

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# One task of a step, started by env.sh through srun: `task.sh train RECIPE …` starts the ranks that are this task's,
+# any other command runs as it is.
+set -euo pipefail
+
+# srun passes USR1 on to every process of its step. Ranks ask for it once they train; nothing is to die of it before.
+trap '' USR1
+
+read -ra inside <<<"${NAMR_CONTAINER-}"
+if [[ $1 != train ]]; then exec "${inside[@]}" "$@"; fi
+shift
+
+meet=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+case $NAMR_LAUNCH in
+    torchrun)
+        exec "${inside[@]}" python -m namr_dist.launchers.torchrun "${meet[@]}" --nnodes "$SLURM_NNODES" \
+            --node-rank "$SLURM_NODEID" --nproc-per-node "$NAMR_RANKS_PER_NODE" \
+            --module namr_dist.launchers.train "$@"
+        ;;
+    srun) # the ranks find their places in Slurm's variables
+        exec "${inside[@]}" namr train "$@"
+        ;;
+    deepspeed)
+        hosts=${TMPDIR:-/tmp}/hosts-$SLURM_JOB_ID-$SLURMD_NODENAME
+        scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$NAMR_RANKS_PER_NODE/" >"$hosts"
+        exec "${inside[@]}" deepspeed --hostfile "$hosts" --no_ssh --node_rank "$SLURM_NODEID" "${meet[@]}" \
+            --module namr_dist.launchers.train "$@"
+        ;;
+    *)
+        echo "task.sh: NAMR_LAUNCH is $NAMR_LAUNCH; set it to torchrun, srun or deepspeed" >&2
+        exit 2
+        ;;
+esac
