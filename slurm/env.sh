@@ -10,8 +10,9 @@
 #   NAMR_STAGE           folder on each node's own disk to copy the shards to (none: they are read where they are)
 #   NAMR_LAUNCH          torchrun: srun starts it once a node (default); srun: it starts every rank; deepspeed
 #   NAMR_RANKS_PER_NODE  (the GPUs that the job has on a node; 1 where it has none)
-#   NAMR_PORT            port of the first node at which the ranks meet (a free one, by the number of the job)
-#   NAMR_MAX_RESTARTS    crashes without a new checkpoint in between that the job starts again after (3)
+#   NAMR_PORT            port of the first node at which the ranks meet (a free one; which, depends on the job's number)
+#   NAMR_PREFLIGHT_SECONDS   within which all nodes must have answered, imports included (30)
+#   NAMR_MAX_RESTARTS    how often a job starts again after crashes with no new checkpoint between them (3)
 #   NAMR_ENV             file to source first: modules, conda, NCCL_… (none; .venv of this folder is used if it is there)
 #   NAMR_SRUN            more options for each srun, such as --container-image=… of pyxis (none)
 #   NAMR_CONTAINER       words before each command, such as: apptainer exec --nv namr.sif (none)
@@ -97,21 +98,24 @@ after() {
 }
 
 namr_job() {
-    local recipe=$1 data per_node=1
+    local recipe=$1 data=${NAMR_SHARDS:-shards/$1} ranks_a_task threads
     shift
-    export NAMR_LAUNCH=${NAMR_LAUNCH:-torchrun} NAMR_RANKS_PER_NODE=${NAMR_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-    NAMR_RUN_DIR=${NAMR_RUN_DIR:-runs/$recipe} NAMR_MAX_RESTARTS=${NAMR_MAX_RESTARTS:-3}
-    data=${NAMR_SHARDS:-shards/$recipe}
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_PORT=${NAMR_PORT:-$(free_port)}
-    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((n = SLURM_CPUS_ON_NODE / NAMR_RANKS_PER_NODE) > 0 ? n : 1))}
-    say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $NAMR_RANKS_PER_NODE ranks a node by $NAMR_LAUNCH"
+    NAMR_LAUNCH=${NAMR_LAUNCH:-torchrun} NAMR_RUN_DIR=${NAMR_RUN_DIR:-runs/$recipe}
+    NAMR_RANKS_PER_NODE=${NAMR_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} NAMR_MAX_RESTARTS=${NAMR_MAX_RESTARTS:-3}
+    NAMR_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' ')
+    MASTER_ADDR=${NAMR_NODES%% *} MASTER_PORT=${NAMR_PORT:-$(free_port)}
+    threads=$((SLURM_CPUS_ON_NODE / NAMR_RANKS_PER_NODE))
+    export NAMR_LAUNCH NAMR_RANKS_PER_NODE NAMR_NODES MASTER_ADDR MASTER_PORT
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    say "$recipe → $NAMR_RUN_DIR on $SLURM_JOB_NODELIST, $NAMR_RANKS_PER_NODE ranks a node by $NAMR_LAUNCH," \
+        "${SLURM_RESTART_COUNT:-0} restarts"
 
     on_every_node namr preflight "$recipe" --run-dir "$NAMR_RUN_DIR" --ranks-per-node "$NAMR_RANKS_PER_NODE" \
-        --set.data.path "$data" "$@" || after preflight $?
+        --limit "${NAMR_PREFLIGHT_SECONDS:-30}" --set.data.path "$data" "$@" || after preflight $?
 
     mkdir -p "$NAMR_RUN_DIR"
     echo "$SLURM_JOB_ID $(newest_checkpoint)" >>"$NAMR_RUN_DIR/.starts"
+    # Slurm starts a job again by itself when a node fails: here is the only place to count those.
     if (($(starts_from_here) > NAMR_MAX_RESTARTS + 1)); then after 'the start before' 1; fi
 
     if [[ ${NAMR_STAGE-} ]]; then
@@ -119,9 +123,10 @@ namr_job() {
         data=$(head -n 1 "$NAMR_RUN_DIR/.staged")
     fi
 
-    if [[ $NAMR_LAUNCH == srun ]]; then per_node=$NAMR_RANKS_PER_NODE; fi
-    step srun_tasks "$SLURM_JOB_NUM_NODES" "$per_node" train "$recipe" --run-dir "$NAMR_RUN_DIR" --resume \
-        --set.data.path "$data" "$@" || after training $?
+    ranks_a_task=$NAMR_RANKS_PER_NODE
+    if [[ $NAMR_LAUNCH == srun ]]; then ranks_a_task=1; fi
+    step srun_tasks "$SLURM_JOB_NUM_NODES" $((NAMR_RANKS_PER_NODE / ranks_a_task)) train "$recipe" \
+        --run-dir "$NAMR_RUN_DIR" --resume --set.data.path "$data" "$@" || after training $?
     on_first_node namr evaluate "$NAMR_RUN_DIR" --shards "$data" || after evaluation $?
     on_first_node namr report "$NAMR_RUN_DIR" --shards "$data" || after report $?
 }

@@ -21,9 +21,10 @@ case $NAMR_LAUNCH in
         exec "${inside[@]}" namr train "$@"
         ;;
     deepspeed)
-        hosts=${TMPDIR:-/tmp}/hosts-$SLURM_JOB_ID-$SLURMD_NODENAME
-        scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$NAMR_RANKS_PER_NODE/" >"$hosts"
-        exec "${inside[@]}" deepspeed --hostfile "$hosts" --no_ssh --node_rank "$SLURM_NODEID" "${meet[@]}" \
+        hostfile=${TMPDIR:-/tmp}/hostfile-$SLURM_JOB_ID-$SLURM_NODEID
+        read -ra nodes <<<"$NAMR_NODES"
+        printf "%s slots=$NAMR_RANKS_PER_NODE\n" "${nodes[@]}" >"$hostfile"
+        exec "${inside[@]}" deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$SLURM_NODEID" "${meet[@]}" \
             --module namr_dist.launchers.train "$@"
         ;;
     *)

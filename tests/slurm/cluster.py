@@ -74,7 +74,7 @@ class Job:
         """What it and its ranks said, in all its starts."""
         return "\n".join(path.read_text() for path in self._lab.folder.glob(f"*-{self.number}.log"))
 
-    def until(self, condition: Callable[[], bool], *, timeout_s: float = 240) -> None:
+    def until(self, condition: Callable[[], bool], *, timeout_s: float = 600) -> None:
         """Wait for something that the job does."""
         give_up = time.monotonic() + timeout_s
         while not condition():

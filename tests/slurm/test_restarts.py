@@ -15,7 +15,7 @@ from training_runs import Run, start_parent
 from namr_dist.data.manifest import Manifest
 from namr_dist.train.resume import checkpoints
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 STEPS = 60
 TRAIN = REPOSITORY / "slurm" / "train_sop.sh"
