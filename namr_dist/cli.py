@@ -1,4 +1,4 @@
-"""The `namr` command: one verb, one small function.
+"""The `namr` command: one verb, one small function, here or in the cli_ module of its subject.
 
 Verbs import what they need, so that --help and mistakes answer at once.
 """
@@ -6,24 +6,18 @@ Verbs import what they need, so that --help and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import errno
-import io
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from namr_dist import __version__, cli_shards
-from namr_dist.atomic import check_target
+from namr_dist import __version__, cli_bench, cli_jobs, cli_retrieval, cli_shards
+from namr_dist.cli_settings import configure, split_overrides
 from namr_dist.config import Config
 from namr_dist.errors import InputError
-
-_OVERRIDE = "--set."
-_PREFLIGHT_S = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +52,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="namr", description="Train, evaluate and serve image-retrieval embeddings with NAMR.")
     parser.add_argument("--version", action="version", version=f"namr-dist {__version__}")
-    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
 
     train = verbs.add_parser(
         "train", help="train a recipe", description="Train a recipe. Any of its settings can be changed with "
@@ -76,98 +70,10 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     train.add_argument("--ranks", type=int, metavar="W", help="ranks that --dry-run checks for (as launched)")
     train.set_defaults(verb=_train)
 
-    preflight = verbs.add_parser(
-        "preflight", help="check the nodes of a job before it trains",
-        description="Check, with one process a node, whether a recipe can train there: srun --ntasks-per-node=1 namr "
-        "preflight RECIPE. Ends within 30 s, with exit code 0 or 2 on all nodes.")
-    preflight.add_argument("recipe", metavar="RECIPE", help="name of a recipe, with --set… as for namr train")
-    preflight.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
-    preflight.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks that will train on each node (one a "
-                           "GPU, or one)")
-    preflight.set_defaults(verb=_preflight)
-
-    top = verbs.add_parser("top", help="watch a run", description="Progress, losses, speed and checkpoints of a run, "
-                           "from any machine that sees its folder; live on a terminal, until it is finished or Ctrl-C.")
-    top.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    top.add_argument("--once", action="store_true", help="print it once, also on a terminal")
-    top.add_argument("--json", action="store_true", help="print it once, as JSON")
-    top.set_defaults(verb=_top)
-
-    evaluate = verbs.add_parser("evaluate", help="measure a trained run on its test split",
-                                description="Measure a run on its test split: metrics.json, embeddings.safetensors.")
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    _add_shards(evaluate)
-    evaluate.add_argument("--split", metavar="NAME", help="another test split or subset; its files are "
-                          "metrics-NAME.json and embeddings-NAME.safetensors")
-    evaluate.add_argument("--recall-at", type=int, nargs="+", default=[], metavar="K", help="the k of R@k (as trained)")
-    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
-    evaluate.set_defaults(verb=_evaluate)
-
-    report = verbs.add_parser("report", help="write a run's report.html, or one table over many runs",
-                              description="Write a run's report.html. Of several runs, or a folder that holds runs: "
-                              "one table with a row a setting, over its seeds, as text and as a page.")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs, or of runs")
-    _add_shards(report)
-    report.add_argument("--out", type=Path, metavar="FILE.html", help="the table's page (report.html in the folder "
-                        "that holds the runs)")
-    report.add_argument("--json", action="store_true", help="print the table as JSON")
-    report.set_defaults(verb=_report)
-
-    embed = verbs.add_parser("embed", help="embed images with a trained run",
-                             description="Embed a split of a shard set, or a folder of images, into a safetensors "
-                             "file with z, s (float32) and the images' names in its metadata.")
-    embed.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    source = embed.add_mutually_exclusive_group(required=True)
-    source.add_argument("--shards", metavar="FOLDER", help="a shard set, or its URL")
-    source.add_argument("--images", type=Path, metavar="FOLDER", help="image files, searched recursively")
-    embed.add_argument("--split", default="test", help="split of the shard set (%(default)s)")
-    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
-    embed.set_defaults(verb=_embed)
-
-    export = verbs.add_parser("export", help="write a trained network as plain files that need no DeepSpeed",
-                              description="Write a trained run's network into a new folder with config.json and a "
-                              "model card. Every file is read back and compared with the network.")
-    export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
-    _add_shards(export)
-    formats = ("safetensors", "torch", "onnx")
-    export.add_argument("--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT",
-                        help="any of safetensors, torch (torch.export) and onnx; by default all")
-    export.add_argument("--json", action="store_true", help="print JSON")
-    export.set_defaults(verb=_export)
-
+    cli_jobs.add_parser(verbs)
+    cli_retrieval.add_parser(verbs)
     cli_shards.add_parser(verbs)
-
-    bench = verbs.add_parser("bench", help="measure kernels, gathering and the way of images on this machine")
-    bench_verbs = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    kernels = bench_verbs.add_parser("kernels", help="time and memory of the losses beside other implementations")
-    if words[:2] == ["bench", "kernels"]:  # the options live with the benchmark, which imports torch
-        from namr_dist.kernels.bench.options import add_arguments
-
-        add_arguments(kernels)
-    kernels.set_defaults(verb=_bench_kernels)
-    gather = bench_verbs.add_parser(
-        "gather", help="bytes and time of a loss over many ranks",
-        description="Bytes on the sockets and time of a loss over many CPU ranks, beside a gather that autograd "
-        "differentiates.")
-    gather.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="W", help="(2 4)")
-    gather.add_argument("--rows", type=int, default=1024, metavar="B", help="rows of the global batch (%(default)s)")
-    gather.add_argument("--width", type=int, nargs="+", default=[128, 512], metavar="D", help="(128 512)")
-    gather.add_argument("--steps", type=int, default=10, help="measured steps (%(default)s)")
-    gather.add_argument("--csv", type=Path, metavar="FILE", help="write the figures")
-    gather.set_defaults(verb=_bench_gather)
-    data = bench_verbs.add_parser(
-        "data", help="images a second of one core",
-        description="Images a second of one core, from shards to augmented batches, beside plain WebDataset and "
-        "torchvision's ImageFolder.")
-    data.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="a shard set (pictures of 320 to 500 px, "
-                      "made for the purpose)")
-    data.add_argument("--images", type=int, default=400, metavar="N", help="images of a pass (%(default)s)")
-    data.add_argument("--size", type=int, default=224, metavar="PIXELS", help="side of the result (%(default)s)")
-    data.add_argument("--repeats", type=int, default=5, metavar="R", help="measured passes (%(default)s)")
-    data.add_argument("--csv", type=Path, metavar="FILE", help="write the figures")
-    data.add_argument("--json", action="store_true", help="print JSON")
-    data.set_defaults(verb=_bench_data)
+    cli_bench.add_parser(verbs, words)
 
     doctor = verbs.add_parser("doctor", help="what is installed, which fast paths are on, what to do about the rest")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -177,49 +83,11 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     doctor.add_argument("--csv", type=Path, metavar="FILE", help="write the figures of --parity")
     doctor.set_defaults(verb=_doctor)
 
-    own, overrides = _split_overrides(words)
+    own, overrides = split_overrides(words)
     parsed = parser.parse_args(own)
-    if overrides and parsed.verb not in (_train, _preflight):
+    if overrides and parsed.command not in ("train", "preflight"):
         parser.error(f"{overrides[0]} goes with `namr train` and `namr preflight`")
     return parsed, overrides
-
-
-def _add_shards(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shards", metavar="FOLDER", help="where the run's shard set is now, a folder or a URL (where "
-                        "it was trained from)")
-
-
-def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """Words of `--set.section.field value…` apart from all others: an override's values end at the next option."""
-    own: list[str] = []
-    overrides: list[str] = []
-    into = own
-    for word in words:
-        if word.startswith(_OVERRIDE):
-            into = overrides
-        elif word.startswith("--"):
-            into = own
-        into.append(word)
-    return own, overrides
-
-
-def configure(recipe: str, overrides: Sequence[str], *, show_help: bool = False) -> Config:
-    """The recipe with its overrides.
-
-    A wrong field or value ends the program with tyro's message and code 2, `show_help` with all settings and 0.
-    """
-    import tyro
-
-    from namr_dist import recipes
-
-    @dataclasses.dataclass(frozen=True)
-    class Settings:
-        set: Config
-
-    base = recipes.find(recipe)
-    words = ["--help"] if show_help else list(overrides)
-    return tyro.cli(Settings, args=words, default=Settings(set=base), prog=f"namr train {recipe}",
-                    config=(tyro.conf.FlagConversionOff,)).set
 
 
 def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
@@ -253,157 +121,6 @@ def _dry_run(parsed: argparse.Namespace, overrides: list[str], config: Config) -
                     overwrite=parsed.overwrite, resume=parsed.resume, words=words)
     if launch.rank == 0:
         print("\n".join(lines))
-
-
-def _preflight(parsed: argparse.Namespace, overrides: list[str]) -> None:
-    from namr_dist.cluster.deadline import Deadline
-
-    deadline = Deadline(_PREFLIGHT_S)  # before torch is imported, which may take long from a slow file system
-    if parsed.ranks_per_node is not None and parsed.ranks_per_node < 1:
-        raise InputError(f"--ranks-per-node is {parsed.ranks_per_node}; set it to at least 1")
-    config = _configure_quietly(parsed.recipe, overrides)
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # one line says what is wrong, and not torch's traces in C++
-    from namr_dist.cluster.preflight import preflight
-
-    try:
-        code = preflight(config, parsed.run_dir or Path("runs") / parsed.recipe, ranks_per_node=parsed.ranks_per_node,
-                         deadline=deadline)
-    except InputError as error:
-        code = _fail(str(error))
-    sys.stderr.flush()
-    os._exit(code)  # a call that hangs has left a thread behind, which the usual end would wait for
-
-
-def _configure_quietly(recipe: str, overrides: list[str]) -> Config | InputError:
-    """`configure`, but a mistake is returned in one line, for many nodes to tell once."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return configure(recipe, overrides)
-    except InputError as error:
-        return error
-    except SystemExit:
-        return InputError(re.sub(r"[\s─-╿]+", " ", said.getvalue()).strip())  # out of tyro's box
-
-
-def _top(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.cluster.top import top
-
-    top(parsed.run, once=parsed.once, as_json=parsed.json)
-
-
-def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.retrieval.run import evaluate_run
-
-    metrics = evaluate_run(parsed.run, shards=parsed.shards, split=parsed.split, recall_at=tuple(parsed.recall_at))
-    if parsed.json:
-        print(json.dumps(metrics, indent=2))
-        return
-    from rich.console import Console
-
-    from namr_dist.retrieval.tables import results_table
-
-    Console().print(results_table(metrics))
-
-
-def _report(parsed: argparse.Namespace, _: list[str]) -> None:
-    if len(parsed.runs) > 1 or any(parsed.runs[0].glob("*/config.json")) and not _is_run(parsed.runs[0]):
-        _compare(parsed)
-        return
-    if parsed.out or parsed.json:
-        raise InputError(f"{'--out' if parsed.out else '--json'} goes with several runs; {parsed.runs[0]} is one, or "
-                         "holds none: give more, or leave it out")
-    from namr_dist.retrieval.run import report_run
-
-    print(report_run(parsed.runs[0], shards=parsed.shards))
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").exists()
-
-
-def _compare(parsed: argparse.Namespace) -> None:
-    if parsed.shards:
-        raise InputError(f"--shards is {parsed.shards}, which goes with one run; leave it out")
-    if parsed.out is None and len(parsed.runs) > 1:
-        raise InputError("the table of several runs needs a place; give --out FILE.html")
-    out = parsed.out or parsed.runs[0] / "report.html"
-    check_target("--out", out)
-    from namr_dist.retrieval.compare import compare, find_runs
-    from namr_dist.retrieval.comparison_page import print_comparison, write_comparison
-
-    comparison = compare(find_runs(parsed.runs))
-    write_comparison(comparison, out)
-    if parsed.json:
-        print(json.dumps(dataclasses.asdict(comparison), indent=2))
-        return
-    print_comparison(comparison)
-    print(out)
-
-
-def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.retrieval.run import embed_folder, embed_shards
-
-    check_target("--out", parsed.out)
-    count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards is not None
-             else embed_folder(parsed.run, parsed.images, parsed.out))
-    print(f"{count} images → {parsed.out}")
-
-
-def _export(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.retrieval.export import export_run
-
-    exported = export_run(parsed.run, parsed.out, parsed.formats, shards=parsed.shards)
-    if parsed.json:
-        print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))
-        return
-    for file, size in exported.size_bytes.items():
-        compared = f"  differs from the network by {exported.differences[file]:.1e} at most" \
-            if file in exported.differences else ""
-        print(f"{exported.folder / file}  {size / 2**20:.1f} MiB{compared}")
-
-
-def _bench_kernels(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.kernels.bench.options import execute
-    from namr_dist.kernels.bench.table import Refused
-
-    try:
-        execute(parsed)
-    except Refused as error:
-        raise InputError(str(error)) from None
-
-
-def _bench_gather(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.train.bench_gather import measure, show, to_csv
-
-    if parsed.csv:
-        check_target("--csv", parsed.csv)
-    for ranks in parsed.ranks:
-        if ranks < 2 or parsed.rows % (4 * ranks):
-            raise InputError(f"--rows {parsed.rows} cannot be shared by --ranks {ranks}; give at least 2 ranks, and "
-                             f"rows that are a multiple of {4 * max(ranks, 2)}")
-    measured = [one for ranks in parsed.ranks for width in parsed.width
-                for one in measure(ranks=ranks, rows=parsed.rows, width=width, steps=parsed.steps)]
-    show(measured)
-    if parsed.csv:
-        to_csv(measured, parsed.csv)
-
-
-def _bench_data(parsed: argparse.Namespace, _: list[str]) -> None:
-    for name in ("images", "size", "repeats"):
-        if getattr(parsed, name) < 1:
-            raise InputError(f"--{name} is {getattr(parsed, name)}; set it to at least 1")
-    if parsed.csv:
-        check_target("--csv", parsed.csv)
-    from namr_dist.data.bench.measure import measure, show, to_csv
-
-    benchmark = measure(parsed.folder, images=parsed.images, size=parsed.size, repeats=parsed.repeats)
-    if parsed.json:
-        print(json.dumps(benchmark.to_json(), indent=2))
-    else:
-        show(benchmark)
-    if parsed.csv:
-        to_csv(benchmark, parsed.csv)
 
 
 def _doctor(parsed: argparse.Namespace, _: list[str]) -> int:

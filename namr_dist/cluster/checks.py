@@ -1,7 +1,7 @@
 """What must be right on a node before ranks start there: a function a subject, which returns what it found.
 
-Each raises InputError for what would stop training. None leaves a file behind, but weights that were fetched and the
-manifest of a remote set, which training would fetch too.
+They raise InputError for what would stop training. Files that stay are weights that were fetched and the manifest of a
+remote set, which training would fetch too.
 """
 
 from __future__ import annotations
@@ -132,26 +132,29 @@ def _wrong(manifest: Manifest, shard: Shard) -> str | None:
     return None if size == shard.bytes else f"shard {path} has {size} bytes, its manifest says {shard.bytes}"
 
 
-def write_probe(run: Path) -> Path:
-    """A file of few bytes in the run's folder, or its nearest parent that exists: written, flushed and read back. The
-    caller removes it."""
+def probe_path(run: Path) -> Path:
+    """A new file's name in the run's folder, or in its nearest parent that exists."""
     check_folder(run, overwrite=False, goes_on=True, need_bytes=0)
     folder = run.absolute()
     while not folder.exists():
         folder = folder.parent
-    probe = folder / f".namr-preflight-{secrets.token_hex(6)}"
+    return folder / f".namr-preflight-{secrets.token_hex(6)}"
+
+
+def write_probe(probe: Path) -> None:
+    """Write a few bytes to that file, flush them to disk and read them back. The caller removes it, also after an
+    error."""
     try:
         with open(probe, "xb") as file:
             file.write(b"namr")
             file.flush()
             os.fsync(file.fileno())
         if probe.read_bytes() != b"namr":
-            raise InputError(f"run folder {run} does not give back what is written; choose another with --run-dir")
+            raise InputError(f"run folder {probe.parent} does not give back what is written; choose another with "
+                             "--run-dir")
     except OSError as error:
-        probe.unlink(missing_ok=True)
-        raise InputError(f"run folder {run} cannot be written ({error.strerror}); choose another with --run-dir"
-                         ) from None
-    return probe
+        raise InputError(f"run folder {probe.parent} cannot be written ({error.strerror}); choose another with "
+                         "--run-dir") from None
 
 
 def free_bytes(folder: Path) -> int:

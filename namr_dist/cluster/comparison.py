@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 _NAMED = 4
+"""Nodes that a line names; of more, their number."""
 _SAME_ENVIRONMENT = "install the same environment on all nodes, or use one on a shared file system"
 
 
@@ -18,7 +19,6 @@ _SAME_ENVIRONMENT = "install the same environment on all nodes, or use one on a 
 class Report:
     """What one node found; None: not looked at, or it was refused and `problems` says why."""
 
-    node: str = ""
     versions: dict[str, str] | None = None
     gpus: list[str] | None = None
     search: str | None = None

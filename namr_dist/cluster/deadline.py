@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from typing import TypeVar
 
 EXIT_CODE = 2
+MORE_TIME = "(if it is only slow, give it time with --limit, in a Slurm job NAMR_PREFLIGHT_SECONDS)"
 _T = TypeVar("_T")
 
 
@@ -61,7 +62,8 @@ class Deadline:
 
     def _end(self) -> None:
         # Not by print: a thread that was stopped within one holds its lock.
-        text = f"namr: error: preflight: {node_name()}: not done after {self._limit_s:g} s, still {self.doing}\n"
+        text = f"namr: error: preflight: {node_name()}: not done after {self._limit_s:g} s, still {self.doing} " \
+               f"{MORE_TIME}\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         os._exit(EXIT_CODE)
 

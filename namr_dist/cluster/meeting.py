@@ -10,11 +10,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from namr_dist.cluster.deadline import Deadline, TooLate, node_name, within
+from namr_dist.cluster.deadline import MORE_TIME, Deadline, TooLate, node_name, within
 from namr_dist.errors import InputError
 from namr_dist.parallel.ranks import Launch
 
-CONNECTED = 0.7
+_CONNECTED = 0.7
 """Share of the limit by which a node has found the first."""
 _PREFIX = "namr/preflight"
 _POLL_S = 0.1
@@ -28,8 +28,8 @@ class FirstNodeGone(Exception):
 class Meeting:
     """One node's side of it; the first also sees what all others publish.
 
-    Calls raise FirstNodeGone or torch's DistError once the connection is lost. A store in a frozen process answers
-    nothing, ever: the deadline then ends this one.
+    Calls raise torch's DistError once the connection is lost. A store in a frozen process answers nothing, ever: the
+    deadline then ends this one.
     """
 
     def __init__(self, launch: Launch, deadline: Deadline) -> None:
@@ -48,18 +48,18 @@ class Meeting:
         if self.rank > 0 or torchruns:
             self._await_listener(launch)
 
-        if not self._deadline.left_s(CONNECTED):
+        if not self._deadline.left_s(_CONNECTED):
             raise InputError(f"preflight: {node_name()}: took {self._deadline.passed_s:.0f} s to start; put the Python "
-                             f"environment {sys.prefix} on a faster file system")
+                             f"environment {sys.prefix} on a faster file system {MORE_TIME}")
 
         def open_store() -> dist.Store:
             return dist.TCPStore(launch.master_addr, launch.master_port, self.size,
                                  is_master=self.rank == 0 and not torchruns, wait_for_workers=False,
-                                 timeout=timedelta(seconds=self._deadline.left_s(CONNECTED)))
+                                 timeout=timedelta(seconds=self._deadline.left_s(_CONNECTED)))
 
         try:
             # Not by its own time-out alone, which a listener that says nothing outlasts.
-            return within(self._deadline.left_s(CONNECTED), open_store)
+            return within(self._deadline.left_s(_CONNECTED), open_store)
         except (TooLate, dist.DistError) as error:
             reason = str(error).splitlines()[0] if str(error) else "no answer"
             if self.rank > 0:
@@ -77,9 +77,10 @@ class Meeting:
                 socket.create_connection((launch.master_addr, launch.master_port), timeout=2).close()
                 return
             except OSError as error:
-                if not self._deadline.left_s(CONNECTED):
+                if not self._deadline.left_s(_CONNECTED):
                     raise FirstNodeGone(f"the first node does not answer at {self.address} ({error}); look there "
-                                        "whether it starts, and between the nodes for a firewall") from None
+                                        f"whether it starts, and between the nodes for a firewall {MORE_TIME}"
+                                        ) from None
             time.sleep(_POLL_S)
 
     def begin(self, doing: str) -> None:

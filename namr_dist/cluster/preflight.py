@@ -9,17 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from namr_dist.cluster import checks
 from namr_dist.cluster.comparison import Report, compare, show
-from namr_dist.cluster.deadline import EXIT_CODE, Deadline, TooLate, node_name, within
+from namr_dist.cluster.deadline import EXIT_CODE, MORE_TIME, Deadline, TooLate, node_name, within
 from namr_dist.cluster.meeting import FirstNodeGone, Meeting
 from namr_dist.config import Config
 from namr_dist.errors import InputError
@@ -30,6 +33,11 @@ from namr_dist.train.dry_run import dry_run
 
 _CHECKED, _REPORTED, _EXCHANGED, _TOLD = 0.5, 0.7, 0.85, 0.95
 _HUNG = "is that file system hung?"
+_REMOVAL_S = 1.0
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +51,22 @@ class _Check:
 
 
 def preflight(config: Config | InputError, run: Path, *, ranks_per_node: int | None, deadline: Deadline) -> int:
-    """Check all nodes for a run of `config` in the folder `run`, and print what was found; 0, or 2 if ranks would fail.
+    """Check all nodes for a run of `config` in the folder `run`, and print what was found.
 
-    config: an InputError if the settings could not be read here.  ranks_per_node: None: one a GPU, or one. Raises
-    InputError, on one node, if the nodes do not meet.
+    config: an InputError if the settings could not be read here.  ranks_per_node: None: one a GPU, or one. Returns the
+    exit code: 0, 2 if ranks would fail, or 143 after SIGTERM, which it handles, and for which it needs the main thread.
+    Raises InputError, on one node, if the nodes do not meet.
     """
     launch = read_launch(os.environ)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         node = _Node(config, run, ranks_per_node, launch, deadline)
-        return node.lead() if launch.rank == 0 else node.follow()
+        try:
+            return node.lead() if launch.rank == 0 else node.follow()
+        finally:
+            node.remove_probe()
+    except _Terminated:
+        return 128 + signal.SIGTERM
     except (FirstNodeGone, dist.DistError) as error:
         # The first node speaks for all. Where it does not, one more is enough.
         if launch.rank == 1:
@@ -59,6 +74,11 @@ def preflight(config: Config | InputError, run: Path, *, ranks_per_node: int | N
                 "the connection to the first node broke; see what it says"
             raise InputError(f"preflight: {node_name()}: {reason}") from None
         return EXIT_CODE
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one shall not stop what the first began
+    raise _Terminated
 
 
 class _Node:
@@ -73,21 +93,17 @@ class _Node:
         self._deadline = deadline
         self._meeting = Meeting(launch, deadline)
         self._meeting.publish(f"name/{launch.rank}", node_name())
-        self._report = Report(node=node_name())
+        self._report = Report()
         self._probe: Path | None = None
 
     def lead(self) -> int:
         """The first node: gather, compare, show, and tell all."""
         size = self._launch.world_size
-        try:
-            self._check(self._checks())
-            reports = {0: self._report, **self._gather("report", share=_REPORTED)}
-            silent = set(range(size)) - reports.keys()
-            backend = _backend(reports) if not silent else ""
-            self._meeting.publish("backend", backend)
-        finally:
-            if self._probe is not None:
-                self._probe.unlink(missing_ok=True)
+        self._check(self._checks())
+        reports = {0: self._report, **self._gather("report", share=_REPORTED)}
+        silent = set(range(size)) - reports.keys()
+        backend = _backend(reports) if size > 1 and not silent else ""
+        self._meeting.publish("backend", backend)
         if backend:
             self._exchange(backend)
             reports |= {0: self._report, **self._gather("exchanged", share=_TOLD)}
@@ -98,7 +114,7 @@ class _Node:
         for problem in problems:
             print(f"namr: error: preflight: {problem}", file=sys.stderr)
         if not problems:
-            print(f"preflight: {size} nodes in {self._deadline.passed_s:.0f} s", file=sys.stderr)
+            print(f"preflight: {size} node{'s' * (size > 1)} in {self._deadline.passed_s:.0f} s", file=sys.stderr)
         code = EXIT_CODE if problems else 0
         self._meeting.publish("code", str(code))
         self._meeting.leave(size - 1 - len(silent))
@@ -133,8 +149,9 @@ class _Node:
     def _why_silent(self, rank: int) -> str:
         doing = self._meeting.read(f"doing/{rank}", share=0)
         if doing is None:
-            return f"did not report; look there whether {sys.executable} starts, and reaches {self._meeting.address}"
-        return f"has not answered for {self._deadline.passed_s:.0f} s, still {doing}"
+            return f"did not report; look there whether {sys.executable} starts, and reaches {self._meeting.address} " \
+                   f"{MORE_TIME}"
+        return f"has not answered for {self._deadline.passed_s:.0f} s, still {doing} {MORE_TIME}"
 
     def _check(self, plan: list[_Check]) -> bool:
         """Fill the report; one check that hangs is this node's last. Whether all have ended."""
@@ -146,7 +163,8 @@ class _Node:
                 if check.fact is not None:
                     setattr(self._report, check.fact, found)
             except TooLate:
-                problems.append(f"{check.doing} has not ended after {self._deadline.passed_s:.0f} s: {check.hint}")
+                problems.append(f"{check.doing} has not ended after {self._deadline.passed_s:.0f} s: {check.hint} "
+                                + MORE_TIME)
                 return False
             except InputError as error:
                 if str(error) not in problems:  # the configuration as a whole may meet the same mistake
@@ -183,13 +201,19 @@ class _Node:
         return plan
 
     def _write_probe(self) -> int:
-        probe = checks.write_probe(self._run)
+        self._probe = probe = checks.probe_path(self._run)
+        checks.write_probe(probe)
         if self._launch.rank == 0:
-            self._probe = probe  # stays until the others have looked
-            self._meeting.publish("probe", str(probe))
+            self._meeting.publish("probe", str(probe))  # it stays until the others have looked
         else:
             probe.unlink()
         return checks.free_bytes(probe.parent)
+
+    def remove_probe(self) -> None:
+        """The file that this node wrote, if it is still there."""
+        if self._probe is not None:
+            with suppress(TooLate, OSError):  # where it hangs or fails, the check has said so
+                within(_REMOVAL_S, partial(self._probe.unlink, missing_ok=True))
 
     def _see_probe(self) -> None:
         self._meeting.begin("waiting for a file from the first node: see what it says")
@@ -204,7 +228,7 @@ class _Node:
 
     def _exchange(self, backend: str) -> None:
         variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
-        remedy = (f"check the firewall between the nodes, and set {variable} to the network interface that joins them")
+        remedy = f"check the firewall between the nodes, and set {variable} to the network interface that joins them"
         seconds = self._deadline.left_s(_EXCHANGED)
         self._meeting.begin(f"adding numbers over all nodes ({backend}): {remedy}")
         # Over a connection of its own: a call that hangs would keep this one.
@@ -216,7 +240,7 @@ class _Node:
             self._report.problems.append(str(error))
         except TooLate:
             self._report.problems.append(f"a sum over all nodes by {backend} has not ended after {seconds:.0f} s; "
-                                         + remedy)
+                                         f"{remedy} {MORE_TIME}")
         except Exception as error:
             self._report.problems.append(f"a sum over all nodes by {backend} failed ({checks.first_line(error)}); "
                                          + remedy)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from namr_dist import recipes
-from namr_dist.cli import configure
+from namr_dist.cli_settings import configure
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 

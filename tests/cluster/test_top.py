@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pty
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import small_run
 from rich.console import Console
+from training_runs import Run, start_parent
 
 from namr_dist.cluster.run_state import RunReader, RunState
 from namr_dist.cluster.top import duration, view
@@ -276,15 +276,11 @@ def test_ctrl_c_on_a_terminal_ends_it_with_code_0(folder: Folder) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_real_run_is_seen_training_killed_and_finished(tmp_path: Path, shard_set: Manifest,
-                                                         namr: Callable[..., Any]) -> None:
+def test_a_real_run_is_seen_training_and_killed(tmp_path: Path, shard_set: Manifest) -> None:
+    start_parent()
     run = tmp_path / "run"
-    words = [str(word) for word in ["train", "homeware_conv4", "--run-dir", run, "--resume", *small_run(shard_set)]]
-    words += ["--set.train.checkpoint_every", "10", "--set.optim.steps", "100000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("TRITON_INTERPRET", None)
-    process = subprocess.Popen([sys.executable, "-m", "namr_dist.cli", *words], env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    training = Run(1, ["homeware_conv4", "--run-dir", run, "--resume", *small_run(shard_set, steps=100_000),
+                       "--set.train.checkpoint_every", 10], tmp_path / "said.txt")
     try:
         state = watch_until(run, lambda state: state.checkpoint_step is not None and state.img_per_s is not None)
         assert state.state == "training" and state.steps == 100000 and state.left_s
@@ -292,10 +288,9 @@ def test_a_real_run_is_seen_training_killed_and_finished(tmp_path: Path, shard_s
         assert set(state.phases_s) == {"data", "forward", "heads", "gather", "loss", "backward", "step"}
         assert sum(state.phases_s.values()) < 1.1 * (state.step_s or 0)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        training.kill()
     stopped = watch_until(run, lambda state: state.state != "training")
+    training.wait()
     assert stopped.state == "stopped" and stopped.checkpoint_step is not None
 
 
