@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import simplejpeg
 import torch
 from bad_server import BadServer
+from training_runs import fork_namr, start_parent
 
 from namr_dist.config import RemoteConfig
 from namr_dist.data import remote as transport
@@ -32,7 +34,9 @@ HOW = Sampling(classes_per_batch=4, images_per_class=3)
 torch.set_num_threads(1)
 # The tests' servers are on this machine, where no proxy finds them.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1"}
+# Without torch.compile, which training has no use for: DeepSpeed imports a compiled function, and that takes seconds.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1",
+               "TORCHDYNAMO_DISABLE": "1"}
 
 # Triton's kernels run on CPU tensors in these processes, by its interpreter; with a GPU they are compiled instead.
 # Read when a kernel is defined, hence here, and after the environment of launched programs is fixed.
@@ -138,6 +142,15 @@ def namr() -> Callable[..., subprocess.CompletedProcess[str]]:
         return launch(sys.executable, "-m", "namr_dist.cli", *words, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked_namr(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same in a fork of a process that has imported all, which saves the seconds that a start takes. For tests of
+    what a command does; that it starts, the others show."""
+    start_parent()
+    folder, counter = tmp_path_factory.mktemp("forked"), itertools.count()
+    return lambda *words: fork_namr(folder / str(next(counter)), *words)
 
 
 def launch(*words: object, timeout: float = 240, cwd: Path | None = None,

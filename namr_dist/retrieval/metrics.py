@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
 
 from namr_dist.errors import InputError
@@ -140,6 +138,10 @@ def clustering_scores(
     engine is part of the result because the two do not find the same clusters.
     Raises InputError on bad shapes, and where faiss is asked for and not installed.
     """
+    # Seconds of imports, which no rank that trains needs.
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+
     z = as_matrix(z_ND, "z")
     labels = as_labels(labels_N, len(z))
     clusters = len(np.unique(labels))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from namr_dist.model.network import EmbeddingNetwork
 
@@ -47,6 +46,8 @@ class ImageFlops:
 
 def image_flops(backbone: nn.Module, *, size: int, device: torch.device) -> ImageFlops:
     """Counted while the backbone, in eval mode, embeds one black image: uint8 (1, size, size, 3)."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which a CPU has no use for
+
     mode = backbone.training
     backbone.eval()
     # Attention as two products: not all its fused forms are counted on all devices.

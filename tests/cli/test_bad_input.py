@@ -14,10 +14,16 @@ import simplejpeg
 from conftest import picture, small_run
 from damaged_sets import with_images
 
-from namr_dist.cli import configure
+from namr_dist.cli_settings import configure
 from namr_dist.data.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.train.dry_run import dry_run
+
+
+@pytest.fixture(scope="module")
+def namr(forked_namr: Callable) -> Callable:
+    """None of these is about starting."""
+    return forked_namr
 
 
 def refused(done: subprocess.CompletedProcess[str], *named: str) -> None:

@@ -47,6 +47,6 @@ def test_trains_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
     assert where.stdout.strip() == str(site / "namr_dist" / "kernels" / "__init__.py"), where.stderr
     done = launch(sys.executable, "-m", "namr_dist.cli", "train", "homeware", "--set.optim.steps", 2,
                   "--set.optim.warmup_steps", 1, "--set.data.classes_per_batch", 4, "--set.data.test_size", 64,
-                  "--set.data.image_size", 64, **outside)
+                  "--set.data.image_size", 64, "--set.data.validation_split", "None", **outside)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "homeware" / "checkpoints" / "final.safetensors").is_file()

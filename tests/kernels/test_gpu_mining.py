@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from op_cases import REPEATS
 from torch import Tensor
 
 from namr_dist.kernels import random as reference_random
@@ -106,6 +107,7 @@ def _splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 SHAPES = [(2, 8), (3, 24), (33, 130), (64, 24), (130, 8), (9, 512)]
 LABELS = ["mixed", "one class", "all different"]
+HALF = [pytest.param(dtype, marks=pytest.mark.whole) for dtype in DTYPES[1:]]
 
 
 @pytest.mark.parametrize("B, D", SHAPES)
@@ -117,9 +119,10 @@ def test_hardest_of_random_rows(B: int, D: int) -> None:
 @pytest.mark.usefixtures("_splits")
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("rows", ["lattice", "equal"])
-def test_hardest_with_ties_is_the_lowest_row(rows: str, labels: str) -> None:
-    for B, D, dtype in ((2, 8, torch.float32), (70, 8, torch.bfloat16), (66, 8, torch.float32)):
-        _assert_hardest(_rows(rows, B, D, dtype=dtype), _labels(labels, B), exact=True)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_hardest_with_ties_is_the_lowest_row(dtype: torch.dtype, rows: str, labels: str) -> None:
+    for B in (2, 66):
+        _assert_hardest(_rows(rows, B, 8, dtype=dtype), _labels(labels, B), exact=True)
 
 
 @pytest.mark.parametrize("B, D", SHAPES)
@@ -132,10 +135,19 @@ def test_semihard_of_random_rows(B: int, D: int) -> None:
 @pytest.mark.usefixtures("_splits")
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("rows", ["lattice", "equal"])
-def test_semihard_with_ties(rows: str, labels: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_semihard_with_ties(dtype: torch.dtype, rows: str, labels: str) -> None:
     # On a lattice many negatives are exactly as far as the positive, and many are equally near beyond it.
-    for B, D, dtype in ((2, 8, torch.float32), (70, 8, torch.float16), (66, 8, torch.float32)):
-        _assert_semihard(_rows(rows, B, D, dtype=dtype), _labels(labels, B))
+    for B in (2, 66):
+        _assert_semihard(_rows(rows, B, 8, dtype=dtype), _labels(labels, B))
+
+
+@pytest.mark.parametrize("rows", ["lattice", "equal"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_ties_of_half_types(dtype: torch.dtype, rows: str) -> None:
+    rows_BD, labels_B = _rows(rows, 70, 8, dtype=dtype), _labels("mixed", 70)
+    _assert_hardest(rows_BD, labels_B, exact=True)
+    _assert_semihard(rows_BD, labels_B)
 
 
 def test_semihard_more_positives_than_one_program_serves() -> None:
@@ -344,5 +356,5 @@ def test_equal_calls_give_equal_bits() -> None:
         return torch.cat([positive_B[:, None], negative_B[:, None], semihard_BR, drawn_BR], 1)
 
     first = mined()
-    for _ in range(19):
+    for _ in range(1, REPEATS):
         assert torch.equal(mined(), first)

@@ -11,7 +11,7 @@ import torch
 from conftest import small_run
 from torch import Tensor
 
-from namr_dist.cli import configure
+from namr_dist.cli_settings import configure
 from namr_dist.config import LossConfig, MemoryConfig, ModelConfig, TripletConfig
 from namr_dist.data.manifest import Manifest
 from namr_dist.data.plan import Sampling, epoch_plan
@@ -185,9 +185,10 @@ def test_what_no_run_can_use_is_refused(overrides: tuple[str, ...], named: str) 
         configure("homeware_conv4", [*overrides]).check()
 
 
-def test_a_run_logs_how_far_images_moved(shard_set: Manifest, namr: Callable, tmp_path: Path) -> None:
-    done = namr("train", "homeware_conv4", "--run-dir", tmp_path / "run", *small_run(shard_set, steps=6),
-                "--set.loss.memory.rows", 36, "--set.loss.memory.start_step", 3, "--set.train.tensorboard", "False")
+def test_a_run_logs_how_far_images_moved(shard_set: Manifest, forked_namr: Callable, tmp_path: Path) -> None:
+    done = forked_namr("train", "homeware_conv4", "--run-dir", tmp_path / "run", *small_run(shard_set, steps=6),
+                       "--set.loss.memory.rows", 36, "--set.loss.memory.start_step", 3,
+                       "--set.train.tensorboard", "False")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line.get("drift_images", 0) for line in lines if "loss" in line]

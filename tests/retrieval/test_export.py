@@ -34,11 +34,11 @@ MODELS = {"model.safetensors", "model.pt2", "model.onnx"}
 
 
 @pytest.fixture(scope="module")
-def run(shard_set: Manifest, namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(shard_set: Manifest, forked_namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps at 32 px, evaluated on the middle three quarters of images at 48 px."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    done = namr("train", "homeware_conv4", "--run-dir", folder, *small_run(shard_set, steps=2),
-                "--set.data.test_size", 48, "--set.data.test_crop", 0.75)
+    done = forked_namr("train", "homeware_conv4", "--run-dir", folder, *small_run(shard_set, steps=2),
+                       "--set.data.test_size", 48, "--set.data.test_crop", 0.75)
     assert done.returncode == 0, done.stderr
     evaluate_run(folder)
     return folder

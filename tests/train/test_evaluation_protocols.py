@@ -33,13 +33,14 @@ def queries_and_gallery(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def evaluated(queries_and_gallery: Manifest, namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated(queries_and_gallery: Manifest, forked_namr: Callable,
+              tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "roles"
     for words in (("train", "homeware_conv4", "--run-dir", run, *small_run(queries_and_gallery, steps=3),
                    "--set.data.validation_split", "None", "--set.evaluation.recall_at", *KS,
                    "--set.evaluation.reidentification_draws", 3, "--set.train.tensorboard", "False"),
                   ("evaluate", run)):
-        done = namr(*words)
+        done = forked_namr(*words)
         assert done.returncode == 0, done.stderr
     assert "18 queries, 0 left out, 24 images searched" in done.stdout and "CMC@5" in done.stdout
     return run

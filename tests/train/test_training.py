@@ -51,12 +51,12 @@ def test_learns(trained: Path) -> None:
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_same_seed_same_curve(trained: Path, shard_set: Manifest, namr: Callable, tmp_path: Path) -> None:
-    again = namr("train", "homeware_conv4", "--run-dir", tmp_path / "again", *small_run(shard_set, steps=10))
+def test_same_seed_same_curve(trained: Path, shard_set: Manifest, forked_namr: Callable, tmp_path: Path) -> None:
+    words = ("train", "homeware_conv4", *small_run(shard_set, steps=10))
+    again = forked_namr(*words, "--run-dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert curve(tmp_path / "again") == curve(trained)
-    other = namr("train", "homeware_conv4", "--run-dir", tmp_path / "other", *small_run(shard_set, steps=10),
-                 "--set.train.seed", 1)
+    other = forked_namr(*words, "--run-dir", tmp_path / "other", "--set.train.seed", 1)
     assert other.returncode == 0, other.stderr
     assert curve(tmp_path / "other") != curve(trained)
 
@@ -81,9 +81,9 @@ def test_two_ranks_follow_the_same_curve(trained: Path, shard_set: Manifest, tmp
 
 
 @pytest.mark.parametrize("metric", ["margin", "multi_similarity", "proxy_anchor"])
-def test_other_losses_train(shard_set: Manifest, namr: Callable, tmp_path: Path, metric: str) -> None:
-    done = namr("train", "homeware_conv4", "--run-dir", tmp_path / "run", *small_run(shard_set, steps=3),
-                "--set.loss.metric", metric, "--set.train.tensorboard", "False")
+def test_other_losses_train(shard_set: Manifest, forked_namr: Callable, tmp_path: Path, metric: str) -> None:
+    done = forked_namr("train", "homeware_conv4", "--run-dir", tmp_path / "run", *small_run(shard_set, steps=3),
+                       "--set.loss.metric", metric, "--set.train.tensorboard", "False")
     assert done.returncode == 0, done.stderr
     assert len(curve(tmp_path / "run")) == 3
     assert not (tmp_path / "run" / "tensorboard").exists()

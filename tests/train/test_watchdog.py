@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, small_run
+from conftest import ENVIRONMENT, REPOSITORY, small_run
 
 from namr_dist.config import Config, TrainConfig
 from namr_dist.data.manifest import Manifest
@@ -115,8 +115,7 @@ def started(folder: Path, world_size: int, *words: object) -> Iterator[Group]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(world_size),
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {**ENVIRONMENT, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     group = Group(ranks=[], said=[folder / f"said-{rank}" for rank in range(world_size)])
     try:
         for rank, said in enumerate(group.said):

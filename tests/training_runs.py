@@ -1,4 +1,4 @@
-"""Training runs as processes that a test may signal and kill, started from one process that has imported all.
+"""Commands as processes that a test may signal and kill, started from one process that has imported all.
 
 A start from nothing takes seconds, most of them imports; a fork of such a process, a tenth of that.
 """
@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,10 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 _TIMEOUT_S = 120.0
+_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "160"}
 # The last one is what DeepSpeed imports when it is given an optimizer, and half of all time.
-_IMPORTS = ["namr_dist.train.loop", "tyro", "deepspeed", "deepspeed.runtime.zero.muon.original_muon"]
+_IMPORTS = ["namr_dist.train.loop", "namr_dist.retrieval.run", "sklearn.cluster", "tyro", "deepspeed",
+            "deepspeed.runtime.zero.muon.original_muon"]
 
 
 class Run:
@@ -32,9 +35,10 @@ class Run:
             port = probe.getsockname()[1]
         self._output = output
         output.write_text("")
-        arguments = [str(word) for word in words]
-        self.ranks = [context.Process(target=_train, args=(rank, world_size, port, arguments, output))
-                      for rank in range(world_size)]
+        launched = [{"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} for rank in range(world_size)]
+        self.ranks = [context.Process(target=_namr, args=(_texts("train", *words), environment, output, output))
+                      for environment in launched]
         for process in self.ranks:
             process.start()
 
@@ -70,27 +74,45 @@ class Run:
         return pid
 
 
-def _train(rank: int, world_size: int, port: int, words: list[str], output: Path) -> None:
+def fork_namr(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line with its output in files of a new folder: for what it does, not for how it starts."""
+    folder.mkdir()
+    stdout, stderr = folder / "stdout.txt", folder / "stderr.txt"
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_namr, args=(_texts(*words), {}, stdout, stderr))
+    process.start()
+    process.join(_TIMEOUT_S)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"it went on for {_TIMEOUT_S} s:\n{stderr.read_text()}")
+    return subprocess.CompletedProcess(_texts(*words), process.exitcode, stdout.read_text(), stderr.read_text())
+
+
+def _texts(*words: object) -> list[str]:
+    return [str(word) for word in words]
+
+
+def _namr(words: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
     os.setsid()
     # Worker processes come from the rank itself, as everywhere else, and not from another such parent.
     multiprocessing.set_start_method("fork", force=True)
-    handle = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(handle, stream)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    for stream, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    # Again, for the parent may be one that another test started.
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.update({**_ENVIRONMENT, **environment})
     import torch
 
     from namr_dist.cli import main
 
     torch.set_num_threads(1)
-    sys.exit(main(["train", *words]))
+    sys.exit(main(words))
 
 
 def start_parent() -> None:
     """Start the process that imports what runs need and forks them, for CPUs and one thread each."""
     before = dict(os.environ)
-    os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", NO_COLOR="1", COLUMNS="160")
+    os.environ.update(_ENVIRONMENT)
     os.environ.pop("TRITON_INTERPRET", None)
     try:
         multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTS)
