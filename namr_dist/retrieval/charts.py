@@ -61,14 +61,14 @@ def thinned(values: Sequence[float], most: int = 400) -> list[float]:
 
 def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that span [low, high]."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # as good as equal: ticks that near would be the same number
         half = abs(low) * 0.1 or 0.5
         low, high = low - half, high + half
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

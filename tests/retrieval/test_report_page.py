@@ -229,6 +229,8 @@ def test_console_table(run):
 def test_chart_parts():
     assert nice_ticks(0, 100) == [0, 20, 40, 60, 80, 100] and nice_ticks(3, 3)[0] < 3 < nice_ticks(3, 3)[-1]
     assert nice_ticks(0.1, 0.3) == [0.1, 0.15, 0.2, 0.25, 0.3]
+    for low, high in ((1e-14, 3e-14), (48.6191, 48.6191 + 1e-13)):  # rounding alone apart, as two logged steps may be
+        assert len(set(nice_ticks(low, high))) > 2
     assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2, 2, 2]) and len(thinned(range(1001))) == 400
     line = Line(name="a", xs=[1, 2, 3], ys=[1, 100, float("nan")], css="c0", dots=True, label=True)
     chart = line_chart([line], title='a "b"', x_label="step", allow_log=True)
