@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from namr_dist.cluster.run_state import RunReader, RunState, Validation
+from namr_dist.train.run_state import RunReader, RunState, Validation
 
 _REFRESH_S = 2.0
 _STYLES = {"training": "green", "finished": "bold green", "evaluated": "bold green", "stopped": "yellow",

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from namr_dist.cluster.run_state import RunReader
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.retrieval.evaluate import MODES
 from namr_dist.retrieval.sharing import shareable
 from namr_dist.retrieval.tables import Row, columns
 from namr_dist.train.resume import MAY_DIFFER
+from namr_dist.train.run_state import RunReader
 
 _METRIC_LOSSES = ("triplet", "margin", "multi_similarity", "proxy_anchor")
 _RANKING, _WEIGHT = "loss.ranking.", "loss.ranking.weight"

@@ -20,12 +20,12 @@ from conftest import small_run
 from rich.console import Console
 from training_runs import Run, start_parent
 
-from namr_dist.cluster.run_state import RunReader, RunState
 from namr_dist.cluster.top import duration, view
 from namr_dist.config import Config, DataConfig, OptimConfig
 from namr_dist.data.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.train.preflight import lock_folder
+from namr_dist.train.run_state import RunReader, RunState
 
 CONFIG = Config(recipe="sop", data=DataConfig(classes_per_batch=50, images_per_class=4), optim=OptimConfig(steps=1000))
 
@@ -203,7 +203,7 @@ def test_nothing_begun_finished_and_evaluated(folder: Folder) -> None:
 
 def test_looking_never_turns_away_a_run_that_starts(folder: Folder) -> None:
     lock_folder(folder.path).close()
-    code = ("import sys; from pathlib import Path; from namr_dist.cluster.run_state import RunReader\n"
+    code = ("import sys; from pathlib import Path; from namr_dist.train.run_state import RunReader\n"
             "print('looking', flush=True)\nwhile True: RunReader(Path(sys.argv[1])).look()")
     with subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "looking\n"
