@@ -42,7 +42,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _children() -> list[int]:
-    return [int(child) for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
+    children: list[int] = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            children += map(int, (thread / "children").read_text().split())
+    return children
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

@@ -28,6 +28,8 @@ this=$NAMR_HOME/slurm/sweep.sh
 if [[ $recipe != table && ! ${SLURM_ARRAY_TASK_ID-} ]]; then
     last=$((${#losses[@]} * ${#weights[@]} * ${#seeds[@]} - 1))
     read -ra options <<<"${NAMR_SBATCH-}"
+    export LOSSES="${losses[*]}" WEIGHTS="${weights[*]}" SEEDS="${seeds[*]}"
+    options+=(--export=ALL) # a job finds its run by its number in these lists
     runs=$(sbatch --parsable "${options[@]}" --job-name="sweep-$recipe" --array="0-$last" "$this" "$@")
     table=$(sbatch --parsable "${options[@]}" --job-name="table-$recipe" --dependency="afterany:$runs" \
         --output=%x-%j.log --gpus-per-node=0 --cpus-per-task=1 --time=01:00:00 "$this" table "$folder")

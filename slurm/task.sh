@@ -5,6 +5,8 @@ set -euo pipefail
 
 # srun passes USR1 on to every process of its step. Ranks ask for it once they train; nothing is to die of it before.
 trap '' USR1
+# `python -m` would look in this folder first, where the package is a source and not what is installed.
+export PYTHONSAFEPATH=1
 
 read -ra inside <<<"${NAMR_CONTAINER-}"
 if [[ $1 != train ]]; then exec "${inside[@]}" "$@"; fi
@@ -21,14 +23,7 @@ case $NAMR_LAUNCH in
         exec "${inside[@]}" namr train "$@"
         ;;
     deepspeed)
-        hostfile=${TMPDIR:-/tmp}/hostfile-$SLURM_JOB_ID-$SLURM_NODEID
-        read -ra nodes <<<"$NAMR_NODES"
-        printf "%s slots=$NAMR_RANKS_PER_NODE\n" "${nodes[@]}" >"$hostfile"
-        exec "${inside[@]}" deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$SLURM_NODEID" "${meet[@]}" \
+        exec "${inside[@]}" deepspeed --hostfile "$NAMR_HOSTFILE" --no_ssh --node_rank "$SLURM_NODEID" "${meet[@]}" \
             --module namr_dist.launchers.train "$@"
-        ;;
-    *)
-        echo "task.sh: NAMR_LAUNCH is $NAMR_LAUNCH; set it to torchrun, srun or deepspeed" >&2
-        exit 2
         ;;
 esac

@@ -28,11 +28,14 @@ check_machine() {
     for program in munged mungekey slurmctld slurmd sinfo scontrol; do
         command -v "$program" >/dev/null || missing+=("$program")
     done
-    ((${#missing[@]} == 0)) || die "no ${missing[*]} here; apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+    ((${#missing[@]} == 0)) || die "no ${missing[*]} here; apt-get install --no-install-recommends slurmctld slurmd" \
+        "slurm-client munge"
 }
 
 configure() {
+    [[ ! -e $LAB || ! $(ls -A "$LAB") ]] || ours || die "$LAB holds other things; set LAB to another folder"
     mkdir -p "$LAB"/{run,log,state,dev}
+    [[ -O $LAB && ! -L $LAB ]] || die "$LAB belongs to somebody else; set LAB to another folder"
     # munged refuses a socket in a folder that others may write to.
     chmod 755 "$LAB" "$LAB"/{run,log,state}
     sed -e "s|@LAB@|$LAB|g" -e "s|@HOST@|$(hostname -s)|g" -e "s|@PORT@|$PORT|g" \
@@ -110,7 +113,10 @@ start() {
 
 states() { timeout 5 sinfo --noheader --Node --partition=low --format=%T 2>/dev/null | paste -sd' '; }
 
+ours() { grep -qsx ClusterName=lab "$LAB/slurm.conf"; }
+
 stop() {
+    ours || die "no cluster in $LAB"
     if runs slurmctld; then timeout 10 scancel --quiet --user="$(id -un)" || true; fi
     kill_tasks 'node[12]'
     local daemon

@@ -74,7 +74,8 @@ def newest(run: Path) -> int:
 
 
 def test_no_step_is_lost(lab: Lab, shards: Manifest, unbroken: Path) -> None:
-    """Cancelled, then, submitted again: out of time, preempted, and left by a node. In the end, the same weights."""
+    """Cancelled; then, submitted again, as a job of an array: out of time, preempted, and left by a node. In the end,
+    the weights of a run that none of it happened to."""
     run = lab.folder / "run"
     job = submit(lab, shards, "run")
     job.until(lambda: steps_done(run) >= 3)
@@ -83,7 +84,7 @@ def test_no_step_is_lost(lab: Lab, shards: Manifest, unbroken: Path) -> None:
     kept = newest(run)
     assert kept >= 3 and job.fields()["Restarts"] == "0" and "starting again" not in job.log()
 
-    job = submit(lab, shards, "run", "--set.train.checkpoint_every", "5")
+    job = submit(lab, shards, "run", "--set.train.checkpoint_every", "5", options=("--array=0",))
     job.until(lambda: steps_done(run) >= kept + 3)
     assert f"resumed   at step {kept} from" in job.log()
     lab.run("scontrol", "update", f"jobid={job.number}", "timelimit=4")  # less than the 300 s of --signal

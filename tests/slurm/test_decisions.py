@@ -1,0 +1,91 @@
+"""What a job makes of the way its steps end: the scripts and Slurm are real, the steps a few lines of shell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Job, Lab
+from conftest import REPOSITORY
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
+
+TRAIN = REPOSITORY / "slurm" / "train_sop.sh"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with Lab(tmp_path_factory.mktemp("slurm")) as lab:
+        yield lab
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """A line for each task of a step: job, step, node."""
+    return tmp_path / "started"
+
+
+def submit(lab: Lab, started: Path, *options: str, steps: str = "") -> Job:
+    """A job whose steps, instead of what they are, do what `steps` says: shell that sees the step's name as $step."""
+    inside = started.with_name("inside")
+    inside.write_text("#!/bin/bash\n"
+                      'case $* in *preflight*) step=preflight ;; *torchrun*) step=train ;; *) step=$2 ;; esac\n'
+                      f'echo "${{SLURM_ARRAY_TASK_ID-job}} $step $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES" >>{started}\n'
+                      f"{steps}\n")
+    inside.chmod(0o755)
+    return lab.submit("--cpus-per-task=1", *options, TRAIN, NAMR_CONTAINER=str(inside),
+                      NAMR_RUN_DIR=str(started.with_name("run")), NAMR_MAX_RESTARTS="1")
+
+
+def steps_of(started: Path) -> Counter[str]:
+    """How often each step of each job has run, on any node."""
+    return Counter(" ".join(line.split()[:2]) for line in started.read_text().splitlines())
+
+
+def test_a_preflight_that_does_not_even_start_is_the_end(lab: Lab, started: Path) -> None:
+    job = submit(lab, started, steps="exit 127")
+    job.ends("FAILED", code=127)
+    assert job.fields()["Restarts"] == "0" and "preflight ended with code 127" in job.log()
+    assert steps_of(started) == {"job preflight": 2}
+
+
+def test_jobs_of_an_array_start_again_each_by_itself(lab: Lab, started: Path) -> None:
+    """Job 0 ends well at once. Later 1 and 2 crash, once each: neither 0 nor each other is started again for that."""
+    array = submit(lab, started, "--nodes=1", "--array=0-2", steps=(
+        f'if [[ $step == train && $SLURM_ARRAY_TASK_ID != 0 ]]; then sleep $((3 * SLURM_ARRAY_TASK_ID)); '
+        f'[[ $(grep -c "^$SLURM_ARRAY_TASK_ID train" {started}) == 2 ]] || exit 9; fi'))
+    jobs = [Job(lab, f"{array.number}_{task}") for task in range(3)]
+    for job in jobs:
+        job.ends("COMPLETED")
+    assert [job.fields()["Restarts"] for job in jobs] == ["0", "1", "1"]
+    assert steps_of(started) == {f"{task} {step}": 2 if task and step in ("preflight", "train") else 1
+                                 for task in range(3) for step in ("preflight", "train", "evaluate", "report")}
+
+
+@pytest.mark.parametrize(("option", "gpus"), [("--gres=gpu:1", 1), ("--gpus=4", 2), ("--gpus-per-node=2", 2)])
+def test_however_gpus_are_asked_for_each_step_has_all_of_its_node(lab: Lab, started: Path, option: str,
+                                                                  gpus: int) -> None:
+    job = submit(lab, started, option)
+    job.ends("COMPLETED")
+    seen = [line.split(maxsplit=3) for line in started.read_text().splitlines()]
+    assert {len(line[3].split(",")) for line in seen} == {gpus}
+    assert steps_of(started) == {"job preflight": 2, "job train": 2, "job evaluate": 1, "job report": 1}
+    assert f"{gpus} ranks a node" in job.log()
+
+
+def test_variables_that_sbatch_was_told_to_leave_out_are_not_needed(lab: Lab, started: Path) -> None:
+    run = started.with_name("run")
+    inside = started.with_name("inside")
+    submitted = submit(lab, started, f"--export=NAMR_HOME={REPOSITORY},NAMR_CONTAINER={inside},NAMR_RUN_DIR={run}")
+    submitted.ends("COMPLETED")
+    assert steps_of(started)["job train"] == 2
+
+
+def test_a_time_limit_that_leaves_no_time_is_told(lab: Lab, started: Path) -> None:
+    """--signal asks for 300 s, --time gives 120; Slurm looks from time to time."""
+    job = submit(lab, started, "--time=2", steps="if [[ $step == preflight ]]; then sleep 60; fi")
+    job.ends("FAILED", code=2)
+    assert "no time left to train; raise --time, or lower --signal" in job.log()
+    assert steps_of(started) == {"job preflight": 2} and job.fields()["Restarts"] == "0"
