@@ -30,9 +30,10 @@ demo: setup
 	$(BIN)/namr evaluate runs/demo
 	$(BIN)/namr report runs/demo
 
-# Whole files go to one process, with what they set up, in the order that tests/conftest.py gives; four processes at
-# most, for a file may start several ranks.
-TEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Whole files go to one process, with what they set up, in the order that tests/conftest.py gives. One process more than
+# cores, for tests wait a good deal; four at most, for a file may start several ranks.
+TEST := PYTEST_XDIST_AUTO_NUM_WORKERS=$$(($$(nproc) + 1)) \
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(TEST)

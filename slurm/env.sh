@@ -13,7 +13,7 @@
 #   NAMR_PORT            port of the first node at which the ranks meet (a free one)
 #   NAMR_PREFLIGHT_SECONDS   within which all nodes must have answered, imports included (30)
 #   NAMR_MAX_RESTARTS    how often a job starts again after crashes with no new checkpoint between them (3)
-#   NAMR_ENV             file to source first: modules, conda, NCCL_… (none; .venv of this folder is used if it is there)
+#   NAMR_ENV             file to source first: modules, conda, NCCL_… (none; .venv is used if it is there)
 #   NAMR_SRUN            more options for each srun, such as --container-image=… of pyxis (none)
 #   NAMR_CONTAINER       words before each command, such as: apptainer exec --nv namr.sif (none)
 #
@@ -42,11 +42,11 @@ refuse() {
     exit 2
 }
 
-# A signal is only noted; `step` passes it on. USR1 comes ahead of a time limit and of some preemptions (--signal),
+# A signal is noted and told; `step` passes it on. USR1 comes ahead of a time limit and of some preemptions (--signal),
 # TERM with other preemptions, scancel, the time limit itself, and the failure of another node.
 stop=
-trap 'stop=USR1' USR1
-trap 'stop=TERM' TERM
+trap 'stop=USR1; say "asked to stop (USR1)"' USR1
+trap 'stop=TERM; say "asked to stop (TERM)"' TERM
 
 # step COMMAND…: run it in the background, where signals reach this shell, and end with its code.
 step() {

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -237,6 +238,7 @@ def on_terminal(run: Path) -> tuple[int, int]:
     """`namr top` on a terminal of its own; its process and the terminal."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a script starts in the background
         os.environ["TERM"] = "xterm"
         os.execv(sys.executable, [sys.executable, "-m", "namr_dist.cli", "top", str(run)])
     return pid, terminal

@@ -33,7 +33,8 @@ class Lab:
         self._environment = {
             **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "LAB": str(self._lab),
             "LAB_PORT": str(_three_ports()), "SLURM_CONF": str(self._lab / "slurm.conf"), "GLOO_SOCKET_IFNAME": "lo",
-            "NAMR_HOME": str(REPOSITORY), "SBATCH_GPUS_PER_NODE": "0"}
+            "NAMR_HOME": str(REPOSITORY), "SBATCH_GPUS_PER_NODE": "0",
+            "NAMR_PREFLIGHT_SECONDS": "120"}  # the machine is busy with other tests
 
     def __enter__(self) -> Lab:
         self.run(_SCRIPT, "start")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from namr_dist.train.resume import checkpoints
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
-STEPS = 60
+STEPS = 40
 TRAIN = REPOSITORY / "slurm" / "train_sop.sh"
 
 
@@ -39,6 +41,15 @@ def settings(*, steps: int = STEPS) -> list[str]:
 def submit(lab: Lab, shards: Manifest, run: str, *words: str, options: tuple[str, ...] = (), **variables: str) -> Job:
     return lab.submit("--cpus-per-task=2", *options, TRAIN, *settings(), *words, NAMR_SHARDS=str(shards.folder),
                       NAMR_RUN_DIR=str(lab.folder / run), **variables)
+
+
+@contextmanager
+def paused(run: Path) -> Iterator[None]:
+    """All ranks stand still, for as long as Slurm takes; what they are asked meanwhile they hear afterwards."""
+    ranks = f"namr_dist.launchers.train sop --run-dir {run}"
+    subprocess.run(["pkill", "-STOP", "-f", ranks], check=True)
+    yield
+    subprocess.run(["pkill", "-CONT", "-f", ranks], check=True)
 
 
 def steps_done(run: Path) -> int:
@@ -87,16 +98,20 @@ def test_no_step_is_lost(lab: Lab, shards: Manifest, unbroken: Path) -> None:
     job = submit(lab, shards, "run", "--set.train.checkpoint_every", "5", options=("--array=0",))
     job.until(lambda: steps_done(run) >= kept + 3)
     assert f"resumed   at step {kept} from" in job.log()
-    lab.run("scontrol", "update", f"jobid={job.number}", "timelimit=4")  # less than the 300 s of --signal
+    with paused(run):
+        lab.run("scontrol", "update", f"jobid={job.number}", "timelimit=4")  # less than the 300 s of --signal
+        job.until(lambda: "USR1" in job.log())
     job.until(lambda: job.fields()["JobState"] == "PENDING")
     lab.run("scontrol", "update", f"jobid={job.number}", "timelimit=60")
     kept = newest(run)
     assert kept == steps_done(run), "steps after the checkpoint"
-    assert "training stopped ahead of the time limit; starting again, from step-" in job.log()
+    assert "training stopped for the time limit; starting again, from step-" in job.log()
 
     job.until(lambda: steps_done(run) >= kept + 3)
     assert f"resumed   at step {kept} from" in job.log() and job.fields()["Restarts"] == "1"
-    urgent = lab.submit("--partition=high", "--exclusive", "--nodes=2", "--output=%x-%j.log", "--wrap", "sleep 1")
+    with paused(run):
+        urgent = lab.submit("--partition=high", "--exclusive", "--nodes=2", "--output=%x-%j.log", "--wrap", "sleep 1")
+        job.until(lambda: job.log().count("USR1") > 1)
     urgent.ends("COMPLETED")
     kept = newest(run)
     assert "training made way for another job; starting again" in job.log()
