@@ -17,6 +17,7 @@ import pytest
 import safetensors
 from conftest import REPOSITORY, launch, small_run
 from standins import make_standins
+from training_runs import Run, start_parent
 
 from namr_dist.data.manifest import Manifest
 from namr_dist.parallel.ranks import read_launch
@@ -73,12 +74,12 @@ def place(shard_set: Manifest, tmp_path: Path) -> Place:
 
 @pytest.fixture(scope="module")
 def expected(shard_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The curve of torchrun on two nodes."""
-    place = make_place(tmp_path_factory.mktemp("torchrun"), shard_set)
-    port = free_port()
-    losses = place.losses(*place.start(*(
-        ["torchrun", "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--master-addr", "127.0.0.1",
-         "--master-port", port, "--module", PROGRAM, *place.words] for node in range(2))))
+    """The curve of two ranks that a test has started by itself."""
+    start_parent()
+    place = make_place(tmp_path_factory.mktemp("expected"), shard_set)
+    run = Run(2, place.words, place.folder / "said")
+    assert run.wait() == [0, 0], run.said()
+    losses = place.losses()
     assert len(losses) == 3
     return losses
 
@@ -117,14 +118,6 @@ def test_mpirun(place: Place, expected: list[float]) -> None:
     assert place.losses(*done) == expected
 
 
-def test_multi_node_on_each_machine(place: Place, expected: list[float]) -> None:
-    port = str(free_port())
-    done = place.start([MULTI_NODE, place.hostfile, *place.words],
-                       [MULTI_NODE, "--node-rank", 1, place.hostfile, *place.words],
-                       env=[{"NODE_RANK": "0"}, {}], NAMR_MASTER_PORT=port)
-    assert place.losses(*done) == expected
-
-
 def test_multi_node_by_ssh(place: Place, expected: list[float]) -> None:
     """A stand-in for ssh; the folder has a blank in its name, which two shells must leave alone."""
     away = place.folder / "run elsewhere"
@@ -136,10 +129,12 @@ def test_multi_node_by_ssh(place: Place, expected: list[float]) -> None:
 
 
 def test_machines_of_different_size(place: Place, expected: list[float]) -> None:
-    """One rank on the first and two on the second: the same batches, summed in another order."""
+    """One rank on the first and two on the second, each told its place in another way: the same batches, summed in
+    another order."""
     place.hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=2\n")
-    done = place.start(*([MULTI_NODE, "--node-rank", node, place.hostfile, *place.words] for node in range(2)),
-                       NAMR_MASTER_PORT=str(free_port()))
+    done = place.start([MULTI_NODE, place.hostfile, *place.words],
+                       [MULTI_NODE, "--node-rank", 1, place.hostfile, *place.words],
+                       env=[{"NODE_RANK": "0"}, {}], NAMR_MASTER_PORT=str(free_port()))
     losses = place.losses(*done, ranks=3)
     assert losses[:2] == pytest.approx(expected[:2], rel=1e-4) and losses == pytest.approx(expected, rel=1e-2)
 

@@ -51,6 +51,15 @@ def test_a_preflight_that_does_not_even_start_is_the_end(lab: Lab, started: Path
     assert steps_of(started) == {"job preflight": 2}
 
 
+def test_a_job_that_only_crashes_gives_up(lab: Lab, started: Path) -> None:
+    """One more start is made, as asked, and no third."""
+    job = submit(lab, started, steps="if [[ $step == train ]]; then exit 9; fi")
+    job.ends("FAILED", code=9)
+    assert job.fields()["Restarts"] == "1"
+    assert "training ended with code 9, and 1 more starts brought no new checkpoint" in job.log()
+    assert steps_of(started) == {"job preflight": 4, "job train": 4}
+
+
 def test_jobs_of_an_array_start_again_each_by_itself(lab: Lab, started: Path) -> None:
     """Job 0 ends well at once. Later 1 and 2 crash, once each: neither 0 nor each other is started again for that."""
     array = submit(lab, started, "--nodes=1", "--array=0-2", steps=(

@@ -62,7 +62,7 @@ def test_same_seed_same_curve(trained: Path, shard_set: Manifest, forked_namr: C
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 1), ("torchrun", 3), ("deepspeed", 2)])
+@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 3), ("deepspeed", 2)])
 def test_two_ranks_follow_the_same_curve(trained: Path, shard_set: Manifest, tmp_path: Path, launcher: str,
                                          stage: int) -> None:
     start = {"torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", 2],
