@@ -19,7 +19,7 @@ from namr_dist.train.resume import checkpoints
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
-STEPS = 40
+STEPS = 100
 TRAIN = REPOSITORY / "slurm" / "train_sop.sh"
 
 
