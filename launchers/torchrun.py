@@ -13,7 +13,6 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -23,13 +22,13 @@ from torch.distributed.run import main as torchrun
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run torchrun with these words, by default the command line's; returns the exit code."""
+def main() -> int:
+    """Run torchrun with the words of the command line; returns the exit code."""
     for number in _PASSED_ON:
         signal.signal(number, _pass_on_or_end)
     signal.signal(signal.SIGCHLD, _rank_ended)
     try:
-        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *(sys.argv[1:] if words is None else words)])
+        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode  # as a shell counts signals

@@ -29,12 +29,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield lab
 
 
-def settings(*, steps: int = STEPS) -> list[str]:
+def settings() -> list[str]:
     """The SOP recipe, small; by itself it writes no checkpoint."""
     return [str(word) for name, value in {
         "data.classes_per_batch": 4, "data.images_per_class": 3, "data.image_size": 32, "data.workers": 1,
         "model.backbone": "conv4", "model.pretrained": False, "model.batchnorm": "train", "model.width": 16,
-        "model.structure_hidden": 24, "optim.steps": steps, "optim.warmup_steps": 4, "train.log_every": 5,
+        "model.structure_hidden": 24, "optim.steps": STEPS, "optim.warmup_steps": 4, "train.log_every": 5,
         "train.tensorboard": False, "train.checkpoint_minutes": 0}.items() for word in (f"--set.{name}", value)]
 
 
