@@ -1,18 +1,19 @@
 """Exact nearest neighbours with ties broken by the lowest index, whatever library does the work.
 
-Shapes: Q queries, N items, D width, K neighbours asked for, C candidates (K and a few more).
+Shapes: Q queries, N items, D width, K neighbours asked for, B a block's queries, C candidates (K and a few more).
 
 A library's order among equal or nearly equal items depends on its blocking, so it only proposes
-candidates here. Their values are computed anew (differences in float64, rounded once to fp32) and
-sorted by (value, index). A query is settled when no item outside its candidates can reach its K-th
-value, given the rounding error of the library; the others are searched again in float64, which
-costs time but never exactness. So all back ends return the same arrays.
+candidates here. They are sorted by their (key, index), keys as keys.py defines them. A query is settled
+when no item outside its candidates can reach its K-th key, given the rounding error of the library; the
+others are searched again, which costs time but never exactness. So all back ends return the same arrays.
+The order is found where the products are: with a GPU, on it.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -21,15 +22,13 @@ import numpy as np
 import torch
 
 from namr_dist.errors import InputError
-from namr_dist.retrieval.arrays import Bool, Float32, Float64, Int64, as_float32
+from namr_dist.retrieval.arrays import Float32, Float64, Int64, as_float32
+from namr_dist.retrieval.keys import Keys, Metric, pack, rounding, unpack
 
-Metric = Literal["l2", "ip"]
 BackendName = Literal["faiss-gpu", "torch-gpu", "faiss-cpu", "torch-cpu"]
 
 FAISS_GPU_LARGEST_K = 2048
 _SPARE_CANDIDATES = 16
-_BLOCK_NUMBERS = 2**24  # float64 numbers held at once in one temporary: 128 MiB
-_UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp64": 2.0**-53}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +48,28 @@ def _faiss_gpu_problem(faiss: Any) -> str | None:
             return "faiss sees no GPU"
         # Large enough for tensor cores to be used if they are ever going to be.
         probe = np.random.default_rng(0).standard_normal((2048, 128)).astype(np.float32)
-        approx_QC, ids_QC = _faiss_candidates(probe[:512], probe, 8, "ip", gpu=True)
+        approx_QC, ids_QC = _faiss_index(probe, "ip", gpu=True).search(probe[:512], 8)
     except Exception as error:  # the CUDA libraries fail in many ways; any of them means "no"
         return f"faiss failed on the GPU ({type(error).__name__}: {error})"
     wide = probe.astype(np.float64)
     exact_QC = np.einsum("qd,qcd->qc", wide[:512], wide[ids_QC])
-    if np.abs(approx_QC - exact_QC).max() > _error_bound(probe[:512], probe, "ip", "fp32").max():
+    allowed_Q = Keys(torch.from_numpy(probe), torch.from_numpy(probe), "ip").error(torch.arange(512), "fp32")
+    if np.abs(approx_QC - exact_QC).max() > allowed_Q.max():
         return "faiss on this GPU computes with less than fp32 precision"
     return None
+
+
+def usable_backends() -> tuple[BackendName, ...]:
+    """Every back end that works on this machine."""
+    faiss: Any = importlib.import_module("faiss") if importlib.util.find_spec("faiss") else None
+    found: list[BackendName] = ["torch-cpu"]
+    if torch.cuda.is_available():
+        found.append("torch-gpu")
+    if faiss is not None:
+        found.append("faiss-cpu")
+        if _faiss_gpu_problem(faiss) is None:
+            found.append("faiss-gpu")
+    return tuple(found)
 
 
 @lru_cache(maxsize=1)
@@ -82,15 +95,7 @@ def search_backend() -> SearchBackend:
     return SearchBackend(name="torch-cpu", reason=f"{missing}; torch sees no GPU")
 
 
-def _row_blocks(rows: int, numbers_per_row: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_NUMBERS // max(1, numbers_per_row))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _faiss_candidates(
-    queries_QD: Float32, items_ND: Float32, count: int, metric: Metric, *, gpu: bool
-) -> tuple[Float64, Int64]:
+def _faiss_index(items_ND: Float32, metric: Metric, *, gpu: bool) -> Any:
     import faiss
 
     width = items_ND.shape[1]
@@ -98,49 +103,63 @@ def _faiss_candidates(
     if gpu:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
     index.add(items_ND)
-    values_QC, ids_QC = index.search(queries_QD, count)
-    return values_QC.astype(np.float64), ids_QC.astype(np.int64)
+    return index
 
 
-def _all_values(queries_BD: torch.Tensor, items_ND: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """(B, N) float64 values of every pair by one matrix product."""
-    products_BN = queries_BD @ items_ND.T
-    if metric == "ip":
-        return products_BN
-    # By norms: the squares of all items would be a second matrix of their size.
-    squares_B1 = torch.linalg.vector_norm(queries_BD, dim=1, keepdim=True).square_()
-    squares_N = torch.linalg.vector_norm(items_ND, dim=1).square_()
-    return (squares_B1 - 2 * products_BN + squares_N).clamp_min_(0)
+@dataclass(frozen=True, kw_only=True)
+class _Candidates:
+    """Candidates of some queries, in any order."""
+
+    ids_BC: torch.Tensor
+    """int64"""
+    keys_BC: torch.Tensor
+    """fp32, exact"""
+    outside_B: torch.Tensor
+    """float64: no item that is missing has a smaller key"""
 
 
-def _torch_candidates(
-    queries_QD: Float32, items_ND: Float32, count: int, metric: Metric, device: str
-) -> tuple[Float64, Int64]:
-    # float64, because a training run may have allowed TF32 for all fp32 products of the process.
-    items = torch.from_numpy(items_ND).to(device).double()
-    values_QC = np.empty((len(queries_QD), count))
-    ids_QC = np.empty((len(queries_QD), count), dtype=np.int64)
-    for block in _row_blocks(len(queries_QD), len(items_ND)):
-        all_BN = _all_values(torch.from_numpy(queries_QD[block]).to(device).double(), items, metric)
-        top = torch.topk(all_BN, count, dim=1, largest=metric == "ip")
-        values_QC[block], ids_QC[block] = top.values.cpu().numpy(), top.indices.cpu().numpy()
-    return values_QC, ids_QC
+Propose = Callable[[torch.Tensor], _Candidates]
+"""places of queries (B,) → their candidates"""
 
 
-def _norms(rows_ND: Float32) -> Float64:
-    norms_N: Float64 = np.sqrt(np.einsum("nd,nd->n", rows_ND, rows_ND, dtype=np.float64))
-    return norms_N
+def _faiss_proposer(keys: Keys, count: int, *, gpu: bool) -> Propose:
+    index = _faiss_index(keys.items_ND.cpu().numpy(), keys.metric, gpu=gpu)
+    sign = 1 if keys.metric == "l2" else -1
+
+    def propose(rows_B: torch.Tensor) -> _Candidates:
+        values_BC, found_BC = index.search(keys.queries_QD[rows_B].cpu().numpy(), count)
+        farthest_B = torch.from_numpy((sign * values_BC.astype(np.float64)).max(axis=1)).to(keys.device)
+        ids_BC = torch.from_numpy(found_BC.astype(np.int64)).to(keys.device)
+        keys_P = keys.of_pairs(rows_B.repeat_interleave(count), ids_BC.flatten())
+        return _Candidates(ids_BC=ids_BC, keys_BC=keys_P.view(ids_BC.shape),
+                           outside_B=farthest_B - keys.error(rows_B, "fp32"))
+
+    return propose
 
 
-def _error_bound(queries_QD: Float32, items_ND: Float32, metric: Metric, precision: str) -> Float64:
-    """(Q,) bound on |value by matrix product − true value|: the standard one for inner products,
-    (D + 8) u ‖q‖ max‖x‖, applied to each of the three terms of a squared distance."""
-    roundoff = (items_ND.shape[1] + 8) * _UNIT_ROUNDOFF[precision]
-    norm_Q = _norms(queries_QD)
-    largest = float(_norms(items_ND).max())
-    size_Q = norm_Q * largest if metric == "ip" else (norm_Q + largest) ** 2
-    bound: Float64 = roundoff * size_Q
-    return bound
+def _torch_proposer(keys: Keys, count: int) -> Propose:
+    def propose(rows_B: torch.Tensor) -> _Candidates:
+        # float64, because a training run may have allowed TF32 for all fp32 products of the process, and because
+        # its values settle most keys. Selected as fp32: half the bytes to pass over, and half the digits.
+        near_BN = keys.by_product(rows_B)
+        top = torch.topk(near_BN.float(), count, dim=1, largest=False, sorted=False)
+        farthest_B = top.values.amax(dim=1).double()
+        return _Candidates(ids_BC=top.indices,
+                           keys_BC=keys.settle(near_BN.gather(1, top.indices), rows_B, top.indices),
+                           outside_B=farthest_B - rounding(farthest_B) - keys.error(rows_B, "fp64"))
+
+    return propose
+
+
+def _proposer(name: BackendName, keys: Keys, count: int) -> Propose:
+    if name in ("torch-gpu", "torch-cpu") or (name == "faiss-gpu" and count > FAISS_GPU_LARGEST_K):
+        return _torch_proposer(keys, count)
+    return _faiss_proposer(keys, count, gpu=name == "faiss-gpu")
+
+
+def _device(name: BackendName) -> torch.device:
+    """Where the order is found: faiss may see a GPU that torch does not."""
+    return torch.device("cuda" if name.endswith("gpu") and torch.cuda.is_available() else "cpu")
 
 
 def exact_values(
@@ -148,61 +167,63 @@ def exact_values(
 ) -> Float32:
     """(Q, C) fp32 values of chosen pairs: summed in float64 without cancellation, rounded once.
 
-    Squared Euclidean distances for "l2", inner products for "ip". Memory: 128 MiB at a time.
+    Squared Euclidean distances for "l2", inner products for "ip".
     """
     queries, items, ids = (torch.from_numpy(a) for a in (queries_QD, items_ND, ids_QC))
-    values_QC = torch.empty(ids_QC.shape, dtype=torch.float32)
-    for block in _row_blocks(len(queries_QD), ids_QC.shape[1] * items_ND.shape[1]):
-        chosen_BCD = items[ids[block]].double()
-        if metric == "l2":
-            pairs_BCD = chosen_BCD.sub_(queries[block, None, :]).square_()
-        else:
-            pairs_BCD = chosen_BCD.mul_(queries[block, None, :])
-        values_QC[block] = pairs_BCD.sum(-1).float()
-    return values_QC.numpy()
+    keys_P = Keys(queries, items, metric).of_pairs(
+        torch.arange(len(ids)).repeat_interleave(ids.shape[1]), ids.flatten()
+    )
+    values_QC: Float32 = _values(keys_P.view(ids.shape), metric).numpy()
+    return values_QC
 
 
-def _best_first(keys_QC: Float32, ids_QC: Int64) -> tuple[Float32, Int64]:
-    order_QC = np.lexsort((ids_QC, keys_QC), axis=-1)
-    return np.take_along_axis(keys_QC, order_QC, -1), np.take_along_axis(ids_QC, order_QC, -1)
+def _values(keys_BK: torch.Tensor, metric: Metric) -> torch.Tensor:
+    return keys_BK if metric == "l2" else 0.0 - keys_BK  # never −0
+
+
+def _nearest(
+    keys: Keys, propose: Propose, rows_B: torch.Tensor, own_B: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first K of some queries: keys (B, K) fp32 and indices (B, K) int64, +inf and N where none is left.
+
+    own_B: (B,) the item that each query leaves out, or −1.
+    """
+    items = len(keys.items_ND)
+    found = propose(rows_B)
+    # The query's own entry goes behind all others, infinite ones too.
+    own_BC = found.ids_BC == own_B[:, None]
+    packed_BC = pack(found.keys_BC.masked_fill(own_BC, torch.inf), found.ids_BC.masked_fill(own_BC, items))
+    packed_BK = packed_BC.sort(dim=1).values[:, :k]
+    if found.ids_BC.shape[1] < items:
+        last_B = unpack(packed_BK[:, -1])[0].double()
+        last_B += rounding(last_B)
+        doubtful_M = (found.outside_B <= last_B).nonzero()[:, 0]
+        if len(doubtful_M):
+            packed_BK[doubtful_M] = _search_again(keys, rows_B[doubtful_M], own_B[doubtful_M], last_B[doubtful_M], k)
+    return unpack(packed_BK)
 
 
 def _search_again(
-    queries_QD: Float32, items_ND: Float32, limits_Q: Float64, k: int, metric: Metric
-) -> tuple[Float32, Int64]:
-    """The first K of rows whose candidates left a doubt: every item whose float64 key does not
-    exceed the row's limit, sorted by (key, index)."""
-    sign = 1 if metric == "l2" else -1
-    keys_QK = np.empty((len(queries_QD), k), dtype=np.float32)
-    ids_QK = np.empty((len(queries_QD), k), dtype=np.int64)
-    items = torch.from_numpy(items_ND).double()
-    for block in _row_blocks(len(queries_QD), len(items_ND)):
-        keys_BN = sign * _all_values(torch.from_numpy(queries_QD[block]).double(), items, metric).numpy()
-        for row, keys_N in zip(range(block.start, block.stop), keys_BN, strict=True):
-            near_1C = np.flatnonzero(keys_N <= limits_Q[row])[None]
-            exact_1C = sign * exact_values(queries_QD[row : row + 1], items_ND, near_1C, metric)
-            keys_1C, ids_1C = _best_first(exact_1C, near_1C)
-            keys_QK[row], ids_QK[row] = keys_1C[0, :k], ids_1C[0, :k]
-    return keys_QK, ids_QK
+    keys: Keys, rows_M: torch.Tensor, own_M: torch.Tensor, last_M: torch.Tensor, k: int
+) -> torch.Tensor:
+    """(M, K) packed: the first K of queries whose candidates left a doubt, from all items that may be as near as
+    last_M, the K-th candidate's key."""
+    ids_N = torch.arange(len(keys.items_ND), device=keys.device)
+    parts = []
+    for rows_B, own_B, last_B in zip(*(keys.split(one_M) for one_M in (rows_M, own_M, last_M)), strict=True):
+        near_BN = keys.by_product(rows_B)
+        beyond_BN = near_BN > (last_B + keys.error(rows_B, "fp64"))[:, None]
+        near_BN.masked_fill_(beyond_BN | (ids_N == own_B[:, None]), torch.inf)
+        ids_BN = ids_N.expand_as(near_BN)
+        packed_BN = pack(keys.settle(near_BN, rows_B, ids_BN), ids_BN)
+        parts.append(packed_BN.topk(k, dim=1, largest=False).values)
+    return torch.cat(parts)
 
 
-def _proposer(
-    name: BackendName, count: int, metric: Metric
-) -> tuple[Callable[[Float32, Float32], tuple[Float64, Int64]], str]:
-    """The function that proposes candidates, and the precision it computes with."""
-    if name == "faiss-gpu" and count > FAISS_GPU_LARGEST_K:
-        name = "torch-gpu" if torch.cuda.is_available() else "faiss-cpu"
-    if name in ("faiss-gpu", "faiss-cpu"):
-        return lambda queries, items: _faiss_candidates(
-            queries, items, count, metric, gpu=name == "faiss-gpu"
-        ), "fp32"
-    device = "cuda" if name == "torch-gpu" else "cpu"
-    return lambda queries, items: _torch_candidates(queries, items, count, metric, device), "fp64"
-
-
-def _rounded(queries_QD: Any, items_ND: Any, metric: Metric) -> tuple[Float32, Float32]:
-    """Rounded to fp32 once, so that every back end ranks the very same vectors."""
-    queries, items = as_float32(queries_QD, "queries"), as_float32(items_ND, "items")
+def _checked(queries_QD: Any, items_ND: Any, metric: Metric) -> tuple[Float32, Float32]:
+    """Rounded to fp32 once, so that every back end ranks the very same vectors; one array where both are one."""
+    items = as_float32(items_ND, "items")
+    queries = items if queries_QD is items_ND else as_float32(queries_QD, "queries")
     if queries.shape[1] != items.shape[1]:
         raise InputError(
             f"queries are {queries.shape[1]} wide, items {items.shape[1]}: embed both with the same model"
@@ -210,6 +231,12 @@ def _rounded(queries_QD: Any, items_ND: Any, metric: Metric) -> tuple[Float32, F
     if metric not in ("l2", "ip"):
         raise InputError(f"metric = {metric!r}: take 'l2' or 'ip'")
     return queries, items
+
+
+def _keys(queries_QD: Float32, items_ND: Float32, metric: Metric, device: torch.device) -> Keys:
+    items = torch.from_numpy(items_ND).to(device)
+    queries = items if queries_QD is items_ND else torch.from_numpy(queries_QD).to(device)
+    return Keys(queries, items, metric)
 
 
 def search(
@@ -221,54 +248,13 @@ def search(
     squared Euclidean distance, smallest first; "ip" by inner product, largest first. backend: None
     for :func:`search_backend`.
     Returns values (Q, K) fp32 and item indices (Q, K) int64. Where K > N, the rest of a row is filled
-    up with index −1 and value +inf ("ip": −inf).
+    up with index −1 and value +inf ("ip": −inf). Both are the same, bit for bit, whatever the back end.
     Raises InputError on bad shapes, non-finite entries and K < 1.
-    Memory: the inputs in fp32, faiss's copy of the items, the results a few times over, and blocks of
-    at most a few hundred MiB.
+    Memory: the inputs in fp32, and in float64 or as faiss's copy of the items; the results; and a few
+    blocks of 128 MiB (of 1 GiB on a GPU, where the results are not held).
     """
-    queries, items = _rounded(queries_QD, items_ND, metric)
-    if k < 1:
-        raise InputError(f"k = {k}: ask for at least one neighbour")
-    found = min(k, len(items))
-    count = min(found + _SPARE_CANDIDATES, len(items))
-    propose, precision = _proposer(backend or search_backend().name, count, metric)
-    approx_QC, ids_QC = propose(queries, items)
-
-    sign = 1 if metric == "l2" else -1  # keys: smaller is nearer
-    keys_QC, ids_QC = _best_first(sign * exact_values(queries, items, ids_QC, metric), ids_QC)
-    keys_QK, ids_QK = keys_QC[:, :found].copy(), ids_QC[:, :found].copy()
-    if count < len(items):
-        open_Q, limits_Q = _doubtful(queries, items, keys_QK[:, -1], sign * approx_QC, metric, precision)
-        if open_Q.any():
-            again = _search_again(queries[open_Q], items, limits_Q[open_Q], found, metric)
-            keys_QK[open_Q], ids_QK[open_Q] = again
-    if found < k:
-        padding = ((0, 0), (0, k - found))
-        keys_QK = np.pad(keys_QK, padding, constant_values=np.inf)
-        ids_QK = np.pad(ids_QK, padding, constant_values=-1)
-    return sign * keys_QK, ids_QK
-
-
-def _doubtful(
-    queries_QD: Float32,
-    items_ND: Float32,
-    last_Q: Float32,
-    approx_QC: Float64,
-    metric: Metric,
-    precision: str,
-) -> tuple[Bool, Float64]:
-    """Which queries may have missed an item, and the float64 key below which it would have to lie."""
-    last = last_Q.astype(np.float64)
-    error_Q = _error_bound(queries_QD, items_ND, metric, precision)
-    rounding_Q = _rounding(last)
-    doubtful_Q = ~(approx_QC.max(axis=1) - error_Q > last + rounding_Q)
-    return doubtful_Q, last + rounding_Q + _error_bound(queries_QD, items_ND, metric, "fp64")
-
-
-def _rounding(keys_Q: Float64) -> Float64:
-    """How far apart two float64 keys may lie that are a tie once both are rounded to fp32."""
-    rounding_Q: Float64 = 2.0**-22 * np.abs(keys_Q) + np.finfo(np.float32).tiny
-    return rounding_Q
+    queries, items = _checked(queries_QD, items_ND, metric)
+    return _search(queries, items, k, np.full(len(queries), -1), metric, backend)
 
 
 def search_excluding_self(
@@ -287,13 +273,31 @@ def search_excluding_self(
     exact duplicate of the query is still found.
     Returns and raises as :func:`search`; a row is filled up with −1 where fewer than K items remain.
     """
-    queries, items = as_float32(queries_QD, "queries"), as_float32(items_ND, "items")
+    queries, items = _checked(queries_QD, items_ND, metric)
     own_Q = checked_query_ids(query_ids_Q, len(queries), len(items))
-    values_QK, ids_QK = search(queries, items, k + 1, metric=metric, backend=backend)
-    # A stable sort moves the own entry to the end; where there is none, the last neighbour is dropped.
-    own_QK = (ids_QK == own_Q[:, None]) & (own_Q >= 0)[:, None]
-    order_QK = np.argsort(own_QK, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(values_QK, order_QK, 1), np.take_along_axis(ids_QK, order_QK, 1)
+    return _search(queries, items, k, own_Q, metric, backend)
+
+
+def _search(
+    queries_QD: Float32, items_ND: Float32, k: int, own_Q: Int64, metric: Metric, backend: BackendName | None
+) -> tuple[Float32, Int64]:
+    if k < 1:
+        raise InputError(f"k = {k}: ask for at least one neighbour")
+    name = backend or search_backend().name
+    keys = _keys(queries_QD, items_ND, metric, _device(name))
+    own = torch.from_numpy(own_Q).to(keys.device)
+    items = len(items_ND)
+    found = min(k, items)
+    propose = _proposer(name, keys, min(found + 1 + _SPARE_CANDIDATES, items))  # one for the query itself
+    values_QK = torch.full((len(queries_QD), k), torch.inf if metric == "l2" else -torch.inf)
+    ids_QK = torch.full((len(queries_QD), k), -1)
+    start = 0
+    for rows_B in keys.blocks():
+        keys_BK, ids_BK = _nearest(keys, propose, rows_B, own[rows_B], found)
+        block = slice(start, start := start + len(rows_B))
+        values_QK[block, :found].copy_(_values(keys_BK, metric))
+        ids_QK[block, :found].copy_(ids_BK.masked_fill_(ids_BK == items, -1))
+    return values_QK.numpy(), ids_QK.numpy()
 
 
 def ranks_of(
@@ -308,30 +312,31 @@ def ranks_of(
 
     ids_Q: (Q,) those items. query_ids_Q as in :func:`search_excluding_self`: own entries do not count,
     and ids_Q has none. The nearer items are counted, not listed, so a far place costs no more than a near
-    one. Raises InputError as :func:`search`. Memory: the items in float64, and blocks of 128 MiB.
+    one. On the GPU if there is one. Raises InputError as :func:`search`. Memory: the items in float64, and
+    a few blocks of 128 MiB, or of 1 GiB on a GPU.
     """
-    queries, items = _rounded(queries_QD, items_ND, metric)
+    queries, items = _checked(queries_QD, items_ND, metric)
     own_Q = checked_query_ids(query_ids_Q, len(queries), len(items))
-    sign = 1 if metric == "l2" else -1
-    keys_Q = sign * exact_values(queries, items, ids_Q[:, None], metric)[:, 0]
-    slack_Q = _rounding(keys_Q.astype(np.float64)) + _error_bound(queries, items, metric, "fp64")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    wide_items = torch.from_numpy(items).to(device).double()
-    ranks_Q = np.empty(len(queries), dtype=np.int64)
-    for block in _row_blocks(len(queries), len(items)):
-        wide_queries = torch.from_numpy(queries[block]).to(device).double()
-        gap_BN = (sign * _all_values(wide_queries, wide_items, metric)).cpu().numpy() - keys_Q[block, None]
-        with_own_B = np.flatnonzero(own_Q[block] >= 0)
-        gap_BN[with_own_B, own_Q[block][with_own_B]] = np.inf
-        ranks_Q[block] = 1 + (gap_BN < -slack_Q[block, None]).sum(axis=1)
-        # What the products leave in doubt is computed anew; the item itself is always among it.
-        rows_P, near_P = np.nonzero(np.abs(gap_BN, out=gap_BN) <= slack_Q[block, None])
-        for part in _row_blocks(len(rows_P), items.shape[1]):
-            rows, near = rows_P[part] + block.start, near_P[part]
-            keys = sign * exact_values(queries[rows], items, near[:, None], metric)[:, 0]
-            before = (keys < keys_Q[rows]) | ((keys == keys_Q[rows]) & (near < ids_Q[rows]))
-            np.add.at(ranks_Q, rows[before], 1)
+    keys = _keys(queries, items, metric, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    ids, own = (torch.from_numpy(np.asarray(one_Q)).to(keys.device) for one_Q in (ids_Q, own_Q))
+    ranks = [_ranks(keys, rows_B, ids[rows_B], own[rows_B]) for rows_B in keys.blocks()]
+    ranks_Q: Int64 = torch.cat(ranks).cpu().numpy()
     return ranks_Q
+
+
+def _ranks(keys: Keys, rows_B: torch.Tensor, ids_B: torch.Tensor, own_B: torch.Tensor) -> torch.Tensor:
+    """(B,) int64 places of the items ids_B in the orders of some queries."""
+    key_B = keys.of_pairs(rows_B, ids_B)
+    slack_B1 = (rounding(key_B.double()) + keys.error(rows_B, "fp64"))[:, None]
+    gap_BN = keys.by_product(rows_B).sub_(key_B[:, None])
+    with_own_M = (own_B >= 0).nonzero()[:, 0]
+    gap_BN[with_own_M, own_B[with_own_M]] = torch.inf
+    ranks_B = 1 + (gap_BN < -slack_B1).sum(dim=1)
+    # What the products leave in doubt is computed anew; the item itself is always among it.
+    row_P, near_P = (gap_BN.abs_() <= slack_B1).nonzero(as_tuple=True)
+    keys_P = keys.of_pairs(rows_B[row_P], near_P)
+    before_P = (keys_P < key_B[row_P]) | ((keys_P == key_B[row_P]) & (near_P < ids_B[row_P]))
+    return ranks_B.index_add_(0, row_P, before_P.long())
 
 
 def checked_query_ids(query_ids_Q: Int64 | None, queries: int, items: int) -> Int64:

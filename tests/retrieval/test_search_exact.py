@@ -10,9 +10,11 @@ import torch
 
 from namr_dist.errors import InputError
 from namr_dist.retrieval import search as search_module
+from namr_dist.retrieval.keys import Keys
 from namr_dist.retrieval.search import (
     SearchBackend,
     exact_values,
+    ranks_of,
     search,
     search_backend,
     search_excluding_self,
@@ -85,22 +87,38 @@ def test_more_neighbours_than_the_gpu_code_of_faiss_returns(rng):
     np.testing.assert_array_equal(search(items[:5], items, 2100, backend="faiss-gpu")[1], order[:, :2100])
 
 
-def test_a_sloppy_library_changes_nothing(monkeypatch, rng):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sloppy_library_changes_nothing(backend, monkeypatch, rng):
     """Candidates with errors up to the bound, in any order, must not show in the result."""
     queries, items = rng.standard_normal((40, 16)), rng.standard_normal((400, 16)) * 0.01
     _, order = full_sort(queries, items, "l2")
+    exact_error, exact_product = Keys.error, Keys.by_product
 
-    def sloppy(queries_QD, items_ND, count, metric, *, gpu):
-        wide_q, wide = queries_QD.astype(np.float64), items_ND.astype(np.float64)
-        bound = search_module._error_bound(wide_q, wide, metric, "fp32")
-        values = ((wide_q[:, None] - wide) ** 2).sum(-1) + bound[:, None] * rng.uniform(-1, 1, (40, 400))
-        ids = np.argsort(values, axis=1)[:, :count]
-        return np.take_along_axis(values, ids, 1), ids
+    def error(keys, rows, precision):
+        return exact_error(keys, rows, precision) * (2**10 if precision == "fp32" else 2**38)
 
-    monkeypatch.setattr(search_module, "_faiss_candidates", sloppy)
-    monkeypatch.setattr(search_module, "_UNIT_ROUNDOFF", {"fp32": 2.0**-14, "fp64": 2.0**-53})
-    _, found = search(queries, items, 5, backend="faiss-cpu")
+    def by_product(keys, rows):
+        noise = torch.from_numpy(rng.uniform(-1, 1, (len(rows), 400)))
+        return exact_product(keys, rows) + error(keys, rows, "fp64")[:, None] * noise
+
+    class Sloppy:
+        def search(self, queries_QD, count):
+            wide_q, wide = queries_QD.astype(np.float64), items.astype(np.float32).astype(np.float64)
+            keys = Keys(torch.from_numpy(queries_QD), torch.from_numpy(items.astype(np.float32)), "l2")
+            bound = error(keys, torch.arange(len(queries_QD)), "fp32").numpy()
+            values = ((wide_q[:, None] - wide) ** 2).sum(-1) + bound[:, None] * rng.uniform(-1, 1, (40, 400))
+            ids = np.argsort(values, axis=1)[:, :count]
+            return np.take_along_axis(values, ids, 1), ids
+
+    monkeypatch.setattr(search_module, "_faiss_index", lambda items_ND, metric, *, gpu: Sloppy())
+    monkeypatch.setattr(Keys, "error", error)
+    monkeypatch.setattr(Keys, "by_product", by_product)
+    _, found = search(queries, items, 5, backend=backend)
     np.testing.assert_array_equal(found, order[:, :5])
+    for place in (0, 6, 200):
+        np.testing.assert_array_equal(
+            ranks_of(queries, items, order[:, place], query_ids_Q=np.full(40, -1)), place + 1
+        )
 
 
 def test_tensors_of_any_float_type(rng):

@@ -1,0 +1,130 @@
+"""Keys: what a search sorts by, smallest first, with the same bits on every device.
+
+Shapes: Q queries, N items, D width, V width of what is multiplied, B a block's queries, C candidates, P pairs.
+
+The key of a pair is its squared distance ("l2") or its negated inner product ("ip"): differences and squares, or
+products, in float64, summed by halves and rounded once to fp32. Each step is one IEEE operation on elements, in an
+order that only the width decides, so a CPU and a GPU find the same number. A matrix product sums in an order of its
+own. It comes within a known error of the key, and where all of that interval rounds to one fp32 number, that number
+is the key: of unit rows, only a few pairs in 100,000 are left to be summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+Metric = Literal["l2", "ip"]
+Precision = Literal["fp32", "fp64"]
+
+# Numbers held at once in one temporary. All pairs of a block of queries, in float64: 128 MiB, or 1 GiB on a GPU.
+_BLOCK_NUMBERS = {"cpu": 2**24, "cuda": 2**27}
+# The terms of single pairs are gone over some ten times: within a CPU's cache, or in few launches on a GPU.
+_TERM_NUMBERS = {"cpu": 2**20, "cuda": 2**27}
+
+
+class Keys:
+    """The keys of all pairs of some queries and items, which lie on one device."""
+
+    def __init__(self, queries_QD: torch.Tensor, items_ND: torch.Tensor, metric: Metric) -> None:
+        """queries_QD, items_ND: finite fp32 on one device."""
+        self.queries_QD, self.items_ND, self.metric = queries_QD, items_ND, metric
+        self.device = items_ND.device
+        self._query_norms_Q = torch.linalg.vector_norm(queries_QD, dim=1, dtype=torch.float64)
+        self._item_norms_N = torch.linalg.vector_norm(items_ND, dim=1, dtype=torch.float64)
+        self._largest_norm = self._item_norms_N.max()
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """(B,) int64 places of the queries, as many at a time as by_product has room for."""
+        yield from self.split(torch.arange(len(self.queries_QD), device=self.device))
+
+    def split(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Any places of queries, cut likewise."""
+        return rows_M.split(max(1, _BLOCK_NUMBERS[self.device.type] // len(self.items_ND)))
+
+    @cached_property
+    def _item_operand_NV(self) -> torch.Tensor:
+        """Items in float64; for "l2" with their squares and a one, so that one product yields squared distances."""
+        wide_ND = self.items_ND.double()
+        if self.metric == "ip":
+            return wide_ND
+        squares_N1 = self._item_norms_N.square()[:, None]
+        return torch.cat([wide_ND, squares_N1, torch.ones_like(squares_N1)], dim=1)
+
+    def by_product(self, rows_B: torch.Tensor) -> torch.Tensor:
+        """(B, N) float64: all keys of some queries by one matrix product, within error("fp64")."""
+        wide_BD = self.queries_QD[rows_B].double()
+        if self.metric == "ip":
+            return wide_BD.neg_() @ self._item_operand_NV.T
+        squares_B1 = self._query_norms_Q[rows_B, None].square()
+        operand_BV = torch.cat([wide_BD.mul_(-2), torch.ones_like(squares_B1), squares_B1], dim=1)
+        return operand_BV @ self._item_operand_NV.T
+
+    def error(self, rows_B: torch.Tensor, precision: Precision) -> torch.Tensor:
+        """(B,) float64: how far a product of that precision can lie from the key before that is rounded.
+
+        With unit roundoff u and ‖q‖, ‖x‖ ≤ X, a sum of D products in any order is off by at most D u ‖q‖ X to first
+        order. fp32 is a library's inner product, or three such terms of a squared distance. fp64 is by_product: the
+        squares are rounded before they are multiplied, and the sum by halves has an error too.
+        """
+        width = self.items_ND.shape[1]
+        roundoff = (width + 8) * 2.0**-24 if precision == "fp32" else 2 * (width + 16) * 2.0**-53
+        norm_B = self._query_norms_Q[rows_B]
+        return roundoff * (norm_B * self._largest_norm if self.metric == "ip"
+                           else (norm_B + self._largest_norm).square())
+
+    def settle(self, near_BC: torch.Tensor, rows_B: torch.Tensor, ids_BC: torch.Tensor) -> torch.Tensor:
+        """(B, C) fp32 keys from near_BC, float64 by by_product; +inf stays what it is."""
+        error_B1 = self.error(rows_B, "fp64")[:, None]
+        keys_BC = (near_BC - error_B1).float()
+        row_P, column_P = (keys_BC != (near_BC + error_B1).float()).nonzero(as_tuple=True)
+        keys_BC[row_P, column_P] = self.of_pairs(rows_B[row_P], ids_BC[row_P, column_P])
+        return keys_BC
+
+    def of_pairs(self, rows_P: torch.Tensor, ids_P: torch.Tensor) -> torch.Tensor:
+        """(P,) fp32 keys of chosen pairs, by the definition."""
+        keys_P = torch.empty(len(rows_P), dtype=torch.float32, device=self.device)
+        step = max(1, _TERM_NUMBERS[self.device.type] // self.items_ND.shape[1])
+        for start in range(0, len(rows_P), step):
+            part = slice(start, start + step)
+            terms_PD = self.items_ND.index_select(0, ids_P[part]).double()
+            queries_PD = self.queries_QD.index_select(0, rows_P[part]).double()
+            if self.metric == "l2":
+                terms_PD.sub_(queries_PD)
+                terms_PD.mul_(terms_PD)
+            else:
+                terms_PD.mul_(queries_PD).neg_()
+            keys_P[part] = _sum_by_halves(terms_PD)
+        return keys_P
+
+
+def _sum_by_halves(terms_PD: torch.Tensor) -> torch.Tensor:
+    """(P,) sums of rows, which are overwritten: the second half is added to the first until one number is left."""
+    width = terms_PD.shape[1]
+    while width > 1:
+        half = (width + 1) // 2
+        terms_PD[:, : width - half] += terms_PD[:, half:width]
+        width = half
+    return terms_PD[:, 0]
+
+
+def pack(keys_BC: torch.Tensor, ids_BC: torch.Tensor) -> torch.Tensor:
+    """(B, C) int64 that sort as (key, index) does.  keys_BC: fp32, no NaN; ids_BC: int64 from 0 to 2³² − 1."""
+    bits_BC = (keys_BC + 0.0).view(torch.int32).long()  # −0 becomes 0: they are a tie
+    # The bits of a negative float grow as the number falls.
+    return (torch.where(bits_BC < 0, bits_BC ^ 0x7FFFFFFF, bits_BC) << 32) | ids_BC
+
+
+def unpack(packed_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys (B, C) fp32 and indices (B, C) int64."""
+    bits_BC = packed_BC >> 32
+    keys_BC = torch.where(bits_BC < 0, bits_BC ^ 0x7FFFFFFF, bits_BC).int().view(torch.float32)
+    return keys_BC, packed_BC & 0xFFFFFFFF
+
+
+def rounding(keys_B: torch.Tensor) -> torch.Tensor:
+    """How far apart two float64 keys may lie that are a tie once both are rounded to fp32."""
+    return 2.0**-22 * keys_B.abs() + torch.finfo(torch.float32).tiny
