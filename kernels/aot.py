@@ -72,6 +72,7 @@ CASES: dict[str, Callable[[Inputs], Any]] = {
         x.z_bD, x.z_bD, x.z_BD, x.z_BD, x.float_B, x.float_B, offset=x.offset, clusters=2, sharpness=10.0,
         with_grad=True),
     "hardest_pairs": lambda x: mining.hardest_pairs(x.z_bD, x.z_BD, x.labels_b, x.labels_B, offset=x.offset),
+    "hardest_pairs, one set": lambda x: mining.hardest_pairs(x.z_BD, x.z_BD, x.labels_B, x.labels_B, offset=0),
     "semihard_negatives": lambda x: mining.semihard_negatives(
         x.z_bD, x.z_BD, x.labels_b, x.labels_B, x.rows_BR[: x.b]),
     "sampled_negatives": lambda x: mining.sampled_negatives(

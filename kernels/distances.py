@@ -30,7 +30,7 @@ def mean_distance_of_rows(
     value = gather(mean_b).sum() / (B - 1)
     if not with_grad:
         return value, None
-    return value, primitives.distance_sum_gradient(z_bD, z_BD, offset=offset) / (B * (B - 1))
+    return value, primitives.distance_sum_gradient(z_bD, z_BD, offset=offset).div_(B * (B - 1))
 
 
 @loss_op("mean_pairwise_distance", differentiable=1)

@@ -94,7 +94,7 @@ def ranking_of_rows(
     loss = gather(loss_b).sum() / pairs
     if not with_grad:
         return loss, None, None
-    return loss, grad_z_bD / pairs, grad_s_bD / pairs
+    return loss, grad_z_bD.div_(pairs), grad_s_bD.div_(pairs)
 
 
 @loss_op("multi_cluster_ranking", differentiable=2)

@@ -71,7 +71,7 @@ def multi_similarity_of_rows(
     grad_bD = primitives.similarity_gradient(
         x_bD, x_ND, labels_b, labels_N, statistics_b4, statistics_N4, offset=offset, alpha=alpha, beta=beta, base=base,
         epsilon=epsilon)  # fmt: skip
-    return loss, grad_bD / B
+    return loss, grad_bD.div_(B)
 
 
 def _and_unmined(statistics_B4: Tensor, rows: int) -> Tensor:

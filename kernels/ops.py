@@ -106,14 +106,20 @@ def loss_op(name: str, *, differentiable: int) -> Callable[[Callable[..., Any]],
         def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
             if torch.is_grad_enabled():  # create_graph=True
                 raise RuntimeError(f"{name} has first derivatives only; use kernels.reference for anything beyond")
-            gradients = ctx.saved_tensors if grad_loss is not None else (None,) * differentiable
-            return *(None if gradient is None else (gradient * grad_loss).to(dtype)
-                     for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)), *(None,) * ctx.others
+            if grad_loss is None:
+                return (None,) * (differentiable + ctx.others)
+            return *(_scaled(gradient, grad_loss, dtype)
+                     for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), *(None,) * ctx.others
 
         op.register_autograd(backward, setup_context=setup_context)
         return op
 
     return register
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their product rounded to `dtype`, on a GPU without a wider one in between."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _kept(tensor: Tensor, shape: Any) -> Tensor:

@@ -4,6 +4,7 @@ Kinds:
   scan      a row reduction: one product tile, a few numbers a row
   rank      the same with much arithmetic a pair, which lives in registers
   mine      the same with several running winners a row
+  hardest   a reduction both ways, of rows and of columns
   gather    a gradient: the product tile and one accumulator as wide as the embedding
   gather2   the same with two accumulators
   weights   writes its tile of pair weights, for embeddings too wide for an accumulator in registers
@@ -64,6 +65,12 @@ TABLE: tuple[Row, ...] = (
     Row("mine",      80,  16,  ANY, Config( 64,  64, 64, 8, 3)),
     Row("mine",      90,  16,  ANY, Config( 64,  64, 64, 8, 3)),
     Row("mine",     120,  16,  ANY, Config( 64,  64, 64, 8, 3)),
+    Row("hardest",   80,  32,  ANY, Config( 64,  32, 32, 8, 2)),
+    Row("hardest",   90,  32,  ANY, Config( 64,  64, 32, 8, 2)),
+    Row("hardest",  120,  32,  ANY, Config( 64,  32, 32, 8, 2)),
+    Row("hardest",   80,  16,  ANY, Config( 64,  64, 64, 8, 3)),
+    Row("hardest",   90,  16,  ANY, Config( 64,  64, 64, 8, 3)),
+    Row("hardest",  120,  16,  ANY, Config( 64,  64, 64, 8, 3)),
     Row("gather",    80,  32,  ANY, Config( 64,  32, 32, 8, 2)),
     Row("gather",    90,  32,  ANY, Config( 64,  32, 32, 8, 2)),
     Row("gather",   120,  32,  ANY, Config( 64,  32, 32, 8, 2)),
@@ -83,7 +90,7 @@ TABLE: tuple[Row, ...] = (
     Row("weights2",  90,  32,  ANY, Config( 64,  64, 16, 8, 3)),
     Row("weights2", 120,  32,  ANY, Config( 64,  32, 16, 8, 3)),
     Row("weights2",  80,  16,  ANY, Config( 64,  64, 32, 8, 3)),
-    Row("weights2",  90,  16,  ANY, Config(128,  64, 32, 8, 3)),
+    Row("weights2",  90,  16,  ANY, Config(128,  64, 32, 8, 2)),
     Row("weights2", 120,  16,  ANY, Config( 64,  64, 32, 8, 3)),
 )  # fmt: skip
 

@@ -35,12 +35,13 @@ def nearest_counted(dtype: torch.dtype) -> float:
     return 2.0**-14 if dtype == torch.float16 else 2.0**-18
 
 
-def centred(z_bD: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
+def centred(z_bD: Tensor, z_BD: Tensor, *, half_too: bool = False) -> tuple[Tensor, Tensor]:
     """Local rows and batch, aligned; float32 rows less a point in their middle, so that less cancels in products.
 
-    Half types stay as they are: their products are exact in float32, and a subtraction would round.
+    Half types stay as they are: their products are exact in float32, and a subtraction would round. half_too: for
+    those who round their squares anyway, which far from the origin leaves nothing of their differences.
     """
-    if z_BD.dtype != torch.float32:
+    if z_BD.dtype != torch.float32 and not half_too:
         return aligned(z_bD), aligned(z_BD)
     centre_D = centre_of(z_BD)
     batch_BD = aligned(z_BD - centre_D)
@@ -145,7 +146,7 @@ def _inverse_distances(
         weight = one / tl.maximum(tl.sqrt(squared), NEAREST * one)
         weight = tl.where((squared == 0) | ~columns_exist[None, :], 0.0, weight)
         if CHUNKED:
-            total += store_weights(weights, weight, rows, rows_exist, columns, columns_exist, B)
+            total += store_weights(weights, weight, rows, rows_exist, columns, columns_exist, b, B)
         else:
             pulled, tile_total = pull(
                 weight, all_z, columns, columns_exist, width, pulled,
@@ -159,12 +160,15 @@ def _inverse_distances(
 
 def distance_sum_gradient(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> Tensor:
     """Gradient of Σ_{i≠j} ‖z_i − z_j‖ over the batch with respect to the local rows, 2 Σ_j (z_i − z_j) / d_ij."""
+    grad_bD = torch.empty_like(z_bD, dtype=torch.float32)
     D = z_BD.shape[1]
     z_bD, z_BD = centred(z_bD, z_BD)
-    norms_B = squared_norms(z_BD)
     unit = root_mean_square(z_BD)
-    (pulled_bD,), (total_b,) = owner_sums(
+    scale = torch.where(unit > 0, 2 / unit, 0.0)
+    for some, (pulled_RD,), (total_R,) in owner_sums(
         _inverse_distances, rows={"z": z_bD, "norms": squared_norms(z_bD)},
-        fixed={"all_z": z_BD, "all_norms": norms_B, "unit": unit, "NEAREST": nearest_counted(z_BD.dtype)},
-        matrices=lambda: [z_BD], accumulators=1, numbers=1, offset=offset, columns=z_BD.shape[0])  # fmt: skip
-    return torch.where(unit > 0, 2 / unit, 0.0) * (z_bD * total_b[:, None] - pulled_bD)[:, :D]
+        columns={"all_z": z_BD, "all_norms": squared_norms(z_BD)},
+        fixed={"unit": unit, "NEAREST": nearest_counted(z_BD.dtype)},
+        values=lambda window: [z_BD[window]], accumulators=1, numbers=1, offset=offset):  # fmt: skip
+        grad_bD[some] = (scale * (z_bD[some] * total_R[:, None] - pulled_RD))[:, :D]
+    return grad_bD

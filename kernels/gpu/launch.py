@@ -86,14 +86,14 @@ def aligned(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
 
 
-def splits(b: int, B: int, config: Config) -> tuple[int, int]:
+def splits(b: int, B: int, config: Config, *, finer: int = 1) -> tuple[int, int]:
     """In how many parts to walk the batch, and tiles in each part.
 
-    Enough programs to fill a GPU when there are few local rows; each part writes partial results of its own and
-    a small sum over parts follows, in a fixed order.
+    Enough programs to fill a GPU, `finer` times over, when there are few local rows; each part writes partial results
+    of its own and a small sum over parts follows, in a fixed order.
     """
     tiles = max(1, triton.cdiv(B, config.block_n))
-    wanted = triton.cdiv(TARGET_PROGRAMS, max(1, triton.cdiv(b, config.block_m)))
+    wanted = triton.cdiv(finer * TARGET_PROGRAMS, max(1, triton.cdiv(b, config.block_m)))
     tiles_per_split = triton.cdiv(tiles, min(wanted, tiles))
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
 

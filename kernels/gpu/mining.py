@@ -26,7 +26,6 @@ from .tiles import (
     same_class,
     split_tiles,
     squared_distances,
-    store_number,
     tile_columns,
 )
 
@@ -69,18 +68,43 @@ def _least(key, wanted, columns):
 
 
 @triton.jit
+def _least_of_columns(key, wanted, rows):
+    """Least key of each column of a tile and the lowest row number that has it, of the wanted pairs."""
+    least = tl.min(key, 0)
+    return least, tl.min(tl.where(wanted & (key == least[None, :]), rows[:, None], NOBODY), 0)
+
+
+@triton.jit
+def _offer(best, anchors, key, found):
+    """best[anchors] = the lesser of itself and (key, found) in 64 bits, key first; nothing where NOBODY was found.
+
+    The one thing programs do to each other's results: a minimum, which is the same in whatever order it is taken.
+    """
+    bits = (key + 0.0).to(tl.int32, bitcast=True)  # + 0.0: −0 and 0 are a tie
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
+    offered = (order.to(tl.int64) << 32) | found.to(tl.int64)
+    tl.atomic_min(best + anchors, offered, mask=found != NOBODY, sem="relaxed")
+
+
+@triton.jit
 def _hardest(
-    z, norms, labels, all_z, all_norms, all_labels, keys, found, b, B, width, offset, tiles_per_split,
+    z, norms, labels, all_z, all_norms, all_labels, best, b, B, width, offset, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
-    """Each anchor's farthest row of its class (0) and nearest of another (1)."""
+    """Each anchor's farthest row of its class (the first b of best) and nearest of another (the other b).
+
+    SYMMETRIC: the local rows are the batch. Then only tiles on the diagonal and to the right of it are made, and
+    their columns are anchors too.
+    """
     rows, rows_exist = local_rows(b, BLOCK_M)
     positive_key = tl.full((BLOCK_M,), INF, tl.float32)
     negative_key = tl.full((BLOCK_M,), INF, tl.float32)
     positive = tl.full((BLOCK_M,), NOBODY, tl.int32)
     negative = tl.full((BLOCK_M,), NOBODY, tl.int32)
     first, last = split_tiles(B, BLOCK_N, tiles_per_split)
+    if SYMMETRIC:
+        first = tl.maximum(first, tl.program_id(0) * BLOCK_M // BLOCK_N)
     for tile in range(first, last):
         columns, columns_exist = tile_columns(tile, B, BLOCK_N)
         squared = squared_distances(
@@ -88,17 +112,23 @@ def _hardest(
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
         )  # fmt: skip
         same, differ = same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, offset)
-        key, at = _least(_keyed(-squared, same), same, columns)
+        keys = _keyed(-squared, same)
+        key, at = _least(keys, same, columns)
         # Rows are walked upwards: an equal key later on has a higher number. One that is found beats none.
         better = (key < positive_key) | (positive == NOBODY)
         positive_key, positive = tl.where(better, key, positive_key), tl.where(better, at, positive)
-        key, at = _least(_keyed(squared, differ), differ, columns)
+        if SYMMETRIC:
+            key, at = _least_of_columns(keys, same, rows)
+            _offer(best, columns, key, at)
+        keys = _keyed(squared, differ)
+        key, at = _least(keys, differ, columns)
         better = (key < negative_key) | (negative == NOBODY)
         negative_key, negative = tl.where(better, key, negative_key), tl.where(better, at, negative)
-    store_number(keys, 0, positive_key, rows, rows_exist, b)
-    store_number(keys, 1, negative_key, rows, rows_exist, b)
-    store_number(found, 0, positive, rows, rows_exist, b)
-    store_number(found, 1, negative, rows, rows_exist, b)
+        if SYMMETRIC:
+            key, at = _least_of_columns(keys, differ, rows)
+            _offer(best + b, columns, key, at)
+    _offer(best, rows, positive_key, positive)
+    _offer(best + b, rows, negative_key, negative)
 
 
 def hardest_pairs(
@@ -107,15 +137,18 @@ def hardest_pairs(
     """The farthest row of each anchor's class and the nearest of another, int64 (b,); -1 where there is none."""
     z_bD, z_BD = centred(z_bD, z_BD)
     (b, D), B = z_bD.shape, z_BD.shape[0]
-    size = config("rank", architecture(z_BD.device), D, z_BD.dtype)
-    parts, tiles_per_split = splits(b, B, size)
-    keys = torch.empty(2, parts, b, dtype=torch.float32, device=z_BD.device)
-    found = torch.empty_like(keys, dtype=torch.int32)
+    symmetric = b == B
+    size = config("hardest" if symmetric else "rank", architecture(z_BD.device), D, z_BD.dtype)
+    # Half of a symmetric grid has nothing to do and the rest walks are of all lengths: more and shorter ones even out.
+    parts, tiles_per_split = splits(b, B, size, finer=8 if symmetric else 1)
+    best = torch.full((2, b), torch.iinfo(torch.int64).max, dtype=torch.int64, device=z_BD.device)
     launch(_hardest, (triton.cdiv(b, size.block_m), parts), size, z=z_bD, norms=squared_norms(z_bD),
            labels=labels_b.contiguous(), all_z=z_BD, all_norms=squared_norms(z_BD), all_labels=labels_B.contiguous(),
-           keys=keys, found=found, b=b, B=B, width=D, offset=offset, tiles_per_split=tiles_per_split,
+           best=best, b=b, B=B, width=D, offset=offset, tiles_per_split=tiles_per_split, SYMMETRIC=symmetric,
            **operands(z_BD))  # fmt: skip
-    return _least_of_parts(keys[0], found[0]), _least_of_parts(keys[1], found[1])
+    found = best & NOBODY.value
+    positive_b, negative_b = found.masked_fill_(found == NOBODY.value, -1)
+    return positive_b, negative_b
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from torch import Tensor
 from .configs import config
 from .distances import centred, nearest_counted, root_mean_square
 from .launch import aligned, architecture, launch, operands, splits
-from .owner import owner_sums
+from .owner import is_chunked, owner_sums, product
 from .tiles import (
     CLOSE,
     load_rows,
@@ -181,7 +181,7 @@ def _anchors(
         loss_sum += tl.sum(tl.where(counts, loss, 0.0), 1)
         weight = tl.where(counts & (distance != 0), slope * one / tl.maximum(distance, NEAREST * one), 0.0)
         if CHUNKED:
-            total += store_weights(weights, weight, rows, rows_exist, columns, columns_exist, B)
+            total += store_weights(weights, weight, rows, rows_exist, columns, columns_exist, b, B)
         else:
             # The total is taken of the rounded weights, which are what the products see.
             weight = weight.to(OPERAND)
@@ -222,7 +222,7 @@ def _candidates(
         weight = tl.where(counts & (distance != 0), slope * one / tl.maximum(distance, NEAREST * one), 0.0)
         weight = tl.trans(weight)
         if CHUNKED:
-            store_weights(weights, weight, rows, rows_exist, anchors, anchors_exist, B)
+            store_weights(weights, weight, rows, rows_exist, anchors, anchors_exist, b, B)
         else:
             weight = weight.to(OPERAND)
             k = tl.arange(0, BLOCK_D)
@@ -263,7 +263,10 @@ def ranking(
     z_ND: the B anchors first; what follows is constant.
     """
     given = z_ND.shape[1]
-    z_bD, z_ND = centred(z_bD, z_ND)
+    if z_ND.dtype == torch.float16:  # s∘z and z∘z leave its range, at both ends
+        wide_ND = z_ND.float()
+        z_bD, z_ND = (wide_ND if z_bD is z_ND else z_bD.float()), wide_ND
+    z_bD, z_ND = centred(z_bD, z_ND, half_too=True)
     s_bD, s_BD = aligned(s_bD.to(z_bD.dtype)), aligned(s_BD.to(z_bD.dtype))
     (b, D), B, N = z_bD.shape, s_BD.shape[0], z_ND.shape[0]
     z_BD = z_ND[:B]
@@ -280,16 +283,38 @@ def ranking(
 
     unit = root_mean_square(z_ND)
     fixed |= {"unit": unit, "NEAREST": nearest_counted(z_BD.dtype)}
-    (pulled_bD, pulled_square_bD), (total_b, loss_b) = owner_sums(
-        _anchors, rows=anchors, fixed=fixed | {"all_z": z_ND}, matrices=lambda: [z_ND, z_ND.square()],
-        accumulators=2, numbers=2, offset=offset, columns=N)  # fmt: skip
-    grad_z_bD = s_bD * (z_bD * total_b[:, None] - pulled_bD)
-    grad_s_bD = (z_bD.float() * (z_bD * total_b[:, None] - 2 * pulled_bD) + pulled_square_bD) / 2
-    (weight_bD, weight_z_bD), _ = owner_sums(
-        _candidates, rows={"z": z_bD},
-        fixed=fixed | {"all_z": z_BD, "all_s": s_BD, "all_constants": _constants(z_BD, s_BD), "all_far": far_B,
-                       "all_step": step_B},
-        matrices=lambda: [s_BD, s_BD * z_BD], accumulators=2, numbers=0, offset=offset, columns=B)  # fmt: skip
-    grad_z_bD += z_bD * weight_bD - weight_z_bD
     per_unit = torch.where(unit > 0, 1 / unit, 0.0)
-    return loss_b, grad_z_bD[:, :given] * per_unit, grad_s_bD[:, :given] * per_unit
+    loss_b = torch.empty(b, dtype=torch.float32, device=z_BD.device)
+    grad_z_bD = torch.zeros(b, given, dtype=torch.float32, device=z_BD.device)
+    grad_s_bD = torch.empty_like(grad_z_bD)
+
+    def pulled_by(some: slice) -> list[Tensor]:
+        return [s_BD[some], s_BD[some] * z_BD[some]]
+
+    def add_as_candidates(some: slice, weight_RD: Tensor, weight_z_RD: Tensor) -> None:
+        grad_z_bD[some] += (per_unit * (z_bD[some] * weight_RD - weight_z_RD))[:, :given]
+
+    def columns_as_candidates(some: slice, window: slice, weights: Tensor) -> None:
+        candidates = min(window.stop, B) - window.start  # memory rows, beyond B, are constants
+        if candidates > 0:
+            sums_CX = product(weights[..., :candidates].mT, torch.cat(pulled_by(some), 1))
+            add_as_candidates(slice(window.start, window.start + candidates), *sums_CX.chunk(2, 1))
+
+    # Where local rows are all there are, a chunk's weights serve its columns too, and no second walk is needed.
+    once = b == B and is_chunked(z_bD, 2)
+    for some, (pulled_RD, pulled_square_RD), (total_R, loss_R) in owner_sums(
+        _anchors, rows=anchors, columns={"all_z": z_ND}, fixed=fixed,
+        values=lambda window: [z_ND[window], z_ND[window].square()], accumulators=2, numbers=2, offset=offset,
+        transposed=columns_as_candidates if once else None):  # fmt: skip
+        loss_b[some] = loss_R
+        z_RD, total_R1 = z_bD[some].float(), total_R[:, None]
+        grad_z_bD[some] += (per_unit * s_bD[some] * (z_RD * total_R1 - pulled_RD))[:, :given]
+        grad_s_bD[some] = (per_unit / 2 * (z_RD * (z_RD * total_R1 - 2 * pulled_RD) + pulled_square_RD))[:, :given]
+    if not once:
+        for some, (weight_RD, weight_z_RD), _ in owner_sums(
+            _candidates, rows={"z": z_bD},
+            columns={"all_z": z_BD, "all_s": s_BD, "all_constants": _constants(z_BD, s_BD), "all_far": far_B,
+                     "all_step": step_B},
+            fixed=fixed, values=pulled_by, accumulators=2, numbers=0, offset=offset):  # fmt: skip
+            add_as_candidates(some, weight_RD, weight_z_RD)
+    return loss_b, grad_z_bD, grad_s_bD

@@ -190,7 +190,7 @@ def _pair_weights(
         weight += tl.where(by_column, tl.exp(exponent - tl.where(positive, pos[None, :], neg[None, :])), 0.0)
         weight = tl.where(positive, -weight, weight) * WEIGHT_SCALE
         if CHUNKED:
-            store_weights(weights, weight, rows, rows_exist, columns, columns_exist, B)
+            store_weights(weights, weight, rows, rows_exist, columns, columns_exist, b, B)
         else:
             pulled, _ = pull(
                 weight, all_x, columns, columns_exist, width, pulled,
@@ -215,12 +215,14 @@ def similarity_gradient(
     epsilon: float,
 ) -> Tensor:
     """Gradient of the batch's Σ_i L_i with respect to the local rows, float32 (b, D), given everybody's statistics."""
+    grad_bD = torch.empty_like(x_bD, dtype=torch.float32)
     D = x_BD.shape[1]
     x_bD, x_BD = aligned(x_bD), aligned(x_BD)
-    (pulled_bD,), _ = owner_sums(
+    for some, (pulled_RD,), _ in owner_sums(
         _pair_weights,
         rows={"x": x_bD, "labels": labels_b.contiguous(), "statistics": statistics_b4.contiguous()},
-        fixed={"all_x": x_BD, "all_labels": labels_B.contiguous(), "all_statistics": statistics_B4.contiguous(),
-               "alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)},
-        matrices=lambda: [x_BD], accumulators=1, numbers=0, offset=offset, columns=x_BD.shape[0])  # fmt: skip
-    return pulled_bD[:, :D] / WEIGHT_SCALE.value
+        columns={"all_x": x_BD, "all_labels": labels_B.contiguous(), "all_statistics": statistics_B4.contiguous()},
+        fixed={"alpha": float(alpha), "beta": float(beta), "base": float(base), "epsilon": float(epsilon)},
+        values=lambda window: [x_BD[window]], accumulators=1, numbers=0, offset=offset):  # fmt: skip
+        torch.div(pulled_RD[:, :D], WEIGHT_SCALE.value, out=grad_bD[some])
+    return grad_bD

@@ -107,7 +107,7 @@ def _weights(similarity, own, exist, own_weight, own_log, other_weight, other_lo
 
 @triton.jit
 def _rows(
-    x, labels, proxies, own_weight, own_log, other_weight, other_log, weights, sums, totals, b, B, width, offset,
+    x, labels, proxies, own_weight, own_log, other_weight, other_log, classes, weights, sums, totals, b, B, width,
     alpha, margin, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, CHUNKED: tl.constexpr,
@@ -124,14 +124,15 @@ def _rows(
             x, rows, rows_exist, proxies, columns, columns_exist, width,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
         )  # fmt: skip
+        column_class = tl.load(classes + columns, mask=columns_exist, other=-1)
         weight = _weights(
-            similarity, label[:, None] == columns[None, :], rows_exist[:, None] & columns_exist[None, :],
+            similarity, label[:, None] == column_class[None, :], rows_exist[:, None] & columns_exist[None, :],
             tl.load(own_weight + columns, mask=columns_exist, other=0.0)[None, :],
             tl.load(own_log + columns, mask=columns_exist, other=0.0)[None, :], other_share,
             tl.load(other_log + columns, mask=columns_exist, other=0.0)[None, :], alpha, margin,
         )  # fmt: skip
         if CHUNKED:
-            store_weights(weights, weight, rows, rows_exist, columns, columns_exist, B)
+            store_weights(weights, weight, rows, rows_exist, columns, columns_exist, b, B)
         else:
             pulled, _ = pull(
                 weight, proxies, columns, columns_exist, width, pulled,
@@ -143,16 +144,17 @@ def _rows(
 
 @triton.jit
 def _proxies(
-    proxies, own_weight, own_log, other_log, x, labels, other_weight, weights, sums, totals, b, B, width, offset,
+    proxies, own_weight, own_log, other_log, classes, x, labels, other_weight, weights, sums, totals, b, B, width,
     alpha, margin, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """Proxies own: b proxies down, the first of them number `offset`; B rows across."""
+    """Proxies own: b proxies down, B rows across."""
     rows, rows_exist = local_rows(b, BLOCK_M)
     weight_own = tl.load(own_weight + rows, mask=rows_exist, other=0.0)[:, None]
     log_own = tl.load(own_log + rows, mask=rows_exist, other=0.0)[:, None]
     log_other = tl.load(other_log + rows, mask=rows_exist, other=0.0)[:, None]
+    own_class = tl.load(classes + rows, mask=rows_exist, other=-1)
     weight_other = tl.load(other_weight)
     pulled = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     first, last = split_tiles(B, BLOCK_N, tiles_per_split)
@@ -164,11 +166,11 @@ def _proxies(
         )  # fmt: skip
         label = tl.load(labels + columns, mask=columns_exist, other=-1)
         weight = _weights(
-            similarity, (rows + offset)[:, None] == label[None, :], rows_exist[:, None] & columns_exist[None, :],
+            similarity, own_class[:, None] == label[None, :], rows_exist[:, None] & columns_exist[None, :],
             weight_own, log_own, weight_other, log_other, alpha, margin,
         )  # fmt: skip
         if CHUNKED:
-            store_weights(weights, weight, rows, rows_exist, columns, columns_exist, B)
+            store_weights(weights, weight, rows, rows_exist, columns, columns_exist, b, B)
         else:
             pulled, _ = pull(
                 weight, x, columns, columns_exist, width, pulled,
@@ -196,22 +198,28 @@ def proxy_gradient(
     Returns the local rows' gradient (b, D) and their share of the proxies' gradient (C, D).
     """
     D = x_bD.shape[1]
+    grad_x_bD, grad_proxies_CD = (torch.empty_like(rows, dtype=torch.float32) for rows in (x_bD, proxies_CD))
     x_bD, proxies_CD = _alike(x_bD, proxies_CD)
     labels_b = labels_b.contiguous()
     # In units of the largest, so that the weights of pairs lie within ±1 whatever the loss is scaled by.
     unit = torch.maximum(own_weight_C.abs().amax(), other_weight.abs()).float()
     per_unit = torch.where(unit == 0, 0.0, 1 / unit)
-    of_proxies = {"own_weight": own_weight_C * per_unit, "own_log": own_log_C.contiguous(),
-                  "other_log": other_log_C.contiguous()}  # fmt: skip
+    # A chunk of proxies or of rows does not begin at class 0: each proxy says whose it is.
+    of_proxies = {"proxies": proxies_CD, "own_weight": own_weight_C * per_unit, "own_log": own_log_C.contiguous(),
+                  "other_log": other_log_C.contiguous(),
+                  "classes": torch.arange(proxies_CD.shape[0], device=labels_b.device)}  # fmt: skip
+    of_rows = {"x": x_bD, "labels": labels_b}
     fixed = {"other_weight": other_weight * per_unit, "alpha": float(alpha), "margin": float(margin)}
-    (grad_x_bD,), _ = owner_sums(
-        _rows, rows={"x": x_bD, "labels": labels_b}, fixed=fixed | of_proxies | {"proxies": proxies_CD},
-        matrices=lambda: [proxies_CD], accumulators=1, numbers=0, offset=0, columns=proxies_CD.shape[0])  # fmt: skip
-    (grad_proxies_CD,), _ = owner_sums(
-        _proxies, rows={"proxies": proxies_CD} | of_proxies, fixed=fixed | {"x": x_bD, "labels": labels_b},
-        matrices=lambda: [x_bD], accumulators=1, numbers=0, offset=0, columns=x_bD.shape[0])  # fmt: skip
     back = unit * (alpha / WEIGHT_SCALE.value)
-    return grad_x_bD[:, :D] * back, grad_proxies_CD[:, :D] * back
+    for some, (pulled_RD,), _ in owner_sums(
+        _rows, rows=of_rows, columns=of_proxies, fixed=fixed, values=lambda window: [proxies_CD[window]],
+        accumulators=1, numbers=0, offset=None):  # fmt: skip
+        torch.mul(pulled_RD[:, :D], back, out=grad_x_bD[some])
+    for some, (pulled_RD,), _ in owner_sums(
+        _proxies, rows=of_proxies, columns=of_rows, fixed=fixed, values=lambda window: [x_bD[window]],
+        accumulators=1, numbers=0, offset=None):  # fmt: skip
+        torch.mul(pulled_RD[:, :D], back, out=grad_proxies_CD[some])
+    return grad_x_bD, grad_proxies_CD
 
 
 def _alike(x_bD: Tensor, proxies_CD: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,11 +142,22 @@ def pull(
 
 
 @triton.jit
-def store_weights(out, weight, rows, rows_exist, columns, columns_exist, B):
-    """out[rows, columns] = W in out's own type, (b, B) in all; returns Σ_j of the rounded W."""
+def store_weights(out, weight, rows, rows_exist, columns, columns_exist, b, B):
+    """out[:, rows, columns] = W in out's own type, (1, b, B) in all; returns Σ_j of the rounded W.
+
+    float32 is written in two parts, (2, b, B): rounded to TF32's 10 bits of mantissa, and the rest.
+    """
+    line = rows.to(tl.int64)
+    places = out + line[:, None] * B + columns[None, :]
+    exist = rows_exist[:, None] & columns_exist[None, :]
+    if out.dtype.element_ty == tl.float32:
+        bits = weight.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        tl.store(places, rounded, mask=exist)
+        tl.store(out + (line + b)[:, None] * B + columns[None, :], weight - rounded, mask=exist)
+        return tl.sum(weight, 1)
     weight = weight.to(out.dtype.element_ty)
-    places = rows.to(tl.int64)[:, None] * B + columns[None, :]
-    tl.store(out + places, weight, mask=rows_exist[:, None] & columns_exist[None, :])
+    tl.store(places, weight, mask=exist)
     return tl.sum(weight.to(tl.float32), 1)
 
 
