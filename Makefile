@@ -1,4 +1,5 @@
-# make setup | demo | test | test-all | lint | bench. Everything lives in .venv; nothing outside this folder is touched.
+# make setup | demo | test | test-all | test-gpu | lint | bench. Everything lives in .venv; nothing outside this folder
+# is touched.
 
 # The first Python of a version that all dependencies have wheels for.
 PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13 python3.10; do \
@@ -15,7 +16,7 @@ endif
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all test-gpu lint bench clean
 
 setup: $(INSTALLED)
 
@@ -42,10 +43,17 @@ test: setup
 test-all: setup
 	$(TEST) -m "whole or not whole"
 
+# What needs a GPU or uses one, the kernels compiled. Most of the time goes into compiling them, so one GPU serves many
+# processes; tests of one group share what they set up.
+test-gpu: setup
+	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' \
+		|| { echo "make test-gpu: torch sees no NVIDIA GPU here; run it where namr doctor names one" >&2; exit 2; }
+	$(BIN)/python -m pytest -m gpu -n auto --maxprocesses 12 --dist loadgroup
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x launchers/*.sh slurm/*.sh slurm/lab/*.sh .ci/run
+	$(BIN)/shellcheck -x launchers/*.sh slurm/*.sh slurm/lab/*.sh docs/*.sh .ci/run
 
 bench: setup
 	$(BIN)/namr bench kernels

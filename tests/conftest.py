@@ -37,7 +37,11 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 # Without torch.compile, which training has no use for: DeepSpeed imports a compiled function, and that takes seconds.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1",
                "TORCHDYNAMO_DISABLE": "1"}
+ON_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+"""What tests marked gpu change of it: one GPU."""
 
+# Otherwise to ask whether there is a GPU would start CUDA, which a process must not have done that forks others.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # Triton's kernels run on CPU tensors in these processes, by its interpreter; with a GPU they are compiled instead.
 # Read when a kernel is defined, hence here, and after the environment of launched programs is fixed.
 if not torch.cuda.is_available():
@@ -48,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start several processes come first: they take longest, and one left to the end would run alone."""
     long = {item.path for item in items if item.get_closest_marker("dist")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked gpu wait for one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -200,6 +200,8 @@ def _device(launch: Launch) -> tuple[torch.device, int]:
                       on_node=int(on_node) if on_node.isdecimal() else 0)
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
+    # Else gradients of convolutions add up in another order each time, and no run repeats or resumes exactly.
+    torch.backends.cudnn.deterministic = True
     return device, index
 
 

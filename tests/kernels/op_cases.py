@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from namr_dist import kernels
 from namr_dist.kernels import dispatch, reference
 from namr_dist.kernels.gpu import launch
 
+CPU = torch.device("cpu")
+COMPILED = torch.cuda.is_available()
+"""Triton's kernels run compiled, on a GPU; else by Triton's interpreter, on CPU tensors."""
+KERNEL_DEVICE = torch.device("cuda") if COMPILED else CPU
+KERNEL_MARKS = [pytest.mark.gpu] if COMPILED else []
+"""Of tests that run them."""
+PATHS = ["cpu", pytest.param("triton", marks=KERNEL_MARKS)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Where operators are tried as PyTorch sees them, for which there is no need to interpret kernels."""
+
+ROUNDED_RANKING = 0.1
+"""For gradients of multi-cluster ranking in a small batch of bfloat16 by kernels: rows less their middle are rounded to
+that type, compiled also operands of products, so a pair near a centre may fall on the centre's other side, which moves
+its rows' gradients."""
 CLASSES = 9
-REPEATS = 20 if torch.cuda.is_available() else 3
+REPEATS = 20 if COMPILED else 3
 """Calls that must give the same bits: few of Triton's interpreter, which runs one program after another."""
 UNEVEN = (5, 1, 0, 17)
 """Rows of ranks that differ as much as ranks may."""
@@ -34,25 +50,35 @@ class Batch:
     proxies: Tensor
     beta: Tensor
 
-    def leaves(self, dtype: torch.dtype) -> Batch:
+    def to(self, dtype: torch.dtype, device: torch.device | str = CPU) -> Batch:
+        """The same numbers in `dtype`, without gradients."""
+        floating = {name: getattr(self, name).detach().to(device, dtype) for name in FLOATING}
+        return Batch(**floating, labels=self.labels.to(device))
+
+    def leaves(self, dtype: torch.dtype, device: torch.device | str = CPU) -> Batch:
         """The same numbers in `dtype`, as leaves that ask for gradients."""
-        ready = {name: getattr(self, name).to(dtype).requires_grad_() for name in ("z", "s", "x", "proxies", "beta")}
-        return Batch(**ready, labels=self.labels)
+        ready = self.to(dtype, device)
+        for name in FLOATING:
+            getattr(ready, name).requires_grad_()
+        return ready
 
     def rounded(self, dtype: torch.dtype) -> Batch:
         """The same batch after rounding to `dtype`, in float64: what a half-precision op really sees."""
-        return Batch(**{name: getattr(self, name).to(dtype).double() for name in ("z", "s", "x", "proxies", "beta")},
-                     labels=self.labels)
+        return self.to(dtype).to(torch.float64)
 
 
-def batch(B: int, D: int, *, seed: int = 0, z: Tensor | None = None, labels: Tensor | None = None) -> Batch:
+FLOATING = ("z", "s", "x", "proxies", "beta")
+
+
+def batch(B: int, D: int, *, seed: int = 0, z: Tensor | None = None, labels: Tensor | None = None,
+          classes: int = CLASSES) -> Batch:
     """Random rows about a mean that is not 0, labels in no order; z and labels may be given."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(B, D, generator=generator, dtype=torch.float64)
     z = (normal + 0.5) * (2 / D) ** 0.5 if z is None else z.double()
     if labels is None:
-        labels = torch.randint(min(CLASSES, B), (B,), generator=generator)
-    proxies = torch.randn(CLASSES, D, generator=generator, dtype=torch.float64)
+        labels = torch.randint(min(classes, B), (B,), generator=generator)
+    proxies = torch.randn(classes, D, generator=generator, dtype=torch.float64)
     return Batch(z=z, s=0.5 + torch.rand(B, D, generator=generator, dtype=torch.float64), x=reference.unit_rows(z),
                  labels=labels, proxies=reference.unit_rows(proxies),
                  beta=torch.tensor([1.2], dtype=torch.float64))  # fmt: skip
@@ -112,18 +138,45 @@ ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 
 def use_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send CPU tensors to blocked PyTorch ("cpu") or, through the interpreter, to Triton's kernels ("triton")."""
+    """Send tensors on `device_of(path)` to blocked PyTorch ("cpu") or to Triton's kernels ("triton")."""
     if path == "triton":
-        if torch.cuda.is_available():
-            pytest.skip("kernels are compiled on this machine; tests marked gpu run them")
-        monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cpu",))
+        monkeypatch.setattr(dispatch, "TRITON_DEVICES", (KERNEL_DEVICE.type,))
         # Few programs: each walks several tiles, and several share a row, so both ways of adding up are met.
         monkeypatch.setattr(launch, "TARGET_PROGRAMS", 6)
 
 
+def device_of(path: str) -> torch.device:
+    """Where a path's tensors belong."""
+    return KERNEL_DEVICE if path == "triton" else CPU
+
+
+def through_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors, with CPU tensors taken to the kernels' device and what it returns brought back."""
+    if not COMPILED:
+        return function
+
+    @functools.wraps(function)
+    def there_and_back(*arguments: Any, **options: Any) -> Any:
+        copies: dict[int, Tensor] = {}  # one for each tensor: functions ask whether two arguments are the same
+        given = tree_map_only(Tensor, lambda tensor: copies.setdefault(id(tensor), _copied(tensor)),
+                              (arguments, options))
+        results = function(*given[0], **given[1])
+        return tree_map_only(Tensor, lambda tensor: tensor.cpu() if tensor.is_cuda else tensor, results)
+
+    return there_and_back
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """On the kernels' device with the same strides, for some are strided on purpose; what is not on a CPU stays."""
+    if tensor.device != CPU:
+        return tensor
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return storage.to(KERNEL_DEVICE).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def worst(got: Tensor, want: Tensor) -> float:
-    """Largest difference, as a share of the largest entry wanted."""
-    return float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-12))
+    """Largest difference, as a share of the largest entry wanted, which is in float64."""
+    return float((got.to(want) - want).abs().max() / want.abs().max().clamp_min(1e-12))
 
 
 def on_ranks(

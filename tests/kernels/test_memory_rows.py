@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from op_cases import OPS, ROWS, UNEVEN, Batch, batch, on_ranks, use_path, worst
+from op_cases import OPS, PATHS, ROWS, UNEVEN, Batch, batch, device_of, on_ranks, use_path, worst
 from torch import Tensor
 
 from namr_dist.kernels import reference
@@ -19,9 +19,9 @@ LATTICE = torch.randint(-2, 3, (B, 24), generator=torch.Generator().manual_seed(
 NAMES = [name for name in ROWS if name not in ("mean_distance", "proxy_anchor")]
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test runs on blocked PyTorch and on Triton's kernels; the latter through the interpreter."""
+    """Each test runs on blocked PyTorch and on Triton's kernels."""
     use_path(request.param, monkeypatch)
     return request.param
 
@@ -127,9 +127,7 @@ def test_equals_the_definition(path: str, name: str, case: str, counts: tuple[in
     given, memory = (part.rounded(torch.float32) for part in MEMORIES[case])
     want_loss, wanted = OPS[name].value_and_gradients(definition(memory), given.leaves(torch.float64))
     dtype, bound = (torch.float64, 1e-9) if path == "cpu" else (torch.float32, 1e-4)
-    rows = joined(given, memory)
-    plain = Batch(**{field: getattr(rows, field).to(dtype) for field in ("z", "s", "x", "proxies", "beta")},
-                  labels=rows.labels)  # fmt: skip
+    plain = joined(given, memory).to(dtype, device_of(path))
     results = on_ranks(counts, lambda i, j, gather: ROWS[name][1](plain, i, j, gather))
     for loss, *_ in results:
         assert abs(float(loss) - float(want_loss)) <= 0.1 * bound * float(want_loss)
