@@ -2,7 +2,9 @@
 
 Two comparisons, on the values the timed run uses, rounded to its dtype:
     the reference on the first min(B, 512) rows, always;
-    the eager form in float64 on all rows, where (B, B) tensors of float64 are affordable and nothing is drawn.
+    all rows in float64: by the eager form, where (B, B) tensors of float64 are affordable and nothing is drawn, else,
+    up to a limit, by this project's blocked PyTorch, which serves float64 on every device and shares no kernel with
+    what is timed on a GPU.
 Errors are relative: of the loss; of each gradient the greater of |g - g*| / |g*| in the Euclidean norm and in the
 largest entry.  A NaN agrees with nothing.
 
@@ -10,12 +12,13 @@ Near ties.  Where a comparison decides a pair's slope (mining, a hinge, the sign
 near tie the other way; that moves the gradient of the few rows concerned by as much as a term's weight, in every
 implementation.  Up to 5 % of such a loss's rows may therefore stand apart; they are counted in the note, and the
 errors are those of the other rows.  Their share grows with B in multi-cluster ranking, where all B² pairs have a kink
-(two rows in 512 in float32), which bounds the size of the second comparison.  A sampled loss is a mean over other
+(two rows in 512 in float32).  A sampled loss is a mean over other
 draws then, hence its wider bound on the loss itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -24,11 +27,13 @@ from torch import Tensor
 
 from . import eager
 from .cases import LOSSES, Batch, Case, Form
-from .providers import REFERENCE
+from .providers import OURS, REFERENCE
 
 GATE_ROWS = 512
-WHOLE_ROWS = {"cuda": 8192, "cpu": 4096}
+EAGER_ROWS = {"cuda": 16384, "cpu": 4096}
 """Up to this batch the eager form is evaluated in float64 on all rows."""
+BLOCKED_ROWS = {"cuda": 65536, "cpu": 4096}
+"""Up to this batch blocked PyTorch is, where the eager form is not."""
 SPARE_SHARE = 0.05
 LOSS_BOUND = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
 GRADIENT_BOUND = {"float32": 1e-4, "bfloat16": 2**-7, "float16": 2**-8}
@@ -77,13 +82,15 @@ def yardsticks(case: Case, batch: Batch) -> list[Yardstick]:
     exact = batch.leaf_copy(torch.float64)
     rows = min(case.rows, GATE_ROWS)
     found = [Yardstick(rows=rows, answer=answer(REFERENCE[case.loss], exact.head(rows)), name="reference")]
-    whole = rows < case.rows <= WHOLE_ROWS[torch.device(case.device).type]
-    if whole and not LOSSES[case.loss].sampled:
-        try:
-            found.append(Yardstick(rows=case.rows, answer=answer(eager.FORMS[case.loss], exact),
-                                   name="eager float64"))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+    kind = torch.device(case.device).type
+    if rows == case.rows or case.rows > BLOCKED_ROWS[kind]:
+        return found
+    if case.rows <= EAGER_ROWS[kind] and not LOSSES[case.loss].sampled:
+        form, name = eager.FORMS[case.loss], "eager float64"
+    else:
+        form, name = OURS[case.loss], "blocked float64"
+    with contextlib.suppress(torch.OutOfMemoryError):  # the comparison on few rows remains
+        found.append(Yardstick(rows=case.rows, answer=answer(form, exact), name=name))
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 def describe(device: torch.device) -> dict[str, str]:
     """The columns that are the same in every row of a run."""
     return {"device": device_name(device), "platform": _platform(device), "torch": torch.__version__,
-            "triton": _version("triton"), "commit": _commit()}
+            "triton": _triton_version(), "commit": _commit()}
 
 
 def device_name(device: torch.device) -> str:
@@ -36,8 +36,8 @@ def _platform(device: torch.device) -> str:
     return f"driver {found.group() if found else 'unknown'}, CUDA {torch.version.cuda}"
 
 
-def _version(package: str) -> str:
-    return importlib.metadata.version(package) if importlib.util.find_spec(package) else "none"
+def _triton_version() -> str:
+    return importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
 
 
 def _commit() -> str:
@@ -48,5 +48,12 @@ def _commit() -> str:
         found = subprocess.run(["git", "--no-optional-locks", "-C", folder, "describe", "--always", "--dirty",
                                 "--abbrev=12"], capture_output=True, text=True, check=False)
     except OSError:  # no git here
-        return _version("namr_dist")
-    return found.stdout.strip() if found.returncode == 0 else _version("namr_dist")
+        return _package_version()
+    return found.stdout.strip() if found.returncode == 0 else _package_version()
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("namr-dist")
+    except importlib.metadata.PackageNotFoundError:  # found by PYTHONPATH
+        return "unknown"

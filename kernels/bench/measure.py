@@ -1,19 +1,22 @@
 """Time: all providers in one process, turn by turn, on one device.
 
 A round measures every pass of every provider once and the witness once; the order moves on by one each round, so
-that whatever else the machine does, and whatever a predecessor leaves in the caches, meets all of them alike.
+that whatever else the machine does, and whatever a predecessor leaves in the caches, meets all of them alike.  A slow
+provider takes part in some rounds only, spread over all of them.
     forward            the loss without gradients (no_grad)
     backward           loss.backward() alone, after a forward pass that is not timed
     forward+backward   both
 CUDA: events around the pass, behind a synchronise and a write over the L2 cache, which also gives the host a head
-start on the launches.  CPU: perf_counter.
+start of some 0.1 ms on the launches: a pass of many small kernels takes as long as the host needs to launch them, and
+`host_ms` says how long that was.  CPU: perf_counter.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +24,23 @@ from .cases import PASSES, Batch, Form
 
 _L2_BYTES = 256 * 2**20
 """More than any GPU's L2 cache."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one pass on its device, and until the host had issued it; on a CPU the same."""
+
+    ms: float
+    host_ms: float
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What came of the rounds: of every (provider, pass), of the witness, and why a provider fell out with nothing."""
+
+    timings: dict[tuple[str, str], list[Timing]]
+    witnessed: list[Timing] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,20 +67,25 @@ class Stopwatch:
         self.cuda = device.type == "cuda"
         self._l2 = torch.empty(_L2_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
 
-    def __call__(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call."""
+    def __call__(self, call: Callable[[], object]) -> Timing:
+        """The time of one call."""
         if not self.cuda:
-            began = time.perf_counter()
-            call()
-            return 1000 * (time.perf_counter() - began)
+            host_ms = _host_ms(call)
+            return Timing(host_ms, host_ms)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self.device)
         self._l2.zero_()
         start.record()
-        call()
+        host_ms = _host_ms(call)
         end.record()
         torch.cuda.synchronize(self.device)
-        return start.elapsed_time(end)
+        return Timing(start.elapsed_time(end), host_ms)
+
+
+def _host_ms(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - began)
 
 
 def run_pass(form: Form, batch: Batch) -> None:
@@ -74,8 +99,26 @@ def clear_gradients(batch: Batch) -> None:
         leaf.grad = None
 
 
-def sample(part: str, form: Form, batch: Batch, watch: Stopwatch) -> float:
-    """Milliseconds of one pass of a form."""
+def release(batch: Batch) -> None:
+    """Back to the state before a pass, also after one that broke: what it held is free again for the others."""
+    clear_gradients(batch)
+    gc.collect()
+    if batch.labels_B.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def affordable(pass_ms: float, *, passes: int, rounds: int, budget_s: float) -> int:
+    """In how many of the rounds a provider takes part whose longest pass takes so long: one at least."""
+    return max(1, min(rounds, int(1000 * budget_s / (passes * pass_ms))))
+
+
+def sample(part: str, form: Form, batch: Batch, watch: Stopwatch) -> Timing:
+    """The time of one pass of a form."""
     clear_gradients(batch)
     if part == "forward":
         with torch.no_grad():
@@ -86,30 +129,38 @@ def sample(part: str, form: Form, batch: Batch, watch: Stopwatch) -> float:
     return watch(lambda: run_pass(form, batch))
 
 
-def interleave(forms: Mapping[str, Form], witness: Form, batch: Batch, watch: Stopwatch, *,
-               rounds: int) -> tuple[dict[tuple[str, str], list[float]], list[float]]:
-    """Samples of every (provider, pass), and of the witness's forward pass, `rounds` each."""
-    samples: dict[tuple[str, str], list[float]] = {(name, part): [] for name in forms for part in PASSES}
-    witnessed: list[float] = []
+def interleave(forms: Mapping[str, Form], witness: Form, batch: Batch, watch: Stopwatch, *, rounds: int,
+               shares: Mapping[str, int], passes: Sequence[str] = PASSES) -> Rounds:
+    """Time every pass of every provider in its share of the rounds, and the witness's forward pass in each."""
+    found = Rounds({(name, part): [] for name in forms for part in passes})
     names = [*forms, None]
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if name is None:
-                witnessed.append(sample("forward", witness, batch, watch))
-                continue
-            for part in PASSES:
-                samples[name, part].append(sample(part, forms[name], batch, watch))
+                found.witnessed.append(sample("forward", witness, batch, watch))
+            elif name not in found.failures and (turn + 1) * shares[name] // rounds > turn * shares[name] // rounds:
+                try:
+                    for part in passes:
+                        found.timings[name, part].append(sample(part, forms[name], batch, watch))
+                except Exception as error:  # out of memory, most likely
+                    found.failures[name] = told(error)
+                if name in found.failures:  # not in the handler, where the error still holds the broken pass
+                    release(batch)
+                    for part in passes:
+                        del found.timings[name, part]
     clear_gradients(batch)
-    return samples, witnessed
+    return found
 
 
-def cold_start(form: Form, batch: Batch, device: torch.device) -> float:
-    """Seconds of the first call of each pass: what compiling and loading cost in this process."""
+def cold_start(form: Form, batch: Batch, device: torch.device, passes: Sequence[str]) -> float:
+    """Seconds of the first call of each pass: what compiling and loading cost here."""
     began = time.perf_counter()
-    with torch.no_grad():
-        form(batch.labels_B, *batch.leaves)
-    run_pass(form, batch)
+    if "forward" in passes:
+        with torch.no_grad():
+            form(batch.labels_B, *batch.leaves)
+    if set(passes) != {"forward"}:
+        run_pass(form, batch)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     clear_gradients(batch)

@@ -32,7 +32,8 @@ def peak_extra_mib(case: Case, provider: str, form: Form, batch: Batch) -> float
     """MiB of one forward and backward pass.  Raises RuntimeError when the pass did not survive."""
     device = torch.device(case.device)
     if device.type == "cuda":
-        return _cuda_peak(form, batch, device)
+        clear_gradients(batch)
+        return cuda_peak_mib(lambda: run_pass(form, batch), device)
     with ProcessPoolExecutor(1, mp_context=_fresh()) as pool:
         return pool.submit(_in_fresh_process, case, provider, torch.get_num_threads()).result()
 
@@ -44,12 +45,12 @@ def _fresh() -> BaseContext:
     return context
 
 
-def _cuda_peak(form: Form, batch: Batch, device: torch.device) -> float:
-    clear_gradients(batch)
+def cuda_peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """Most memory of the GPU that tensors took during a call beyond what they took before, in MiB."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run_pass(form, batch)
+    call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / MIB
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import DTYPES, LOSSES, PER_CLASS, Case
+from .cases import DTYPES, LOSSES, PASSES, PER_CLASS, Case
 from .providers import PROVIDERS, available
 from .table import Refused, check_csv, render
 
@@ -54,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--losses", choices=list(LOSSES), nargs="+", default=list(LOSSES), help="(all)")
     parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=list(available()),
                         help="(all that are installed)")
+    parser.add_argument("--passes", choices=PASSES, nargs="+", default=list(PASSES), help="(all)")
     parser.add_argument("--samples", type=_count, default=30, metavar="N", help="rounds (%(default)s)")
+    parser.add_argument("--budget", type=_count, default=10, metavar="SECONDS",
+                        help="what the rounds of one provider may take in a case; a slower one takes part in fewer "
+                        "(%(default)s)")
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="(%(default)s)")
     parser.add_argument("--csv", type=Path, default=Path("runs/bench/kernels.csv"), metavar="FILE",
@@ -83,7 +87,8 @@ def execute(options: argparse.Namespace) -> None:
     cases = [Case(loss=loss, rows=rows, width=width, dtype=dtype, device=options.device)
              for dtype in options.dtype for loss in options.losses
              for width in options.width or WIDTHS[kind] for rows in options.rows or ROWS[kind]]
-    rows = run(cases, options.providers, samples=options.samples, csv=options.csv)
+    rows = run(cases, options.providers, passes=[part for part in PASSES if part in options.passes],
+               samples=options.samples, budget_s=options.budget, csv=options.csv)
     print(json.dumps(rows, indent=1) if options.json else f"{_title(rows[0])}\n{render(rows)}")
 
 

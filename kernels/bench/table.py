@@ -2,7 +2,8 @@
 
 Columns beside the obvious:
     pass             forward | backward | forward+backward
-    samples          timed runs behind the quantiles; 0 with a note where a provider failed
+    samples          timed runs behind the quantiles: fewer for a slow provider, 0 with a note where one failed
+    host_ms          GPU only: until the host had issued the pass, median; close to median_ms, launching sets the pace
     matmul_ms        the bare X·Xᵀ in the same dtype, median over the same rounds
     ratio_to_ours    this median over ours in the same pass; empty unless both agree with the definition (or differ
                      from it by definition), and where ours has done the work in its forward pass already
@@ -10,7 +11,8 @@ Columns beside the obvious:
     floor_share      floor (see cases.py) over the median
     agrees           yes | no | differs by definition | witness
     gate             what the results were compared with, and on how many rows
-    cold_start_s     first call of every pass in this process
+    cold_start_s     first call of every pass in this case; what an earlier case of the process, or a cache on disk,
+                     has compiled already is not compiled again
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ Value = str | int | float | None
 Row = dict[str, Value]
 
 COLUMNS = ("timestamp", "device", "platform", "torch", "triton", "commit", "dtype", "loss", "provider", "B", "D",
-           "pass", "samples", "median_ms", "p20_ms", "p80_ms", "matmul_ms", "ratio_to_ours", "peak_extra_mib",
-           "floor_share", "agrees", "loss_error", "gradient_error", "gate", "cold_start_s", "note")
+           "pass", "samples", "median_ms", "p20_ms", "p80_ms", "host_ms", "matmul_ms", "ratio_to_ours",
+           "peak_extra_mib", "floor_share", "agrees", "loss_error", "gradient_error", "gate", "cold_start_s", "note")
 AGREES, WRONG, DIFFERS, WITNESS = "yes", "no", "differs by definition", "witness"
 
 
