@@ -245,7 +245,7 @@ def stream(images: ImageSource, batches: TrainPlan | list[list[tuple[int, int]]]
         images, batch_sampler=_noting(itertools.chain([first], planned), asked), num_workers=workers,
         collate_fn=_to_parent, pin_memory=pin_memory, worker_init_fn=set_up_worker,
         timeout=min(LOOK_S, timeout_s) if workers else 0,
-        prefetch_factor=_batches_ahead(images, len(first), workers=workers) if workers else None,
+        prefetch_factor=batches_ahead(images, len(first), workers=workers) if workers else None,
         # Its own, though nothing uses it: a loader draws from the generator it has, and torch's one is the model's.
         generator=torch.Generator(),
     )
@@ -265,7 +265,7 @@ def _noting(batches: Iterable[list[tuple[int, int]]],
         yield batch
 
 
-def _batches_ahead(images: ImageSource, batch_size: int, *, workers: int) -> int:
+def batches_ahead(images: ImageSource, batch_size: int, *, workers: int) -> int:
     """Batches that a worker makes ahead: four, or fewer if they are large."""
     batch_bytes = batch_size * 3 * images.side**2
     return max(1, min(4, _AHEAD_BYTES // (workers * batch_bytes)))

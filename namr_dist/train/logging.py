@@ -84,20 +84,21 @@ class RunLog:
             self._bar.update(self._task, completed=int(figures["step"]),
                              note=f"loss {figures['loss']:.4f}{self._speed}")
 
-    def speed(self, step: int, img_per_s: float, times: StepTimes, *, images: int, gathered_bytes: float) -> None:
+    def speed(self, step: int, img_per_s: float, times: StepTimes, *, images: int, gathered_bytes: float,
+              peak_bytes: int) -> None:
         """Of the steps since the last such call, validation and checkpoints left out: images a second, where the time
-        went, the machine of the slowest rank, and the bytes a rank received a step while embeddings were gathered;
-        `images` a step. A line for people, if there is no bar."""
+        went, the machine of the slowest rank, the bytes a rank received a step while embeddings were gathered, and
+        the most that a rank held (peak_memory.py); `images` a step. A line for people, if there is no bar."""
         share = {} if self._peak_img_per_s is None else {"mfu": round(img_per_s / self._peak_img_per_s, 4)}
         replaced = {} if self._replaced is None else \
             {"damaged_images": len(self._replaced), "replacements": self._replaced.total()}
         slowest_host = self._hosts[times.slowest_rank]
-        self._write({"step": step, "img_per_s": round(img_per_s, 1), **share, **replaced,
+        self._write({"step": step, "img_per_s": round(img_per_s, 3), **share, **replaced,
                      "time_s": round(self.time_s, 3),
                      **{f"{name}_s": round(seconds, 5) for name, seconds in times.mean_s.items()},
                      "slowest_rank": times.slowest_rank, "slowest_host": slowest_host,
                      "slowest_s": round(times.slowest_s, 5),
-                     "gathered_mib": round(gathered_bytes / 2**20, 4)})
+                     "gathered_mib": round(gathered_bytes / 2**20, 4), "peak_mib": round(peak_bytes / 2**20, 1)})
         self._speed = f"  {img_per_s:.0f} img/s" + (f", {100 * share['mfu']:.0f} % of peak" if share else "")
         if self._bar:
             return

@@ -37,6 +37,7 @@ from namr_dist.train.keeper import CheckpointKeeper
 from namr_dist.train.logging import RunLog
 from namr_dist.train.objective import StepLoss, TrainingModule
 from namr_dist.train.peak import device_peak, run_peak_img_per_s
+from namr_dist.train.peak_memory import take_peak_bytes
 from namr_dist.train.phases import Phases, StepTimes
 from namr_dist.train.preflight import check_sizes, claim_folder, lock_folder, preflight, run_bytes
 from namr_dist.train.resume import Start, checkpoints, cut_log, find_start, hash_images
@@ -215,9 +216,10 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
         if line:
             spent = StepTimes.of_all_ranks(phases.take(), steps=line_steps, rank=rank)
             received = traffic.take() / line_steps
+            peak_bytes, = host.largest(take_peak_bytes(rank.device))
             if log:
                 log.speed(step + 1, images * line_steps / (time.perf_counter() - line_began), spent,
-                          images=images, gathered_bytes=received)
+                          images=images, gathered_bytes=received, peak_bytes=peak_bytes)
             line_steps, line_began = 0, time.perf_counter()
         if validate:
             paused = time.perf_counter()

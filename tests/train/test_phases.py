@@ -132,12 +132,13 @@ def test_speed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                       slowest_s=0.04)
     with RunLog(tmp_path, steps=9, hosts=["left", "right"], peak_img_per_s=5000.0, tensorboard=False, name="x") as log:
         log.step({"step": 3, "epoch": 2, "loss": 1.5, "metric_loss": 0.5, "ranking_loss": 0.5, "lr": 1e-4})
-        log.speed(3, 2000.0, times, images=200, gathered_bytes=2**20)
+        log.speed(3, 2000.0, times, images=200, gathered_bytes=2**20, peak_bytes=3 * 2**20)
     line = " ".join(capsys.readouterr().err.split())
     assert "loss 1.5000 (metric 0.5000, ranking 0.5000) lr 1.0e-04 2000 img/s, 40 % of peak" in line
     assert line.endswith("100 ms/step: forward 30, backward 60, rest 10 slowest: rank 1 on right, 40 ms")
     logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert logged["img_per_s"] == 2000.0 and logged["mfu"] == 0.4 and logged["gathered_mib"] == 1.0
+    assert logged["peak_mib"] == 3.0
     assert {f"{name}_s" for name in STEP_PHASES} <= logged.keys() and logged["slowest_rank"] == 1
     assert logged["slowest_host"] == "right"
 
