@@ -85,8 +85,9 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     own, overrides = split_overrides(words)
     parsed = parser.parse_args(own)
-    if overrides and parsed.command not in ("train", "preflight"):
-        parser.error(f"{overrides[0]} goes with `namr train` and `namr preflight`")
+    if overrides and parsed.command not in ("train", "preflight", "reproduce") and words[:2] != ["bench", "train"]:
+        parser.error(f"{overrides[0]} goes with `namr train`, `namr preflight`, `namr reproduce` and "
+                     "`namr bench train`")
     return parsed, overrides
 
 

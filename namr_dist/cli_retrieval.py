@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from namr_dist.atomic import check_target
@@ -99,12 +100,17 @@ def _compare(parsed: argparse.Namespace) -> None:
         raise InputError("the table of several runs needs a place; give --out FILE.html")
     out = parsed.out or parsed.runs[0] / "report.html"
     check_target("--out", out)
+    write_table(parsed.runs, out, as_json=parsed.json)
+
+
+def write_table(places: Sequence[Path], out: Path, *, as_json: bool) -> None:
+    """The table over all runs in these places: on stdout, as text or JSON, and as the page `out`."""
     from namr_dist.retrieval.compare import compare, find_runs
     from namr_dist.retrieval.comparison_page import print_comparison, write_comparison
 
-    comparison = compare(find_runs(parsed.runs))
+    comparison = compare(find_runs(places))
     write_comparison(comparison, out)
-    if parsed.json:
+    if as_json:
         print(json.dumps(dataclasses.asdict(comparison), indent=2))
         return
     print_comparison(comparison)
