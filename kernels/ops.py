@@ -119,6 +119,8 @@ def loss_op(name: str, *, differentiable: int) -> Callable[[Callable[..., Any]],
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Their product rounded to `dtype`, on a GPU without a wider one in between."""
+    if gradient.dtype == dtype:
+        return gradient * factor
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 

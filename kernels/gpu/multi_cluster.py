@@ -71,7 +71,7 @@ def _adaptive_distances(
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
     )  # fmt: skip
     # Where D² is small beside the anchor's own term, the candidate's term is as large: the scale is twice it.
-    limit = tl.where(constant > 0, 2 * constant * CLOSE, float("-inf"))
+    limit = tl.where(constant > 0, constant * (2 * CLOSE), float("-inf"))
     squared = mend(
         constant + product, limit, z, s, anchors, anchors_exist, y, others, width, BLOCK_K=16
     )  # fmt: skip
@@ -264,10 +264,11 @@ def ranking(
     """
     given = z_ND.shape[1]
     if z_ND.dtype == torch.float16:  # s∘z and z∘z leave its range, at both ends
-        wide_ND = z_ND.float()
-        z_bD, z_ND = (wide_ND if z_bD is z_ND else z_bD.float()), wide_ND
+        # One copy where both are one.
+        z_bD, z_ND = (z_bD.float(), z_ND.float()) if z_bD is not z_ND else 2 * (z_ND.float(),)
     z_bD, z_ND = centred(z_bD, z_ND, half_too=True)
-    s_bD, s_BD = aligned(s_bD.to(z_bD.dtype)), aligned(s_BD.to(z_bD.dtype))
+    local, s_BD = None if s_bD is s_BD else aligned(s_bD.to(z_bD.dtype)), aligned(s_BD.to(z_bD.dtype))
+    s_bD = s_BD if local is None else local
     (b, D), B, N = z_bD.shape, s_BD.shape[0], z_ND.shape[0]
     z_BD = z_ND[:B]
     here = slice(offset, offset + b)
@@ -308,7 +309,7 @@ def ranking(
         transposed=columns_as_candidates if once else None):  # fmt: skip
         loss_b[some] = loss_R
         z_RD, total_R1 = z_bD[some].float(), total_R[:, None]
-        grad_z_bD[some] += (per_unit * s_bD[some] * (z_RD * total_R1 - pulled_RD))[:, :given]
+        grad_z_bD[some] += (per_unit * (s_bD[some] * (z_RD * total_R1 - pulled_RD)))[:, :given]
         grad_s_bD[some] = (per_unit / 2 * (z_RD * (z_RD * total_R1 - 2 * pulled_RD) + pulled_square_RD))[:, :given]
     if not once:
         for some, (weight_RD, weight_z_RD), _ in owner_sums(

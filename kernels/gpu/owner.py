@@ -25,6 +25,8 @@ from .launch import architecture, launch, operands, splits
 CHUNK_BYTES = 32 * 2**20
 """Memory of a chunk of pair weights, as square as the batch allows: 4096 × 4096 pairs in half types. Small enough to be
 read out of the cache, large enough to give every multiprocessor a share of its products."""
+CHUNK_SIDE = 16384
+"""Most rows, or columns, of a chunk that is not square: their sums, or y, are kept beside it."""
 
 Transposed = Callable[[slice, slice, Tensor], None]
 """What is told of each chunk: its rows, its columns, its weights (P, R, C)."""
@@ -74,9 +76,7 @@ def owner_sums(
 
     size = config("weights" + many, architecture(first.device), D, first.dtype)
     kept = 2 if first.dtype == torch.float32 else 1
-    pairs = CHUNK_BYTES // (kept * first.dtype.itemsize)
-    width = max(1, min(N, math.isqrt(pairs)))
-    height = max(size.block_m, pairs // width // size.block_m * size.block_m)
+    height, width = _chunk(b, N, CHUNK_BYTES // (kept * first.dtype.itemsize), size)
     for some in _pieces(b, height):
         R = some.stop - some.start
         sums = torch.zeros(accumulators, R, D, dtype=torch.float32, device=first.device)
@@ -90,11 +90,22 @@ def owner_sums(
                 lines["offset"] = offset + some.start - window.start
             totals += _start(kernel, size, lines | fixed, R, C, numbers, first.device, weights=weights, sums=None,
                              BLOCK_D=16, CHUNKED=True)  # fmt: skip
-            sums += product(weights, torch.cat(values(window), 1)).view(R, accumulators, D).movedim(1, 0)
+            y = values(window)
+            sums += product(weights, y[0] if len(y) == 1 else torch.cat(y, 1)).view(R, accumulators, D).movedim(1, 0)
             if transposed is not None:
                 transposed(some, window, weights)
             del weights  # before there are those of the next
         yield some, sums, totals
+
+
+def _chunk(b: int, N: int, pairs: int, size: Config) -> tuple[int, int]:
+    """Rows and columns of a chunk of so many pairs: square, or longer where the batch is narrow."""
+    def whole_tiles(rows: int) -> int:
+        return max(1, rows // size.block_m) * size.block_m
+
+    height = whole_tiles(min(b + size.block_m - 1, math.isqrt(pairs)))
+    width = max(1, min(N, whole_tiles(min(pairs // height, CHUNK_SIDE))))
+    return whole_tiles(min(pairs // width, CHUNK_SIDE)), width
 
 
 def _pieces(count: int, size: int) -> Iterator[slice]:

@@ -1,7 +1,6 @@
 """The benchmark itself: that it measures what it says, refuses what it must, and lets no wrong result through."""
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,7 +20,6 @@ from namr_dist.kernels.bench import eager, gate, measure, memory, providers, tab
 from namr_dist.kernels.bench.cases import LOSSES, PASSES, Case, make_batch
 from namr_dist.kernels.bench.run import measure as measure_case
 
-DOCS = Path(__file__).parents[2] / "docs"
 _SETTINGS = ["--rows", "32", "--width", "16", "--samples", "2", "--device", "cpu"]
 _PROVIDERS = ["ours", "eager", "naive", "pml", "matmul"]
 
@@ -35,15 +32,6 @@ def _bench(*words: str) -> subprocess.CompletedProcess[str]:
 
 def _case(loss: str, *, rows: int = 32, width: int = 16, dtype: str = "float32") -> Case:
     return Case(loss=loss, rows=rows, width=width, dtype=dtype, device="cpu")
-
-
-def _script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -353,156 +341,3 @@ def test_plot_leaves_out_what_does_not_agree(measured, tmp_path: Path) -> None:
         table.append(path, [{**row, "agrees": "no"} for row in csv.DictReader(file)])
     ended = _bench("--plot", str(path))
     assert ended.returncode == 2 and "holds no figures" in ended.stderr
-
-
-def test_documents_show_what_the_files_hold() -> None:
-    performance = _script("make_performance")
-    for page, content in ((DOCS / "kernels.md", performance.kernels_page()),
-                          (DOCS.parent / "README.md", performance.readme())):
-        between = page.read_text().split("<!-- performance:begin -->\n")[1].split("\n<!-- performance:end -->")[0]
-        assert between == content, f"run docs/make_performance.py: {page.name} does not show its figures"
-
-
-def _gpu_row(provider: str, part: str, median: float, *, agrees: str = "yes", loss: str = "multi-similarity",
-             **others: object) -> dict[str, object]:
-    return {**dict.fromkeys(table.COLUMNS, ""), "device": "A GPU", "platform": "driver 1", "torch": "2", "triton": "3",
-            "commit": "abc", "dtype": "float32", "loss": loss, "provider": provider, "B": 1024, "D": 64, "pass": part,
-            "samples": 30, "median_ms": median, "p20_ms": median, "p80_ms": median, "host_ms": 0.1,
-            "floor_share": 0.5, "agrees": agrees, "loss_error": 1e-7, "gradient_error": 2e-6, **others}
-
-
-def test_figures_of_a_gpu_in_words(tmp_path: Path) -> None:
-    performance = _script("make_performance")
-    whole, path = "forward+backward", tmp_path / "kernels-h200.csv"
-    table.append(path, [
-        _gpu_row("ours", whole, 99.0, peak_extra_mib=9),  # measured again below: the last counts
-        _gpu_row("ours", whole, 2.0, peak_extra_mib=1.5), _gpu_row("ours", "forward", 0.6),
-        _gpu_row("eager", whole, 24.6, peak_extra_mib=30), _gpu_row("matmul", "forward", 0.8, agrees="witness"),
-        _gpu_row("pml", whole, 50.0, agrees="differs by definition"), _gpu_row("compile", whole, 9.0, agrees="no"),
-        _gpu_row("ours", whole, 0.105, loss="margin", peak_extra_mib=1)])
-    text = "\n".join(performance.section("On a GPU", path))
-    assert "| multi-similarity | 1,024 × 64 | 2.00 [2.00–2.00] | 1.50 | 50 % | 12.3×, 20.0× | 25.0×* |" in text
-    assert "| margin | 1,024 × 64 | 0.105 [0.105–0.105]† | 1.00 | 50 % | – | – |" in text
-    assert "| multi-similarity | float32 | 1,024 × 64 | 0.600 [0.600–0.600] | 0.800 [0.800–0.800] | 0.75 |" in text
-    # 1024 rows of 64 numbers in float32 are 0.25 MiB.
-    assert "takes at most 1.25 MiB (multi-similarity)" in text
-    assert "Left out, for it did not agree with the definition: compile, multi-similarity, 1,024 × 64" in text
-    assert "here 1e-07 of the loss, 2e-06 of a gradient; eager PyTorch 1e-07" in text
-
-
-@pytest.mark.parametrize("loss", ["triplet-hardest", "multi-similarity", "multi-cluster-ranking"])
-def test_sampled_rows_of_a_large_batch_beside_float64(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    largest = _script("largest_batch")
-    case = _case(loss, rows=128)
-    good = largest.measure(case)
-    assert good.rows_compared == 32 * (2 if loss == "multi-cluster-ranking" else 1) and good.rows_apart <= 1
-    assert 0 < good.gradient_error < 1e-4 and 0 < good.exchanged_error < 1e-4
-    right = providers.OURS[loss]
-    monkeypatch.setitem(providers.OURS, loss, lambda *given: 1.01 * right(*given))
-    assert largest.measure(case).rows_apart > 16
-
-
-def test_batches_double_until_memory_is_full_or_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    largest = _script("largest_batch")
-
-    def fake(case: Case) -> object:
-        if case.rows > 400:
-            raise torch.OutOfMemoryError("full")
-        return largest.Measured(case.loss, case.dtype, case.rows, case.width, case.rows / 100)
-
-    monkeypatch.setattr(largest, "measure", fake)
-    for limit_s, most_rows, wanted in (
-            (1000, 2000, [(100, ""), (200, ""), (400, ""), (800, "out of memory")]),
-            (7, 2000, [(100, ""), (200, "400 rows would take some 8 s")]),
-            (1000, 200, [(100, ""), (200, "more not tried")])):
-        kept: list[tuple[int, str]] = []
-        largest.double("triplet-hardest", width=8, dtype="float32", rows=100, most_rows=most_rows, limit_s=limit_s,
-                       device="cpu", keep=lambda one, kept=kept: kept.append((one.B, one.note)))
-        assert kept == wanted
-
-
-def test_largest_batches_and_first_calls_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    largest, performance = _script("largest_batch"), _script("make_performance")
-    path = tmp_path / "largest-batch-h200.csv"
-    monkeypatch.setattr(sys, "argv", [
-        "largest_batch.py", "--device", "cpu", "--losses", "triplet-hardest", "--width", "16", "--rows", "64",
-        "--most-rows", "128", "--dtype", "float32", "--seconds", "1e9", "--csv", str(path)])
-    largest.main()
-    line, = [line for line in performance.largest(path) if line.startswith("| triplet, hardest")]
-    assert re.fullmatch(r"\| triplet, hardest \| float32 \| 128 × 16 \| [\d.,]+ \| [\d.,]+ \| \de-\d\d \| 0 of 32 \| "
-                        r"more not tried \|", line), line
-    cold = tmp_path / "cold.csv"
-    table.append(cold, [_gpu_row("ours", "forward", 1.0, cold_start_s=seconds) for seconds in (3.21, 12.5)])
-    assert "nothing compiled before: 3.2 to 12.5 s" in performance.cold(cold)[0]
-
-
-def test_tuning_compiles_ahead_what_is_then_timed() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run([sys.executable, "-c", """
-import torch
-from namr_dist.kernels import aot, tune
-from namr_dist.kernels.gpu.launch import recording
-for kind, cases in tune.KINDS.items():
-    for task in tune.tasks([kind], ['float32', 'bfloat16'], [128, 512], 90):
-        marked = task.table._replace(config=tune.Config(64, 64, 32, 4, 7))
-        for case in cases:
-            with tune.trial(marked), recording(90) as seen:
-                aot.CASES[case](tune.MetaInputs(task.width, aot.DTYPES[task.dtype]))
-            assert any(launch.config == marked.config for launch in seen.launches), (task, case)
-assert {task.kind for task in tune.tasks(list(tune.KINDS), ['float32', 'bfloat16'], [128, 512], 90)} == set(tune.KINDS)
-tune.KINDS['scan'] = ('proxy_sums',)
-tune.stand_in(90)
-row = tune.Task('scan', 90, 'bfloat16', 128).table
-assert tune.compile_ahead(row, 'bfloat16') == ''
-assert 'shared memory' in tune.compile_ahead(row._replace(config=tune.Config(128, 128, 64, 8, 8)), 'bfloat16')
-with recording(90) as seen:
-    aot.CASES['proxy_sums'](tune.MetaInputs(128, torch.bfloat16))
-launch, = seen.launches
-real = {name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-        for name, value in launch.arguments.items()}
-size = {'num_warps': launch.config.warps, 'num_stages': launch.config.stages}
-started = [launch.kernel.run(grid=(1,), warmup=True, **given, **size) for given in (launch.arguments, real)]
-assert started[0] is started[1], 'with numbers in them it is another kernel'
-"""], env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-
-
-def test_tuning_takes_the_fastest_that_agrees_and_is_within_the_limits(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run([sys.executable, "-c", """
-import sys
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-import torch
-from namr_dist.kernels import tune
-from namr_dist.kernels.gpu import configs
-task = tune.Task('rank', 90, 'bfloat16', 128)
-rows = task.rows
-assert rows[0] == task.table and len(rows) == len(set(rows)) > 20
-wrong, broken, spills, best = rows[5:9]
-def run(case, inputs, watch):
-    now = tune.config('rank', 90, 128, torch.bfloat16)
-    if now == broken.config:
-        raise RuntimeError('out of resources')
-    order = {wrong.config: 1.0, spills.config: 2.0, best.config: 3.0}
-    return order.get(now, 10.0), [torch.ones(4) * (2 if now == wrong.config else 1)]
-tune.run, tune.Stopwatch, tune.RealInputs = run, lambda device: None, lambda *given: None
-tune.fits = lambda row, case, dtype: row != spills
-compiled = [Future() for row in rows]
-for place, future in enumerate(compiled):
-    future.set_result('takes too much' if place == 9 else '')
-with ThreadPoolExecutor(1) as pool:
-    chosen, tried = tune.search(task, compiled, pool, 5)
-assert chosen == best, chosen
-tune.log(Path(sys.argv[1]), task, chosen, tried)
-""", str(tmp_path / "tune.csv")], env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    with (tmp_path / "tune.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["case"] == "ranking"]
-    notes = [row["note"] for row in rows[5:10]]
-    assert notes == ["ranking: other results than the table's tiles", "RuntimeError: out of resources",
-                     "beyond a limit of kernels/aot.py", "", "takes too much"]
-    # All are timed three times, finalists five times more; the table's own is one of them, wherever it stands.
-    assert [row["samples"] for row in rows[5:10]] == ["0", "0", "8", "8", "0"] and rows[0]["samples"] == "8"
-    assert [row["chosen"] for row in rows[7:9]] == ["", "yes"] and rows[8]["median_ms"] == "3.0"
-    assert rows[-1]["samples"] == "3"

@@ -150,7 +150,7 @@ def test_statistics_are_the_extremes_and_the_log_sums() -> None:
 def test_local_parts_make_up_the_batch(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x_BD, labels_B = _batch(101, D, seed=5)
     whole = _run(x_BD, labels_B)
-    monkeypatch.setattr(owner, "CHUNK_BYTES", 8 * 48**2)  # 32 rows by 48 columns at a time
+    monkeypatch.setattr(owner, "CHUNK_BYTES", 8 * 48**2)  # 32 rows by 64 columns at a time
     for sizes in ([1, 37, 63], [70, 31]):
         for got, want in zip(_run(x_BD, labels_B, sizes), whole, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

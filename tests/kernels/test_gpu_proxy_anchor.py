@@ -122,7 +122,7 @@ def test_sums_are_the_log_sums_of_either_kind(b: int, C: int, D: int) -> None:
 def test_local_parts_make_up_the_batch(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _batch(101, 70, D, seed=5)
     whole = _run(*inputs)
-    monkeypatch.setattr(owner, "CHUNK_BYTES", 8 * 48**2)  # 32 rows by 48 columns at a time
+    monkeypatch.setattr(owner, "CHUNK_BYTES", 8 * 48**2)  # 32 rows by 64 columns at a time
     loss, *gradients = _run(*inputs, sizes=[1, 37, 63])
     for got, want in zip((loss, *gradients), whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
