@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in parts that take some minutes each:  docs/measure_on_gpu.sh PART OUT
+# All that only a GPU can show, in parts of some minutes each:  docs/measure_on_gpu.sh PART OUT
 #
-#     check      tests that need a GPU, the kernels compiled; the smallest case under compute-sanitizer
-#     tune       every candidate for the table of tile sizes, in OUT/tune.csv; the best rows on the terminal
-#     kernels    the losses beside other implementations, cold starts, largest batches
+#     first      one short training run, then the tests outside the kernels that need a GPU
+#     check      tests of the kernels, compiled
+#     sanitise   every op once under compute-sanitizer, where that works
+#     tune       candidates for the table of tile sizes, in OUT/tune.csv; the best rows on the terminal
+#     kernels    the losses beside other implementations in bfloat16, and bare products
+#     float32    the same in float32
+#     largest    memory, the largest batches, first calls
 #     train      training end to end on a set of the size of Stanford Online Products, with traces
 #     search     exact search at its size, and a smaller one beside the CPU
-#     reproduce  losses with and without multi-cluster ranking, in OUT/reproduce; again: goes on
+#     reproduce  losses with and without multi-cluster ranking for one seed, in OUT/reproduce; again: goes on
 #
-# It runs the namr and python3 on the PATH. `python docs/make_performance.py` makes tables from what is copied to
-# docs/results under the names it says.
+# It runs the namr and python3 on the PATH; CSVs grow case by case, so a part that is stopped keeps what it has.
+# docs/make_performance.py makes tables of what is copied to docs/results under the names that it says.
 set -euo pipefail
 
 part=${1:?PART is missing; the head of this script lists them} out=${2:?OUT, a folder for results, is missing}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+# The installed package, not this folder's namr_dist, which lacks the kernels; one machine, whatever its network.
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-lo}
 
 losses() { # LOSSES… -- OPTIONS of namr bench kernels
     local names=()
@@ -23,52 +29,75 @@ losses() { # LOSSES… -- OPTIONS of namr bench kernels
     namr bench kernels --losses "${names[@]}" --csv "$out/kernels-h200.csv" "${@:2}"
 }
 
+compare() { # DTYPE
+    local whole=(--dtype "$1" --budget 4 --passes forward+backward)
+    losses multi-cluster-ranking -- --rows 4096 16384 --width 128 512 "${whole[@]}" --providers ours eager compile matmul
+    losses triplet-hardest triplet-semihard multi-similarity proxy-anchor margin -- --rows 16384 --width 512 \
+        "${whole[@]}" --providers ours eager compile pml matmul
+    losses multi-similarity triplet-hardest -- --rows 16384 65536 --width 512 --dtype "$1" --passes forward \
+        --providers ours matmul
+}
+
+tests() { # LOG SECONDS OPTIONS… of pytest: stopped, it still says what failed until then
+    timeout -s INT "$2" python3 -m pytest -v -m gpu --durations 20 "${@:3}" > "$out/$1" 2>&1 || echo "pytest: code $?"
+    tail -n 40 "$out/$1"
+}
+
 case $part in
+first)
+    namr train homeware_conv4 --run-dir "$(mktemp -d)/run" --set.optim.steps 20 --set.optim.warmup_steps 2 \
+        --set.train.log_every 5 2>&1 | tee "$out/first-run.txt"
+    tests alone.txt 120 tests/train/test_phases.py tests/data/test_stream.py
+    tests training.txt 300 -n 3 --dist loadgroup tests/train/test_training_on_gpu.py tests/train/test_bench_train.py \
+        tests/retrieval/test_search_exact.py tests/retrieval/test_search_keys.py
+    ;;
 check)
-    python3 -m pytest -m gpu -n 12 --dist loadgroup --durations 30 tests/kernels | tee "$out/check-kernels.txt"
-    python3 -m pytest -m gpu -n 4 --dist loadgroup tests --ignore tests/kernels | tee "$out/check-rest.txt"
+    tests kernels.txt 540 -n 14 --dist loadgroup tests/kernels --deselect tests/kernels/test_sanitise.py
+    ;;
+sanitise)
+    tests sanitise.txt 400 -n 2 tests/kernels/test_sanitise.py
     ;;
 tune)
-    python3 -m namr_dist.kernels.tune --dtype bfloat16 float32 --csv "$out/tune.csv" | tee "$out/tune.txt"
+    timeout 560 python3 -m namr_dist.kernels.tune --dtype bfloat16 float32 --width 512 128 --csv "$out/tune.csv" |
+        tee "$out/tune.txt"
     ;;
 kernels)
-    both=(--dtype float32 bfloat16)
-    losses multi-cluster-ranking -- --rows 4096 16384 --width 128 512 "${both[@]}" --budget 4 \
-        --providers ours eager compile matmul --passes forward+backward
-    losses triplet-hardest triplet-semihard margin multi-similarity proxy-anchor -- --rows 16384 --width 512 \
-        "${both[@]}" --budget 4 --providers ours eager compile pml matmul --passes forward+backward
-    losses multi-similarity triplet-hardest -- --rows 16384 65536 --width 512 "${both[@]}" --providers ours matmul \
-        --passes forward
-    losses multi-cluster-ranking triplet-hardest multi-similarity proxy-anchor -- --rows 65536 --width 512 "${both[@]}" \
-        --samples 10 --budget 4 --providers ours matmul --passes forward+backward
     losses multi-cluster-ranking -- --rows 1024 --width 512 --providers ours naive --passes forward+backward
+    compare bfloat16
+    ;;
+float32)
+    compare float32
+    ;;
+largest)
+    losses multi-cluster-ranking triplet-hardest multi-similarity proxy-anchor -- --rows 65536 --width 512 \
+        --dtype float32 bfloat16 --samples 10 --budget 4 --providers ours matmul --passes forward+backward
     for loss in multi-cluster-ranking triplet-hardest multi-similarity; do
         TRITON_CACHE_DIR=$(mktemp -d) namr bench kernels --losses "$loss" --providers ours --rows 4096 --width 512 \
             --samples 1 --csv "$out/kernels-h200-cold.csv"
     done
     for width in 512 128; do
-        python3 docs/largest_batch.py --width "$width" --seconds 30 --csv "$out/largest-batch-h200.csv"
+        python3 docs/largest_batch.py --width "$width" --seconds 8 --csv "$out/largest-batch-h200.csv"
     done
     ;;
 train)
-    df -h /dev/shm # the way of batches from the loader's workers
+    df -h /dev/shm || true # from the loader's workers to training: 9 GB for the second command, 20 for the third
     shards=$(mktemp -d)
     python3 -c 'import sys; from pathlib import Path; from namr_dist.data.bench.large_set import make_large_set
 make_large_set(Path(sys.argv[1]))' "$shards"
-    namr bench train homeware --shards "$shards" --batch 512 4096 16384 --precision bf16 fp32 --steps 20 \
+    namr bench train homeware --shards "$shards" --batch 512 4096 16384 --precision bf16 --steps 20 \
         --csv "$out/train-homeware.csv" --trace "$out/homeware.json.gz"
     namr bench train sop --shards "$shards" --batch 512 4096 --precision bf16 fp32 --steps 10 \
         --csv "$out/train-resnet50.csv" --trace "$out/resnet50.json.gz"
-    # A worker makes whole batches, of 2.5 GB here: few of them.
+    # A worker makes whole batches, 2.5 GB each here, and holds some: few workers.
     namr bench train sop --shards "$shards" --batch 16384 --precision bf16 --steps 5 --set.train.micro_batch 512 \
-        --set.data.workers 8 --csv "$out/train-resnet50-16384.csv"
+        --set.data.workers 4 --csv "$out/train-resnet50-16384.csv"
     ;;
 search)
     namr bench search --items 60502 --width 512 -k 32 1000 --backends torch-gpu --repeats 5 --csv "$out/search-gpu.csv"
     namr bench search --items 15125 --width 512 -k 32 --csv "$out/search-both.csv"
     ;;
 reproduce)
-    namr reproduce --run-dir "$out/reproduce" --set.data.workers 8 --set.train.tensorboard False
+    namr reproduce --seeds 0 --run-dir "$out/reproduce" --set.data.workers 8 --set.train.tensorboard False
     ;;
 *)
     echo "no part $part; the head of this script lists them" >&2
