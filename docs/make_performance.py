@@ -1,9 +1,12 @@
 """Write the kernels' figures into docs/kernels.md and README.md, from what these wrote on each machine:
 
-    namr bench kernels --csv docs/results/kernels-cpu.csv             (kernels-h200.csv on a GPU)
+    namr bench kernels --csv docs/results/kernels-cpu.csv              (docs/measure_on_gpu.sh: kernels-h200.csv)
     namr bench kernels --csv docs/results/kernels-h200-cold.csv        (a loss a process, Triton's cache empty)
     python docs/largest_batch.py --csv docs/results/largest-batch-h200.csv
     python docs/make_performance.py
+
+That of the CPU was made with `--device cpu --rows 4096 --width 128 --passes forward+backward --samples 7 --budget 30`,
+multi-cluster ranking beside eager, compile and matmul, the others beside eager, pml and matmul.
 
 A section appears once its file is there. Of a measurement that was repeated the last counts.
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..centre import centre_of
 from .configs import config
-from .launch import aligned, architecture, launch, operands, splits
+from .launch import aligned, architecture, both, launch, operands, splits
 from .owner import owner_sums
 from .tiles import (
     load_rows,
@@ -42,10 +42,9 @@ def centred(z_bD: Tensor, z_BD: Tensor, *, half_too: bool = False) -> tuple[Tens
     those who round their squares anyway, which far from the origin leaves nothing of their differences.
     """
     if z_BD.dtype != torch.float32 and not half_too:
-        return aligned(z_bD), aligned(z_BD)
+        return both(aligned, z_bD, z_BD)
     centre_D = centre_of(z_BD)
-    batch_BD = aligned(z_BD - centre_D)
-    return (batch_BD if z_bD is z_BD else aligned(z_bD - centre_D)), batch_BD
+    return both(lambda rows: aligned(rows - centre_D), z_bD, z_BD)
 
 
 def squared_norms(rows: Tensor) -> Tensor:

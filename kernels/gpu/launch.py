@@ -6,7 +6,7 @@ architecture and without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -84,6 +84,12 @@ def aligned(rows: Tensor) -> Tensor:
     """
     missing = -rows.shape[1] % 16
     return torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
+
+
+def both(change: Callable[[Tensor], Tensor], local: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """What `change` makes of the local rows and of all rows; where they are one tensor, one result."""
+    changed = change(whole)
+    return changed if local is whole else change(local), changed
 
 
 def splits(b: int, B: int, config: Config, *, finer: int = 1) -> tuple[int, int]:

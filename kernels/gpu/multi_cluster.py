@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .configs import config
 from .distances import centred, nearest_counted, root_mean_square
-from .launch import aligned, architecture, launch, operands, splits
+from .launch import aligned, architecture, both, launch, operands, splits
 from .owner import is_chunked, owner_sums, product
 from .tiles import (
     CLOSE,
@@ -264,11 +264,9 @@ def ranking(
     """
     given = z_ND.shape[1]
     if z_ND.dtype == torch.float16:  # s∘z and z∘z leave its range, at both ends
-        # One copy where both are one.
-        z_bD, z_ND = (z_bD.float(), z_ND.float()) if z_bD is not z_ND else 2 * (z_ND.float(),)
+        z_bD, z_ND = both(Tensor.float, z_bD, z_ND)
     z_bD, z_ND = centred(z_bD, z_ND, half_too=True)
-    local, s_BD = None if s_bD is s_BD else aligned(s_bD.to(z_bD.dtype)), aligned(s_BD.to(z_bD.dtype))
-    s_bD = s_BD if local is None else local
+    s_bD, s_BD = both(lambda rows: aligned(rows.to(z_ND.dtype)), s_bD, s_BD)
     (b, D), B, N = z_bD.shape, s_BD.shape[0], z_ND.shape[0]
     z_BD = z_ND[:B]
     here = slice(offset, offset + b)

@@ -8,11 +8,9 @@ time counts only where its list is that of the others, index for index.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.metadata
 import importlib.util
-import io
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from namr_dist.atomic import write_atomic
+from namr_dist.atomic import write_csv
 from namr_dist.errors import InputError
 from namr_dist.kernels.bench.machine import describe
 from namr_dist.kernels.bench.measure import spread
@@ -227,9 +225,4 @@ def show(measured: Sequence[Measured]) -> None:
 
 def to_csv(measured: Sequence[Measured], path: Path) -> None:
     """Write the figures with machine, versions and commit, a line a way and case."""
-    text = io.StringIO()
-    rows = [one.to_row() for one in measured]
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+    write_csv(path, [one.to_row() for one in measured])

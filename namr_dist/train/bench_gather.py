@@ -8,8 +8,6 @@ is usual. Bytes are what the kernel counted on the processes' TCP sockets.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import socket
 import statistics
@@ -28,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from namr_dist import kernels
-from namr_dist.atomic import write_atomic
+from namr_dist.atomic import write_csv
 from namr_dist.config import LossConfig
 from namr_dist.parallel.pool import Ranks
 from namr_dist.provenance import provenance
@@ -91,12 +89,7 @@ def show(measured: list[Measured]) -> None:
 def to_csv(measured: list[Measured], path: Path) -> None:
     """Write the figures with machine, versions and commit."""
     about = provenance()
-    rows = [{**asdict(one), **about} for one in measured]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+    write_csv(path, [{**asdict(one), **about} for one in measured])
 
 
 def measure_here(rows: int, width: int, steps: int) -> list[Measured]:

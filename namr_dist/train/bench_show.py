@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from namr_dist.atomic import write_atomic
+from namr_dist.atomic import write_csv
 from namr_dist.kernels.bench.machine import describe
 from namr_dist.kernels.bench.measure import Spread
 from namr_dist.train.bench_trace import Summary
@@ -37,12 +35,7 @@ def rows(measured: Sequence[Measured]) -> list[dict[str, Value]]:
 
 def to_csv(measured: Sequence[Measured], path: Path) -> None:
     """Write the rows, whole, in place of those before."""
-    lines = rows(measured)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomic(path, text.getvalue())
+    write_csv(path, rows(measured))
 
 
 def to_json(measured: Sequence[Measured], trace: Summary | None) -> dict[str, Any]:

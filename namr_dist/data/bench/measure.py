@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import statistics
 import tempfile
 import time
@@ -20,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from namr_dist.atomic import write_atomic
+from namr_dist.atomic import write_csv
 from namr_dist.config import DataConfig
 from namr_dist.data.bench.example_set import make_example_set
 from namr_dist.data.bench.providers import (
@@ -176,9 +174,4 @@ def to_csv(benchmark: Benchmark, path: Path) -> None:
     """Write the figures with machine, versions and commit, a line a provider."""
     about = {"set": benchmark.set_name, "images": benchmark.images, "mean_kib": benchmark.mean_kib,
              "size": benchmark.size, "repeats": benchmark.repeats, **_provenance()}
-    text = io.StringIO()
-    rows = [{**dataclasses.asdict(row), **about} for row in benchmark.rows]
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+    write_csv(path, [{**dataclasses.asdict(row), **about} for row in benchmark.rows])
