@@ -9,6 +9,4 @@ RUN apt-get update \
 COPY . /opt/namr-dist
 RUN DS_BUILD_OPS=0 pip install --no-cache-dir '/opt/namr-dist[gpu]'
 
-# In the repository's folder, `python -m namr_dist…` is to find what is installed.
-ENV PYTHONSAFEPATH=1
 CMD ["namr", "doctor"]

@@ -20,8 +20,8 @@ part=${1:?PART is missing; the head of this script lists them} out=${2:?OUT, a f
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-# The installed package, not this folder's namr_dist, which lacks the kernels; one machine, whatever its network.
-export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-lo}
+# One machine, whatever its network.
+export PYTHONUNBUFFERED=1 NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-lo}
 
 losses() { # LOSSES… -- OPTIONS of namr bench kernels
     local names=()

@@ -204,9 +204,8 @@ def _train_command(run: PlannedRun, ranks: int) -> list[str]:
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    """As launchers/single_node.sh shares cores among ranks. `python -m` would look in the working folder first, where
-    the package may be a source and not what is installed."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    """As launchers/single_node.sh shares cores among ranks."""
+    environment = dict(os.environ)
     if ranks > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     return environment

@@ -5,8 +5,6 @@ set -euo pipefail
 
 # srun passes USR1 on to every process of its step. Ranks ask for it once they train; nothing is to die of it before.
 trap '' USR1
-# `python -m` would look in this folder first, where the package is a source and not what is installed.
-export PYTHONSAFEPATH=1
 
 read -ra inside <<<"${NAMR_CONTAINER-}"
 if [[ $1 != train ]]; then exec "${inside[@]}" "$@"; fi
