@@ -53,7 +53,7 @@ test-gpu: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x launchers/*.sh slurm/*.sh slurm/lab/*.sh docs/*.sh .ci/run
+	$(BIN)/shellcheck -x launchers/*.sh slurm/*.sh slurm/lab/*.sh tools/*.sh .ci/run
 
 bench: setup
 	$(BIN)/namr bench kernels

@@ -71,9 +71,9 @@ setup(
     package_data={
         "namr_dist": ["py.typed"],
         "namr_dist.data.homeware": ["shards/*.tar", "shards/manifest.json", "ATTRIBUTION.csv"],
-        "namr_dist.retrieval": ["templates/*.html"],
+        "namr_dist.results": ["templates/*.html"],
     },
     install_requires=RUNTIME,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["namr = namr_dist.cli:main"]},
+    entry_points={"console_scripts": ["namr = namr_dist.cli.main:main"]},
 )

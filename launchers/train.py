@@ -12,7 +12,7 @@ import sys
 # Seconds of imports lie ahead, and schedulers signal every process of a job: who asks again is heard once ranks train.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-from namr_dist.cli import main  # noqa: E402
+from namr_dist.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
     # The deepspeed launcher adds --local_rank=N, which its environment variable LOCAL_RANK says as well.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from namr_dist.config_json import from_object
 from namr_dist.errors import InputError
-from namr_dist.typed import from_object
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from namr_dist import __version__
 from namr_dist.atomic import check_target
-from namr_dist.data.progress import transient_bar
+from namr_dist.text import transient_bar
 
 Status = Literal["ok", "slow", "missing"]
 
@@ -66,24 +66,24 @@ def parity(*, as_json: bool, csv: Path | None) -> int:
 
     Raises InputError if the file has no folder.
     """
-    from namr_dist.train import parity_report
+    from namr_dist.parity import report
 
     if csv:
         check_target("--csv", csv)
     with transient_bar() as bar:
         task = bar.add_task("parity", total=None)
-        rows = parity_report.run(lambda done, total: bar.update(task, completed=done, total=total))
-    made = parity_report.origin()
+        rows = report.run(lambda done, total: bar.update(task, completed=done, total=total))
+    made = report.origin()
     if csv:
-        parity_report.write_csv(csv, rows, made)
-    failures = parity_report.failures(rows)
+        report.write_csv(csv, rows, made)
+    failures = report.failures(rows)
     if as_json:
         print(json.dumps({**made, "failures": failures, "rows": [asdict(row) for row in rows]}, indent=2))
         return int(bool(failures))
     # Seventeen columns: a narrower terminal breaks the lines, and no figure is cut.
     console = Console(width=max(120, Console().width))
-    library = parity_report.library_table(rows)
-    for title, heading, lines in [*parity_report.tables(rows), *([library] if library else [])]:
+    library = report.library_table(rows)
+    for title, heading, lines in [*report.tables(rows), *([library] if library else [])]:
         table = Table(title=title, title_justify="left", box=None, padding=(0, 0, 0, 1))
         for number, column in enumerate(heading):
             table.add_column(column.replace(" ", "\n"), justify="left" if number < 2 else "right", no_wrap=True)
@@ -154,7 +154,7 @@ def _zero() -> Finding:
 
 def _data() -> Finding:
     from namr_dist.data.location import open_shards
-    from namr_dist.data.shards import verify_shards
+    from namr_dist.data.shardset.shards import verify_shards
 
     manifest = open_shards(None)
     images = verify_shards(manifest, manifest.splits)

@@ -27,15 +27,14 @@ from typing import BinaryIO
 
 from rich.progress import Progress
 
-from namr_dist.cluster.top import duration
 from namr_dist.config import Config
-from namr_dist.data.progress import transient_bar
 from namr_dist.errors import InputError
-from namr_dist.train.checkpoint import final_checkpoint
+from namr_dist.run.state import RunReader
+from namr_dist.text import duration, transient_bar
+from namr_dist.train.checkpoints.network import final_checkpoint
+from namr_dist.train.checkpoints.resume import check_same, checkpoints
 from namr_dist.train.dry_run import launch_commands
-from namr_dist.train.interrupt import EXIT_CODE
-from namr_dist.train.resume import check_same, checkpoints
-from namr_dist.train.run_state import RunReader
+from namr_dist.train.signals import EXIT_CODE
 
 HOMEWARE_STEPS = 450
 """Steps of the recipe homeware here. Its own 120 are a demo's: multi-cluster ranking regularises, and pays once the

@@ -17,11 +17,11 @@ from bad_server import BadServer
 from training_runs import fork_namr, start_parent
 
 from namr_dist.config import RemoteConfig
-from namr_dist.data import remote as transport
-from namr_dist.data.augment import TrainTransform
-from namr_dist.data.manifest import ImageClass, Manifest
-from namr_dist.data.plan import Sampling
-from namr_dist.data.shards import Sample, write_shard
+from namr_dist.data.read.augment import TrainTransform
+from namr_dist.data.read.plan import Sampling
+from namr_dist.data.remote import transfer as transport
+from namr_dist.data.shardset.manifest import ImageClass, Manifest
+from namr_dist.data.shardset.shards import Sample, write_shard
 from namr_dist.parallel.pool import Ranks
 
 REPOSITORY = Path(__file__).parent.parent

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 
-from namr_dist.data.manifest import Manifest, Shard
-from namr_dist.data.shards import Sample, write_shard
+from namr_dist.data.shardset.manifest import Manifest, Shard
+from namr_dist.data.shardset.shards import Sample, write_shard
 
 
 def edit(manifest: Manifest, change: Callable[[dict], object]) -> None:

@@ -16,9 +16,9 @@ import pytest
 from conftest import ENVIRONMENT, alive
 from training_runs import entries
 
-from namr_dist.cli import main
-from namr_dist.data.manifest import Manifest
-from namr_dist.train.interrupt import EXIT_CODE
+from namr_dist.cli.main import main
+from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.train.signals import EXIT_CODE
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 

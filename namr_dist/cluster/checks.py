@@ -25,10 +25,10 @@ import torch.distributed as dist
 
 from namr_dist.config import Config, DataConfig
 from namr_dist.data.location import open_shards
-from namr_dist.data.manifest import FILE_NAME, Manifest, Shard
+from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
 from namr_dist.errors import InputError
 from namr_dist.provenance import provenance
-from namr_dist.train.checkpoint import initial_network
+from namr_dist.train.checkpoints.network import initial_network
 from namr_dist.train.preflight import check_folder
 
 _PACKAGES = ("namr-dist", "torch", "triton", "deepspeed", "numpy", "webdataset", "simplejpeg", "timm", "safetensors",

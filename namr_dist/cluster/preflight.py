@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from namr_dist.cluster import checks
-from namr_dist.cluster.comparison import Report, compare, show
 from namr_dist.cluster.deadline import EXIT_CODE, MORE_TIME, Deadline, TooLate, node_name, within
-from namr_dist.cluster.meeting import FirstNodeGone, Meeting
+from namr_dist.cluster.rendezvous import FirstNodeGone, Meeting
+from namr_dist.cluster.report import Report, compare, show
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.parallel.hostlist import expand_hosts

@@ -7,10 +7,10 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from namr_dist.config import RemoteConfig
-from namr_dist.data.cache import open_remote
-from namr_dist.data.formats.homeware import embedded_shards
-from namr_dist.data.manifest import Manifest
-from namr_dist.data.remote import is_url
+from namr_dist.data.homeware import embedded_shards
+from namr_dist.data.remote.cache import open_remote
+from namr_dist.data.remote.transfer import is_url
+from namr_dist.data.shardset.manifest import Manifest
 
 
 def open_shards(location: str | Path | None, remote: RemoteConfig | None = None) -> Manifest:

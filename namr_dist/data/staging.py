@@ -23,12 +23,12 @@ from pathlib import Path
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import RemoteConfig
-from namr_dist.data.cache import fetch
+from namr_dist.data.build.progress import BuildProgress
 from namr_dist.data.location import open_shards
-from namr_dist.data.manifest import FILE_NAME, Manifest, Shard
-from namr_dist.data.progress import BuildProgress
-from namr_dist.data.remote import Origin
-from namr_dist.data.shards import shard_problems
+from namr_dist.data.remote.cache import fetch
+from namr_dist.data.remote.transfer import Origin
+from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
+from namr_dist.data.shardset.shards import shard_problems
 from namr_dist.errors import InputError
 
 _AT_ONCE = 4

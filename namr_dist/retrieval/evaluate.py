@@ -17,7 +17,8 @@ import numpy as np
 
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float32, Float64, Int64, as_labels, as_matrix, unit_rows
-from namr_dist.retrieval.index import (
+from namr_dist.retrieval.metrics import clustering_scores, relevance, relevant_counts, retrieval_scores
+from namr_dist.retrieval.modes import (
     DENSITY_NEIGHBOURS,
     GALLERY_DENSITY_WEIGHT,
     Served,
@@ -28,7 +29,6 @@ from namr_dist.retrieval.index import (
     sample_vectors,
     symmetric_vectors,
 )
-from namr_dist.retrieval.metrics import clustering_scores, relevance, relevant_counts, retrieval_scores
 from namr_dist.retrieval.rerank import check_delta, rerank_candidates
 from namr_dist.retrieval.roles import divide
 from namr_dist.retrieval.search import exact_values, ranks_of, search_backend, search_excluding_self

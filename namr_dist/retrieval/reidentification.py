@@ -16,7 +16,7 @@ import numpy as np
 
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
-from namr_dist.retrieval.index import (
+from namr_dist.retrieval.modes import (
     Served,
     adaptive_vectors,
     as_weights,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from namr_dist.data.manifest import ROLES
+from namr_dist.data.shardset.manifest import ROLES
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Int64, as_labels
 

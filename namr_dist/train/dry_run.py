@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from namr_dist.config import Config
-from namr_dist.data.plan import steps_per_epoch
+from namr_dist.data.read.plan import steps_per_epoch
 from namr_dist.errors import InputError
-from namr_dist.train.checkpoint import initial_network
+from namr_dist.train.checkpoints.network import initial_network
+from namr_dist.train.checkpoints.resume import check_same, checkpoints
 from namr_dist.train.objective import TrainingModule
 from namr_dist.train.preflight import check_folder, check_sizes, preflight, run_bytes
-from namr_dist.train.resume import check_same, checkpoints
 
 _PROGRAM = "namr_dist.launchers.train"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from namr_dist.config import Config
-from namr_dist.data.augment import TestTransform
-from namr_dist.data.stream import ImageSource, sequential_batches, stream
+from namr_dist.data.read.augment import TestTransform
+from namr_dist.data.read.stream import ImageSource, sequential_batches, stream
 from namr_dist.parallel.gather import RowGather
 from namr_dist.parallel.ranks import Rank, world_size
 

@@ -88,7 +88,7 @@ class RunLog:
               peak_bytes: int) -> None:
         """Of the steps since the last such call, validation and checkpoints left out: images a second, where the time
         went, the machine of the slowest rank, the bytes a rank received a step while embeddings were gathered, and
-        the most that a rank held (peak_memory.py); `images` a step. A line for people, if there is no bar."""
+        the most that a rank held (phases.py); `images` a step. A line for people, if there is no bar."""
         share = {} if self._peak_img_per_s is None else {"mfu": round(img_per_s / self._peak_img_per_s, 4)}
         replaced = {} if self._replaced is None else \
             {"damaged_images": len(self._replaced), "replacements": self._replaced.total()}

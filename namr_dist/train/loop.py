@@ -18,31 +18,31 @@ import torch.distributed as dist
 from namr_dist import kernels
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
-from namr_dist.data.augment import TrainTransform
-from namr_dist.data.device import on_device
-from namr_dist.data.manifest import Manifest, SplitIndex
-from namr_dist.data.plan import Sampling, small_classes, steps_per_epoch
-from namr_dist.data.prefetch import fetched_ahead
-from namr_dist.data.stream import Batch, ShardImages, TrainPlan, stream
+from namr_dist.data.read.augment import TrainTransform
+from namr_dist.data.read.plan import Sampling, small_classes, steps_per_epoch
+from namr_dist.data.read.stream import Batch, ShardImages, TrainPlan, stream
+from namr_dist.data.read.to_device import on_device
+from namr_dist.data.remote.prefetch import fetched_ahead
+from namr_dist.data.shardset.manifest import Manifest, SplitIndex
 from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import Rank, shut_down
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
-from namr_dist.train.checkpoint import final_checkpoint, initial_network, save_network
+from namr_dist.train.checkpoints.network import final_checkpoint, initial_network, save_network
+from namr_dist.train.checkpoints.policy import CheckpointKeeper
+from namr_dist.train.checkpoints.resume import Start, checkpoints, cut_log, find_start, hash_images
+from namr_dist.train.checkpoints.state import check_fits, load_state, seed_generators
 from namr_dist.train.embed import embed, test_transform
 from namr_dist.train.engine import make_engine, start_group
-from namr_dist.train.interrupt import StopRequests
-from namr_dist.train.keeper import CheckpointKeeper
 from namr_dist.train.logging import RunLog
+from namr_dist.train.mfu import device_peak, run_peak_img_per_s
 from namr_dist.train.objective import StepLoss, TrainingModule
-from namr_dist.train.peak import device_peak, run_peak_img_per_s
 from namr_dist.train.peak_memory import take_peak_bytes
 from namr_dist.train.phases import Phases, StepTimes
 from namr_dist.train.preflight import check_sizes, claim_folder, lock_folder, preflight, run_bytes
-from namr_dist.train.resume import Start, checkpoints, cut_log, find_start, hash_images
 from namr_dist.train.schedule import lr_factor
-from namr_dist.train.state import check_fits, load_state, seed_generators
+from namr_dist.train.signals import StopRequests
 from namr_dist.train.watchdog import Watchdog, backend_timeout
 
 if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
@@ -88,8 +88,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
                 load_state(engine, start.saved, host=host, seed=config.train.seed)
             else:
                 seed_generators(seed=config.train.seed, step=0)
-        keeper = CheckpointKeeper(engine, run, config, data_hash=data_hash, host=host, first=rank.first,
-                                  requests=requests)
+        keeper = CheckpointKeeper(engine, run, config, data_hash=data_hash, host=host, first=rank.first)
         log = None
         if rank.first:
             before_s = cut_log(run / "metrics.jsonl", first_step)
@@ -103,7 +102,8 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
                 log.say(f"WARNING: {warning}; an older one is used")
             if start.saved:
                 log.resumed(first_step, start.saved.path)
-        finished = _steps(engine, config, manifest, index, how, rank, host, keeper, first_step=first_step, log=log)
+        finished = _steps(engine, config, manifest, index, how, rank, host, keeper, requests,
+                          first_step=first_step, log=log)
         if finished:
             _save(engine, config, run, rank, manifest, index)
         if finished and log:
@@ -170,7 +170,8 @@ def _precision(config: Config, device: torch.device) -> tuple[bool, str]:
 
 
 def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: SplitIndex, how: Sampling,
-           rank: Rank, host: HostGroup, keeper: CheckpointKeeper, *, first_step: int, log: RunLog | None) -> bool:
+           rank: Rank, host: HostGroup, keeper: CheckpointKeeper, requests: StopRequests, *, first_step: int,
+           log: RunLog | None) -> bool:
     """All steps from `first_step` on; False if a signal ended them before the last."""
     data, optim = config.data, config.optim
     transform = TrainTransform.configured(data, size=data.image_size)
@@ -202,7 +203,7 @@ def _steps(engine: DeepSpeedEngine, config: Config, manifest: Manifest, index: S
         last = step + 1 == optim.steps
         line = (step + 1) % config.train.log_every == 0 or last
         validate = bool(data.validation_split) and ((step + 1) % config.train.validate_every == 0 or last)
-        save, stop = (False, False) if last else keeper.decide(step + 1)
+        save, stop = (False, False) if last else keeper.decide(step + 1, signal=requests.signal)
         if line or validate or save or rank.device.type == "cpu":
             # On a GPU, reading a loss waits for it: once for many steps.
             _report(pending, config, per_epoch, log)

@@ -19,16 +19,16 @@ from torch import nn
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
-from namr_dist.data.cache import check_cache
 from namr_dist.data.location import open_shards
-from namr_dist.data.manifest import Manifest, SplitIndex
-from namr_dist.data.plan import Sampling, check_plan
-from namr_dist.data.select import training_images
-from namr_dist.data.shards import verify_shards
+from namr_dist.data.read.plan import Sampling, check_plan
+from namr_dist.data.read.select import training_images
+from namr_dist.data.remote.cache import check_cache
+from namr_dist.data.shardset.manifest import Manifest, SplitIndex
+from namr_dist.data.shardset.shards import verify_shards
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.retrieval.roles import divide
-from namr_dist.train.state import state_bytes
+from namr_dist.train.checkpoints.state import state_bytes
 
 # What a run writes beside its network (logs, events, embeddings, report), generously.
 _ROOM_FOR_LOGS_BYTES = 32 << 20

@@ -14,9 +14,9 @@ import simplejpeg
 from conftest import picture, small_run
 from damaged_sets import with_images
 
-from namr_dist.cli_settings import configure
-from namr_dist.data.manifest import Manifest
+from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
+from namr_dist.recipes.overrides import configure
 from namr_dist.train.dry_run import dry_run
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from namr_dist import recipes
-from namr_dist.cli_settings import configure
 from namr_dist.config import Config
 from namr_dist.errors import InputError
+from namr_dist.recipes.overrides import configure
 
 
 def test_overrides_reach_their_fields() -> None:

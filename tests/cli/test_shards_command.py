@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import miniatures
 import pytest
 
-from namr_dist.cli import main
-
-sys.path.append(str(Path(__file__).parent.parent / "data"))
-
-import miniatures
+from namr_dist.cli.main import main
 
 
 def told(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -67,6 +67,6 @@ def _preflight(folder: Path, variables: dict[str, str], words: list[str]) -> Non
             del os.environ[name]
     os.environ.update(variables)
     sys.path[:0] = filter(None, [variables.get("PYTHONPATH")])  # read at Python's start, which was earlier
-    from namr_dist.cli import main
+    from namr_dist.cli.main import main
 
     sys.exit(main(["preflight", *words]))

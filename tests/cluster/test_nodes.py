@@ -16,8 +16,8 @@ import pytest
 from conftest import ENVIRONMENT, small_run
 from nodes import Node, free_port, slurm_like, torchrun_like
 
-from namr_dist.cli import main
-from namr_dist.data.manifest import Manifest
+from namr_dist.cli.main import main
+from namr_dist.data.shardset.manifest import Manifest
 
 pytestmark = pytest.mark.dist
 

@@ -19,11 +19,11 @@ from damaged_sets import edit, with_images
 from pictures import jpeg_claiming, saved
 from PIL import Image
 
-from namr_dist.data.augment import TestTransform
-from namr_dist.data.manifest import Manifest, Shard
-from namr_dist.data.plan import Sampling, epoch_plan
-from namr_dist.data.shards import MOST_PIXELS, decode_rgb, verify_shards
-from namr_dist.data.stream import Batch, ShardImages, sequential_batches, stream
+from namr_dist.data.read.augment import TestTransform
+from namr_dist.data.read.plan import Sampling, epoch_plan
+from namr_dist.data.read.stream import Batch, ShardImages, sequential_batches, stream
+from namr_dist.data.shardset.manifest import Manifest, Shard
+from namr_dist.data.shardset.shards import MOST_PIXELS, decode_rgb, verify_shards
 from namr_dist.errors import InputError
 
 CLASSES, IMAGES = 4, 6

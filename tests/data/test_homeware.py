@@ -7,11 +7,12 @@ from collections import Counter
 
 import numpy as np
 
-from namr_dist.data.augment import TestTransform
-from namr_dist.data.formats.homeware import embedded_shards, split_of
-from namr_dist.data.manifest import Manifest
-from namr_dist.data.shards import decode_rgb, verify_shards
-from namr_dist.data.stream import ShardImages
+from namr_dist.data.build.formats.homeware import split_of
+from namr_dist.data.homeware import embedded_shards
+from namr_dist.data.read.augment import TestTransform
+from namr_dist.data.read.stream import ShardImages
+from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.data.shardset.shards import decode_rgb, verify_shards
 
 
 def attribution() -> list[dict[str, str]]:

@@ -19,12 +19,12 @@ import pytest
 from bad_server import BadServer, drop, flip, late, stall
 from conftest import TRANSFORM, launch
 
-from namr_dist.cli import main
+from namr_dist.cli.main import main
 from namr_dist.config import RemoteConfig
-from namr_dist.data.manifest import Manifest
-from namr_dist.data.shards import shard_problems, verify_shards
+from namr_dist.data.read.stream import ShardImages
+from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.data.shardset.shards import shard_problems, verify_shards
 from namr_dist.data.staging import stage
-from namr_dist.data.stream import ShardImages
 from namr_dist.errors import InputError
 
 FORK = multiprocessing.get_context("fork")
@@ -231,7 +231,7 @@ def test_too_small_a_disk_is_told_before_the_first_byte(shard_set: Manifest, tmp
     """In a mount namespace of its own, the folder is a disk of 0.5 MiB; the set has 0.64, two splits of it 0.46."""
     program = f"""
 import os
-from namr_dist.cli import main
+from namr_dist.cli.main import main
 words = ["shards", "stage", {str(shard_set.folder)!r}, {str(tmp_path)!r}]
 print(main(words), [files for _, _, files in os.walk(words[-1])][1:], flush=True)
 main([*words, "--splits", "train", "val"])

@@ -1,4 +1,4 @@
-"""The scripts in docs/ that turn the kernels' figures into tables and look for the largest batch."""
+"""The scripts in tools/ that turn the kernels' figures into tables and look for the largest batch."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def _script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, DOCS.parent / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look themselves up there
@@ -29,7 +29,7 @@ def test_documents_show_what_the_files_hold() -> None:
     for page, content in ((DOCS / "kernels.md", performance.kernels_page()),
                           (DOCS.parent / "README.md", performance.readme())):
         between = page.read_text().split("<!-- performance:begin -->\n")[1].split("\n<!-- performance:end -->")[0]
-        assert between == content, f"run docs/make_performance.py: {page.name} does not show its figures"
+        assert between == content, f"run tools/make_performance.py: {page.name} does not show its figures"
 
 
 def _gpu_row(provider: str, part: str, median: float, *, agrees: str = "yes", loss: str = "multi-similarity",

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, launch, small_run
 from standins import make_standins
 from training_runs import Run, start_parent
 
-from namr_dist.data.manifest import Manifest
+from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.parallel.ranks import read_launch
 
 pytestmark = pytest.mark.dist

@@ -11,15 +11,15 @@ import torch
 from conftest import small_run
 from torch import Tensor
 
-from namr_dist.cli_settings import configure
 from namr_dist.config import LossConfig, MemoryConfig, ModelConfig, TripletConfig
-from namr_dist.data.manifest import Manifest
-from namr_dist.data.plan import Sampling, epoch_plan
+from namr_dist.data.read.plan import Sampling, epoch_plan
+from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.kernels import reference
 from namr_dist.losses import CrossBatchMemory
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.pool import Ranks
+from namr_dist.recipes.overrides import configure
 from namr_dist.train.objective import Objective, StepLoss, TrainingModule
 
 CLASSES, EACH, WIDTH = 6, 4, 5

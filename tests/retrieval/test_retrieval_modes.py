@@ -13,7 +13,7 @@ from namr_dist.retrieval.evaluate import (
     evaluate,
     evaluate_sample,
 )
-from namr_dist.retrieval.index import (
+from namr_dist.retrieval.modes import (
     adaptive_vectors,
     calibrated_vectors,
     local_density,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from namr_dist.bench.search import clustered_rows
 from namr_dist.retrieval import keys as keys_module
-from namr_dist.retrieval.bench_search import clustered_rows
 from namr_dist.retrieval.keys import Keys, pack, unpack
 from namr_dist.retrieval.search import ranks_of, search, search_excluding_self
 

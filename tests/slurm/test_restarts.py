@@ -14,8 +14,8 @@ from cluster import Job, Lab
 from conftest import REPOSITORY, make_shards
 from training_runs import Run, start_parent
 
-from namr_dist.data.manifest import Manifest
-from namr_dist.train.resume import checkpoints
+from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.train.checkpoints.resume import checkpoints
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 

@@ -15,7 +15,7 @@ from namr_dist.model.backbones import build_backbone
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.ranks import Rank
 from namr_dist.train.logging import RunLog, spent
-from namr_dist.train.peak import PEAKS, ImageFlops, Peak, image_flops, peak_img_per_s, run_peak_img_per_s
+from namr_dist.train.mfu import PEAKS, ImageFlops, Peak, image_flops, peak_img_per_s, run_peak_img_per_s
 from namr_dist.train.phases import IDLE, STEP_PHASES, Phases, StepTimes
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from bad_server import BadServer, drop, flip, stall, status
 from conftest import small_run
 from training_runs import Run, losses, start_parent
 
-from namr_dist.data.manifest import Manifest
+from namr_dist.data.shardset.manifest import Manifest
 
 pytestmark = pytest.mark.dist
 

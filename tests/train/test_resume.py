@@ -18,10 +18,10 @@ from conftest import make_shards, small_run
 from training_runs import Run, entries, losses, start_parent
 
 from namr_dist.config import DataConfig
-from namr_dist.data.manifest import Manifest
-from namr_dist.data.select import training_images
-from namr_dist.train.resume import checkpoint_path, checkpoints, hash_images, remove_old
-from namr_dist.train.state import open_state
+from namr_dist.data.read.select import training_images
+from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.train.checkpoints.resume import checkpoint_path, checkpoints, hash_images, remove_old
+from namr_dist.train.checkpoints.state import open_state
 
 pytestmark = pytest.mark.dist
 STEPS = 60

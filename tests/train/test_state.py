@@ -15,9 +15,9 @@ from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.parallel.batchnorm import GlobalBatchNorm
 from namr_dist.parallel.pool import Ranks
-from namr_dist.train.hashed import DamagedFile, HashedWriter, TensorSpec
-from namr_dist.train.partition import full_shape
-from namr_dist.train.state import SavedState, check_fits, open_state, save_state
+from namr_dist.train.checkpoints.state import SavedState, check_fits, open_state, save_state
+from namr_dist.train.checkpoints.verified_file import DamagedFile, HashedWriter, TensorSpec
+from namr_dist.train.checkpoints.zero_fragments import full_shape
 
 ROWS, WIDTH = 8, 5
 CONFIG = Config(recipe="none")
@@ -105,7 +105,7 @@ def resume(path: Path, stage: int, dropout: float, after: int) -> list[str]:
     import torch.distributed as dist
 
     from namr_dist.parallel.host import HostGroup
-    from namr_dist.train.state import load_state
+    from namr_dist.train.checkpoints.state import load_state
 
     engine, host = build(stage, dropout=dropout), HostGroup()
     saved = open_state(path) if dist.get_rank() == 0 else None
@@ -147,7 +147,7 @@ def test_resumed_is_unbroken(pools: dict[int, Ranks], tmp_path: Path, ranks: int
 
 def there_and_back(stage: int) -> list[tuple[bytes, bytes]]:
     """Of each optimized parameter, a moment with every kind of number as it was set and as it is read."""
-    from namr_dist.train.partition import MOMENTS, get_moment, optimizer_step, set_moments
+    from namr_dist.train.checkpoints.zero_fragments import MOMENTS, get_moment, optimizer_step, set_moments
 
     engine = build(stage)
     kinds = torch.tensor([-0.0, 0.0, 1e-42, -1e-42, float("inf"), 3.0, -1.5, float("nan")])

@@ -13,7 +13,7 @@ import safetensors.torch
 from conftest import REPOSITORY, launch, small_run
 
 from namr_dist.config import Config
-from namr_dist.data.manifest import Manifest
+from namr_dist.data.shardset.manifest import Manifest
 
 LAUNCHER = REPOSITORY / "launchers" / "train.py"
 BIN = Path(sys.executable).parent
@@ -71,7 +71,7 @@ def test_two_ranks_follow_the_same_curve(trained: Path, shard_set: Manifest, tmp
                   "--set.train.zero_stage", stage, cwd=tmp_path, env={"PATH": f"{BIN}:/usr/bin:/bin"})
     assert done.returncode == 0, done.stderr[-3000:]
     # Sums over ranks run in another order, and training multiplies the difference tenfold from step to step: batches of
-    # 18 under batch norm, Adam's first steps. tests/train/test_parity.py compares gradients.
+    # 18 under batch norm, Adam's first steps. tests/parity/test_parity.py compares gradients.
     together, alone = curve(tmp_path / "two"), curve(trained)
     assert together[0] == pytest.approx(alone[0], rel=1e-5) and together[1] == pytest.approx(alone[1], rel=1e-4)
     assert together == pytest.approx(alone, rel=2e-2)

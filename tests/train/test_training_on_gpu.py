@@ -16,9 +16,9 @@ import safetensors.torch
 from conftest import ENVIRONMENT, ON_GPU, small_run
 from training_runs import entries, losses
 
-from namr_dist.data.manifest import Manifest
+from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.train.checkpoints.resume import checkpoints
 from namr_dist.train.phases import STEP_PHASES
-from namr_dist.train.resume import checkpoints
 
 pytestmark = [pytest.mark.gpu, pytest.mark.dist, pytest.mark.xdist_group("training on a GPU")]
 STEPS, IMAGES = 60, 18

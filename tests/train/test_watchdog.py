@@ -18,7 +18,7 @@ import pytest
 from conftest import ENVIRONMENT, REPOSITORY, small_run
 
 from namr_dist.config import Config, TrainConfig
-from namr_dist.data.manifest import Manifest
+from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.train.watchdog import EXIT_CODE, Place, backend_timeout, describe
 

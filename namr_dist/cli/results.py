@@ -1,0 +1,139 @@
+"""The verbs for a trained run: `namr evaluate`, `report`, `embed` and `export`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from namr_dist.atomic import check_target
+from namr_dist.errors import InputError
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `evaluate`, `report`, `embed` and `export` to the `namr` command."""
+    evaluate = verbs.add_parser("evaluate", help="measure a trained run on its test split",
+                                description="Measure a run on its test split: metrics.json, embeddings.safetensors.")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    _add_shards(evaluate)
+    evaluate.add_argument("--split", metavar="NAME", help="another test split or subset; its files are "
+                          "metrics-NAME.json and embeddings-NAME.safetensors")
+    evaluate.add_argument("--recall-at", type=int, nargs="+", default=[], metavar="K", help="the k of R@k (as trained)")
+    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
+    evaluate.set_defaults(verb=_evaluate)
+
+    report = verbs.add_parser("report", help="write a run's report.html, or one table over many runs",
+                              description="Write a run's report.html. Of several runs, or a folder that holds runs: "
+                              "one table with a row a setting, over its seeds, as text and as a page.")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs, or of runs")
+    _add_shards(report)
+    report.add_argument("--out", type=Path, metavar="FILE.html", help="the table's page (report.html in the folder "
+                        "that holds the runs)")
+    report.add_argument("--json", action="store_true", help="print the table as JSON")
+    report.set_defaults(verb=_report)
+
+    embed = verbs.add_parser("embed", help="embed images with a trained run",
+                             description="Embed a split of a shard set, or a folder of images, into a safetensors "
+                             "file with z, s (float32) and the images' names in its metadata.")
+    embed.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    source = embed.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shards", metavar="FOLDER", help="a shard set, or its URL")
+    source.add_argument("--images", type=Path, metavar="FOLDER", help="image files, searched recursively")
+    embed.add_argument("--split", default="test", help="split of the shard set (%(default)s)")
+    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
+    embed.set_defaults(verb=_embed)
+
+    export = verbs.add_parser("export", help="write a trained network as plain files that need no DeepSpeed",
+                              description="Write a trained run's network into a new folder with config.json and a "
+                              "model card. Every file is read back and compared with the network.")
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    _add_shards(export)
+    formats = ("safetensors", "torch", "onnx")
+    export.add_argument("--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT",
+                        help="any of safetensors, torch (torch.export) and onnx; by default all")
+    export.add_argument("--json", action="store_true", help="print JSON")
+    export.set_defaults(verb=_export)
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shards", metavar="FOLDER", help="where the run's shard set is now, a folder or a URL (where "
+                        "it was trained from)")
+
+
+def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.results.evaluate_run import evaluate_run
+
+    metrics = evaluate_run(parsed.run, shards=parsed.shards, split=parsed.split, recall_at=tuple(parsed.recall_at))
+    if parsed.json:
+        print(json.dumps(metrics, indent=2))
+        return
+    from rich.console import Console
+
+    from namr_dist.results.tables import results_table
+
+    Console().print(results_table(metrics))
+
+
+def _report(parsed: argparse.Namespace, _: list[str]) -> None:
+    if len(parsed.runs) > 1 or any(parsed.runs[0].glob("*/config.json")) and not _is_run(parsed.runs[0]):
+        _compare(parsed)
+        return
+    if parsed.out or parsed.json:
+        raise InputError(f"{'--out' if parsed.out else '--json'} goes with several runs; {parsed.runs[0]} is one, or "
+                         "holds none: give more, or leave it out")
+    from namr_dist.results.evaluate_run import report_run
+
+    print(report_run(parsed.runs[0], shards=parsed.shards))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    if parsed.shards:
+        raise InputError(f"--shards is {parsed.shards}, which goes with one run; leave it out")
+    if parsed.out is None and len(parsed.runs) > 1:
+        raise InputError("the table of several runs needs a place; give --out FILE.html")
+    out = parsed.out or parsed.runs[0] / "report.html"
+    check_target("--out", out)
+    write_table(parsed.runs, out, as_json=parsed.json)
+
+
+def write_table(places: Sequence[Path], out: Path, *, as_json: bool) -> None:
+    """The table over all runs in these places: on stdout, as text or JSON, and as the page `out`."""
+    from namr_dist.results.comparison import compare, find_runs
+    from namr_dist.results.comparison_page import print_comparison, write_comparison
+
+    comparison = compare(find_runs(places))
+    write_comparison(comparison, out)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(comparison), indent=2))
+        return
+    print_comparison(comparison)
+    print(out)
+
+
+def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.results.evaluate_run import embed_folder, embed_shards
+
+    check_target("--out", parsed.out)
+    count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards is not None
+             else embed_folder(parsed.run, parsed.images, parsed.out))
+    print(f"{count} images → {parsed.out}")
+
+
+def _export(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.results.export import export_run
+
+    exported = export_run(parsed.run, parsed.out, parsed.formats, shards=parsed.shards)
+    if parsed.json:
+        print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))
+        return
+    for file, size in exported.size_bytes.items():
+        compared = f"  differs from the network by {exported.differences[file]:.1e} at most" \
+            if file in exported.differences else ""
+        print(f"{exported.folder / file}  {size / 2**20:.1f} MiB{compared}")

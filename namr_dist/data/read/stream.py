@@ -1,0 +1,287 @@
+"""From a plan to batches: worker processes read JPEG bytes by range, decode and transform them.
+
+Batches are uint8 and leave normalisation to the device, so a quarter of the bytes of float images moves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from namr_dist.data.read.augment import TestTransform, TrainTransform
+from namr_dist.data.read.plan import Sampling, augment_seed, epoch_plan, rank_part, steps_per_epoch
+from namr_dist.data.read.watched_loader import LOOK_S, WatchedLoader, set_up_worker
+from namr_dist.data.shardset.manifest import Manifest, Shard, SplitIndex
+from namr_dist.data.shardset.shards import DamagedImage, decode_rgb, jpeg_size
+from namr_dist.errors import InputError
+
+_AHEAD_BYTES = 256 << 20
+"""Batches made ahead by all workers of a rank, unless one each is more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's images of one step."""
+
+    images_bHW3: torch.Tensor
+    """uint8 (b, size, size, 3)."""
+    labels_b: torch.Tensor
+    """int64 (b,), numbered 0..C-1 in the order of the splits' sorted class labels."""
+    index_b: torch.Tensor
+    """int64 (b,), places in the split's index; of a replacement, its own."""
+    replaced: tuple[str, ...] = ()
+    """A line for each damaged image that another of its class stands in for: its key, and what is wrong."""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.images_bHW3, self.labels_b, self.index_b
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device; from pinned memory, without waiting for the copy."""
+        images, labels, index = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
+        return replace(self, images_bHW3=images, labels_b=labels, index_b=index)
+
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from by itself. DataLoader asks for it."""
+        images, labels, index = (tensor.pin_memory() for tensor in self.tensors)
+        return replace(self, images_bHW3=images, labels_b=labels, index_b=index)
+
+
+class ImageSource(Dataset["Batch | InputError"], ABC):
+    """Images that come a whole batch at a time.
+
+    An item is a pair (place among the images, augmentation seed). What is wrong with the data is returned as an
+    InputError, for `stream` to raise: raised in a worker, it would arrive wrapped in the worker's traceback.
+    """
+
+    side: int
+    """Pixels of a side of the images it makes."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Images in all."""
+
+    @abstractmethod
+    def files(self, places: Iterable[int]) -> list[str]:
+        """The files that the images at these places are read from, each once, sorted."""
+
+    @abstractmethod
+    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
+        """The images of a batch, in order."""
+
+
+class ShardImages(ImageSource):
+    """Images of an index, read by byte range from local tars.
+
+    damaged: an image that cannot be decoded is an error, or is replaced by the next one of its class that can, in
+    cyclic order of place. A shard that is missing, short or cannot be read is an error in any case. That an image is
+    another than the manifest says shows only in the shard's SHA-256.
+    """
+
+    def __init__(self, manifest: Manifest, index: SplitIndex, transform: TrainTransform | TestTransform, *,
+                 damaged: Literal["stop", "replace"] = "stop") -> None:
+        self._manifest = manifest
+        self._index = index
+        self._transform = transform
+        self._damaged = damaged
+        self.side = transform.size
+        self._class_N = np.unique(index.label_N, return_inverse=True)[1]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def files(self, places: Iterable[int]) -> list[str]:
+        return sorted({self._named(self._shard(place)) for place in places})
+
+    def jpeg(self, place: int) -> bytes:
+        """The undecoded image. Raises InputError, naming the shard, if it cannot be read or is of another size."""
+        shard, length = self._shard(place), int(self._index.length_N[place])
+        try:
+            # Opened anew each time: a set may have more shards than a process may have open files.
+            with self._open(shard) as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(int(self._index.offset_N[place]))
+                jpeg = file.read(length)
+        except OSError as error:
+            raise InputError(f"shard {self._named(shard)} cannot be read ({error.strerror}); copy it again") from None
+        if size != shard.bytes or len(jpeg) != length:
+            raise InputError(f"shard {self._named(shard)} has {size} bytes, its manifest says {shard.bytes}; copy it "
+                             "again")
+        return jpeg
+
+    def _shard(self, place: int) -> Shard:
+        return self._manifest.shards[self._index.shard_N[place]]
+
+    def _named(self, shard: Shard) -> str:
+        # A cache gives its files names of its own.
+        return f"{shard.file} of {self._manifest.name}" if self._manifest.source \
+            else str(self._manifest.folder / shard.file)
+
+    def _open(self, shard: Shard) -> BinaryIO:
+        try:
+            return open(self._manifest.path(shard), "rb")
+        except FileNotFoundError:
+            if self._manifest.source is None:
+                raise
+            # A cache may have dropped the shard since it named its file; it fetches it once more.
+            return open(self._manifest.path(shard), "rb")
+
+    def _image(self, place: int, seed: int) -> np.ndarray:
+        where = f"{self._index.keys[place]}.jpg in {self._named(self._shard(place))}"
+        jpeg = self.jpeg(place)
+        height, width = jpeg_size(jpeg, where)
+        # What is to be seen is drawn before the image is decoded: that tells how far the decoder may shrink it.
+        view = (self._transform.view(height, width, np.random.Generator(np.random.Philox(seed)))
+                if isinstance(self._transform, TrainTransform) else self._transform.view(height, width))
+        return view.render(decode_rgb(jpeg, where, shrink=view.shrink), shrink=view.shrink)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
+        replaced: list[str] = []
+        try:
+            shown = [self._image_or_next(place, seed, replaced) for place, seed in items]
+        except InputError as error:
+            return error
+        places = np.array([place for place, _ in shown], np.int64)
+        return Batch(images_bHW3=torch.from_numpy(np.stack([image for _, image in shown])),
+                     labels_b=torch.from_numpy(self._class_N[places]), index_b=torch.from_numpy(places),
+                     replaced=tuple(replaced))
+
+    def _image_or_next(self, place: int, seed: int, replaced: list[str]) -> tuple[int, np.ndarray]:
+        """An image, with its place, or its replacement; `replaced` then gets a line."""
+        try:
+            return place, self._image(place, seed)
+        except DamagedImage as error:
+            if self._damaged == "stop":
+                raise
+            replaced.append(str(error))
+        own_C = np.flatnonzero(self._class_N == self._class_N[place])
+        turn = int(np.searchsorted(own_C, place)) + 1
+        for other in (*own_C[turn:].tolist(), *own_C[: turn - 1].tolist()):
+            try:
+                return other, self._image(other, seed)
+            except DamagedImage:
+                continue  # it is counted when its own turn comes
+        label = int(self._index.label_N[place])
+        name = self._manifest.class_by_label[label].name
+        raise InputError(f"class {label} ({name}) of {self._manifest.folder} has no image that can be decoded: "
+                         f"{replaced[-1]}, or leave the class out by data.class_list")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """All training batches of one rank, from any step on: the stream's sampler. Position = the step alone."""
+
+    index: SplitIndex
+    how: Sampling
+    seed: int
+    rank: int
+    world_size: int
+    steps: int
+    first_step: int = 0
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.how.classes_per_batch // self.world_size * self.how.images_per_class
+        for step, places in self._parts():
+            yield [(int(place), augment_seed(seed=self.seed, step=step, slot=self.rank * share + slot))
+                   for slot, place in enumerate(places)]
+
+    def shards(self) -> Iterator[set[int]]:
+        """Places in Manifest.shards that each batch is read from."""
+        for _, places in self._parts():
+            yield set(self.index.shard_N[places].tolist())
+
+    def _parts(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Each step, and the places of this rank's images."""
+        per_epoch = steps_per_epoch(self.index, self.how)
+        plan_SPK, planned_epoch = np.empty(0), -1
+        for step in range(self.first_step, self.steps):
+            epoch, place = divmod(step, per_epoch)
+            if epoch != planned_epoch:
+                plan_SPK = epoch_plan(self.index, self.how, seed=self.seed, epoch=epoch)
+                planned_epoch = epoch
+            yield step, rank_part(plan_SPK[place], rank=self.rank, world_size=self.world_size)
+
+
+def sequential_batches(count: int, *, batch_size: int, rank: int = 0,
+                       world_size: int = 1) -> list[list[tuple[int, int]]]:
+    """Places 0..count-1 in order for evaluation, each on one rank exactly once.
+
+    Every rank gets the same number of batches (ZeRO-3 needs equal forwards): a rank that runs out repeats its
+    last place, and `index_b` shows the repeats. Needs count ≥ world_size.
+    """
+    places = np.array_split(np.arange(count), world_size)
+    longest = -(-count // world_size)
+    own = [int(place) for place in places[rank]]
+    own += own[-1:] * (longest - len(own))
+    return [[(place, 0) for place in own[start : start + batch_size]] for start in range(0, longest, batch_size)]
+
+
+def stream(images: ImageSource, batches: TrainPlan | list[list[tuple[int, int]]], *, workers: int,
+           pin_memory: bool = False, timeout_s: float = 600.0) -> Iterator[Batch]:
+    """Batches in order, made ahead by `workers` processes (0: in this one, which then cannot tell that a read hangs).
+
+    Raises InputError if an image or its shard cannot be read; if a worker is killed; and if no batch comes for
+    `timeout_s` seconds, naming the files of the one that is waited for.
+    """
+    planned = iter(batches)
+    first = next(planned, None)
+    if first is None:
+        return
+    asked: deque[list[tuple[int, int]]] = deque()
+    # The sampler is a plan, known before the first read, so raw bytes are shuffled and never decoded images.
+    made: DataLoader[Batch | InputError] = DataLoader(
+        images, batch_sampler=_noting(itertools.chain([first], planned), asked), num_workers=workers,
+        collate_fn=_to_parent, pin_memory=pin_memory, worker_init_fn=set_up_worker,
+        timeout=min(LOOK_S, timeout_s) if workers else 0,
+        prefetch_factor=batches_ahead(images, len(first), workers=workers) if workers else None,
+        # Its own, though nothing uses it: a loader draws from the generator it has, and torch's one is the model's.
+        generator=torch.Generator(),
+    )
+    with WatchedLoader(made, timeout_s=timeout_s) as loaded:
+        while (batch := loaded.next(lambda: images.files(place for place, _ in asked[0]))) is not None:
+            asked.popleft()
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
+def _noting(batches: Iterable[list[tuple[int, int]]],
+            asked: deque[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+    """The same batches; `asked` has those that were taken, for whoever receives them to take off."""
+    for batch in batches:
+        asked.append(batch)
+        yield batch
+
+
+def batches_ahead(images: ImageSource, batch_size: int, *, workers: int) -> int:
+    """Batches that a worker makes ahead: four, or fewer if they are large."""
+    batch_bytes = batch_size * 3 * images.side**2
+    return max(1, min(4, _AHEAD_BYTES // (workers * batch_bytes)))
+
+
+def _to_parent(batch: Any) -> Batch | InputError:
+    """In a worker, puts the batch where its parent can see it."""
+    # ImageSource gives a whole batch where DataLoader expects a list of samples.
+    assert isinstance(batch, (Batch, InputError))
+    if isinstance(batch, InputError) or get_worker_info() is None:
+        return batch
+    try:
+        # The queue would do it by itself, but a thread of it prints what goes wrong there, and the batch never comes.
+        for tensor in batch.tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        return InputError(f"a data worker process cannot pass on its images ({str(error).splitlines()[0]}); enlarge "
+                          "/dev/shm (docker run --shm-size), lower data.workers, or set it to 0")
+    return batch

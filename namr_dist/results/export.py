@@ -1,0 +1,244 @@
+"""A trained run → a folder of plain files that serve its network without DeepSpeed, each checked against it.
+
+    config.json        how to prepare an image, what comes out, the run's configuration
+    model.safetensors  the network's state, fp32; `load` makes the network of it
+    model.pt2          a torch.export program, for PyTorch alone
+    model.onnx         the same program for ONNX Runtime
+    README.md          a model card
+
+Shapes: b images, H pixels a side, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from namr_dist import __version__
+from namr_dist.config import Config
+from namr_dist.data.location import open_shards
+from namr_dist.data.read.stream import ShardImages, stream
+from namr_dist.errors import InputError
+from namr_dist.model.network import EmbeddingNetwork
+from namr_dist.results.model_card import model_card
+from namr_dist.results.programs import (
+    Forward,
+    check_onnx_packages,
+    read_onnx,
+    read_torch,
+    trace,
+    write_onnx,
+    write_torch,
+)
+from namr_dist.results.record import run_config
+from namr_dist.results.redact import shareable
+from namr_dist.train.checkpoints.network import final_checkpoint, initial_network, load_network
+from namr_dist.train.embed import test_transform
+
+FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
+TOLERANCE = 1e-4
+"""Largest relative difference between a written file and the network; other convolutions give about 1e-6."""
+_FORMAT = "namr-export/1"
+_CHECKED_BATCHES = (1, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What `export_run` wrote."""
+
+    folder: Path
+    size_bytes: dict[str, int]
+    """By file name, of all files."""
+    differences: dict[str, float]
+    """By file name of the models: the largest relative difference from the network, over images, z and s."""
+    compared_images: int
+
+
+def load(folder: str | Path) -> EmbeddingNetwork:
+    """The network of an exported folder, on the CPU, in eval mode and fp32: no DeepSpeed, no process group.
+
+    Raises InputError if config.json or model.safetensors is missing, damaged or does not fit the other.
+    """
+    where = Path(folder) / "config.json"
+    try:
+        about = json.loads(where.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{where} is missing: {folder} was not written by `namr export`") from None
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error}); export the run again") from None
+    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        found = about.get("format") if isinstance(about, dict) else type(about).__name__
+        raise InputError(f"{where} has format {found!r}, expected {_FORMAT!r}; export the run again")
+    config = Config.from_object(about.get("config"), f"{where}: config")
+    path = Path(folder) / FILES["safetensors"]
+    try:
+        state = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; export the run with --formats safetensors") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); copy or export it again") from None
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, then replaced: the caller's generator stays as it is
+        network = initial_network(config, device=torch.device("cpu"), pretrained=False).eval()
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit {where} ({str(error).splitlines()[-1].strip()}); "
+                         "export the run again") from None
+    return network
+
+
+def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *, shards: str | None = None,
+               tolerance: float = TOLERANCE) -> Exported:
+    """Write the network of RUN into the new folder `out`: the named formats, config.json and README.md.
+
+    Each model is read back and compared with the network on four images of the test split, in batches of 1 and 3,
+    on the CPU. The folder appears whole or not at all. Raises InputError if `out` exists, packages are missing, the
+    run or its test split cannot be read, a model cannot be traced, or differs by more than `tolerance`.
+    """
+    _check_folder(out)
+    if "onnx" in formats:
+        check_onnx_packages()
+    config = run_config(run, shards)
+    cpu = torch.device("cpu")
+    network, trained = load_network(final_checkpoint(run), config, device=cpu)
+    metrics = _read_metrics(run / "metrics.json")
+    batches = _test_images(config)
+    with torch.no_grad():
+        expected = [network(images_bHH3) for images_bHH3 in batches]
+    if not all(value.isfinite().all() for pair in expected for value in pair):
+        raise InputError(f"the network of {run} does not give finite values for images of its test split; "
+                         "train it again")
+    about = describe(config, trained)
+    differences: dict[str, float] = {}
+    with _new_folder(out) as folder:
+        (folder / "config.json").write_text(json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8")
+        readers = _write_models(network, config, formats, folder)
+        for file, read in readers.items():
+            differences[file] = difference(read(), batches, expected)
+            if not differences[file] <= tolerance:
+                raise InputError(f"{file} differs from the network by {differences[file]:.1e} of its values, more "
+                                 f"than {tolerance:g}, so nothing was written; leave this format out of --formats")
+        sizes = {file: (folder / file).stat().st_size for file in readers}
+        card = model_card(name=run.resolve().name, about=about, sizes=sizes, differences=differences,
+                          tolerance=tolerance, metrics=metrics)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return Exported(folder=out, size_bytes=sizes, differences=differences, compared_images=sum(_CHECKED_BATCHES))
+
+
+def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json. Of paths and URLs only the last part stays, without credentials: the rest is the
+    training machine's."""
+    return {
+        "format": _FORMAT,
+        "version": __version__,
+        "input": {"name": "images", "dtype": "uint8", "size": config.test_size, "channels": "RGB",
+                  "layout": "batch, height, width, channel"},
+        "preprocessing": {"crop": "middle square", "crop_share_of_shorter_side": config.data.test_crop,
+                          "resize_to": config.test_size, "interpolation": "bicubic",
+                          "normalisation": "inside the model"},
+        "output": {"dtype": "float32", "width": config.model.width, "z": "sample embedding, not normalised",
+                   "s": "structure embedding, within 1 ± delta", "delta": config.model.delta},
+        "trained": trained,
+        "config": shareable(json.loads(config.to_json())),
+    }
+
+
+def difference(forward: Forward, batches: Sequence[Tensor], expected: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """‖forward − expected‖ / ‖expected‖ of an image's z or s, the largest of all images; NaN counts as infinite."""
+    largest = 0.0
+    with torch.no_grad():
+        for images_bHH3, right in zip(batches, expected, strict=True):
+            for found_bD, right_bD in zip(forward(images_bHH3), right, strict=True):
+                if found_bD.shape != right_bD.shape:
+                    return float("inf")
+                off_b = (found_bD - right_bD).norm(dim=1) / right_bD.norm(dim=1).clamp_min(1e-12)
+                largest = max(largest, float(off_b.nan_to_num(nan=float("inf")).max()))
+    return largest
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise InputError(f"--out {out} exists already; give a folder that does not")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out} lies in a folder that does not exist; make {out.absolute().parent} first")
+
+
+def _read_metrics(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); evaluate the run again, or remove it") from None
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("test"), dict):
+        raise InputError(f"{path} has no test figures; evaluate the run again, or remove it")
+    return metrics
+
+
+def _test_images(config: Config) -> list[Tensor]:
+    """A batch of each checked size, of images spread over the test split."""
+    manifest = open_shards(config.data.path, config.data.remote)
+    index = manifest.index(config.data.test_split)
+    places = iter(np.linspace(0, len(index) - 1, sum(_CHECKED_BATCHES)).astype(int).tolist())
+    chosen = [[(next(places), 0) for _ in range(size)] for size in _CHECKED_BATCHES]
+    images = ShardImages(manifest, index, test_transform(config))
+    return [batch.images_bHW3 for batch in stream(images, chosen, workers=0)]
+
+
+def _write_models(network: EmbeddingNetwork, config: Config, formats: Sequence[str],
+                  folder: Path) -> dict[str, Callable[[], Forward]]:
+    """Write the models; return, by file name, what reads each back."""
+    readers: dict[str, Callable[[], Forward]] = {}
+    if "safetensors" in formats:
+        state = {name: value.contiguous() for name, value in network.state_dict().items()}
+        (folder / FILES["safetensors"]).write_bytes(safetensors.torch.save(state, {"format": "pt"}))
+        readers[FILES["safetensors"]] = lambda: load(folder)
+    if "torch" in formats or "onnx" in formats:
+        program = trace(network, size=config.test_size)
+        if "torch" in formats:
+            write_torch(program, folder / FILES["torch"])
+            readers[FILES["torch"]] = lambda: read_torch(folder / FILES["torch"])
+        if "onnx" in formats:
+            write_onnx(program, folder / FILES["onnx"])
+            readers[FILES["onnx"]] = lambda: read_onnx(folder / FILES["onnx"])
+    return readers
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` at the end, flushed to disk; on any error it is gone."""
+    temporary = out.absolute().with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        os.rename(temporary, out)
+    except OSError as error:
+        error.filename = str(out)  # the folder the caller knows
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _flush(out.absolute().parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

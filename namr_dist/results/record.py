@@ -1,0 +1,115 @@
+"""What a finished run left in its folder, read and checked for the report.
+
+Shapes: N test images, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from namr_dist.config import Config
+from namr_dist.data.remote.transfer import is_command, shown
+from namr_dist.errors import InputError
+from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
+from namr_dist.retrieval.roles import Division, divide
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """config.json, metrics.jsonl, metrics.json and embeddings.safetensors of one run."""
+
+    name: str
+    config: dict[str, Any]
+    steps: list[dict[str, Any]]
+    """lines of training steps"""
+    validations: list[dict[str, Any]]
+    """lines with a block "val"; may be empty"""
+    metrics: dict[str, Any]
+    z_ND: Float64
+    labels_N: Int64
+    sides: Division
+    """who queries and who is searched"""
+
+
+def run_config(run: Path, shards: str | None = None) -> Config:
+    """The configuration that a run was trained with, with its shard set at `shards` if that is given.
+
+    Raises InputError if it cannot be read, or if its shards come from a command: a file that somebody else made is no
+    reason to run one.
+    """
+    config = Config.load(run / "config.json")
+    if shards is None and config.data.path and is_command(config.data.path):
+        raise InputError(f"{run / 'config.json'} reads its shards by a command ({shown(config.data.path)}); if you "
+                         "trust it, give it with --shards, or a folder or URL that has the same set")
+    return config if shards is None else replace(config, data=replace(config.data, path=shards))
+
+
+def _bytes(path: Path, made_by: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {made_by}") from None
+
+
+def _object(path: Path, made_by: str) -> dict[str, Any]:
+    try:
+        value = json.loads(_bytes(path, made_by))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): {made_by}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, not an object with fields: {made_by}")
+    return value
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a last line cut short is left out. Raises InputError for any other bad line."""
+    lines = _bytes(path, "train the run first").decode("utf-8", errors="replace").split("\n")
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                continue  # without its line end: the run was stopped while writing
+            raise InputError(f"{path}, line {number} is not JSON: delete that line") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            raise InputError(f"{path}, line {number} has no whole-numbered step: delete that line")
+        entries.append(entry)
+    return entries
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read a run's folder. Raises InputError where a file is missing or is not what it should be."""
+    evaluate_first = "evaluate the run first"
+    config = _object(run_dir / "config.json", "train the run first")
+    log = read_log(run_dir / "metrics.jsonl")
+    metrics = _object(run_dir / "metrics.json", evaluate_first)
+    if not isinstance(metrics.get("test"), dict) or not isinstance(metrics["test"].get("sample"), dict):
+        raise InputError(f"{run_dir / 'metrics.json'} has no test.sample: {evaluate_first}")
+    path = run_dir / "embeddings.safetensors"
+    try:
+        tensors = load(_bytes(path, evaluate_first))
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read ({error}): {evaluate_first}") from None
+    if missing := {"z", "labels"} - tensors.keys():
+        raise InputError(f"{path} has no tensor {', '.join(sorted(missing))}: {evaluate_first}")
+    z_ND = as_matrix(tensors["z"], f"{path}, z")
+    return RunRecord(
+        name=run_dir.resolve().name,
+        config=config,
+        steps=[entry for entry in log if "loss" in entry],
+        validations=[entry for entry in log if isinstance(entry.get("val"), dict)],
+        metrics=metrics,
+        z_ND=z_ND,
+        labels_N=as_labels(np.asarray(tensors["labels"]), len(z_ND), f"{path}, labels"),
+        sides=divide(tensors.get("roles"), len(z_ND), str(path)),
+    )

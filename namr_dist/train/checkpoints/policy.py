@@ -1,0 +1,57 @@
+"""Checkpoints at step boundaries: when to write one and when to stop, agreed by all ranks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from namr_dist.config import Config
+from namr_dist.parallel.host import HostGroup
+from namr_dist.train.checkpoints.resume import checkpoint_path, checkpoints, remove_old
+from namr_dist.train.checkpoints.state import save_state
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class CheckpointKeeper:
+    """One on each rank. All ranks must make each call together."""
+
+    def __init__(self, engine: DeepSpeedEngine, run: Path, config: Config, *, data_hash: str, host: HostGroup,
+                 first: bool) -> None:
+        self._engine = engine
+        self._run = run
+        self._config = config
+        self._data_hash = data_hash
+        self._host = host
+        self._first = first
+        self._latest_s = time.monotonic()
+
+    def decide(self, step: int, *, signal: int) -> tuple[bool, bool]:
+        """After so many steps: (write a checkpoint, stop). A signal on any rank counts, and the first rank's clock.
+
+        signal: the number of one that asked this rank to stop, 0 if none did.
+        """
+        train = self._config.train
+        waited = time.monotonic() - self._latest_s >= 60 * train.checkpoint_minutes
+        due = train.checkpoint_every > 0 and step % train.checkpoint_every == 0
+        due = due or (self._first and train.checkpoint_minutes > 0 and waited)
+        save, stop = self._host.largest(int(due), signal)
+        return bool(save or stop), bool(stop)
+
+    def save(self, step: int) -> tuple[bool, str]:
+        """Write the state after `step` steps and then drop what is older than train.keep_checkpoints; whether it was
+        written, and a line for people. Where it was not, the line says why, and the checkpoints before stay."""
+        began = time.monotonic()
+        path = checkpoint_path(self._run, step)
+        trouble = save_state(self._engine, path, step=step, config=self._config, data_hash=self._data_hash,
+                             host=self._host)
+        self._latest_s = time.monotonic()
+        if trouble is not None:
+            last = [before for before, _ in checkpoints(self._run) if before < step]
+            return False, (f"WARNING: no checkpoint at step {step}: {trouble}; until the next one, a run that breaks "
+                           f"goes on from {f'step {last[-1]}' if last else 'the beginning'}")
+        if self._first:
+            remove_old(self._run, newest=step, keep=self._config.train.keep_checkpoints)
+        return True, f"checkpoint at step {step} in {self._latest_s - began:.1f} s → {path}"

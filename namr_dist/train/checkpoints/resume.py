@@ -1,0 +1,149 @@
+"""What stands in a run's folder when training starts: nothing, a finished run, or a place to go on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+from namr_dist.atomic import write_atomic
+from namr_dist.config import Config
+from namr_dist.data.remote.transfer import shown
+from namr_dist.data.shardset.manifest import Manifest, SplitIndex
+from namr_dist.errors import InputError
+from namr_dist.train.checkpoints.network import final_checkpoint
+from namr_dist.train.checkpoints.state import SavedState, open_state
+from namr_dist.train.checkpoints.verified_file import DamagedFile
+
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+MAY_DIFFER = {"data.path", "data.remote.cache", "data.remote.cache_gib", "data.remote.retries",
+               "data.remote.stall_seconds", "data.workers", "data.batch_minutes", "data.verify",
+               "train.zero_stage", "train.log_every", "train.validate_every", "train.tensorboard",
+               "train.checkpoint_minutes", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_minutes",
+               "train.micro_batch", "evaluation.recall_at", "evaluation.reidentification_draws"}
+"""Settings that the run does not depend on, but for rounding. The images themselves are compared by their hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins."""
+
+    step: int = 0
+    saved: SavedState | None = None
+    """The checkpoint to go on from."""
+    goes_on: bool = False
+    """The folder holds this run already."""
+    finished: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}.safetensors"
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(steps done, file) of every training state in the folder, oldest first. None is opened."""
+    found = ((_NAME.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step-*.safetensors"))
+    return sorted((int(name[1]), path) for name, path in found if name)
+
+
+def hash_images(manifest: Manifest, index: SplitIndex) -> str:
+    """Names the images that are trained on, their bytes and their order: what a plan's numbers mean."""
+    shards = [manifest.shards[number].sha256 for number in np.unique(index.shard_N)]
+    return hashlib.sha256("\n".join([*shards, *index.keys]).encode()).hexdigest()
+
+
+def find_start(run: Path, config: Config, *, data_hash: str) -> Start:
+    """What `--resume` goes on from: the newest whole checkpoint of the same run, or the beginning.
+
+    Raises InputError if the folder holds a run with other settings or images, or checkpoints of which none is whole.
+    """
+    if not (run / "config.json").exists():
+        return Start()
+    check_same(run / "config.json", Config.load(run / "config.json"), config)
+    remove_unfinished(run)
+    warnings = []
+    if final_checkpoint(run).exists():
+        try:
+            with safetensors.safe_open(final_checkpoint(run), "pt"):
+                return Start(goes_on=True, finished=True)
+        except (safetensors.SafetensorError, OSError) as error:
+            warnings.append(f"{final_checkpoint(run)} is damaged ({error})")
+    for step, path in reversed(checkpoints(run)):
+        try:
+            saved = open_state(path)
+        except DamagedFile as error:
+            warnings.append(f"{path} is damaged ({error})")
+            continue
+        check_same(path, saved.config, config)
+        if saved.step != step:
+            raise InputError(f"{path} holds step {saved.step}; give it that step's name, or remove it")
+        if saved.data_hash != data_hash:
+            raise InputError(f"{path} was trained on other images than {shown(config.data.path or 'homeware')} holds "
+                             "now; set data.path to those, or start again with --overwrite")
+        return Start(step=saved.step, saved=saved, goes_on=True, warnings=tuple(warnings))
+    if checkpoints(run):
+        raise InputError(f"no checkpoint in {run / 'checkpoints'} is whole: {'; '.join(warnings)}; copy one there "
+                         "again, or start again with --overwrite")
+    return Start(goes_on=True, warnings=tuple(warnings))
+
+
+def check_same(path: Path, there: Config, here: Config) -> None:
+    """Raise InputError, naming the file `path` and the fields, if two configurations do not make the same run."""
+    before, now = _fields(dataclasses.asdict(there)), _fields(dataclasses.asdict(here))
+    changed = [f"{name} is {now[name]}, there {before[name]}" for name in now
+               if name not in MAY_DIFFER and now[name] != before[name]]
+    if changed:
+        raise InputError(f"{path} belongs to another run: {'; '.join(changed)}; give its settings, or another folder "
+                         "with --run-dir")
+
+
+def _fields(section: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in section.items():
+        flat.update(_fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
+
+
+def remove_unfinished(run: Path) -> None:
+    """Delete the temporary files of writes that a killed process left behind."""
+    for folder in (run, run / "checkpoints"):
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def remove_old(run: Path, *, newest: int, keep: int) -> None:
+    """Delete checkpoints before the one at step `newest`, but for the latest `keep` with it.
+
+    Later ones stay and are not counted: they were found damaged when the run went on from an earlier step.
+    """
+    until_now = [path for step, path in checkpoints(run) if step <= newest]
+    for path in until_now[:-keep]:
+        path.unlink(missing_ok=True)
+
+
+def cut_log(path: Path, step: int) -> float:
+    """Drop from metrics.jsonl what comes after `step`, and a half line; the seconds that the rest had taken."""
+    if not path.exists():
+        return 0.0
+    lines = list(_whole_lines(path.read_bytes()))
+    kept = [(line, entry) for line, entry in lines if entry["step"] <= step]
+    write_atomic(path, b"".join(line for line, _ in kept))
+    return max((float(entry.get("time_s", 0.0)) for _, entry in kept), default=0.0)
+
+
+def _whole_lines(content: bytes) -> Iterator[tuple[bytes, dict]]:
+    for line in content.splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            yield line, entry

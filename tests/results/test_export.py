@@ -1,0 +1,242 @@
+"""`namr export`: plain files, used as their model card says, beside what evaluation wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import REPOSITORY, launch, small_run
+from PIL import Image
+from torch import Tensor, nn
+
+from namr_dist.config import Config, DataConfig, ModelConfig, RemoteConfig
+from namr_dist.data.read.stream import ShardImages
+from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.data.shardset.shards import decode_rgb
+from namr_dist.errors import InputError
+from namr_dist.results.evaluate_run import evaluate_run
+from namr_dist.results.export import describe, difference, export_run, load
+from namr_dist.results.page import write_report
+from namr_dist.results.programs import trace
+from namr_dist.results.redact import shareable
+from namr_dist.train.checkpoints.network import final_checkpoint, save_network
+from namr_dist.train.embed import test_transform as transform_of
+
+MODELS = {"model.safetensors", "model.pt2", "model.onnx"}
+
+
+@pytest.fixture(scope="module")
+def run(shard_set: Manifest, forked_namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps at 32 px, evaluated on the middle three quarters of images at 48 px."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    done = forked_namr("train", "homeware_conv4", "--run-dir", folder, *small_run(shard_set, steps=2),
+                       "--set.data.test_size", 48, "--set.data.test_crop", 0.75)
+    assert done.returncode == 0, done.stderr
+    evaluate_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "small"
+    done = namr("export", run, "--out", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["size_bytes"] == {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert said["differences"].keys() == MODELS
+    assert all(0 <= value < 1e-5 for value in said["differences"].values())
+    assert list(folder.parent.iterdir()) == [folder], "a temporary folder stayed"
+    return folder
+
+
+def test_what_is_written(run: Path, exported: Path, shard_set: Manifest) -> None:
+    assert {path.name for path in exported.iterdir()} == {*MODELS, "config.json", "README.md"}
+    state = safetensors.torch.load_file(exported / "model.safetensors")
+    trained = safetensors.torch.load_file(final_checkpoint(run))
+    assert state.keys() == trained.keys()
+    assert all(torch.equal(state[name], trained[name]) for name in state)
+    about = json.loads((exported / "config.json").read_text())
+    assert (about["input"]["size"], about["output"]["width"]) == (48, 16)
+    assert about["config"]["data"]["path"] == shard_set.folder.name
+    for path in exported.iterdir():
+        content = path.read_bytes()
+        assert str(REPOSITORY).encode() not in content, f"{path.name} names folders of this machine"
+        assert str(shard_set.folder.parent).encode() not in content, f"{path.name} names folders of this machine"
+    card = (exported / "README.md").read_text()
+    recall = json.loads((run / "metrics.json").read_text())["test"]["sample"]["R@1"]
+    assert f"| trained, sample | {recall:.1f} |" in card
+    assert shard_set.split_hash("test") in card
+
+
+@pytest.mark.parametrize(("location", "told"), [
+    ("/home/me/shards", "shards"), ("https://me:se/cret@host/all/set?sig=se/cret", "set?…"),
+    ("https://me:secret@host", "…@host"), ("s3://bucket/set/", "set"), (None, None),
+    ("pipe:TOKEN=secret curl https://h/{}", "pipe:…"), ("pipe:/opt/get --key secret {}", "get …"),
+])
+def test_what_is_given_away_has_neither_folders_nor_credentials(location: str | None, told: str | None) -> None:
+    config = Config(recipe="sop", model=ModelConfig(weights=Path("/home/me/weights.pt")), data=DataConfig(
+        path=location, class_list=Path("/home/me/list.txt"), remote=RemoteConfig(cache=Path("/scratch/me"))))
+    given = describe(config, {})["config"]
+    assert (given["data"]["path"], given["data"]["class_list"], given["data"]["remote"]["cache"],
+            given["model"]["weights"]) == (told, "list.txt", "me", "weights.pt")
+    given["data"].update(path=config.data.path, class_list="/home/me/list.txt")
+    given["data"]["remote"]["cache"], given["model"]["weights"] = "/scratch/me", "/home/me/weights.pt"
+    assert given == json.loads(config.to_json()), "another field was changed"
+    assert shareable({"data": None, "model": {}}) == {"data": None, "model": {}}
+
+
+def test_a_report_has_neither_folders_nor_credentials(run: Path, tmp_path: Path, shard_set: Manifest) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["path"] = "https://me:secret@host/folder/set?sig=secret"
+    (copy / "config.json").write_text(json.dumps(config))
+    index = shard_set.index("test")
+    images = ShardImages(shard_set, index, transform_of(Config.load(copy / "config.json")))
+    page = write_report(copy, images.jpeg, index.keys, index.keys).read_text()
+    assert "set?…" in page and "secret" not in page and "host/folder" not in page
+
+
+@pytest.mark.parametrize(("file", "absent"), [
+    ("model.safetensors", "deepspeed"), ("model.pt2", "namr_dist"), ("model.onnx", "torch")])
+def test_model_card_does_what_it_says(run: Path, exported: Path, shard_set: Manifest, tmp_path: Path, file: str,
+                                      absent: str) -> None:
+    """Its code in a process of its own, on image files: the embeddings are those of evaluation, at any batch size."""
+    places = (0, 7, 20, 33)
+    source = ShardImages(shard_set, shard_set.index("test"), transform_of(Config.load(run / "config.json")))
+    for number, place in enumerate(places):
+        Image.fromarray(decode_rgb(source.jpeg(place), "an image")).save(tmp_path / f"{number}.png")
+    card = (exported / "README.md").read_text()
+    prepare = re.findall(r"```python\n(.*?)```", card[card.index("## Prepare") : card.index("## Load")], re.S)[0]
+    use = re.findall(r"```python\n(.*?)```", card[card.index(f"`{file}`, with") :], re.S)[0]
+    files = [str(tmp_path / f"{number}.png") for number in range(len(places))]
+    assert '["photo.jpg"]' in prepare
+    script = f"""{prepare.replace('["photo.jpg"]', repr(files))}
+import json, sys
+every = images
+for images in (every, every[:1]):
+    exec({use!r})
+    print(json.dumps([z.tolist(), s.tolist()]))
+assert not {{{absent!r}, "deepspeed"}} & sys.modules.keys()
+"""
+    done = launch(sys.executable, "-c", script, cwd=exported)
+    assert done.returncode == 0, done.stderr
+    evaluated = safetensors.torch.load_file(run / "embeddings.safetensors")
+    for line, count in zip(done.stdout.splitlines(), (4, 1), strict=True):
+        for found, right in zip(json.loads(line), (evaluated["z"], evaluated["s"]), strict=True):
+            np.testing.assert_allclose(found, right[list(places[:count])], rtol=1e-4, atol=1e-5)
+
+
+def test_loading_leaves_the_generator_alone(exported: Path) -> None:
+    torch.manual_seed(5)
+    right = torch.rand(3)
+    torch.manual_seed(5)
+    load(exported)
+    assert torch.equal(torch.rand(3), right)
+
+
+def test_difference(exported: Path) -> None:
+    """Doubled z is off by all of itself; what is not a number is infinitely far."""
+    images = [torch.randint(0, 256, (count, 48, 48, 3), dtype=torch.uint8) for count in (1, 3)]
+    network, other = load(exported), load(exported)
+    with torch.no_grad():
+        expected = [network(batch) for batch in images]
+        assert difference(other, images, expected) == 0
+        for parameter in other.sample_head.parameters():
+            parameter.mul_(2)
+        assert difference(other, images, expected) == pytest.approx(1, rel=1e-5)
+        other.sample_head.bias[0] = float("nan")
+        assert difference(other, images, expected) == float("inf")
+
+
+def test_too_large_a_difference_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.safetensors differs from the network by 0\.0e\+00"):
+        export_run(run, tmp_path / "out", ["safetensors"], tolerance=-1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_export(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"model\.safetensors is not a whole safetensors file"):
+        load(folder)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors is missing"):
+        load(folder)
+    weights.write_bytes(whole)
+    about = json.loads(config.read_text())
+    about["config"]["model"]["width"] = 8
+    config.write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"does not fit .*config\.json"):
+        load(folder)
+    config.write_text((exported / "README.md").read_text())
+    with pytest.raises(InputError, match=r"config\.json is not JSON"):
+        load(folder)
+    config.write_text("{}")
+    with pytest.raises(InputError, match="has format None"):
+        load(folder)
+    config.unlink()
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        load(folder)
+
+
+def test_runs_that_cannot_be_exported(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="is not the folder of a run"):
+        export_run(tmp_path, out)
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    (broken / "metrics.json").write_text("[]")
+    with pytest.raises(InputError, match=r"metrics\.json has no test figures"):
+        export_run(broken, out)
+    (broken / "metrics.json").unlink()
+    config = Config.load(broken / "config.json")
+    state = safetensors.torch.load_file(final_checkpoint(run))
+    state["sample_head.bias"][3] = float("nan")
+    save_network(final_checkpoint(broken), state, config, trained={})
+    with pytest.raises(InputError, match="does not give finite values"):
+        export_run(broken, out)
+    final_checkpoint(broken).write_bytes(final_checkpoint(run).read_bytes()[:5000])
+    with pytest.raises(InputError, match="is not a whole safetensors file"):
+        export_run(broken, out)
+    final_checkpoint(broken).unlink()
+    with pytest.raises(InputError, match="the run has not finished"):
+        export_run(broken, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_folders_that_are_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="there exists already"):
+        export_run(run, tmp_path / "there")
+    with pytest.raises(InputError, match="in a folder that does not exist"):
+        export_run(run, tmp_path / "no" / "out")
+
+
+def test_missing_package_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even before the run is looked at."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # Python then takes it for not installed
+    with pytest.raises(InputError, match=r"onnx needs onnxruntime, .*namr-dist\[export\]"):
+        export_run(tmp_path / "no-run", tmp_path / "out")
+    with pytest.raises(InputError, match="is not the folder of a run"):
+        export_run(tmp_path / "no-run", tmp_path / "out", ["safetensors", "torch"])
+
+
+def test_network_that_cannot_be_traced() -> None:
+    class Branches(nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return (images, images) if images.sum() > 9 else (images + 1, images)
+
+    with pytest.raises(InputError, match="cannot be traced by torch.export"):
+        trace(Branches(), size=4)

@@ -1,0 +1,308 @@
+"""The report: made from a small run with real JPEGs, read as text, and opened in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from namr_dist.errors import InputError
+from namr_dist.results import examples
+from namr_dist.results.charts import Line, line_chart, nice_ticks, smoothed, thinned
+from namr_dist.results.page import write_report
+from namr_dist.results.tables import results_table
+from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
+
+NASTY = 'Chair <script>alert("x")</script> & \'co\''
+CHROMIUM_FLAGS = [
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]
+
+
+class SmallRun:
+    """A folder as training and evaluation leave it: 24 classes of four images."""
+
+    def __init__(self, folder: Path, *, noise: float = 1.0) -> None:
+        rng = np.random.default_rng(3)
+        self.folder = folder
+        folder.mkdir()
+        self.labels = np.repeat(np.arange(24), 4)
+        z = rng.standard_normal((24, 16))[self.labels] + noise * rng.standard_normal((96, 16))
+        s = rng.uniform(0.5, 1.5, z.shape)
+        self.names = [NASTY if label == 2 else f"Thing {label}" for label in self.labels]
+        self.categories = [f"Kind {label % 7}" for label in self.labels]
+        self.tensors = {"z": z.astype("f4"), "s": s.astype("f4"), "labels": self.labels}
+        self.config = {
+            "recipe": "small", "model": {"backbone": "efficientnet_lite0"}, "train": {"seed": 5},
+            "loss": {"metric": "triplet", "ranking": {"weight": 2.0, "clusters": 2}},
+        }
+        self.log = [
+            {"step": i, "epoch": 0, "loss": 1.0, "metric_loss": float(0.5 * 0.95**i + 1e-3),
+             "ranking_loss": float(0.2 + 0.01 * rng.standard_normal()), "lr": 1e-3,
+             "img_per_s": 30.0, "time_s": 2.0 * i}
+            for i in range(1, 101)
+        ]
+        self.log += [{"step": i, "val": {"R@1": 50 + i / 4, "MAP@R": 30 + i / 5}} for i in (25, 50, 75, 100)]
+        self.metrics = {
+            **evaluate(z, s, self.labels, delta=0.5),
+            "baselines": {
+                "raw pixels": evaluate_sample(rng.standard_normal((96, 9)), self.labels),
+                "untrained model": evaluate_sample(z + 2 * rng.standard_normal(z.shape), self.labels),
+                "frozen backbone": evaluate_sample(z + rng.standard_normal(z.shape), self.labels),
+            },
+            "protocol": {"data set": "stripes", "commit": NASTY, "versions": {"torch": "2", "numpy": "2"}},
+            "train": {"seconds": 200.4, "steps": 100},
+        }
+
+    def save(self) -> None:
+        (self.folder / "config.json").write_text(json.dumps(self.config))
+        (self.folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
+        (self.folder / "metrics.json").write_text(json.dumps(self.metrics))
+        save_file(self.tensors, self.folder / "embeddings.safetensors")
+
+    def jpeg(self, place: int) -> bytes:
+        """Class colour, with a pattern that makes no two alike; the first class's are large files."""
+        size = 300 if self.labels[place] == 0 else 64
+        colour = np.random.default_rng(int(self.labels[place])).uniform(40, 215, 3)
+        grain = np.random.default_rng(1000 + place).uniform(-40, 40, (size, size, 3))
+        return simplejpeg.encode_jpeg(np.clip(colour + grain, 0, 255).astype(np.uint8), quality=85)
+
+    def report(self) -> Path:
+        self.save()
+        return write_report(self.folder, self.jpeg, self.names, self.categories)
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.html = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(self.html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += " ".join(data.split()) + " "
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> SmallRun:
+    return SmallRun(tmp_path / "small")
+
+
+def test_page_is_self_contained_and_complete(run):
+    path = run.report()
+    assert path == run.folder / "report.html" and path.stat().st_size < 3_000_000
+    assert sorted(p.name for p in run.folder.iterdir()) == [
+        "config.json", "embeddings.safetensors", "metrics.json", "metrics.jsonl", "report.html"]
+    page = Page(path)
+    assert not re.search(r"https?:|url\(|@import", page.html)
+    assert not page.all("script")
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "data:").startswith(("data:", "#")), (tag, attributes)
+    images = page.all("img")
+    assert len(images) == 10 * (1 + examples.NEIGHBOURS) and all(image["alt"] for image in images)
+    assert page.all("html")[0]["lang"] == "en"
+    assert all(head.get("scope") in ("row", "col") for head in page.all("th"))
+    assert len(page.all("h1")) == 1 and len(page.all("table")) == 2
+    # three charts, the map, and a symbol for each of seven super-categories
+    assert len(page.all("svg")) == 4 + 7
+    figure = run.metrics["test"]["sample"]["R@1"]
+    assert f"The nearest image was of the same class for {figure:.1f} % of them" in page.text
+    trained = "EfficientNet-Lite0 was trained for 100 steps (3 min 20 s) on stripes with the triplet loss"
+    assert trained in page.text
+    for words in ("raw pixels", "frozen backbone", "symmetric", "looks at the gallery", "versions, torch",
+                  "✓", "✗", "First neighbour wrong", "t-SNE"):
+        assert words in page.text, words
+    assert NASTY in page.text  # shown as text, never run
+
+
+def test_report_repeats_and_replaces(run):
+    first = run.report().read_bytes()
+    assert run.report().read_bytes() == first
+
+
+def test_missing_pieces_leave_a_smaller_report(run):
+    run.log = [entry for entry in run.log if "val" not in entry]
+    del run.tensors["s"], run.metrics["baselines"], run.metrics["train"], run.metrics["protocol"]
+    run.metrics = {**run.metrics, **evaluate(run.tensors["z"], None, run.labels, delta=0.5)}
+    run.config = {}
+    run.categories = [""] * 96
+    page = Page(run.report())
+    assert "Validation, %" not in page.text and "Metric loss" in page.text
+    assert "no structure embedding" in page.text and "A network was trained." in page.text
+    assert "by super-category" not in page.text
+
+
+def test_no_training_log_and_unknown_figures(run):
+    run.log = []
+    run.metrics["test"]["sample"]["R@1"] = float("nan")
+    page = Page(run.report())
+    assert "Metric loss" not in page.text and "–" in page.text
+
+
+def test_a_log_cut_short_is_read_up_to_there(run):
+    run.save()
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 101, "lo')
+    write_report(run.folder, run.jpeg, run.names, run.categories)
+
+
+def test_few_images_and_lone_classes(run):
+    """Below 50 images the map is a PCA; classes of one image are never queries."""
+    keep = np.concatenate([np.arange(12), [12, 16, 20]])
+    run.tensors = {name: tensor[keep] for name, tensor in run.tensors.items()}
+    run.labels = run.labels[keep]
+    run.names, run.categories = [run.names[i] for i in keep], [run.categories[i] for i in keep]
+    page = Page(run.report())
+    assert "PCA" in page.text
+    run.labels = run.tensors["labels"] = np.arange(15)
+    assert "No test image has another one of its class." in Page(run.report()).text
+
+
+def test_collapsed_embeddings_have_no_map(run):
+    run.tensors["z"] = np.ones_like(run.tensors["z"])
+    assert "Map of the test embeddings" not in Page(run.report()).text
+
+
+def test_many_super_categories_share_a_last_symbol(run):
+    run.categories = [f"Kind {label}" for label in run.labels]
+    page = Page(run.report())
+    assert "all others" in page.text and len(page.all("svg")) == 4 + 12
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "metrics.json", "embeddings.safetensors"])
+def test_missing_and_damaged_files_are_named(run, name):
+    run.save()
+    (run.folder / name).write_bytes(b"\x00 no good\n\n")
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        write_report(run.folder, run.jpeg, run.names, run.categories)
+    (run.folder / name).unlink()
+    with pytest.raises(InputError, match=f"{name} is missing: (train|evaluate) the run first"):
+        write_report(run.folder, run.jpeg, run.names, run.categories)
+    assert not (run.folder / "report.html").exists()
+
+
+def test_other_bad_input_is_named(run):
+    run.save()
+    with pytest.raises(InputError, match="95 names for 96 embeddings"):
+        write_report(run.folder, run.jpeg, run.names[1:], run.categories)
+    with pytest.raises(InputError, match="cannot be read"):
+        write_report(run.folder, lambda _: b"no image", run.names, run.categories)
+    save_file({"labels": run.labels}, run.folder / "embeddings.safetensors")
+    with pytest.raises(InputError, match="no tensor z: evaluate the run first"):
+        write_report(run.folder, run.jpeg, run.names, run.categories)
+
+
+def test_console_table(run):
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(results_table(run.metrics))
+    text = console.export_text()
+    lines = [line for line in text.splitlines() if "│" in line]
+    assert [line.split("│")[1].strip() for line in lines] == [
+        "raw pixels", "untrained model", "frozen backbone", "trained, sample", "trained, rerank",
+        "with s shuffled between images", "trained, adaptive", "with s = 1 everywhere",
+        "with s shuffled between images", "trained, symmetric", "with s = 1 everywhere",
+        "with s shuffled between images", "trained, calibrated *"]
+    assert f"{run.metrics['test']['symmetric']['MAP@R']:.1f}" in text and "looks at the whole gallery" in text
+    del run.metrics["baselines"], run.metrics["test_counts"]
+    results_table(run.metrics)
+
+
+def test_chart_parts():
+    assert nice_ticks(0, 100) == [0, 20, 40, 60, 80, 100] and nice_ticks(3, 3)[0] < 3 < nice_ticks(3, 3)[-1]
+    assert nice_ticks(0.1, 0.3) == [0.1, 0.15, 0.2, 0.25, 0.3]
+    for low, high in ((1e-14, 3e-14), (48.6191, 48.6191 + 1e-13)):  # rounding alone apart, as two logged steps may be
+        assert len(set(nice_ticks(low, high))) > 2
+    assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2, 2, 2]) and len(thinned(range(1001))) == 400
+    line = Line(name="a", xs=[1, 2, 3], ys=[1, 100, float("nan")], css="c0", dots=True, label=True)
+    chart = line_chart([line], title='a "b"', x_label="step", allow_log=True)
+    assert chart and "logarithmic" in chart and "nan" not in chart and chart.count("<circle") == 2
+    assert 'aria-label="a &#34;b&#34;"' in chart
+    assert line_chart([Line(name="a", xs=[1], ys=[float("inf")], css="c0")], title="", x_label="") is None
+    dot = Line(name="a", xs=[7], ys=[0.5], css="c0", dots=True)
+    single = line_chart([dot], title="", x_label="", allow_log=True)
+    assert single and "<circle" in single
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no Chromium with chromedriver is installed (Debian: chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture(scope="module")
+def small_report(tmp_path_factory) -> Path:
+    return SmallRun(tmp_path_factory.mktemp("runs") / "small").report()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_in_a_browser(browser, small_report, width, scheme):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.get(small_report.as_uri())
+    assert browser.get_log("browser") == []
+    scroll_width, inner_width = browser.execute_script(
+        "return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert inner_width == width and scroll_width <= inner_width
+    images = browser.execute_script(
+        "return [...document.images].map(i => [i.complete, i.naturalWidth, i.width])")
+    assert len(images) == 90 and all(done and natural > 0 and shown > 30 for done, natural, shown in images)
+    assert browser.execute_script("return performance.getEntriesByType('resource')"
+                                  ".filter(e => !e.name.startsWith('data:')).length") == 0
+    # Small text stands out from what is behind it (WCAG AA: 4.5), in both schemes.
+    ratios = browser.execute_script(CONTRAST)
+    assert ratios and min(ratios.values()) >= 4.5, ratios
+
+
+CONTRAST = """
+const channel = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number);
+  return .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b); };
+const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+  if (c !== 'rgba(0, 0, 0, 0)') return c; } return 'rgb(255, 255, 255)'; };
+const result = {};
+for (const kind of ['body', '.soft', '.note', '.eyebrow', '.badge', 'td', 'tr.control td', 'tr.main td', 'dt',
+                    'svg text', 'svg .name.c0', 'svg .name.c1', '.shot.right b', '.shot.wrong b',
+                    '.shot span', 'footer']) {
+  const e = document.querySelector(kind);
+  const style = getComputedStyle(e);
+  const [a, b] = [light(e instanceof SVGElement ? style.fill : style.color), light(behind(e))];
+  result[kind] = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+}
+return result;
+"""
