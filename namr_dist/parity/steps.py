@@ -168,6 +168,8 @@ def _settle() -> None:
     accelerator = get_accelerator()
     listed = accelerator.supported_dtypes()
     accelerator.supported_dtypes = lambda: [*listed, torch.float64]
+    # ZeRO 3 refuses it on processors that have float16, and nowhere else.
+    accelerator.is_fp16_supported = lambda: False
     # Each ZeRO-3 engine collects garbage: what the libraries hold need not be walked through every time.
     gc.collect()
     gc.freeze()
