@@ -81,12 +81,13 @@ def plan(recipe: str, base: Config, overrides: Sequence[str], folder: Path, *, l
     """
     runs: list[PlannedRun] = []
     for seed, weight, loss in itertools.product(seeds, weights, losses):
-        run = folder / f"{loss}-{weight:g}-{seed}"
+        run = folder / f"{loss.replace(':', '.')}-{weight:g}-{seed}"  # a colon would be a host's to scp and rsync
         ranking = replace(base.loss.ranking, weight=weight)
-        config = replace(base, loss=replace(base.loss, metric=loss, ranking=ranking),  # type: ignore[arg-type]
+        config = replace(base, loss=replace(base.loss, metric=loss, ranking=ranking),
                          train=replace(base.train, seed=seed))
         words = (recipe, "--run-dir", str(run), "--resume", *overrides, "--set.loss.metric", loss,
                  "--set.loss.ranking.weight", str(weight), "--set.train.seed", str(seed))
+        config.check()
         if run in (other.folder for other in runs):
             raise InputError(f"{run.name} is asked for twice; give each loss, weight and seed once")
         runs.append(PlannedRun(folder=run, config=config, words=words))

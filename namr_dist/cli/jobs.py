@@ -6,10 +6,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
 
-from namr_dist.config import LossConfig
 from namr_dist.errors import InputError
+from namr_dist.losses import registry
 from namr_dist.recipes.overrides import configure, configure_quietly
 
 _LONGEST_LIMIT_S = 86_400
@@ -43,9 +42,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "keeps runs that are done. Exit code 1 if a run failed, 75 if a signal asked for an end.")
     reproduce.add_argument("recipe", metavar="RECIPE", nargs="?", default="homeware", help="name of a recipe "
                            "(%(default)s, for more steps than its own)")
-    losses = get_args(get_type_hints(LossConfig)["metric"])
-    reproduce.add_argument("--losses", nargs="+", choices=losses, default=losses, metavar="LOSS",
-                           help=f"({' '.join(losses)})")
+    reproduce.add_argument("--losses", nargs="+", default=registry.NAMES, metavar="LOSS",
+                           help=f"values of loss.metric ({' '.join(registry.NAMES)})")
     reproduce.add_argument("--weights", nargs="+", type=float, metavar="WEIGHT", help="weights of multi-cluster "
                            "ranking; 0 leaves it out (0, and the recipe's own)")
     reproduce.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="(0 1 2)")

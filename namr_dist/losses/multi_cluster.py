@@ -1,4 +1,4 @@
-"""Multi-cluster ranking as a module: the label-free loss that trains the structure embedding."""
+"""Multi-cluster ranking of one rank's rows among all: the label-free loss that trains the structure embedding."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from namr_dist import kernels
 from namr_dist.losses.rows import Rows
 
 
-class MultiClusterRanking(nn.Module):
+class MultiClusterRankingRows(nn.Module):
     """L_mcr of docs/algorithm.md, "Multi-cluster ranking".
 
     clusters: M, ordered cluster centres; 2 follows the NASA authors' published formulas.

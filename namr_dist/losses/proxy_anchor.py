@@ -1,13 +1,17 @@
-"""Proxy-anchor loss as a module, with its learnt proxies."""
+"""Proxy-anchor loss of one rank's rows among all, with its learnt proxies."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
 from namr_dist import kernels
-from namr_dist.losses.rows import Rows, through_unit_rows, with_gradients
+from namr_dist.kernels import reference
+from namr_dist.losses.registry import ProxyAnchorConfig
+from namr_dist.losses.rows import Batches, Rows, RowsLoss, through_unit_rows, with_gradients
 
 
-class ProxyAnchorLoss(nn.Module):
+class ProxyAnchorRows(RowsLoss):
     """Proxy-anchor loss on unit vectors (Kim et al. 2020), one learnt proxy a training class.
 
     classes: number of training classes C; labels are 0..C-1.
@@ -37,6 +41,10 @@ class ProxyAnchorLoss(nn.Module):
         self.proxies = nn.Parameter(torch.empty(classes, width, dtype=torch.float32))
         nn.init.kaiming_normal_(self.proxies, mode="fan_out", generator=generator)
 
+    @classmethod
+    def configured(cls, settings: ProxyAnchorConfig, batches: Batches) -> ProxyAnchorRows:
+        return cls(classes=batches.classes, width=batches.width, alpha=settings.alpha, margin=settings.margin)
+
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
         """The batch's loss, carrying this rank's share of the gradient for the proxies, and its gradient for
         rows.z_bD, of any length. rows.labels_b: 0..C-1. seed: not used."""
@@ -45,6 +53,10 @@ class ProxyAnchorLoss(nn.Module):
             x_bD, rows.labels_b, proxies_CD.detach(), gather=rows.gather_one, alpha=self.alpha, margin=self.margin,
             with_grad=True)
         return with_gradients(loss, (proxies_CD, grad_unit_CD)), through_unit_rows(rows.z_bD, grad_x_bD)
+
+    def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
+        unit_BD, proxies_CD = (nn.functional.normalize(rows, dim=1) for rows in (x_BD, self.proxies))
+        return reference.proxy_anchor_loss(unit_BD, labels_B, proxies_CD, alpha=self.alpha, margin=self.margin)
 
     def extra_repr(self) -> str:
         classes, width = self.proxies.shape

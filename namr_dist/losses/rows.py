@@ -1,14 +1,16 @@
-"""One rank's rows among all, and losses whose gradients are known.
+"""One rank's rows among all, what a loss on them has to offer, and losses whose gradients are known.
 
 Shapes: b rows of this rank, B rows of all ranks, N candidates, D width, W ranks.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from namr_dist import kernels
@@ -29,16 +31,63 @@ class Rows:
     """(b, …) of this rank → (B, …) of all."""
     gather_one: kernels.Gather = kernels.alone
     """(1, …) of each rank → (W, …)."""
+    ranks: int = 1
+    """W."""
 
     def unit(self) -> Rows:
         """The same with rows of length 1."""
         return Rows(z_bD=kernels.unit_rows(self.z_bD), labels_b=self.labels_b, z_ND=kernels.unit_rows(self.z_ND),
-                    labels_N=self.labels_N, offset=self.offset, gather=self.gather, gather_one=self.gather_one)
+                    labels_N=self.labels_N, offset=self.offset, gather=self.gather, gather_one=self.gather_one,
+                    ranks=self.ranks)
 
 
 def all_rows(z_BD: Tensor, labels_B: Tensor) -> Rows:
     """The rows of a batch that one process holds by itself."""
     return Rows(z_bD=z_BD, labels_b=labels_B, z_ND=z_BD, labels_N=labels_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """What is known of all batches that a loss will meet, before the first."""
+
+    classes: int
+    """Training classes: labels are 0..classes-1."""
+    images_per_class: int
+    """K: rows of a class in a batch."""
+    width: int
+    """D."""
+    memory: bool = False
+    """Rows of earlier batches may be candidates too."""
+
+    @property
+    def most_positives(self) -> int | None:
+        """Of any row; None where a class may stand any number of times, as in a memory."""
+        return None if self.memory else self.images_per_class - 1
+
+
+class RowsLoss(nn.Module, ABC):
+    """A metric loss of one rank's rows among all ranks'.
+
+    Its gradient is computed with the loss; what the loss itself carries to autograd is the gradient of the module's
+    own parameters (β, proxies). `train.objective.Objective` makes one differentiable loss of these.
+    """
+
+    @classmethod
+    @abstractmethod
+    def configured(cls, settings: Any, batches: Batches) -> RowsLoss:
+        """The loss with its section of the configuration."""
+
+    @abstractmethod
+    def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
+        """The loss of the whole batch, carrying this rank's share of the gradient for the module's parameters, and its
+        gradient for rows.z_bD, (b, D). seed: of what is drawn at random, the same on all ranks."""
+
+    @abstractmethod
+    def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
+        """The loss of a whole batch as defined in kernels.reference, differentiable by autograd; for checks.
+
+        x_BD: as rows.z_bD, scaled to mean pairwise distance 1.
+        """
 
 
 def through_unit_rows(z_bD: Tensor, grad_x_bD: Tensor) -> Tensor:

@@ -10,18 +10,23 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from namr_dist.config import LossConfig, RankingConfig
+from namr_dist.losses import registry
 from namr_dist.parallel.pool import Ranks
 from namr_dist.train.objective import Objective
 
 PACKAGE = "pytorch-metric-learning"
 WAYS = ("ours", "wrapper", "wrapper, efficient")
-LOSSES = ("triplet", "margin", "multi_similarity", "proxy_anchor")
+_COUNTERPARTS = {"triplet": "TripletMarginLoss", "margin": "MarginLoss", "multi_similarity": "MultiSimilarityLoss",
+                 "proxy_anchor": "ProxyAnchorLoss"}
+"""The library's loss for each of ours that it has."""
+LOSSES = tuple(name for name in registry.NAMES if name in _COUNTERPARTS)
 
 _CLASSES, _EACH, _FEATURES, _WIDTH = 8, 3, 20, 16
 
@@ -71,7 +76,7 @@ def gradients(way: str, loss: str) -> dict[str, Tensor]:
     features_BF = (centres_CF[labels_B] + noise_BF).double()
     network = nn.Linear(_FEATURES, _WIDTH, bias=False).double()
     if way == "ours":
-        config = LossConfig(metric=loss, ranking=RankingConfig(weight=0.0))  # type: ignore[arg-type]
+        config = LossConfig(metric=loss, ranking=RankingConfig(weight=0.0))
         criterion: nn.Module = Objective(config, classes=_CLASSES, images_per_class=_EACH, width=_WIDTH).double()
     else:
         criterion = _library_loss(loss, efficient="efficient" in way, wrapped=world > 1)
@@ -90,10 +95,9 @@ def _library_loss(name: str, *, efficient: bool, wrapped: bool) -> nn.Module:
     from pytorch_metric_learning import losses
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
-    make = {"triplet": losses.TripletMarginLoss, "margin": lambda: losses.MarginLoss(learn_beta=True),
-            "multi_similarity": losses.MultiSimilarityLoss,
-            "proxy_anchor": lambda: losses.ProxyAnchorLoss(_CLASSES, _WIDTH)}
-    loss: nn.Module = make[name]().double()
+    options: dict[str, dict[str, Any]] = {
+        "margin": {"learn_beta": True}, "proxy_anchor": {"num_classes": _CLASSES, "embedding_size": _WIDTH}}
+    loss: nn.Module = getattr(losses, _COUNTERPARTS[name])(**options.get(name, {})).double()
     return DistributedLossWrapper(loss, efficient=efficient) if wrapped else loss
 
 

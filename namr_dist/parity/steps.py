@@ -21,14 +21,13 @@ from namr_dist.config import (
     Config,
     DataConfig,
     LossConfig,
-    MarginConfig,
     ModelConfig,
     OptimConfig,
     RankingConfig,
     TrainConfig,
-    TripletConfig,
 )
 from namr_dist.kernels import reference
+from namr_dist.losses import registry
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.ranks import Rank
 from namr_dist.train.objective import StepLoss, TrainingModule
@@ -41,15 +40,9 @@ Precision = Literal["float64", "float32"]
 _Inputs = tuple[Tensor, Tensor, int, "tuple[int, ...] | None"]
 """Images, labels, seed and counts, as TrainingModule.forward takes them."""
 
-LOSSES = {
-    "triplet semihard": LossConfig(metric="triplet"),
-    "triplet hardest": LossConfig(metric="triplet", triplet=TripletConfig(mining="hardest")),
-    "triplet distance-weighted": LossConfig(metric="triplet", triplet=TripletConfig(mining="distance_weighted")),
-    # Below 1.2, or as many pairs would pull at β as push.
-    "margin": LossConfig(metric="margin", margin=MarginConfig(beta=1.0)),
-    "multi-similarity": LossConfig(metric="multi_similarity"),
-    "proxy-anchor": LossConfig(metric="proxy_anchor"),
-}
+LOSSES = {name: LossConfig(metric=loss.name, **{loss.name: settings})
+          for loss in registry.LOSSES for name, settings in loss.checked.items()}
+"""Every loss of the package, in each of the ways it computes."""
 CONV4 = ModelConfig(backbone="conv4", pretrained=False, batchnorm="train", width=16, structure_hidden=16)
 
 _CLASSES, _EACH, _SIZE, _SEED = 8, 3, 16, 7
@@ -100,21 +93,10 @@ def step_alone(case: Case) -> Step:
 def step_by_definition(case: Case) -> Step:
     """One process whose loss is written down from kernels/reference.py and differentiated by autograd."""
     module, images, labels_B = make_batch(case)
-    config, learnt = _loss_config(case), dict(module.objective.metric_loss.named_parameters())
+    config = _loss_config(case)
     z_BD, s_BD = module.network(images)
     x_BD = z_BD / reference.mean_pairwise_distance(z_BD)
-    unit_BD = nn.functional.normalize(x_BD, dim=1)
-    if config.metric == "triplet":
-        loss = reference.triplet_loss(x_BD, labels_B, margin=config.triplet.margin, mining=config.triplet.mining,
-                                      seed=_SEED)
-    elif config.metric == "margin":
-        loss = reference.margin_loss(unit_BD, labels_B, alpha=config.margin.alpha, beta=learnt["beta"], seed=_SEED)
-    elif config.metric == "multi_similarity":
-        loss = reference.multi_similarity_loss(unit_BD, labels_B)
-    else:
-        proxies_CD = nn.functional.normalize(learnt["proxies"], dim=1)
-        loss = reference.proxy_anchor_loss(unit_BD, labels_B, proxies_CD, alpha=config.proxy_anchor.alpha,
-                                           margin=config.proxy_anchor.margin)
+    loss = module.objective.metric_loss.definition(x_BD, labels_B, seed=_SEED)
     if case.namr:
         loss = loss + config.ranking.weight * reference.multi_cluster_ranking(x_BD, s_BD)
     loss.backward()

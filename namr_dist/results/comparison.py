@@ -16,13 +16,13 @@ from typing import Any
 
 from namr_dist.config import Config
 from namr_dist.errors import InputError
+from namr_dist.losses import registry
 from namr_dist.results.redact import shareable
 from namr_dist.results.tables import Row, columns
 from namr_dist.retrieval.evaluate import MODES
 from namr_dist.run.state import RunReader
 from namr_dist.train.checkpoints.resume import MAY_DIFFER
 
-_METRIC_LOSSES = ("triplet", "margin", "multi_similarity", "proxy_anchor")
 _RANKING, _WEIGHT = "loss.ranking.", "loss.ranking.weight"
 _IMAGES = "train images"
 _NOT_USED = "–"
@@ -190,7 +190,7 @@ def _test_of(protocol: Mapping[str, Any]) -> str:
 def _identity(config: dict[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
     """The fields on which a run's figures depend, its seed apart; "–" for those of a part that it does without."""
     fields = {name: value for name, value in _flat(config) if name not in MAY_DIFFER and name != "train.seed"}
-    unused = [f"loss.{loss}." for loss in _METRIC_LOSSES if loss != fields["loss.metric"]]
+    unused = [f"loss.{loss}." for loss in registry.NAMES if loss != fields["loss.metric"]]
     if not fields[_WEIGHT]:
         unused.append(_RANKING)
     if not fields["loss.memory.rows"]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from namr_dist import __version__
+from namr_dist.losses import registry
 from namr_dist.results.tables import (
     Row,
     baseline_rows,
@@ -68,7 +69,7 @@ def model_card(*, name: str, about: Mapping[str, Any], sizes: Mapping[str, int],
     parts = [
         f"# {name}",
         f"An image-retrieval network, exported by namr-dist {__version__}: {model['backbone']}, trained for "
-        f"{trained['steps']} steps with the {loss['metric'].replace('_', '-')} loss and {ranking}. It maps an image "
+        f"{trained['steps']} steps with the {registry.title(loss['metric'])} and {ranking}. It maps an image "
         f"to a sample embedding z ({output['width']} numbers; the nearer two images' z by Euclidean distance, the more "
         f"alike the images) and a structure embedding s (as many positive weights, within 1 ± {output['delta']:g}; "
         "Σ s (z − z′)² is the squared distance read around the image that s belongs to).",

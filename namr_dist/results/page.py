@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from namr_dist.atomic import write_atomic
 from namr_dist.errors import InputError
+from namr_dist.losses import registry
 from namr_dist.results.charts import Line, line_chart, smoothed, thinned
 from namr_dist.results.examples import NEIGHBOURS, embedding_map, neighbour_examples
 from namr_dist.results.record import RunRecord, read_run
@@ -30,12 +31,6 @@ from namr_dist.retrieval.reidentification import METRICS
 from namr_dist.text import duration
 
 _BACKBONES = {"efficientnet_lite0": "EfficientNet-Lite0", "conv4": "a small four-layer network"}
-_LOSSES = {
-    "triplet": "triplet loss",
-    "margin": "margin loss",
-    "multi_similarity": "multi-similarity loss",
-    "proxy_anchor": "proxy-anchor loss",
-}
 _MODE_TEXTS = {
     "sample": "plain distance between sample embeddings",
     "rerank": "the nearest by plain distance, re-ordered with the query’s structure weights",
@@ -213,7 +208,7 @@ def _what_was_trained(run: RunRecord) -> str:
     if data := _block(run.metrics, "protocol").get("data set"):
         text += f" on {data}"
     if metric := loss.get("metric"):
-        text += f" with the {_LOSSES.get(str(metric), str(metric))}"
+        text += f" with the {registry.title(str(metric))}"
         weight, clusters = _number_in(loss, "ranking", "weight"), _number_in(loss, "ranking", "clusters")
         if weight:
             detail = f"λ = {weight:g}" + (f", M = {clusters:g}" if clusters else "")

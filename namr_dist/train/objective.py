@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from namr_dist import kernels
 from namr_dist.config import LossConfig
-from namr_dist.losses.margin import MarginLoss
+from namr_dist.losses import registry
 from namr_dist.losses.memory import CrossBatchMemory
-from namr_dist.losses.multi_cluster import MultiClusterRanking
-from namr_dist.losses.multi_similarity import MultiSimilarityLoss
-from namr_dist.losses.proxy_anchor import ProxyAnchorLoss
-from namr_dist.losses.rows import Rows, with_gradients
-from namr_dist.losses.triplet import TripletLoss
+from namr_dist.losses.multi_cluster import MultiClusterRankingRows
+from namr_dist.losses.plain import PlainRows
+from namr_dist.losses.rows import Batches, Rows, RowsLoss, with_gradients
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.gather import RowGather, Traffic, count_rows, for_averaged_gradients
 from namr_dist.train.phases import Phases
@@ -41,20 +39,16 @@ class StepLoss(NamedTuple):
     """How many those are; 0 without a memory."""
 
 
-def build_metric_loss(config: LossConfig, *, classes: int, images_per_class: int, width: int) -> nn.Module:
-    """The baseline loss that the configuration names, for labels 0..classes-1, so many rows of each in a batch."""
-    # In a memory a class may stand any number of times.
-    positives = None if config.memory.rows else images_per_class - 1
-    if config.metric == "triplet":
-        return TripletLoss(margin=config.triplet.margin, mining=config.triplet.mining, most_positives=positives)
-    if config.metric == "margin":
-        return MarginLoss(alpha=config.margin.alpha, beta=config.margin.beta, most_positives=positives)
-    if config.metric == "multi_similarity":
-        similarity = config.multi_similarity
-        return MultiSimilarityLoss(alpha=similarity.alpha, beta=similarity.beta, base=similarity.base,
-                                   epsilon=similarity.epsilon)
-    return ProxyAnchorLoss(classes=classes, width=width, alpha=config.proxy_anchor.alpha,
-                           margin=config.proxy_anchor.margin)
+def build_metric_loss(config: LossConfig, *, classes: int, images_per_class: int, width: int) -> RowsLoss:
+    """The baseline loss that the configuration names, for labels 0..classes-1, so many rows of each in a batch.
+
+    Raises InputError for a name that is no loss, and for a loss from outside that does not serve.
+    """
+    batches = Batches(classes=classes, images_per_class=images_per_class, width=width, memory=config.memory.rows > 0)
+    known = registry.find(config.metric)
+    loss: RowsLoss = PlainRows.configured(config, batches) if known is None else \
+        known.load().configured(known.settings(config), batches)
+    return loss
 
 
 class Objective(nn.Module):
@@ -77,9 +71,9 @@ class Objective(nn.Module):
         super().__init__()
         self.metric_loss = build_metric_loss(config, classes=classes, images_per_class=images_per_class, width=width)
         ranking = config.ranking
-        self.ranking_loss = MultiClusterRanking(clusters=ranking.clusters, spread=ranking.spread,
-                                                floor=ranking.floor, sharpness=ranking.sharpness,
-                                                statistics=ranking.statistics)
+        self.ranking_loss = MultiClusterRankingRows(clusters=ranking.clusters, spread=ranking.spread,
+                                                    floor=ranking.floor, sharpness=ranking.sharpness,
+                                                    statistics=ranking.statistics)
         self.ranking_weight = ranking.weight
         memory = config.memory
         self.memory = CrossBatchMemory(rows=memory.rows, width=width, start_step=memory.start_step) if memory.rows \
@@ -110,7 +104,7 @@ class Objective(nn.Module):
                                                                gather=gather, with_grad=True)
             mean = mean.where(mean > 0, 1.0)
             rows = Rows(z_bD=z_bD.detach() / mean, labels_b=labels_b, z_ND=z_ND / mean, labels_N=labels_N,
-                        offset=gather.offset, gather=gather, gather_one=gather.one_each)
+                        offset=gather.offset, gather=gather, gather_one=gather.one_each, ranks=len(gather.counts_W))
             losses = self._loss(rows, z_bD, s_bD, s_BD, mean, grad_mean_bD, seed=seed)
             if self.memory is None:
                 return losses

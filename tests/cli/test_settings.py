@@ -38,7 +38,7 @@ def test_a_run_file_brings_the_configuration_back(recipe: Callable[[], Config], 
 @pytest.mark.parametrize(("change", "named"), [
     (lambda body: body["data"].update(colour=1), "unknown field 'colour'"),
     (lambda body: body["optim"].update(steps="many"), "steps is 'many', expected a int"),
-    (lambda body: body["loss"].update(metric="contrastive"), "'contrastive', not one of triplet"),
+    (lambda body: body["data"].update(sampling="random"), "'random', not one of uniform"),
     (lambda body: body.pop("recipe"), "is incomplete"),
 ])
 def test_foreign_run_files_are_refused(tmp_path: Path, change: Callable, named: str) -> None:

@@ -8,24 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from namr_dist import kernels
-from namr_dist.losses import (
-    MarginLoss,
-    MultiClusterRanking,
-    MultiSimilarityLoss,
-    ProxyAnchorLoss,
-    TripletLoss,
-    all_rows,
-)
-from namr_dist.losses.rows import with_gradients
+from namr_dist.losses.margin import MarginRows
+from namr_dist.losses.multi_cluster import MultiClusterRankingRows
+from namr_dist.losses.multi_similarity import MultiSimilarityRows
+from namr_dist.losses.proxy_anchor import ProxyAnchorRows
+from namr_dist.losses.rows import all_rows, with_gradients
+from namr_dist.losses.triplet import TripletRows
 
 
 def _metric_losses() -> dict[str, nn.Module]:
     generator = torch.Generator().manual_seed(0)
     return {
-        "triplet": TripletLoss(),
-        "margin": MarginLoss(),
-        "multi_similarity": MultiSimilarityLoss(),
-        "proxy_anchor": ProxyAnchorLoss(classes=4, width=5, generator=generator),
+        "triplet": TripletRows(),
+        "margin": MarginRows(),
+        "multi_similarity": MultiSimilarityRows(),
+        "proxy_anchor": ProxyAnchorRows(classes=4, width=5, generator=generator),
     }
 
 
@@ -100,10 +97,10 @@ def test_float32_and_bfloat16_reach_rows_and_parameters(name: str, dtype: torch.
 @pytest.mark.parametrize(
     ("loss", "sampled"),
     [
-        (TripletLoss(mining="distance_weighted", margin=1.0), True),
-        (MarginLoss(), True),
-        (TripletLoss(), False),
-        (MultiSimilarityLoss(), False),
+        (TripletRows(mining="distance_weighted", margin=1.0), True),
+        (MarginRows(), True),
+        (TripletRows(), False),
+        (MultiSimilarityRows(), False),
     ],
     ids=["weighted triplet", "margin", "semihard triplet", "multi-similarity"],
 )
@@ -123,21 +120,21 @@ def test_learnt_parameters() -> None:
         "multi_similarity": {},
         "proxy_anchor": {"proxies": (4, 5)},
     }
-    assert float(MarginLoss(beta=0.7).beta.detach()) == pytest.approx(0.7)
-    assert not list(MultiClusterRanking().parameters())
+    assert float(MarginRows(beta=0.7).beta.detach()) == pytest.approx(0.7)
+    assert not list(MultiClusterRankingRows().parameters())
 
 
 def test_proxies_start_kaiming_normal_from_the_generator_given() -> None:
     one, again, other = (
-        ProxyAnchorLoss(classes=400, width=50, generator=torch.Generator().manual_seed(seed)).proxies
+        ProxyAnchorRows(classes=400, width=50, generator=torch.Generator().manual_seed(seed)).proxies
         for seed in (1, 1, 2)
     )
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert float(one.detach().std()) == pytest.approx(math.sqrt(2 / 400), rel=0.03)
     torch.manual_seed(5)
-    first = ProxyAnchorLoss(classes=3, width=2).proxies
+    first = ProxyAnchorRows(classes=3, width=2).proxies
     torch.manual_seed(5)
-    assert torch.equal(first, ProxyAnchorLoss(classes=3, width=2).proxies)
+    assert torch.equal(first, ProxyAnchorRows(classes=3, width=2).proxies)
 
 
 def test_training_the_proxies_lowers_the_loss() -> None:
@@ -156,7 +153,7 @@ def test_training_the_proxies_lowers_the_loss() -> None:
 def test_multi_cluster_ranking_passes_all_its_options(statistics: str, spread: float) -> None:
     z_BD, labels_B = _batch()
     s_BD = torch.linspace(0.5, 1.5, 60, dtype=torch.float64).view(12, 5)
-    loss = MultiClusterRanking(clusters=3, spread=spread, floor=0.1, sharpness=7.0, statistics=statistics)
+    loss = MultiClusterRankingRows(clusters=3, spread=spread, floor=0.1, sharpness=7.0, statistics=statistics)
     rows = all_rows(z_BD.clone(), labels_B)
     want = kernels.multi_cluster_ranking(
         z_BD.requires_grad_(), s_BD.requires_grad_(), clusters=3, spread=spread, floor=0.1, sharpness=7.0,
@@ -165,19 +162,19 @@ def test_multi_cluster_ranking_passes_all_its_options(statistics: str, spread: f
     assert torch.equal(value, want)
     for ours, theirs in zip(gradients, torch.autograd.grad(want, (z_BD, s_BD)), strict=True):
         assert torch.equal(ours, theirs) and float(ours.abs().max()) > 0
-    assert torch.equal(MultiClusterRanking()(rows, s_BD.detach(), s_BD.detach())[0],
+    assert torch.equal(MultiClusterRankingRows()(rows, s_BD.detach(), s_BD.detach())[0],
                        kernels.multi_cluster_ranking(z_BD, s_BD))
 
 
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="'random'.*semihard"):
-        TripletLoss(mining="random")
+        TripletRows(mining="random")
     with pytest.raises(ValueError, match="got 0 and 8"):
-        ProxyAnchorLoss(classes=0, width=8)
+        ProxyAnchorRows(classes=0, width=8)
     with pytest.raises(ValueError, match="got 1"):
-        MultiClusterRanking(clusters=1)
+        MultiClusterRankingRows(clusters=1)
     z_BD, labels_B = _batch()
     with pytest.raises(ValueError, match=r"label 4 has no proxy.*0\.\.3"):
-        ProxyAnchorLoss(classes=4, width=5)(all_rows(z_BD, labels_B + 1), seed=0)
+        ProxyAnchorRows(classes=4, width=5)(all_rows(z_BD, labels_B + 1), seed=0)
     with pytest.raises(TypeError):
-        TripletLoss(0.2)  # constructor arguments go by name
+        TripletRows(0.2)  # constructor arguments go by name

@@ -11,12 +11,13 @@ import torch
 from conftest import small_run
 from torch import Tensor
 
-from namr_dist.config import LossConfig, MemoryConfig, ModelConfig, TripletConfig
+from namr_dist.config import LossConfig, MemoryConfig, ModelConfig
 from namr_dist.data.read.plan import Sampling, epoch_plan
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.kernels import reference
-from namr_dist.losses import CrossBatchMemory
+from namr_dist.losses.memory import CrossBatchMemory
+from namr_dist.losses.registry import TripletConfig
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.pool import Ranks
 from namr_dist.recipes.overrides import configure
@@ -176,7 +177,7 @@ def test_a_state_dict_holds_the_memory() -> None:
 
 
 @pytest.mark.parametrize(("overrides", "named"), [
-    (("--set.loss.metric", "proxy_anchor", "--set.loss.memory.rows", "64"), "proxy_anchor compares with proxies"),
+    (("--set.loss.metric", "proxy_anchor", "--set.loss.memory.rows", "64"), "proxy_anchor meets no rows"),
     (("--set.loss.memory.rows", "64", "--set.optim.steps", "500"), "start_step is 1000"),
     (("--set.loss.memory.rows", "-1"), "loss.memory.rows is -1"),
 ])

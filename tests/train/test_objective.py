@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from namr_dist.config import LossConfig, RankingConfig, TripletConfig
+from namr_dist.config import LossConfig, RankingConfig
 from namr_dist.kernels import reference
+from namr_dist.losses.registry import TripletConfig
 from namr_dist.train.objective import Objective
 
 CLASSES, EACH, WIDTH = 5, 4, 7
