@@ -33,7 +33,7 @@ def configure(recipe: str, overrides: Sequence[str], *, show_help: bool = False)
     """
     import tyro
 
-    from namr_dist import recipes
+    from namr_dist import named_code, recipes
 
     @dataclasses.dataclass(frozen=True)
     class Settings:
@@ -41,8 +41,10 @@ def configure(recipe: str, overrides: Sequence[str], *, show_help: bool = False)
 
     base = recipes.find(recipe)
     words = ["--help"] if show_help else list(overrides)
-    return tyro.cli(Settings, args=words, default=Settings(set=base), prog=f"namr train {recipe}",
-                    config=(tyro.conf.FlagConversionOff,)).set
+    config = tyro.cli(Settings, args=words, default=Settings(set=base), prog=f"namr train {recipe}",
+                      config=(tyro.conf.FlagConversionOff,)).set
+    named_code.allow(config.code_names().values())  # the user typed them
+    return config
 
 
 def configure_quietly(recipe: str, overrides: list[str]) -> Config | InputError:

@@ -31,9 +31,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_contents(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for wanted in ("namr_dist/kernels/reference.py", "namr_dist/launchers/train.py", "namr_dist/py.typed",
+    for wanted in ("namr_dist/kernels/reference/losses.py", "namr_dist/launchers/train.py", "namr_dist/py.typed",
                    "namr_dist/data/homeware/ATTRIBUTION.csv", "namr_dist/data/homeware/shards/manifest.json",
-                   "namr_dist/data/homeware/shards/test-000003.tar", "namr_dist/retrieval/templates/report.html"):
+                   "namr_dist/data/homeware/shards/test-000003.tar", "namr_dist/results/templates/report.html"):
         assert wanted in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"namr_dist"}, "a top-level name is taken"
 
