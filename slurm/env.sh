@@ -148,9 +148,25 @@ after() {
     exit "$code"
 }
 
+# allowed_code WORD…: for each loss or backbone that the words of `namr train` name as module:NAME, the option by which
+# the commands that read the run may import it too; a line a word.
+allowed_code() {
+    local word before=
+    for word in "$@"; do
+        if [[ $word =~ ^(--set\.(loss\.metric|model\.backbone))=(.*) ]]; then
+            before=${BASH_REMATCH[1]} word=${BASH_REMATCH[3]}
+        fi
+        if [[ $before =~ ^--set\.(loss\.metric|model\.backbone)$ && $word == *:* && $word != timm:* ]]; then
+            printf '%s\n' --allow-code "$word"
+        fi
+        before=$word
+    done
+}
+
 namr_job() {
-    local recipe=$1 data=${NAMR_SHARDS:-shards/$1} threads
+    local recipe=$1 data=${NAMR_SHARDS:-shards/$1} threads allow
     shift
+    mapfile -t allow < <(allowed_code "$@")
     NAMR_LAUNCH=${NAMR_LAUNCH:-torchrun} NAMR_RUN_DIR=${NAMR_RUN_DIR:-runs/$recipe}
     NAMR_RANKS_PER_NODE=${NAMR_RANKS_PER_NODE:-$(ranks_of_gpus)} NAMR_MAX_RESTARTS=${NAMR_MAX_RESTARTS:-3}
     [[ $NAMR_LAUNCH =~ ^(torchrun|srun|deepspeed)$ ]] ||
@@ -186,6 +202,6 @@ namr_job() {
 
     if [[ $stop ]] && ! preempted; then refuse 'no time left to train; raise --time, or lower --signal'; fi
     train "$recipe" --run-dir "$NAMR_RUN_DIR" --resume --set.data.path "$data" "$@" || after training $?
-    on_first_node namr evaluate "$NAMR_RUN_DIR" --shards "$data" || after evaluation $?
-    on_first_node namr report "$NAMR_RUN_DIR" --shards "$data" || after report $?
+    on_first_node namr evaluate "$NAMR_RUN_DIR" --shards "$data" "${allow[@]}" || after evaluation $?
+    on_first_node namr report "$NAMR_RUN_DIR" --shards "$data" "${allow[@]}" || after report $?
 }

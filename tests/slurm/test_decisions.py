@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Job, Lab
-from conftest import REPOSITORY
+from conftest import REPOSITORY, launch
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -98,3 +98,12 @@ def test_a_time_limit_that_leaves_no_time_is_told(lab: Lab, started: Path) -> No
     job.ends("FAILED", code=2)
     assert "no time left to train; raise --time, or lower --signal" in job.log()
     assert steps_of(started) == {"job preflight": 2} and job.fields()["Restarts"] == "0"
+
+
+def test_code_that_a_job_names_is_named_to_all_its_steps() -> None:
+    """As module:NAME, in either form of an option; a backbone of timm is none."""
+    done = launch("bash", "-c", 'source slurm/env.sh; allowed_code "$@"', "env.sh", "--set.optim.steps", "9",
+                  "--set.loss.metric", "my.losses:Loss", "--set.model.backbone=nets:Small", "--set.loss.options",
+                  '{"a": "b:c"}', "--set.model.backbone", "timm:resnet50", cwd=REPOSITORY,
+                  env={"NAMR_HOME": str(REPOSITORY), "SLURM_JOB_ID": "1"})
+    assert done.stdout.split() == ["--allow-code", "my.losses:Loss", "--allow-code", "nets:Small"], done.stderr
