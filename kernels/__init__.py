@@ -1,7 +1,7 @@
 """The losses of NAMR-dist as functions of tensors; nothing here knows of models, ranks or training.
 
 `from namr_dist import kernels; kernels.multi_cluster_ranking(z, s)`.
-Each op is defined under the same name in `reference.py`; on a GPU it is Triton (`gpu/`), elsewhere blocked PyTorch
+Each op is defined under the same name in `reference/`; on a GPU it is Triton (`gpu/`), elsewhere blocked PyTorch
 (`cpu/`).  The `*_of_rows` functions are the same ops for one rank's rows among all (docs/kernels.md).
 """
 
@@ -13,7 +13,7 @@ from .multi_cluster import multi_cluster_ranking, ranking_of_rows
 from .multi_similarity import multi_similarity_loss, multi_similarity_of_rows
 from .ops import Gather, alone
 from .proxy_anchor import proxy_anchor_loss, proxy_anchor_of_rows
-from .reference_pairs import unit_rows
+from .reference.pairs import unit_rows
 from .triplet import triplet_loss, triplet_of_rows
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Mean pairwise distance, by which training scales its embeddings.  Definition: reference.py."""
+"""Mean pairwise distance, by which training scales its embeddings.  Definition: reference/losses.py."""
 
 from torch import Tensor
 

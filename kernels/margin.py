@@ -1,4 +1,4 @@
-"""Margin loss with distance-weighted negatives and a learnt boundary.  Definition: reference.py.
+"""Margin loss with distance-weighted negatives and a learnt boundary.  Definition: reference/losses.py.
 
 Shapes: b local rows, B rows of the batch, N candidates, D width, R slots for the positives of an anchor.
 """

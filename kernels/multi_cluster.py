@@ -1,5 +1,6 @@
-"""Multi-cluster ranking: every adaptive distance is pulled to the nearer of ordered centres.  Definition: reference.py.
+"""Multi-cluster ranking: every adaptive distance is pulled to the nearer of ordered centres.
 
+Definition: reference/losses.py.
 Shapes: b local rows, B rows of the batch, N candidates, D width.
 """
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from .checks import check_clusters, check_rows, check_same_shape
 from .dispatch import implementation
 from .ops import Gather, alone, exactly, loss_op, needs_grad
-from .reference_pairs import compute_dtype
+from .reference.pairs import compute_dtype
 
 
 def multi_cluster_ranking(

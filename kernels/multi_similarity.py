@@ -1,4 +1,4 @@
-"""Multi-similarity loss with its pair mining.  Definition: reference.py.
+"""Multi-similarity loss with its pair mining.  Definition: reference/losses.py.
 
 Shapes: b local rows, B rows of the batch, N candidates, D width.
 """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_finite
-from .reference_pairs import compute_dtype
+from .reference.pairs import compute_dtype
 
 Gather = Callable[[Tensor], Tensor]
 """(b, …) of one rank → (B, …) of all, in the order of ranks; every rank must call it with equal trailing shape."""

@@ -1,4 +1,4 @@
-"""Proxy-anchor loss: every class has a learnt proxy, and the proxy is the anchor.  Definition: reference.py.
+"""Proxy-anchor loss: every class has a learnt proxy, and the proxy is the anchor.  Definition: reference/losses.py.
 
 Shapes: b local rows, B rows of the batch, C classes, D width, W ranks.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 from .checks import check_labels, check_proxies, check_proxy_labels, check_rows
 from .dispatch import implementation
 from .ops import Gather, alone, exactly, loss_op, needs_grad
-from .reference_pairs import compute_dtype
+from .reference.pairs import compute_dtype
 
 
 def proxy_anchor_loss(

@@ -1,4 +1,4 @@
-"""Triplet loss with hardest, semi-hard or distance-weighted mining.  Definition: reference.py.
+"""Triplet loss with hardest, semi-hard or distance-weighted mining.  Definition: reference/losses.py.
 
 Shapes: b local rows, B rows of the batch, N candidates, D width, R slots for the positives of an anchor.
 """

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..reference_pairs import compute_dtype
+from ..reference.pairs import compute_dtype
 
 BLOCK_ELEMENTS = 3 << 17
 """Numbers in one block; there are a few buffers of that size.  Larger ones are a little faster, for more memory."""

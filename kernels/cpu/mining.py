@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..centre import centre_of
 from ..random import exponential
-from ..reference_mining import FARTHEST, NEAREST
-from ..reference_pairs import unit_rows
+from ..reference.mining import FARTHEST, NEAREST
+from ..reference.pairs import unit_rows
 from .blocks import Classes, SquaredDistances, computed
 
 
@@ -80,7 +80,7 @@ def sampled_negatives(
     offset: int,
     seed: int,
 ) -> Tensor:
-    """One negative for each positive, drawn as in `reference_mining.distance_weighted_negatives`; int64 (b, R).
+    """One negative for each positive, drawn as in `reference.mining.distance_weighted_negatives`; int64 (b, R).
 
     z: rows of any length; distances are those of the unit rows.  positive_bR: -1 on padding, where the result is
     -1 too.
@@ -113,7 +113,7 @@ def sampled_negatives(
 
 
 def _log_density(squared_rB: Tensor, D: int) -> Tensor:
-    """log q of `reference_mining.log_weights`, from squared distances."""
+    """log q of `reference.mining.log_weights`, from squared distances."""
     clamped_rB = squared_rB.clamp(NEAREST**2, FARTHEST**2)
     log_q_rB = (clamped_rB * -0.25).log1p_().mul_((D - 3) / 2)
     return log_q_rB.add_(clamped_rB.log_(), alpha=(D - 2) / 2)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference_mining import FARTHEST, NEAREST
+from ..reference.mining import FARTHEST, NEAREST
 from .configs import config
 from .distances import centred, squared_norms
 from .launch import aligned, architecture, launch, operands, splits
@@ -331,7 +331,7 @@ def sampled_negatives(
     offset: int,
     seed: int,
 ) -> Tensor:
-    """One negative for each positive, drawn as in `reference_mining.distance_weighted_negatives`; int64 (b, R).
+    """One negative for each positive, drawn as in `reference.mining.distance_weighted_negatives`; int64 (b, R).
 
     z: rows of any length; distances are those of the unit rows.  positive_bR: each anchor's padded at the end with -1,
     where the result is -1 too.  seed: its low 64 bits count.

@@ -13,14 +13,14 @@ from torch import Tensor
 from namr_dist.kernels import cpu
 from namr_dist.kernels.cpu import blocks
 from namr_dist.kernels.random import exponential, gumbel
-from namr_dist.kernels.reference_mining import (
+from namr_dist.kernels.reference.mining import (
     Pairs,
     distance_weighted_negatives,
     log_weights,
     pairs_of,
     semihard_negatives,
 )
-from namr_dist.kernels.reference_pairs import pairwise_squared_distance, unit_rows
+from namr_dist.kernels.reference.pairs import pairwise_squared_distance, unit_rows
 
 SHAPES = [(2, 8), (3, 24), (17, 130), (100, 24), (300, 100)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -10,10 +10,10 @@ from op_cases import KERNEL_DEVICE, KERNEL_MARKS, REPEATS, through_kernels
 from torch import Tensor
 
 from namr_dist.kernels import random as reference_random
-from namr_dist.kernels import reference_mining
 from namr_dist.kernels.gpu import launch, mining
 from namr_dist.kernels.gpu import random as gpu_random
-from namr_dist.kernels.reference_pairs import pairwise_squared_distance, unit_rows
+from namr_dist.kernels.reference import mining as reference_mining
+from namr_dist.kernels.reference.pairs import pairwise_squared_distance, unit_rows
 
 pytestmark = KERNEL_MARKS
 hardest_pairs = through_kernels(mining.hardest_pairs)

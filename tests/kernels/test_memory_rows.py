@@ -12,7 +12,7 @@ from op_cases import OPS, PATHS, ROWS, UNEVEN, Batch, batch, device_of, on_ranks
 from torch import Tensor
 
 from namr_dist.kernels import reference
-from namr_dist.kernels.reference_mining import distance_weighted_negatives, pairs_of, semihard_negatives
+from namr_dist.kernels.reference.mining import distance_weighted_negatives, pairs_of, semihard_negatives
 
 B = sum(UNEVEN)
 LATTICE = torch.randint(-2, 3, (B, 24), generator=torch.Generator().manual_seed(5)).double()

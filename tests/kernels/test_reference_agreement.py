@@ -11,7 +11,7 @@ from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor
 
 from namr_dist.kernels import reference
-from namr_dist.kernels.reference_mining import distance_weighted_negatives, pairs_of, semihard_negatives
+from namr_dist.kernels.reference.mining import distance_weighted_negatives, pairs_of, semihard_negatives
 
 
 def _batch(B: int = 20, D: int = 6, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from namr_dist.kernels import reference
-from namr_dist.kernels.reference_pairs import safe_sqrt
+from namr_dist.kernels.reference.pairs import safe_sqrt
 
 
 def _rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -99,9 +99,9 @@ def test_gradcheck_with_the_centres_held_still(
 ) -> None:
     # The centres are detached by definition, so finite differences agree only when z does not move them.
     z_BD, s_BD = _batch(B=5)
-    centres = reference._cluster_centres(z_BD, z_BD, clusters=M, spread=0.8, floor=0.2, statistics=statistics)
+    centres = reference.losses._cluster_centres(z_BD, z_BD, clusters=M, spread=0.8, floor=0.2, statistics=statistics)
     assert not centres.requires_grad
-    monkeypatch.setattr(reference, "_cluster_centres", lambda *_, **__: centres)
+    monkeypatch.setattr(reference.losses, "_cluster_centres", lambda *_, **__: centres)
     assert torch.autograd.gradcheck(
         lambda z, s: reference.multi_cluster_ranking(z, s, clusters=M, statistics=statistics), [z_BD, s_BD]
     )
@@ -109,7 +109,7 @@ def test_gradcheck_with_the_centres_held_still(
 
 def test_centres_run_evenly_from_far_to_near() -> None:
     z_BD, _ = _batch(B=8)
-    centres = reference._cluster_centres(z_BD, z_BD, clusters=4, spread=0.5, floor=0.2, statistics="batch")
+    centres = reference.losses._cluster_centres(z_BD, z_BD, clusters=4, spread=0.5, floor=0.2, statistics="batch")
     centres = centres.flatten()
     steps = centres.diff()
     assert (steps < 0).all()

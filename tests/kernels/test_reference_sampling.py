@@ -8,7 +8,7 @@ from torch import Tensor
 
 from namr_dist.kernels import reference
 from namr_dist.kernels.random import gumbel, hash_counters, uniform
-from namr_dist.kernels.reference_mining import distance_weighted_negatives, log_weights, pairs_of
+from namr_dist.kernels.reference.mining import distance_weighted_negatives, log_weights, pairs_of
 
 
 def _hash_in_plain_integers(seed: int, *counters: int) -> int:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from namr_dist.kernels import reference
-from namr_dist.kernels.reference_mining import pairs_of, semihard_negatives
+from namr_dist.kernels.reference.mining import pairs_of, semihard_negatives
 
 
 def _batch(B: int = 14, D: int = 3, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .random import gumbel
-from .reference_pairs import off_diagonal, pairwise_distance, unit_rows
+from ..random import gumbel
+from .pairs import off_diagonal, pairwise_distance, unit_rows
 
 NEAREST = 0.5
 """Distance-weighted sampling clamps distances below at this value, to bound the weights (Wu et al. 2017)."""

@@ -16,9 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import (
-    MINING,
-    STATISTICS,
+from ..checks import (
     check_clusters,
     check_labels,
     check_memory,
@@ -29,32 +27,15 @@ from .checks import (
     check_same_shape,
     check_single,
 )
-from .reference_mining import distance_weighted_negatives, pairs_of, semihard_negatives
-from .reference_pairs import (
+from .mining import distance_weighted_negatives, pairs_of, semihard_negatives
+from .pairs import (
     compute_dtype,
     inner_products,
     off_diagonal,
     pairwise_distance,
     pairwise_squared_distance,
     safe_sqrt,
-    unit_rows,
 )
-
-__all__ = [
-    "MINING",
-    "STATISTICS",
-    "check_clusters",
-    "check_mining",
-    "margin_loss",
-    "mean_pairwise_distance",
-    "multi_cluster_ranking",
-    "multi_similarity_loss",
-    "pairwise_distance",
-    "pairwise_squared_distance",
-    "proxy_anchor_loss",
-    "triplet_loss",
-    "unit_rows",
-]
 
 
 def mean_pairwise_distance(z_BD: Tensor) -> Tensor:
