@@ -187,7 +187,9 @@ def kernel_name(kernel: Any) -> str:
 
 def package_kernels() -> set[str]:
     """All functions of gpu/ that are started from the host: Triton's, less those that another of them calls."""
-    modules = [import_module(f"{gpu.__name__}.{module.name}") for module in pkgutil.iter_modules(gpu.__path__)]
+    # Not tune.py, which has none and imports this file.
+    modules = [import_module(f"{gpu.__name__}.{module.name}") for module in pkgutil.iter_modules(gpu.__path__)
+               if module.name != "tune"]
     functions = {value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
     called = {function.fn.__globals__.get(name) for function in functions for name in function.fn.__code__.co_names}
     return {kernel_name(function) for function in functions if function not in called}

@@ -58,7 +58,7 @@ sanitise)
     tests sanitise.txt 400 -n 2 tests/kernels/test_sanitise.py
     ;;
 tune)
-    timeout 560 python3 -m namr_dist.kernels.tune --dtype bfloat16 float32 --width 512 128 --csv "$out/tune.csv" |
+    timeout 560 python3 -m namr_dist.kernels.gpu.tune --dtype bfloat16 float32 --width 512 128 --csv "$out/tune.csv" |
         tee "$out/tune.txt"
     ;;
 kernels)

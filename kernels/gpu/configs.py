@@ -10,7 +10,7 @@ Kinds:
   weights   writes its tile of pair weights, for embeddings too wide for an accumulator in registers
   weights2  the same where a gradient has two accumulators: multi-cluster ranking's arithmetic
 Rows were chosen so that every kernel compiles without spills within each chip's shared memory (kernels/aot.py
-checks it); `python -m namr_dist.kernels.tune` measures candidates on a GPU and prints better rows.
+checks it); `python -m namr_dist.kernels.gpu.tune` measures candidates on a GPU and prints better rows.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..centre import centre_of
 from .configs import config
+from .gradient_sums import owner_sums
 from .launch import aligned, architecture, both, launch, operands, splits
-from .owner import owner_sums
 from .tiles import (
     load_rows,
     local_rows,

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .configs import config
 from .distances import centred, nearest_counted, root_mean_square
+from .gradient_sums import is_chunked, owner_sums, product
 from .launch import aligned, architecture, both, launch, operands, splits
-from .owner import is_chunked, owner_sums, product
 from .tiles import (
     CLOSE,
     load_rows,

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config
+from .gradient_sums import owner_sums
 from .launch import aligned, architecture, launch, operands, splits
-from .owner import owner_sums
 from .tiles import (
     WEIGHT_SCALE,
     inner_products,

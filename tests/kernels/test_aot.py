@@ -1,4 +1,4 @@
-"""kernels/aot.py and kernels/tune.py: everything is compiled, and what is beyond a limit is told. No GPU needed."""
+"""kernels/aot.py and kernels/gpu/tune.py: everything is compiled, and what is beyond a limit is told. No GPU needed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def aot(*arguments: str, env: dict[str, str] = COMPILED) -> subprocess.Completed
 
 
 def script(text: str) -> subprocess.CompletedProcess[str]:
-    return python("-c", "from namr_dist.kernels import aot, tune\nfrom namr_dist.kernels.gpu import configs\n" + text)
+    return python("-c", "from namr_dist.kernels import aot\nfrom namr_dist.kernels.gpu import configs, tune\n" + text)
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ except KeyError: print('refused')
 
 def test_tuning_without_a_gpu_and_its_rows():
     env = COMPILED | {"CUDA_VISIBLE_DEVICES": ""}
-    done = python("-m", "namr_dist.kernels.tune", env=env)
+    done = python("-m", "namr_dist.kernels.gpu.tune", env=env)
     assert done.returncode == 2
     assert "needs an NVIDIA GPU" in done.stderr
     done = script("""

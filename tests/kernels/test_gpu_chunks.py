@@ -10,7 +10,7 @@ from op_cases import KERNEL_DEVICE, KERNEL_MARKS, OPS, ROUNDED_RANKING, ROWS, Ba
 
 from namr_dist import kernels
 from namr_dist.kernels import reference
-from namr_dist.kernels.gpu import owner
+from namr_dist.kernels.gpu import gradient_sums
 from namr_dist.kernels.gpu.distances import _inverse_distances, nearest_counted, root_mean_square, squared_norms
 
 pytestmark = KERNEL_MARKS
@@ -24,10 +24,10 @@ CHUNKED = ["mean_distance", "ranking"]
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """COLUMNS rows and columns of float32 at a time; the shapes of those that are made."""
     use_path("triton", monkeypatch)
-    monkeypatch.setattr(owner, "CHUNK_BYTES", COLUMNS**2 * 2 * 4)
+    monkeypatch.setattr(gradient_sums, "CHUNK_BYTES", COLUMNS**2 * 2 * 4)
     seen: list[tuple[int, int]] = []
-    product = owner.product
-    monkeypatch.setattr(owner, "product", lambda weights, value: (seen.append(tuple(weights.shape[1:])),
+    product = gradient_sums.product
+    monkeypatch.setattr(gradient_sums, "product", lambda weights, value: (seen.append(tuple(weights.shape[1:])),
                                                                   product(weights, value))[1])
     return seen
 
@@ -37,7 +37,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_many_chunks_equal_the_definition(name: str, dtype: torch.dtype, small_chunks: list[tuple[int, int]],
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     if dtype == torch.bfloat16:  # one part of two bytes in place of two of four
-        monkeypatch.setattr(owner, "CHUNK_BYTES", COLUMNS**2 * 2)
+        monkeypatch.setattr(gradient_sums, "CHUNK_BYTES", COLUMNS**2 * 2)
     op, given = OPS[name], batch(101, WIDTH).rounded(dtype)
     _, gradients = op.value_and_gradients(kernels, given.leaves(dtype, KERNEL_DEVICE))
     _, wanted = op.value_and_gradients(reference, given.leaves(torch.float64))
@@ -77,7 +77,7 @@ def test_float32_weights_are_kept_as_a_rounded_part_and_the_rest() -> None:
     def keep(_rows: slice, _columns: slice, weights: torch.Tensor) -> None:
         kept.append(weights.cpu())
 
-    for _ in owner.owner_sums(
+    for _ in gradient_sums.owner_sums(
             _inverse_distances, rows={"z": z, "norms": squared_norms(z)},
             columns={"all_z": z, "all_norms": squared_norms(z)},
             fixed={"unit": root_mean_square(z), "NEAREST": nearest_counted(z.dtype)},

@@ -10,7 +10,7 @@ from op_cases import COMPILED, KERNEL_MARKS, REPEATS, through_kernels
 from torch import Tensor
 
 from namr_dist.kernels import reference
-from namr_dist.kernels.gpu import multi_similarity, owner
+from namr_dist.kernels.gpu import gradient_sums, multi_similarity
 from namr_dist.kernels.gpu.launch import recording
 
 # NumPy, which runs the interpreter, warns of pairs that are not mined.
@@ -84,7 +84,7 @@ def test_agrees_with_the_reference(B: int, D: int, dtype: torch.dtype) -> None:
         return
     assert loss > 0.1 and want_BD.abs().max() > 0.1
     assert _mean_loss(statistics_B4) == pytest.approx(loss, rel=1e-5)
-    rounded = COMPILED or owner.widest_gather(1, dtype) < D
+    rounded = COMPILED or gradient_sums.widest_gather(1, dtype) < D
     assert _error(gradient_BD, want_BD) < (ROUNDED_GRADIENT[dtype] if rounded else 1e-4)
 
 
@@ -150,7 +150,7 @@ def test_statistics_are_the_extremes_and_the_log_sums() -> None:
 def test_local_parts_make_up_the_batch(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x_BD, labels_B = _batch(101, D, seed=5)
     whole = _run(x_BD, labels_B)
-    monkeypatch.setattr(owner, "CHUNK_BYTES", 8 * 48**2)  # 32 rows by 64 columns at a time
+    monkeypatch.setattr(gradient_sums, "CHUNK_BYTES", 8 * 48**2)  # 32 rows by 64 columns at a time
     for sizes in ([1, 37, 63], [70, 31]):
         for got, want in zip(_run(x_BD, labels_B, sizes), whole, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ from op_cases import COMPILED, KERNEL_MARKS, REPEATS, through_kernels
 from torch import Tensor
 
 from namr_dist.kernels import reference
-from namr_dist.kernels.gpu import owner, proxy_anchor
+from namr_dist.kernels.gpu import gradient_sums, proxy_anchor
 from namr_dist.kernels.gpu.launch import recording
 
 # NumPy, which runs the interpreter, warns of entries that kernels mask.
@@ -83,7 +83,7 @@ def _agrees(inputs: tuple[Tensor, Tensor, Tensor], *, gradient: float = 1e-4, **
     [(2, 1, 24), (2, 2, 8), (3, 100, 8), (33, 5, 100), (65, 100, 130), (130, 2, 24), (31, 1, 130), (64, 5, 512)],
 )
 def test_agrees_with_the_reference(B: int, C: int, D: int, dtype: torch.dtype) -> None:
-    rounded = COMPILED or owner.widest_gather(1, dtype) < D
+    rounded = COMPILED or gradient_sums.widest_gather(1, dtype) < D
     _agrees(_batch(B, C, D, dtype, seed=B), gradient=ROUNDED_GRADIENT[dtype] if rounded else 1e-4)
 
 
@@ -122,7 +122,7 @@ def test_sums_are_the_log_sums_of_either_kind(b: int, C: int, D: int) -> None:
 def test_local_parts_make_up_the_batch(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = _batch(101, 70, D, seed=5)
     whole = _run(*inputs)
-    monkeypatch.setattr(owner, "CHUNK_BYTES", 8 * 48**2)  # 32 rows by 64 columns at a time
+    monkeypatch.setattr(gradient_sums, "CHUNK_BYTES", 8 * 48**2)  # 32 rows by 64 columns at a time
     loss, *gradients = _run(*inputs, sizes=[1, 37, 63])
     for got, want in zip((loss, *gradients), whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,8 @@ def test_tuning_compiles_ahead_what_is_then_timed() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ended = subprocess.run([sys.executable, "-c", """
 import torch
-from namr_dist.kernels import aot, tune
+from namr_dist.kernels import aot
+from namr_dist.kernels.gpu import tune
 from namr_dist.kernels.gpu.launch import recording
 for kind, cases in tune.KINDS.items():
     for task in tune.tasks([kind], ['float32', 'bfloat16'], [128, 512], 90):
@@ -45,8 +46,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 import torch
-from namr_dist.kernels import tune
-from namr_dist.kernels.gpu import configs
+from namr_dist.kernels.gpu import configs, tune
 task = tune.Task('rank', 90, 'bfloat16', 128)
 rows = task.rows
 assert rows[0] == task.table and len(rows) == len(set(rows)) > 20

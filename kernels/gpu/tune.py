@@ -1,4 +1,4 @@
-"""Measures tile sizes on the GPU at hand and prints better rows for gpu/configs.py: `python -m namr_dist.kernels.tune`.
+"""Measures tile sizes on the GPU at hand and prints better rows for configs.py: `python -m namr_dist.kernels.gpu.tune`.
 
 For each kind, type and width of the table its cases of kernels/aot.py are run with the table's tiles and with each
 candidate. Candidates are compiled beforehand, in processes of their own, through Triton's run time, so that this
@@ -29,11 +29,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import aot
-from .bench.measure import Stopwatch, told
-from .gpu import configs
-from .gpu.configs import ANY, Config, Row, config
-from .gpu.launch import architecture
+from .. import aot
+from ..bench.measure import Stopwatch, told
+from . import configs
+from .configs import ANY, Config, Row, config
+from .launch import architecture
 
 KINDS = {
     "scan": ("row_moments", "similarity_statistics", "proxy_sums"),
@@ -291,7 +291,7 @@ def tasks(kinds: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], ar
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0, or 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m namr_dist.kernels.tune", description="Measure tile sizes.")
+    parser = argparse.ArgumentParser(prog="python -m namr_dist.kernels.gpu.tune", description="Measure tile sizes.")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--dtype", nargs="+", choices=aot.DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--width", type=int, nargs="+", default=[128, 512], metavar="D", help="embedding widths")
