@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from namr_dist import kernels
-from namr_dist.kernels.bench.cases import DTYPES, PER_CLASS, Batch, Case, make_batch
+from namr_dist.kernels.bench.cases import CLUSTERS, DTYPES, PER_CLASS, POSITIVES, Batch, Case, make_batch
 from namr_dist.kernels.bench.gate import GRADIENT_BOUND
 from namr_dist.kernels.bench.machine import describe
 from namr_dist.kernels.bench.measure import Stopwatch, clear_gradients, run_pass
 from namr_dist.kernels.bench.memory import cuda_peak_mib, resident_peak_mib
-from namr_dist.kernels.bench.providers import CLUSTERS, OURS, POSITIVES
+from namr_dist.kernels.bench.providers import OURS
 
 SAMPLED = 32
 """Rows whose gradient is compared, from the middle of the batch."""

@@ -27,9 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..op_table import CLUSTERS as CLUSTERS
+from ..op_table import OPS
+
 PER_CLASS = 4
 POSITIVES = PER_CLASS - 1
-CLUSTERS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PASSES = ("forward", "backward", "forward+backward")
 _NOISE = 1.5
@@ -38,33 +40,8 @@ _NOISE = 1.5
 Form = Callable[..., Tensor]
 """A loss as a provider writes it: (labels_B, *leaves) -> a scalar."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """One loss: its second argument, how its terms are chosen, its necessary products."""
-
-    name: str
-    unit: bool
-    """Rows have length 1."""
-    second: str = ""
-    """The leaf beside the rows: "weights" (B, D), "beta" (1,), "proxies" (C, D), or none."""
-    kinked: bool = True
-    """A comparison (mining, a hinge, the sign of |D - η|) decides a pair's slope, so rounding may decide a near tie."""
-    sampled: bool = False
-    """Negatives are drawn at random; only this project's draws repeat those of the reference."""
-    forward_products: int = 2
-    backward_products: int = 0
-
-
-LOSSES = {loss.name: loss for loss in (
-    Loss(name="multi-cluster-ranking", unit=False, second="weights", forward_products=6, backward_products=8),
-    Loss(name="triplet-hardest", unit=False),
-    Loss(name="triplet-semihard", unit=False),
-    Loss(name="triplet-distance-weighted", unit=False, sampled=True),
-    Loss(name="margin", unit=True, second="beta", sampled=True),
-    Loss(name="multi-similarity", unit=True, backward_products=4),
-    Loss(name="proxy-anchor", unit=True, second="proxies", kinked=False, backward_products=4),
-)}
+LOSSES = {loss.name: loss for op in OPS.values() for loss in op.benchmarks}
+"""The benchmarks of all ops, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 Two comparisons, on the values the timed run uses, rounded to its dtype:
     the reference on the first min(B, 512) rows, always;
-    all rows in float64: by the eager form, where (B, B) tensors of float64 are affordable and nothing is drawn, else,
-    up to a limit, by this project's blocked PyTorch, which serves float64 on every device and shares no kernel with
-    what is timed on a GPU.
+    all rows in float64: by the eager form, where there is one, (B, B) tensors of float64 are affordable and nothing is
+    drawn, else, up to a limit, by this project's blocked PyTorch, which serves float64 on every device and shares no
+    kernel with what is timed on a GPU.
 Errors are relative: of the loss; of each gradient the greater of |g - g*| / |g*| in the Euclidean norm and in the
 largest entry.  A NaN agrees with nothing.
 
@@ -85,7 +85,7 @@ def yardsticks(case: Case, batch: Batch) -> list[Yardstick]:
     kind = torch.device(case.device).type
     if rows == case.rows or case.rows > BLOCKED_ROWS[kind]:
         return found
-    if case.rows <= EAGER_ROWS[kind] and not LOSSES[case.loss].sampled:
+    if case.rows <= EAGER_ROWS[kind] and case.loss in eager.FORMS and not LOSSES[case.loss].sampled:
         form, name = eager.FORMS[case.loss], "eager float64"
     else:
         form, name = OURS[case.loss], "blocked float64"

@@ -5,23 +5,21 @@ A provider is a name.  `find_form` gives its form of a loss, `obstacle` says why
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import (
-    margin_loss,
-    multi_cluster_ranking,
-    multi_similarity_loss,
-    proxy_anchor_loss,
-    reference,
-    triplet_loss,
-)
+from .. import reference
+from ..op_table import OPS
 from . import eager, library, naive
-from .cases import CLUSTERS, LOSSES, POSITIVES, Case, Form
+from .cases import LOSSES, POSITIVES, Case, Form
 
 PROVIDERS = ("ours", "eager", "compile", "naive", "pml", "matmul")
 NAIVE_ROWS = {"cuda": 1024, "cpu": 256}
@@ -32,29 +30,28 @@ _PAIR_TENSORS = 16
 """A generous count of the (B, B) float32 tensors alive in one pass of the forms that hold them."""
 
 
-def _ours(mining: str) -> Form:
-    return lambda labels_B, z_BD: triplet_loss(z_BD, labels_B, mining=mining, most_positives=POSITIVES)
+def _form(function: Callable[..., Tensor], options: Mapping[str, Any]) -> Form:
+    """A loss of an op or of its definition: what it must be given is the labels, if it reads them, and the leaves."""
+    parameters = signature(function).parameters
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    leaves = [name for name in needed if name != "labels_B"]
+    known = {"most_positives": POSITIVES} if "most_positives" in parameters else {}  # else an op counts them
+
+    def form(labels_B: Tensor, *given: Tensor) -> Tensor:
+        labels = {"labels_B": labels_B} if "labels_B" in needed else {}
+        return function(**dict(zip(leaves, given, strict=True)), **labels, **known, **options)
+
+    return form
 
 
-OURS: dict[str, Form] = {
-    "multi-cluster-ranking": lambda labels_B, z_BD, s_BD: multi_cluster_ranking(z_BD, s_BD, clusters=CLUSTERS),
-    "triplet-hardest": _ours("hardest"),
-    "triplet-semihard": _ours("semihard"),
-    "triplet-distance-weighted": _ours("distance_weighted"),
-    "margin": lambda labels_B, x_BD, beta: margin_loss(x_BD, labels_B, beta=beta, seed=0, most_positives=POSITIVES),
-    "multi-similarity": lambda labels_B, x_BD: multi_similarity_loss(x_BD, labels_B),
-    "proxy-anchor": lambda labels_B, x_BD, proxies_CD: proxy_anchor_loss(x_BD, labels_B, proxies_CD),
-}
+def _forms(functions: ModuleType) -> dict[str, Form]:
+    """Every loss by the functions of a module that are called as the ops are."""
+    return {loss.name: _form(getattr(functions, op.name), loss.options)
+            for op in OPS.values() for loss in op.benchmarks}
 
-REFERENCE: dict[str, Form] = {
-    "multi-cluster-ranking": lambda labels, z, s: reference.multi_cluster_ranking(z, s, clusters=CLUSTERS),
-    "triplet-hardest": lambda labels, z: reference.triplet_loss(z, labels, mining="hardest"),
-    "triplet-semihard": lambda labels, z: reference.triplet_loss(z, labels, mining="semihard"),
-    "triplet-distance-weighted": lambda labels, z: reference.triplet_loss(z, labels, mining="distance_weighted"),
-    "margin": lambda labels, x, beta: reference.margin_loss(x, labels, beta=beta, seed=0),
-    "multi-similarity": lambda labels, x: reference.multi_similarity_loss(x, labels),
-    "proxy-anchor": lambda labels, x, proxies: reference.proxy_anchor_loss(x, labels, proxies),
-}
+
+OURS = _forms(import_module("..", __package__))  # the package of the ops, by which they are found by name
+REFERENCE = _forms(reference)
 
 
 def _compiled(loss: str) -> Form:
@@ -72,6 +69,8 @@ _FINDERS: dict[str, Callable[[str], Form]] = {
     "pml": lambda loss: library.forms()[loss],
     "matmul": lambda loss: bare_product,
 }
+_WRITTEN = {"eager": eager.FORMS, "compile": eager.FORMS, "naive": naive.FORMS}
+"""Forms that are written for the benchmark; a loss need not have one."""
 
 
 def bare_product(labels_B: Tensor, rows_BD: Tensor, *_: Tensor) -> Tensor:
@@ -86,15 +85,17 @@ def find_form(provider: str, loss: str) -> Form:
 
 def available() -> tuple[str, ...]:
     """Providers whose packages are installed."""
-    missing = importlib.util.find_spec("pytorch_metric_learning") is None
+    missing = find_spec("pytorch_metric_learning") is None
     return tuple(name for name in PROVIDERS if not (missing and name == "pml"))
 
 
 def obstacle(provider: str, case: Case) -> str | None:
     """Why a provider cannot run a case, or None."""
     kind = torch.device(case.device).type
-    if provider == "pml" and case.loss == "multi-cluster-ranking":
+    if provider == "pml" and case.loss not in library.forms():
         return "pytorch-metric-learning has no such loss"
+    if case.loss not in _WRITTEN.get(provider, LOSSES):
+        return "no such form of this loss is written"
     if provider == "naive" and case.rows > NAIVE_ROWS[kind]:
         return f"the loop form is measured up to B {NAIVE_ROWS[kind]}"
     # A GPU says itself that its memory is full; on a CPU the system would end the process.

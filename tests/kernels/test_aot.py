@@ -24,6 +24,14 @@ def script(text: str) -> subprocess.CompletedProcess[str]:
     return python("-c", "from namr_dist.kernels import aot\nfrom namr_dist.kernels.gpu import configs, tune\n" + text)
 
 
+def test_every_primitive_has_a_case() -> None:
+    done = script("""
+from namr_dist.kernels import gpu
+assert {name.split(",")[0] for name in aot.CASES} == set(gpu.__all__)
+""")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_within_the_limits_of_hopper():

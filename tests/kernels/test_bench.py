@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from namr_dist import cli
-from namr_dist.kernels.bench import eager, gate, measure, memory, providers, table
+from namr_dist.kernels.bench import eager, gate, library, measure, memory, naive, providers, table
 from namr_dist.kernels.bench.cases import LOSSES, PASSES, Case, make_batch
 from namr_dist.kernels.bench.run import measure as measure_case
 
@@ -174,6 +174,20 @@ def test_broken_provider_is_told_and_stops_nobody(monkeypatch: pytest.MonkeyPatc
     assert [row["note"] for row in failed] == ["first call failed: RuntimeError: no such kernel"]
     assert failed[0]["median_ms"] is None and failed[0]["samples"] == 0
     assert sum(row["samples"] == 2 for row in rows) == 3 and "no such kernel" in remarks[0]
+
+
+def test_a_loss_without_other_forms_is_measured_alone_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for forms in (eager.FORMS, naive.FORMS, library.forms()):
+        monkeypatch.delitem(forms, "triplet-hardest")
+    monkeypatch.setattr(gate, "GATE_ROWS", 16)
+    monkeypatch.setattr("namr_dist.kernels.bench.run.peak_extra_mib", lambda *_: 1.0)
+    rows, remarks = measure_case(_case("triplet-hardest"), ["ours", "eager", "compile", "naive", "pml", "matmul"],
+                                 samples=2)
+    assert remarks == [*(f"without {name} (no such form of this loss is written)"
+                         for name in ("eager", "compile", "naive")),
+                       "without pml (pytorch-metric-learning has no such loss)"]
+    assert {row["provider"] for row in rows} == {"ours", "matmul"}
+    assert rows[0]["agrees"] == "yes" and rows[0]["gate"] == "reference B 16 + blocked float64 B 32"
 
 
 def test_few_rows_beside_near_ties_may_stand_apart_many_may_not() -> None:

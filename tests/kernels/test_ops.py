@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +30,7 @@ from op_cases import (
 from torch import Tensor
 
 from namr_dist import kernels
-from namr_dist.kernels import cpu, ops, reference
+from namr_dist.kernels import cpu, gpu, op_table, ops, reference
 
 LATTICE = torch.randint(-2, 3, (24, 8), generator=torch.Generator().manual_seed(5))
 BATCHES = {
@@ -57,6 +61,35 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def device(path: str) -> torch.device:
     """Where that path's tensors belong."""
     return device_of(path)
+
+
+@pytest.mark.parametrize("name", op_table.OPS)
+def test_an_op_has_one_name_and_the_primitives_of_the_table(name: str) -> None:
+    assert callable(getattr(reference, name)) and name in reference.__all__ and name in kernels.__all__
+    assert getattr(torch.ops.namr, name).default
+    source = inspect.getsource(sys.modules[getattr(kernels, name).__module__])
+    used = {node.attr for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "primitives"}
+    assert used == set(op_table.OPS[name].primitives)
+
+
+def test_every_primitive_is_of_some_op_and_runs_everywhere() -> None:
+    wanted = {primitive for op in op_table.OPS.values() for primitive in op.primitives}
+    assert wanted == set(cpu.__all__) and wanted >= set(gpu.__all__)
+
+
+def test_every_op_of_the_table_is_tried_here() -> None:
+    called = []
+    stand_ins = SimpleNamespace(**{name: lambda *_, name=name, **__: called.append(name) for name in op_table.OPS})
+    for op in OPS.values():
+        op.call(stand_ins, batch(2, 2))
+    assert set(called) == set(op_table.OPS)
+
+
+def test_the_table_imports_nothing() -> None:
+    imports = [node for node in ast.walk(ast.parse(inspect.getsource(op_table)))
+               if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {node.module for node in imports} <= {"collections.abc", "dataclasses"}
 
 
 @pytest.mark.parametrize("case", BATCHES)
