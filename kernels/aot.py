@@ -62,34 +62,49 @@ MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = (64, 100, 128, 256, 512, 1024)
 
-CASES: dict[str, Callable[[Inputs], Any]] = {
-    "row_moments": lambda x: distances.row_moments(x.z_bD, x.z_BD, offset=x.offset),
-    "distance_sum_gradient": lambda x: distances.distance_sum_gradient(x.z_bD, x.z_BD, offset=x.offset),
-    "ranking": lambda x: multi_cluster.ranking(
+@dataclass(frozen=True)
+class Case:
+    """A call of a primitive, which its name begins with, and the kinds of tile sizes that gpu/tune.py times it for."""
+
+    call: Callable[[Inputs], Any]
+    tunes: tuple[str, ...] = ()
+
+    def __call__(self, inputs: Inputs) -> Any:
+        return self.call(inputs)
+
+
+CASES = {
+    "row_moments": Case(lambda x: distances.row_moments(x.z_bD, x.z_BD, offset=x.offset), tunes=("scan",)),
+    "distance_sum_gradient": Case(
+        lambda x: distances.distance_sum_gradient(x.z_bD, x.z_BD, offset=x.offset), tunes=("gather", "weights")),
+    "ranking": Case(lambda x: multi_cluster.ranking(
         x.z_bD, x.z_bD, x.z_BD, x.z_BD, x.float_B, x.float_B, offset=x.offset, clusters=2, sharpness=10.0,
-        with_grad=False),
-    "ranking, gradients": lambda x: multi_cluster.ranking(
+        with_grad=False), tunes=("rank",)),
+    "ranking, gradients": Case(lambda x: multi_cluster.ranking(
         x.z_bD, x.z_bD, x.z_BD, x.z_BD, x.float_B, x.float_B, offset=x.offset, clusters=2, sharpness=10.0,
-        with_grad=True),
-    "hardest_pairs": lambda x: mining.hardest_pairs(x.z_bD, x.z_BD, x.labels_b, x.labels_B, offset=x.offset),
-    "hardest_pairs, one set": lambda x: mining.hardest_pairs(x.z_BD, x.z_BD, x.labels_B, x.labels_B, offset=0),
-    "semihard_negatives": lambda x: mining.semihard_negatives(
-        x.z_bD, x.z_BD, x.labels_b, x.labels_B, x.rows_BR[: x.b]),
-    "sampled_negatives": lambda x: mining.sampled_negatives(
-        x.z_bD, x.z_BD, x.labels_b, x.labels_B, x.rows_BR[: x.b], offset=x.offset, seed=2**40 + 7),
-    "pair_distance": lambda x: pairs.pair_distance(x.z_bD, x.z_BD, x.rows_BR[: x.b]),
-    "pair_gradient": lambda x: pairs.pair_gradient(
-        x.z_BD, x.rows_BR, x.empty(x.B, 3), first=x.offset, rows=x.b),
-    "similarity_statistics": lambda x: multi_similarity.similarity_statistics(
+        with_grad=True), tunes=("gather2", "weights2")),
+    "hardest_pairs": Case(lambda x: mining.hardest_pairs(
+        x.z_bD, x.z_BD, x.labels_b, x.labels_B, offset=x.offset), tunes=("hardest",)),
+    "hardest_pairs, one set": Case(lambda x: mining.hardest_pairs(x.z_BD, x.z_BD, x.labels_B, x.labels_B, offset=0)),
+    "semihard_negatives": Case(lambda x: mining.semihard_negatives(
+        x.z_bD, x.z_BD, x.labels_b, x.labels_B, x.rows_BR[: x.b]), tunes=("mine",)),
+    "sampled_negatives": Case(lambda x: mining.sampled_negatives(
+        x.z_bD, x.z_BD, x.labels_b, x.labels_B, x.rows_BR[: x.b], offset=x.offset, seed=2**40 + 7), tunes=("mine",)),
+    "pair_distance": Case(lambda x: pairs.pair_distance(x.z_bD, x.z_BD, x.rows_BR[: x.b])),
+    "pair_gradient": Case(lambda x: pairs.pair_gradient(x.z_BD, x.rows_BR, x.empty(x.B, 3), first=x.offset, rows=x.b)),
+    "similarity_statistics": Case(lambda x: multi_similarity.similarity_statistics(
         x.z_bD, x.z_BD, x.labels_b, x.labels_B, offset=x.offset, alpha=2.0, beta=40.0, base=0.5, epsilon=0.1),
-    "similarity_gradient": lambda x: multi_similarity.similarity_gradient(
+        tunes=("scan",)),
+    "similarity_gradient": Case(lambda x: multi_similarity.similarity_gradient(
         x.z_bD, x.z_BD, x.labels_b, x.labels_B, x.empty(x.b, 4), x.empty(x.B, 4), offset=x.offset, alpha=2.0,
-        beta=40.0, base=0.5, epsilon=0.1),
-    "proxy_sums": lambda x: proxy_anchor.proxy_sums(x.z_bD, x.labels_b, x.z_BD, alpha=32.0, margin=0.1),
-    "proxy_gradient": lambda x: proxy_anchor.proxy_gradient(
+        beta=40.0, base=0.5, epsilon=0.1), tunes=("gather", "weights")),
+    "proxy_sums": Case(lambda x: proxy_anchor.proxy_sums(
+        x.z_bD, x.labels_b, x.z_BD, alpha=32.0, margin=0.1), tunes=("scan",)),
+    "proxy_gradient": Case(lambda x: proxy_anchor.proxy_gradient(
         x.z_bD, x.labels_b, x.z_BD, x.float_B, x.float_B, x.empty(), x.float_B, alpha=32.0, margin=0.1),
+        tunes=("gather", "weights")),
 }  # fmt: skip
-"""Every primitive of gpu/, once for each set of kernels that it can launch. A new loss adds its primitives here."""
+"""Every primitive of gpu/, once for each set of kernels that it can launch. A new primitive adds its cases here."""
 
 
 @dataclass(frozen=True)

@@ -35,17 +35,9 @@ from . import configs
 from .configs import ANY, Config, Row, config
 from .launch import architecture
 
-KINDS = {
-    "scan": ("row_moments", "similarity_statistics", "proxy_sums"),
-    "rank": ("ranking",),
-    "hardest": ("hardest_pairs",),
-    "mine": ("semihard_negatives", "sampled_negatives"),
-    "gather": ("distance_sum_gradient", "similarity_gradient", "proxy_gradient"),
-    "gather2": ("ranking, gradients",),
-    "weights": ("distance_sum_gradient", "similarity_gradient", "proxy_gradient"),
-    "weights2": ("ranking, gradients",),
-}
-"""Cases of aot.CASES that a kind is tuned on."""
+KINDS = {kind: tuple(name for name, case in aot.CASES.items() if kind in case.tunes)
+         for kind in dict.fromkeys(row.kind for row in configs.TABLE)}
+"""Names of the cases that a kind is tuned on."""
 TOLERANCE = 1e-3
 FIRST_ROUNDS, FINALISTS = 3, 6
 
