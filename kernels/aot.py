@@ -83,9 +83,9 @@ CASES = {
     "ranking, gradients": Case(lambda x: multi_cluster.ranking(
         x.z_bD, x.z_bD, x.z_BD, x.z_BD, x.float_B, x.float_B, offset=x.offset, clusters=2, sharpness=10.0,
         with_grad=True), tunes=("gather2", "weights2")),
-    "hardest_pairs": Case(lambda x: mining.hardest_pairs(
-        x.z_bD, x.z_BD, x.labels_b, x.labels_B, offset=x.offset), tunes=("hardest",)),
-    "hardest_pairs, one set": Case(lambda x: mining.hardest_pairs(x.z_BD, x.z_BD, x.labels_B, x.labels_B, offset=0)),
+    "hardest_pairs": Case(lambda x: mining.hardest_pairs(x.z_bD, x.z_BD, x.labels_b, x.labels_B, offset=x.offset)),
+    "hardest_pairs, one set": Case(lambda x: mining.hardest_pairs(
+        x.z_BD, x.z_BD, x.labels_B, x.labels_B, offset=0), tunes=("hardest",)),
     "semihard_negatives": Case(lambda x: mining.semihard_negatives(
         x.z_bD, x.z_BD, x.labels_b, x.labels_B, x.rows_BR[: x.b]), tunes=("mine",)),
     "sampled_negatives": Case(lambda x: mining.sampled_negatives(
