@@ -22,6 +22,7 @@ from namr_dist.config import Config
 from namr_dist.data.location import open_shards
 from namr_dist.data.read.augment import TestTransform
 from namr_dist.data.read.stream import ShardImages
+from namr_dist.retrieval.modes import CALIBRATED, SYMMETRIC, row_name
 from namr_dist.retrieval.search import search_excluding_self
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -33,7 +34,7 @@ def table(metrics: dict) -> str:
     """README's lines: what was run, on what, and the figures."""
     protocol, train = metrics["protocol"], metrics["train"]
     rows = {**metrics["baselines"], "**trained**": metrics["test"]["sample"],
-            "trained, calibrated (looks at the gallery)": metrics["test"]["calibrated"]}
+            f"trained, {CALIBRATED.name} (looks at the gallery)": metrics["test"][CALIBRATED.name]}
     lines = [
         f"`make demo`: {protocol['backbone']}, {protocol['metric loss']} loss with multi-cluster ranking "
         f"({protocol['ranking']}), {train['steps']} steps of {protocol['batch']} in {train['seconds']:.0f} s on "
@@ -43,8 +44,8 @@ def table(metrics: dict) -> str:
         "| embedding | R@1 | R@8 | MAP@R |", "| --- | ---: | ---: | ---: |",
     ]
     lines += [f"| {name} | {row['R@1']:.1f} | {row['R@8']:.1f} | {row['MAP@R']:.1f} |" for name, row in rows.items()]
-    learnt, one, shuffled = (metrics["test"][mode]["R@1"] for mode in ("symmetric", "symmetric_s1",
-                                                                       "symmetric_shuffled"))
+    learnt, one, shuffled = (metrics["test"][row_name(SYMMETRIC.name, control)]["R@1"]
+                             for control in ("", *SYMMETRIC.controls))
     lines += ["", f"What the learnt structure embedding is worth at retrieval: R@1 by the symmetric distance is "
               f"{learnt:.1f} %, {one:.1f} % with s = 1 and {shuffled:.1f} % with s shuffled between images. "
               "Protocol and log: [docs/results/homeware](docs/results/homeware), written by `tools/make_result.py`."]

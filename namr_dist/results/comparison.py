@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.results.redact import shareable
-from namr_dist.results.tables import Row, columns
-from namr_dist.retrieval.evaluate import MODES
+from namr_dist.results.tables import Row, ShownMode, columns, shown_modes
 from namr_dist.run.state import RunReader
 from namr_dist.train.checkpoints.resume import MAY_DIFFER
 
@@ -85,6 +84,8 @@ class Comparison:
     """what all were measured on"""
     fields: tuple[str, ...]
     """configuration fields that differ"""
+    modes: tuple[ShownMode, ...]
+    """in the order of tables; not all need have figures"""
     settings: tuple[Setting, ...]
     differences: tuple[Difference, ...]
     left_out: tuple[LeftOut, ...]
@@ -102,6 +103,7 @@ class _Measured:
     """the same as it may be given away"""
     test: Mapping[str, Any]
     protocol: Mapping[str, Any]
+    modes: tuple[ShownMode, ...]
 
     @property
     def setting(self) -> str:
@@ -155,10 +157,11 @@ def compare(runs: Sequence[Path]) -> Comparison:
             group[run.seed] = run
             continue
         left_out.append(LeftOut(run=str(run.folder), why=why))
+    modes = _modes(run for group in groups.values() for run in group.values())
     fields = _differing([next(iter(group.values())) for group in groups.values()])
     settings = sorted((_over_seeds(group, fields) for group in groups.values()), key=lambda one: _place(one, fields))
     return Comparison(test=f"{_test_of(protocol)}, {images}: {protocol.get('query', 'who queries whom is not said')}",
-                      fields=fields, settings=tuple(settings), differences=tuple(_differences(settings)),
+                      fields=fields, modes=modes, settings=tuple(settings), differences=tuple(_differences(settings)),
                       left_out=tuple(left_out))
 
 
@@ -180,7 +183,8 @@ def _read(run: Path) -> _Measured:
         raise InputError("metrics.json lacks figures, or the hash of the test images; evaluate it again") from None
     whole = json.loads(config.to_json())
     return _Measured(folder=run, seed=config.train.seed, identity=_identity(whole, protocol),
-                     shown=_identity(shareable(whole), protocol), test=test, protocol=protocol)
+                     shown=_identity(shareable(whole), protocol), test=test, protocol=protocol,
+                     modes=tuple(shown_modes(metrics)))
 
 
 def _test_of(protocol: Mapping[str, Any]) -> str:
@@ -220,15 +224,24 @@ def _over_seeds(group: dict[int, _Measured], fields: Sequence[str]) -> Setting:
     seeds = tuple(sorted(group))
     runs = [group[seed] for seed in seeds]
     each: dict[str, dict[str, tuple[float, ...]]] = {}
-    for mode in MODES:
-        figures = [run.test.get(mode) or {} for run in runs]
-        names = columns([Row(name=mode, figures=one) for one in figures])
-        each[mode] = {name: tuple(one[name] for one in figures) for name in names
-                      if all(_is_number(one.get(name)) for one in figures)}
+    for mode in _modes(runs):
+        figures = [run.test.get(mode.name) or {} for run in runs]
+        names = columns([Row(name=mode.name, figures=one) for one in figures])
+        each[mode.name] = {name: tuple(one[name] for one in figures) for name in names
+                           if all(_is_number(one.get(name)) for one in figures)}
     return Setting(values={name: runs[0].shown.get(name) for name in fields}, seeds=seeds,
                    runs=tuple(str(run.folder) for run in runs), each={mode: each[mode] for mode in each if each[mode]},
                    figures={mode: {name: estimate(values) for name, values in each[mode].items()}
                             for mode in each if each[mode]})
+
+
+def _modes(runs: Iterable[_Measured]) -> tuple[ShownMode, ...]:
+    """Those of all runs, each once; of one name, the first."""
+    by_name: dict[str, ShownMode] = {}
+    for run in runs:
+        for mode in run.modes:
+            by_name.setdefault(mode.name, mode)
+    return tuple(by_name.values())
 
 
 def _is_number(value: Any) -> bool:

@@ -17,7 +17,6 @@ from namr_dist.atomic import write_atomic
 from namr_dist.results.comparison import Comparison, Estimate, Gain, Setting
 from namr_dist.results.page import template
 from namr_dist.results.tables import Row, columns, number
-from namr_dist.retrieval.evaluate import MODES
 
 _DIGITS = 2
 _FIGURE_COLUMNS = len("± 0.00")
@@ -54,9 +53,9 @@ def print_comparison(comparison: Comparison) -> None:
         table = Table(title=grid.title, caption=grid.note, title_justify="left", caption_justify="left",
                       box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for name in grid.labels:
-            table.add_column(name, overflow="fold")
+            table.add_column(Text(name), overflow="fold")
         for name in grid.figures:
-            table.add_column(name, justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
+            table.add_column(Text(name), justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
         for row in grid.rows:
             table.add_row(*map(Text, row))
         parts += [table, Text()]
@@ -108,11 +107,15 @@ def _gains(comparison: Comparison) -> Grid:
 
 
 def _by_mode(comparison: Comparison, name: str) -> Grid:
-    modes = [mode for mode in MODES if any(mode in setting.figures for setting in comparison.settings)]
+    modes = [mode.name for mode in comparison.modes
+             if any(mode.name in setting.figures for setting in comparison.settings)]
     rows = [[*_values(setting, comparison), str(len(setting.seeds)),
              *(_mean_and_deviation(setting.figures.get(mode, {}).get(name)) for mode in modes)]
             for setting in comparison.settings]
-    note = "Controls stand in each run’s own report. Calibrated looks at the whole gallery."
+    looking = [mode.name for mode in comparison.modes if mode.looks_at_gallery]
+    names = ", ".join(looking)
+    note = ("Controls stand in each run’s own report. "
+            f"{names[0].upper()}{names[1:]} look{'s' * (len(looking) == 1)} at the whole gallery.")
     return Grid(title=f"{name} by way of search", note=note, labels=[*_short(comparison), "seeds"], figures=modes,
                 rows=rows)
 

@@ -19,9 +19,9 @@ from namr_dist.errors import InputError
 from namr_dist.results.charts import HUES, SHAPES, marker, scatter
 from namr_dist.retrieval.arrays import Float64, Int64
 from namr_dist.retrieval.metrics import relevance, relevant_counts
-from namr_dist.retrieval.modes import sample_vectors
 from namr_dist.retrieval.roles import Division
 from namr_dist.retrieval.search import search_excluding_self
+from namr_dist.retrieval.vectors import sample_vectors
 
 NEIGHBOURS = 8
 _QUERIES_OF_EACH_KIND = 5

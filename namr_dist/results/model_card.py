@@ -101,7 +101,7 @@ def _measured(metrics: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> 
         known = {"steps": trained["steps"], "trained on": trained["machine"], "trained with": trained["versions"]}
         return ["## Measured", "Nothing: the run was exported before `namr evaluate`.",
                 _table(["", ""], [[key, str(value)] for key, value in known.items()])]
-    before, modes = baseline_rows(metrics), mode_rows(metrics["test"])
+    before, modes = baseline_rows(metrics), mode_rows(metrics)
     names = columns([*before, *modes])
     rows = [[row.name, *(number(row.figures.get(name)) for name in names)] for row in before]
     rows += [[_label(row), *(number(row.figures.get(name)) for name in names)] for row in modes]

@@ -27,17 +27,11 @@ from namr_dist.results.tables import (
     number,
     reidentification_rows,
 )
+from namr_dist.retrieval.modes import SYMMETRIC, row_name
 from namr_dist.retrieval.reidentification import METRICS
 from namr_dist.text import duration
 
 _BACKBONES = {"efficientnet_lite0": "EfficientNet-Lite0", "conv4": "a small four-layer network"}
-_MODE_TEXTS = {
-    "sample": "plain distance between sample embeddings",
-    "rerank": "the nearest by plain distance, re-ordered with the query’s structure weights",
-    "adaptive": "distance with the query’s structure weights, over everything",
-    "symmetric": "distance with the structure weights of both images",
-    "calibrated": "plain distance, corrected for how crowded an item’s surroundings are",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +67,7 @@ def write_report(
     cosine = _block(run.metrics, "test_protocol").get("distance") == "cosine"
     right, wrong = neighbour_examples(run.z_ND, run.labels_N, run.sides, load_jpeg, names, cosine=cosine, seed=seed)
     measurement = _block(run.metrics, "test_counts") | _block(run.metrics, "test_protocol")
-    rows, trained = baseline_rows(run.metrics), mode_rows(run.metrics["test"])
+    rows, trained = baseline_rows(run.metrics), mode_rows(run.metrics)
     result_columns = columns([*rows, trained[0]])
     page = template("report.html").render(
         title=run.name,
@@ -85,7 +79,6 @@ def write_report(
         result_columns=result_columns,
         mode_columns=columns(trained),
         modes=trained,
-        mode_texts=_MODE_TEXTS,
         again=_block(run.metrics, "reidentification"),
         again_columns=METRICS,
         again_rows=[(row, [mean_and_deviation(row, name) for name in METRICS])
@@ -93,7 +86,7 @@ def write_report(
         leave_one_out=run.sides.leave_one_out,
         certificate=_block(run.metrics, "test_counts").get("rerank_certified_percent"),
         clustering={name: run.metrics["test"]["sample"].get(name) for name in ("NMI", "AMI")},
-        has_structure="adaptive" in run.metrics["test"],
+        has_structure=any(row.control for row in trained),
         charts=list(_charts(run)),
         examples=[("First neighbour right", right), ("First neighbour wrong", wrong)],
         neighbours=NEIGHBOURS,
@@ -192,7 +185,7 @@ def _summary(run: RunRecord) -> Iterator[str]:
 
 def _first_cut_off(metrics: Mapping[str, Any]) -> str:
     """The R@k of the smallest k that was measured."""
-    return next(iter(columns(mode_rows(metrics["test"])[:1])), "R@1")
+    return next(iter(columns(mode_rows(metrics)[:1])), "R@1")
 
 
 def _what_was_trained(run: RunRecord) -> str:
@@ -221,7 +214,7 @@ def _what_was_trained(run: RunRecord) -> str:
 def _structure_verdict(metrics: Mapping[str, Any], name: str, found: float) -> Iterator[str]:
     queries = _number_in(metrics, "test_counts", "queries")
     learnt, ones, shuffled = (
-        _number_in(metrics, "test", "symmetric" + suffix, name) for suffix in ("", "_s1", "_shuffled")
+        _number_in(metrics, "test", row_name(SYMMETRIC.name, control), name) for control in ("", *SYMMETRIC.controls)
     )
     if learnt is None or ones is None or shuffled is None or not queries:
         return

@@ -14,12 +14,20 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from namr_dist.retrieval.evaluate import LOOKS_AT_GALLERY, MODES
+from namr_dist.retrieval.modes import CONTROLS, MODES, row_name
 from namr_dist.retrieval.reidentification import METRICS
 
 BASELINES = ("raw pixels", "untrained model", "frozen backbone")
 _LAST_COLUMNS = ("MAP@R", "R-precision")
-_CONTROL_NAMES = {"s1": "with s = 1 everywhere", "shuffled": "with s shuffled between images"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownMode:
+    """What tables tell of a retrieval mode, also of one whose code is not here."""
+
+    name: str
+    sentence: str
+    looks_at_gallery: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +38,8 @@ class Row:
     figures: dict[str, float]
     control: bool = False
     looks_at_gallery: bool = False
+    sentence: str = ""
+    """a mode's distance in words"""
 
 
 def number(value: Any, digits: int = 1) -> str:
@@ -55,22 +65,38 @@ def baseline_rows(metrics: Mapping[str, Any]) -> list[Row]:
     return [Row(name=name, figures=baselines[name]) for name in names]
 
 
-def mode_rows(test: Mapping[str, Any]) -> list[Row]:
-    """Every mode of a block {mode: figures}, each followed by its controls."""
-    rows = []
-    for mode in MODES:
-        if mode in test:
-            rows.append(Row(name=mode, figures=test[mode], looks_at_gallery=mode in LOOKS_AT_GALLERY))
-        for suffix, meaning in _CONTROL_NAMES.items():
-            control = f"{mode}_{suffix}"
-            if control in test:
-                rows.append(Row(name=meaning, figures=test[control], control=True))
-    return rows
+def shown_modes(metrics: Mapping[str, Any]) -> list[ShownMode]:
+    """The built-in modes, then those that the user brought along to the evaluation (its block "own_modes")."""
+    shown = [ShownMode(name=mode.name, sentence=mode.sentence, looks_at_gallery=mode.looks_at_gallery)
+             for mode in MODES]
+    own = metrics.get("own_modes")
+    for name, told in own.items() if isinstance(own, dict) else ():
+        if isinstance(told, dict) and name not in [mode.name for mode in MODES]:
+            shown.append(ShownMode(name=name, sentence=str(told.get("sentence", "")),
+                                   looks_at_gallery=told.get("looks_at_gallery") is True))
+    return shown
+
+
+def mode_rows(metrics: Mapping[str, Any]) -> list[Row]:
+    """Every mode that was measured on the test split, each followed by its controls."""
+    return _rows(metrics["test"], shown_modes(metrics))
 
 
 def reidentification_rows(metrics: Mapping[str, Any]) -> list[Row]:
     """The same for re-identification; none where it was not measured."""
-    return mode_rows((metrics.get("reidentification") or {}).get("modes") or {})
+    return _rows((metrics.get("reidentification") or {}).get("modes") or {}, shown_modes(metrics))
+
+
+def _rows(figures: Mapping[str, Any], modes: Iterable[ShownMode]) -> list[Row]:
+    rows = []
+    for mode in modes:
+        if mode.name in figures:
+            rows.append(Row(name=mode.name, figures=figures[mode.name], looks_at_gallery=mode.looks_at_gallery,
+                            sentence=mode.sentence))
+        for control, meaning in CONTROLS.items():
+            if (name := row_name(mode.name, control)) in figures:
+                rows.append(Row(name=meaning, figures=figures[name], control=True))
+    return rows
 
 
 def mean_and_deviation(row: Row, name: str) -> str:
@@ -81,7 +107,7 @@ def mean_and_deviation(row: Row, name: str) -> str:
 def results_table(metrics: Mapping[str, Any]) -> Group:
     """The content of metrics.json for the console: baselines, then trained modes and controls; re-identification,
     where it was measured, in a table of its own."""
-    before, trained = baseline_rows(metrics), mode_rows(metrics["test"])
+    before, trained = baseline_rows(metrics), mode_rows(metrics)
     names = columns([*before, *trained])
     counts = metrics.get("test_counts") or {}
     title = "Test retrieval, %"

@@ -1,139 +1,166 @@
-"""Retrieval modes as plain vectors: what to ask an ordinary index, and what to store in it.
+"""The retrieval modes: the one list that evaluation, re-identification, reports and tables read.
 
-Shapes: Q queries, N items, D embedding width, V width of the served vectors.
-z sample embedding, s structure embedding (positive weights), rho local density.
+Shapes: N rows (queries or items), D embedding width.
 
-Each function returns a :class:`Served`: query vectors, item vectors and the metric ("l2" or inner
-product) under which an unmodified exact index returns the order of the mode's own distance.
-Formulas: docs/algorithm.md, "Retrieval". z is centred over the items first: no difference z_q − z_j
-changes, while the squares that the expanded forms subtract from each other get smaller.
+A mode that uses the structure embedding s is measured beside its controls, the same mode with another s. They ask
+whether the learnt s carries anything that retrieval can use; the mode is only worth its cost where it beats them all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from namr_dist.errors import InputError
-from namr_dist.retrieval.arrays import Float32, Float64, as_matrix, unit_rows
-from namr_dist.retrieval.search import Metric, search_excluding_self
+from namr_dist.retrieval.arrays import Float32, Float64, Int64
+from namr_dist.retrieval.vectors import (
+    Served,
+    adaptive_vectors,
+    calibrated_vectors,
+    sample_vectors,
+    symmetric_vectors,
+)
 
-DENSITY_NEIGHBOURS = 10
-GALLERY_DENSITY_WEIGHT = 0.5
+CONTROLS = {"s1": "with s = 1 everywhere", "shuffled": "with s shuffled between images"}
+"""Name of a control → what it changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    """Vectors for an ordinary index, and how its values become the mode's squared distances."""
+class Side:
+    """What is known of the queries, or of the items that they search; all float64."""
 
-    queries_QV: Float32
-    items_NV: Float32
-    metric: Metric
-    offset_Q: Float64
-    scale: float
+    z: Float64
+    """(N, D) sample embeddings"""
+    s: Float64 | None = None
+    """(N, D) positive weights; None where a model has no structure head, and for a mode that does without them"""
+    density: Float64 | None = None
+    """(N,) of the items, their `local_density`; None for queries, and for a mode that does not look at the gallery"""
 
-    def squared_distances(self, values_QK: Float32) -> Float64:
-        """(Q, K) float64 squared distances of the mode from the (Q, K) values of a search.
+    def at(self, rows: Int64) -> Side:
+        """The rows at ascending indices; itself where these are all, so that queries and items share one."""
+        if len(rows) == len(self.z):
+            return self
+        return Side(z=self.z[rows], s=None if self.s is None else self.s[rows],
+                    density=None if self.density is None else self.density[rows])
 
-        Where the metric is "ip" they come from a difference of larger numbers: good to about 1e-6 of
-        those, so that a duplicate's distance is nearly, not exactly, 0.
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """One way to search: a distance from a query to an item, served by an ordinary index."""
+
+    name: str
+    """what its figures are called in metrics.json and in tables"""
+    sentence: str
+    """the distance in words, for the report"""
+    vectors: Callable[[Side, Side], Served] | None
+    """queries, items → their vectors; None for RERANK alone, which re-orders what the plain search finds"""
+    uses_s: bool = False
+    """Whether the vectors depend on s. Else they are given none, and the mode has no controls."""
+    looks_at_gallery: bool = False
+    """Whether the distance depends on items other than the two compared: marked so wherever its figures stand. Else
+    the vectors are not given the items' density."""
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Names in CONTROLS. Re-ranking with s = 1 is the plain order, which the sample mode has already."""
+        if not self.uses_s:
+            return ()
+        return ("shuffled",) if self.vectors is None else tuple(CONTROLS)
+
+    def serve(self, queries: Side, items: Side) -> Served:
+        """The vectors for these queries and items, made from what the mode says it uses and rounded to fp32.
+
+        Raises InputError if they are no `Served`, not a row for each query and item, of two widths, or not finite.
         """
-        return self.offset_Q[:, None] + self.scale * values_QK.astype(np.float64)
+        assert self.vectors is not None, f"{self.name} has no vectors of its own"
+        served: Any = self.vectors(self._given(queries), self._given(items))
+        if not isinstance(served, Served):
+            raise InputError(f"mode {self.name} makes a {type(served).__name__}; return a Served "
+                             "(namr_dist.retrieval.vectors)")
+        return _checked(served, len(queries.z), len(items.z), f"mode {self.name}")
+
+    def _given(self, side: Side) -> Side:
+        return replace(side, s=side.s if self.uses_s else None,
+                       density=side.density if self.looks_at_gallery else None)
 
 
-def _served(
-    queries_QV: list[Float64], items_NV: list[Float64], metric: Metric, offset_Q: Float64, scale: float
-) -> Served:
-    return Served(
-        queries_QV=np.concatenate(queries_QV, axis=1, dtype=np.float32, casting="same_kind"),
-        items_NV=np.concatenate(items_NV, axis=1, dtype=np.float32, casting="same_kind"),
-        metric=metric,
-        offset_Q=offset_Q,
-        scale=scale,
-    )
+def _checked(served: Served, queries: int, items: int, name: str) -> Served:
+    queries_QV = _finite(served.queries_QV, queries, f"{name}, vectors of queries")
+    items_NV = _finite(served.items_NV, items, f"{name}, vectors of items")
+    if queries_QV.shape[1] != items_NV.shape[1]:
+        raise InputError(f"{name} makes vectors of queries {queries_QV.shape[1]} wide and of items "
+                         f"{items_NV.shape[1]} wide; make them equally wide")
+    if served.metric not in ("l2", "ip"):
+        raise InputError(f"{name} asks for the metric {served.metric!r}; take 'l2' or 'ip'")
+    return replace(served, queries_QV=queries_QV, items_NV=items_NV)
 
 
-def centred(z_QD: Any, z_ND: Any) -> tuple[Float64, Float64]:
-    """Both minus the items' mean, in float64; InputError where the widths differ."""
-    queries, items = as_matrix(z_QD, "query z"), as_matrix(z_ND, "item z")
-    if queries.shape[1] != items.shape[1]:
-        raise InputError(
-            f"query z is {queries.shape[1]} wide, item z {items.shape[1]}: embed both with the same model"
-        )
-    centre_D = items.mean(axis=0)
-    moved = items - centre_D
-    return (moved if queries is items else queries - centre_D), moved
+def _finite(vectors: npt.ArrayLike, rows: int, name: str) -> Float32:
+    """(rows, V) fp32; itself if it is that already."""
+    with np.errstate(over="ignore"):
+        matrix: Float32 = np.asarray(vectors, dtype=np.float32)
+    if matrix.ndim != 2 or len(matrix) != rows or not matrix.shape[1]:
+        raise InputError(f"{name}: shape {matrix.shape} where ({rows}, width) is needed, one row for each")
+    # By rows' extremes, which NaN passes through: no second matrix is made.
+    with np.errstate(invalid="ignore"):
+        bad_N = ~(np.isfinite(matrix.max(axis=1)) & np.isfinite(matrix.min(axis=1)))
+    if bad_N.any():
+        raise InputError(f"{name}: row {int(bad_N.argmax())} holds NaN or infinity ({int(bad_N.sum())} such rows of "
+                         f"{rows}); look at how the mode computes it")
+    return matrix
 
 
-def as_weights(s_ND: Any, z_ND: Float64, name: str) -> Float64:
-    """Structure embedding as float64; InputError unless it has z's shape and is positive."""
-    s = as_matrix(s_ND, name)
-    if s.shape != z_ND.shape:
-        raise InputError(f"{name}: shape {s.shape} does not fit z of shape {z_ND.shape}")
-    if s.min() <= 0:
-        raise InputError(f"{name}: the weights must be positive, yet the smallest is {s.min():.4g}")
-    return s
+def _calibrated(queries: Side, items: Side) -> Served:
+    assert items.density is not None
+    return calibrated_vectors(queries.z, items.z, items.density)
 
 
-def sample_vectors(z_QD: Any, z_ND: Any, *, cosine: bool = False) -> Served:
-    """‖z_q − z_j‖ as it stands: D wide, l2. With `cosine`, rows are scaled to length 1 first, so that
-    the squared distance is 2 − 2 cos."""
-    if cosine:
-        z_QD, z_ND = unit_rows(as_matrix(z_QD, "query z")), unit_rows(as_matrix(z_ND, "item z"))
-    queries, items = centred(z_QD, z_ND)
-    return _served([queries], [items], "l2", np.zeros(len(queries)), 1.0)
+SAMPLE = Mode(name="sample", sentence="plain distance between sample embeddings",
+              vectors=lambda queries, items: sample_vectors(queries.z, items.z))
+RERANK = Mode(name="rerank", sentence="the nearest by plain distance, re-ordered with the query’s structure weights",
+              vectors=None, uses_s=True)
+ADAPTIVE = Mode(name="adaptive", sentence="distance with the query’s structure weights, over everything", uses_s=True,
+                vectors=lambda queries, items: adaptive_vectors(queries.z, queries.s, items.z))
+SYMMETRIC = Mode(name="symmetric", sentence="distance with the structure weights of both images", uses_s=True,
+                 vectors=lambda queries, items: symmetric_vectors(queries.z, queries.s, items.z, items.s))
+CALIBRATED = Mode(name="calibrated", sentence="plain distance, corrected for how crowded an item’s surroundings are",
+                  vectors=_calibrated, looks_at_gallery=True)
+
+MODES = (SAMPLE, RERANK, ADAPTIVE, SYMMETRIC, CALIBRATED)
+"""In the order of tables."""
 
 
-def adaptive_vectors(z_QD: Any, s_QD: Any, z_ND: Any) -> Served:
-    """Σ_k s_qk (z_qk − z_jk)², the query's weights: inner product, 2D wide, exact.
+def row_name(mode: str, control: str = "") -> str:
+    """What the figures of the mode of this name, or of one of its controls, are called."""
+    return f"{mode}_{control}" if control else mode
 
-    Query [2 s∘z ; −s], item [z ; z∘z]; the squared distance is Σ s_q z_q² − value.
+
+def row_names(modes: Sequence[Mode]) -> list[str]:
+    """What all their figures are called: first the modes', then those of their controls."""
+    return [mode.name for mode in modes] + [
+        row_name(mode.name, control) for mode in modes for control in mode.controls]
+
+
+def with_own(modes: Sequence[Mode]) -> tuple[Mode, ...]:
+    """MODES, and behind them modes of a user's own.
+
+    Raises InputError for what is no Mode or has no vectors, and for a name that is taken by another or its controls.
     """
-    zq, z = centred(z_QD, z_ND)
-    sq = as_weights(s_QD, zq, "query s")
-    return _served([2 * sq * zq, -sq], [z, z * z], "ip", (sq * zq * zq).sum(1), -1.0)
-
-
-def symmetric_vectors(z_QD: Any, s_QD: Any, z_ND: Any, s_ND: Any) -> Served:
-    """Σ_k (s_qk + s_jk)(z_qk − z_jk)², both sides' weights: inner product, 4D + 1 wide, exact.
-
-    Query [2 s∘z ; −s ; 2z ; −z∘z ; 1], item [z ; z∘z ; s∘z ; s ; −Σ s z²]; the squared distance is
-    Σ s_q z_q² − value.
-    """
-    zq, z = centred(z_QD, z_ND)
-    sq, s = as_weights(s_QD, zq, "query s"), as_weights(s_ND, z, "item s")
-    queries = [2 * sq * zq, -sq, 2 * zq, -zq * zq, np.ones((len(zq), 1))]
-    items = [z, z * z, s * z, s, -(s * z * z).sum(1, keepdims=True)]
-    return _served(queries, items, "ip", (sq * zq * zq).sum(1), -1.0)
-
-
-def local_density(z_ND: Any, *, neighbours: int = DENSITY_NEIGHBOURS) -> Float64:
-    """rho (N,): mean squared distance of each item to its nearest other items.
-
-    No labels and no learning, yet it looks at the whole gallery; computed once when the index is
-    built. With N ≤ neighbours, the mean is over the N − 1 others (0 for a single item).
-    """
-    z = centred(z_ND, z_ND)[1]
-    count = min(neighbours, len(z) - 1)
-    if count < 1:
-        return np.zeros(len(z))
-    values_NK, _ = search_excluding_self(z, z, count)
-    density_N: Float64 = values_NK.astype(np.float64).mean(axis=1)
-    return density_N
-
-
-def calibrated_vectors(
-    z_QD: Any, z_ND: Any, rho_N: Float64, *, weight: float = GALLERY_DENSITY_WEIGHT
-) -> Served:
-    """‖z_q − z_j‖² − weight·ρ_j: inner product, D + 1 wide, exact.
-
-    rho_N: :func:`local_density` of the items (weight ½), or any other (N,) density. Query [z ; −1],
-    item [z ; ½‖z‖² − ½ weight ρ]; the squared distance is ‖z_q‖² − 2 value, and may be negative.
-    """
-    zq, z = centred(z_QD, z_ND)
-    if rho_N.shape != (len(z),):
-        raise InputError(f"rho: {len(z)} densities are needed, one for each item, got shape {rho_N.shape}")
-    last_N1 = 0.5 * ((z * z).sum(1) - weight * rho_N)[:, None]
-    return _served([zq, -np.ones((len(zq), 1))], [z, last_N1], "ip", (zq * zq).sum(1), -2.0)
+    every = list(MODES)
+    for mode in modes:
+        if not isinstance(mode, Mode):
+            raise InputError(f"{repr(mode):.80} is no retrieval mode; make it a Mode (namr_dist.retrieval.modes)")
+        if not isinstance(mode.name, str) or not mode.name.strip() or not mode.name.isprintable():
+            raise InputError(f"a mode of your own is called {mode.name!r}; give it a name of printable letters")
+        if not callable(mode.vectors):
+            raise InputError(f"mode {mode.name} has no vectors; give it a function of two Sides that returns a Served")
+        taken = {row_name(other.name, control) for other in every for control in ("", *CONTROLS)}
+        if clash := sorted(taken & {row_name(mode.name, control) for control in ("", *CONTROLS)}):
+            raise InputError(f"mode {mode.name} would have its figures called {clash[0]}, as another's are; give it "
+                             "another name")
+        every.append(mode)
+    return tuple(every)

@@ -3,104 +3,98 @@
 Shapes: N images, D width, G classes with an image each in the gallery, Q queries, T draws.
 
 One random image of each class is the gallery, all others search it; that is drawn several times. Each query has
-exactly one right item, at place r (from 1 on): CMC@k is the share of queries with r ≤ k, and a query's average
+exactly one right item, at rank r (from 1 on): CMC@k is the share of queries with r ≤ k, and a query's average
 precision is 1 / r, whose mean is mAP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from namr_dist.errors import InputError
-from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
-from namr_dist.retrieval.modes import (
-    Served,
-    adaptive_vectors,
-    as_weights,
-    calibrated_vectors,
-    local_density,
-    sample_vectors,
-    symmetric_vectors,
-)
+from namr_dist.retrieval.arrays import Int64, as_labels, as_matrix
+from namr_dist.retrieval.modes import Mode, Side, row_name, row_names, with_own
 from namr_dist.retrieval.search import ranks_of
+from namr_dist.retrieval.vectors import Served, as_weights, local_density
 
 CUT_OFFS = (1, 5)
 METRICS = (*(f"CMC@{k}" for k in CUT_OFFS), "mAP")
 
-Serve = Callable[[Int64, Int64], Served]
-"""places of the queries (Q,) and of the gallery (G,) → their vectors"""
 
-
-def reidentify(z_ND: Any, s_ND: Any | None, labels_N: Any, *, draws: int, seed: int) -> dict[str, Any]:
+def reidentify(z_ND: Any, s_ND: Any | None, labels_N: Any, *, draws: int, seed: int,
+               modes: Sequence[Mode] = ()) -> dict[str, Any]:
     """CMC@1, CMC@5 and mAP in percent, over galleries drawn at random.
 
     z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None; labels_N: (N,) integers. numpy or
-    torch, any float type. Exact Euclidean distances; ties go to the image that comes first. All modes meet the same
-    draws; the density that the calibrated mode needs is that of the drawn gallery.
+    torch, any float type. modes: of a user's own, measured beside those of modes.py. Exact Euclidean distances; ties
+    go to the image that comes first. All modes meet the same draws; the density that the calibrated mode needs is that
+    of the drawn gallery. No re-ranking: a gallery of one image a class is searched whole.
 
     Returns the block that goes into metrics.json as it is: draws, seed, gallery (G), queries (Q), gallery_only
-    (classes of one image: nothing asks for them), and modes: for each served mode and its controls the mean of each
-    metric over the draws and, as "CMC@1 std" and so on, its standard deviation (divisor T).
-    Raises InputError on bad shapes, fewer than one draw, and where no class has a second image.
+    (classes of one image: nothing asks for them), and modes: for each served mode, then for their controls, the mean
+    of each metric over the draws and, as "CMC@1 std" and so on, its standard deviation (divisor T).
+    Raises InputError on bad shapes, fewer than one draw, where no class has a second image, and as `evaluate` does
+    for modes.
     """
+    served = [mode for mode in with_own(modes) if mode.vectors is not None]
     z = as_matrix(z_ND, "z")
     labels = as_labels(labels_N, len(z))
-    s = None if s_ND is None else as_weights(s_ND, z, "s")
+    given = {"": Side(z=z)}
+    if s_ND is not None:
+        s = as_weights(s_ND, z, "s")
+        given = {"": Side(z=z, s=s), "s1": Side(z=z, s=np.ones_like(s)),
+                 "shuffled": Side(z=z, s=s[np.random.default_rng(seed).permutation(len(s))])}
     if draws < 1:
         raise InputError(f"draws = {draws}: draw at least one gallery")
     sizes_G = np.unique(labels, return_counts=True)[1]
     if sizes_G.max() < 2:
         raise InputError("re-identification: no class has two images, so nothing is left to query with; set "
                          "evaluation.reidentification_draws to 0")
-    modes = _modes(z, s, seed)
-    drawn_T = [_draw(labels, np.random.default_rng([seed, draw])) for draw in range(draws)]
+    measured = [mode for mode in served if s_ND is not None or not mode.uses_s]
+    shares_TM: dict[str, list[list[float]]] = {name: [] for name in row_names(measured)}
+    for draw in range(draws):
+        query_Q, gallery_G = _draw(labels, np.random.default_rng([seed, draw]))
+        density_G = local_density(z[gallery_G])
+        for control, whole in given.items():
+            queries, gallery = whole.at(query_Q), replace(whole.at(gallery_G), density=density_G)
+            for mode in measured:
+                if control in ("", *mode.controls):
+                    rank_Q = _ranks(mode.serve(queries, gallery), labels, query_Q, gallery_G)
+                    shares_TM[row_name(mode.name, control)].append(_shares(rank_Q))
     return {
         "draws": draws, "seed": seed, "gallery": len(sizes_G), "queries": len(z) - len(sizes_G),
         "gallery_only": int((sizes_G == 1).sum()),
-        "modes": {name: _figures([_ranks(serve, labels, *drawn) for drawn in drawn_T])
-                  for name, serve in modes.items()},
+        "modes": {name: _figures(shares) for name, shares in shares_TM.items()},
     }
 
 
 def _draw(labels_N: Int64, rng: np.random.Generator) -> tuple[Int64, Int64]:
-    """Places of the queries (Q,) and of one random image of each class (G,), both ascending."""
+    """Indices of the queries (Q,) and of one random image of each class (G,), both ascending."""
     order_N = np.lexsort((rng.random(len(labels_N)), labels_N))
     first_G = np.unique(labels_N[order_N], return_index=True)[1]
     gallery_G = np.sort(order_N[first_G])
     return np.setdiff1d(np.arange(len(labels_N)), gallery_G), gallery_G
 
 
-def _ranks(serve: Serve, labels_N: Int64, query_Q: Int64, gallery_G: Int64) -> Int64:
-    """(Q,) the place of each query's one right item."""
-    served = serve(query_Q, gallery_G)
+def _ranks(served: Served, labels_N: Int64, query_Q: Int64, gallery_G: Int64) -> Int64:
+    """(Q,) the rank of each query's one right item, from 1 on."""
     by_label_G = np.argsort(labels_N[gallery_G])
     right_Q = by_label_G[np.searchsorted(labels_N[gallery_G], labels_N[query_Q], sorter=by_label_G)]
     return ranks_of(served.queries_QV, served.items_NV, right_Q, query_ids_Q=np.full(len(query_Q), -1),
                     metric=served.metric)
 
 
-def _figures(ranks_TQ: list[Int64]) -> dict[str, float]:
-    percent_TM = 100 * np.array([[*((rank_Q <= k).mean() for k in CUT_OFFS), (1 / rank_Q).mean()]
-                                 for rank_Q in ranks_TQ])
+def _shares(rank_Q: Int64) -> list[float]:
+    """Of one draw, in the order of METRICS."""
+    return [*((rank_Q <= k).mean() for k in CUT_OFFS), (1 / rank_Q).mean()]
+
+
+def _figures(shares_TM: list[list[float]]) -> dict[str, float]:
+    percent_TM = 100 * np.array(shares_TM)
     means = dict(zip(METRICS, percent_TM.mean(axis=0).tolist(), strict=True))
     names = (f"{name} std" for name in METRICS)
     return means | dict(zip(names, percent_TM.std(axis=0).tolist(), strict=True))
-
-
-def _modes(z_ND: Float64, s_ND: Float64 | None, seed: int) -> dict[str, Serve]:
-    """How each mode serves a draw. No re-ranking: a gallery of one image a class is searched whole."""
-    modes: dict[str, Serve] = {"sample": lambda q, g: sample_vectors(z_ND[q], z_ND[g])}
-
-    def with_weights(suffix: str, weights_ND: Float64) -> None:
-        modes["adaptive" + suffix] = lambda q, g: adaptive_vectors(z_ND[q], weights_ND[q], z_ND[g])
-        modes["symmetric" + suffix] = lambda q, g: symmetric_vectors(z_ND[q], weights_ND[q], z_ND[g], weights_ND[g])
-
-    if s_ND is not None:
-        with_weights("", s_ND)
-        with_weights("_s1", np.ones_like(s_ND))
-        with_weights("_shuffled", s_ND[np.random.default_rng(seed).permutation(len(s_ND))])
-    modes["calibrated"] = lambda q, g: calibrated_vectors(z_ND[q], z_ND[g], local_density(z_ND[g]))
-    return modes

@@ -16,8 +16,8 @@ import numpy as np
 
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Bool, Float32, Float64, Int64
-from namr_dist.retrieval.modes import as_weights, centred, sample_vectors
 from namr_dist.retrieval.search import search_excluding_self
+from namr_dist.retrieval.vectors import as_weights, centred, sample_vectors
 
 # Both sides of the certificate are fp32 numbers, and s may have been rounded onto its bound.
 _SAFETY = 1e-6
