@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from namr_dist import named_code
 from namr_dist.atomic import check_target
 from namr_dist.errors import InputError
 
@@ -20,6 +21,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _add_shards(evaluate)
     evaluate.add_argument("--split", metavar="NAME", help="another test split or subset; its files are "
                           "metrics-NAME.json and embeddings-NAME.safetensors")
+    _add_allow_code(evaluate)
     evaluate.add_argument("--recall-at", type=int, nargs="+", default=[], metavar="K", help="the k of R@k (as trained)")
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     evaluate.set_defaults(verb=_evaluate)
@@ -29,6 +31,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
                               "one table with a row a setting, over its seeds, as text and as a page.")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs, or of runs")
     _add_shards(report)
+    _add_allow_code(report)
     report.add_argument("--out", type=Path, metavar="FILE.html", help="the table's page (report.html in the folder "
                         "that holds the runs)")
     report.add_argument("--json", action="store_true", help="print the table as JSON")
@@ -43,6 +46,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     source.add_argument("--images", type=Path, metavar="FOLDER", help="image files, searched recursively")
     embed.add_argument("--split", default="test", help="split of the shard set (%(default)s)")
     embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
+    _add_allow_code(embed)
     embed.set_defaults(verb=_embed)
 
     export = verbs.add_parser("export", help="write a trained network as plain files that need no DeepSpeed",
@@ -51,6 +55,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     _add_shards(export)
+    _add_allow_code(export)
     formats = ("safetensors", "torch", "onnx")
     export.add_argument("--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT",
                         help="any of safetensors, torch (torch.export) and onnx; by default all")
@@ -63,9 +68,15 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
                         "it was trained from)")
 
 
+def _add_allow_code(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-code", action="append", default=[], metavar="MODULE:NAME", help="import this code, "
+                        "which the run was trained with; may be given again")
+
+
 def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.results.evaluate_run import evaluate_run
 
+    named_code.allow(parsed.allow_code)
     metrics = evaluate_run(parsed.run, shards=parsed.shards, split=parsed.split, recall_at=tuple(parsed.recall_at))
     if parsed.json:
         print(json.dumps(metrics, indent=2))
@@ -86,6 +97,7 @@ def _report(parsed: argparse.Namespace, _: list[str]) -> None:
                          "holds none: give more, or leave it out")
     from namr_dist.results.evaluate_run import report_run
 
+    named_code.allow(parsed.allow_code)
     print(report_run(parsed.runs[0], shards=parsed.shards))
 
 
@@ -94,8 +106,9 @@ def _is_run(folder: Path) -> bool:
 
 
 def _compare(parsed: argparse.Namespace) -> None:
-    if parsed.shards:
-        raise InputError(f"--shards is {parsed.shards}, which goes with one run; leave it out")
+    for option, value in (("--shards", parsed.shards), ("--allow-code", " ".join(parsed.allow_code))):
+        if value:
+            raise InputError(f"{option} is {value}, which goes with one run; leave it out")
     if parsed.out is None and len(parsed.runs) > 1:
         raise InputError("the table of several runs needs a place; give --out FILE.html")
     out = parsed.out or parsed.runs[0] / "report.html"
@@ -120,6 +133,7 @@ def write_table(places: Sequence[Path], out: Path, *, as_json: bool) -> None:
 def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.results.evaluate_run import embed_folder, embed_shards
 
+    named_code.allow(parsed.allow_code)
     check_target("--out", parsed.out)
     count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards is not None
              else embed_folder(parsed.run, parsed.images, parsed.out))
@@ -129,6 +143,7 @@ def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
 def _export(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.results.export import export_run
 
+    named_code.allow(parsed.allow_code)
     exported = export_run(parsed.run, parsed.out, parsed.formats, shards=parsed.shards)
     if parsed.json:
         print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 
+from namr_dist import named_code
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 
@@ -27,7 +28,7 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def configure(recipe: str, overrides: Sequence[str], *, show_help: bool = False) -> Config:
-    """The recipe with its overrides.
+    """The recipe with its overrides. Code that it names may be imported from now on: the command line names it.
 
     A wrong field or value ends the program with tyro's message and code 2, `show_help` with all settings and 0.
     """

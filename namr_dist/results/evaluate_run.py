@@ -23,7 +23,7 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.ranks import Rank, only_rank
 from namr_dist.provenance import provenance
 from namr_dist.results.page import write_report
-from namr_dist.results.record import read_log, run_config
+from namr_dist.results.record import read_log, run_config, trained_config
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 from namr_dist.retrieval.reidentification import reidentify
 from namr_dist.retrieval.roles import Division, divide
@@ -103,7 +103,7 @@ def report_run(run: Path, *, shards: str | None = None) -> Path:
 
 def embed_shards(run: Path, location: str, split: str, out: Path) -> int:
     """Embed a split of the shard set in a folder or behind a URL into `out`; return the number of images."""
-    config = Config.load(run / "config.json")
+    config = trained_config(run)
     manifest = open_shards(location, config.data.remote)
     verify_shards(manifest, [split])
     index = manifest.index(split)
@@ -113,7 +113,7 @@ def embed_shards(run: Path, location: str, split: str, out: Path) -> int:
 
 def embed_folder(run: Path, folder: Path, out: Path) -> int:
     """Embed every JPEG, PNG, WebP and BMP file below a folder into `out`; return their number."""
-    config = Config.load(run / "config.json")
+    config = trained_config(run)
     images = FolderImages(folder, test_transform(config))
     return _embed_to(run, config, images, images.names, out, {})
 

@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from namr_dist import __version__
+from namr_dist import __version__, named_code
 from namr_dist.config import Config
 from namr_dist.data.location import open_shards
 from namr_dist.data.read.stream import ShardImages, stream
@@ -70,7 +70,8 @@ class Exported:
 def load(folder: str | Path) -> EmbeddingNetwork:
     """The network of an exported folder, on the CPU, in eval mode and fp32: no DeepSpeed, no process group.
 
-    Raises InputError if config.json or model.safetensors is missing, damaged or does not fit the other.
+    Raises InputError if config.json or model.safetensors is missing, damaged or does not fit the other, and if the
+    backbone is code from outside the package that has not been allowed (named_code.allow).
     """
     where = Path(folder) / "config.json"
     try:
@@ -83,6 +84,9 @@ def load(folder: str | Path) -> EmbeddingNetwork:
         found = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise InputError(f"{where} has format {found!r}, expected {_FORMAT!r}; export the run again")
     config = Config.from_object(about.get("config"), f"{where}: config")
+    # A loss is no part of the network: its code is not imported, and need not be there.
+    of_network = {use: name for use, name in config.code_names().items() if use.startswith("model.")}
+    named_code.check_allowed(of_network, str(where))
     path = Path(folder) / FILES["safetensors"]
     try:
         state = safetensors.torch.load_file(path)

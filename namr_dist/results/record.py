@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from namr_dist import named_code
 from namr_dist.config import Config
 from namr_dist.data.remote.transfer import is_command, shown
 from namr_dist.errors import InputError
@@ -38,13 +39,24 @@ class RunRecord:
     """who queries and who is searched"""
 
 
-def run_config(run: Path, shards: str | None = None) -> Config:
-    """The configuration that a run was trained with, with its shard set at `shards` if that is given.
+def trained_config(run: Path) -> Config:
+    """The configuration that a run was trained with.
 
-    Raises InputError if it cannot be read, or if its shards come from a command: a file that somebody else made is no
-    reason to run one.
+    Raises InputError if it cannot be read, or names code that has not been allowed: a file that somebody else made is
+    no reason to import any.
     """
-    config = Config.load(run / "config.json")
+    path = run / "config.json"
+    config = Config.load(path)
+    named_code.check_allowed(config.code_names(), str(path))
+    return config
+
+
+def run_config(run: Path, shards: str | None = None) -> Config:
+    """The same, to read its shard set: at `shards` if that is given.
+
+    Raises InputError also if the shards come from a command, which is no more to be run.
+    """
+    config = trained_config(run)
     if shards is None and config.data.path and is_command(config.data.path):
         raise InputError(f"{run / 'config.json'} reads its shards by a command ({shown(config.data.path)}); if you "
                          "trust it, give it with --shards, or a folder or URL that has the same set")
