@@ -21,6 +21,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _add_shards(evaluate)
     evaluate.add_argument("--split", metavar="NAME", help="another test split or subset; its files are "
                           "metrics-NAME.json and embeddings-NAME.safetensors")
+    evaluate.add_argument("--mode", action="append", default=[], metavar="MODULE:NAME", help="measure a retrieval mode "
+                          "of your own, a Mode, beside the others; may be given again")
     _add_allow_code(evaluate)
     evaluate.add_argument("--recall-at", type=int, nargs="+", default=[], metavar="K", help="the k of R@k (as trained)")
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
@@ -76,8 +78,9 @@ def _add_allow_code(parser: argparse.ArgumentParser) -> None:
 def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.results.evaluate_run import evaluate_run
 
-    named_code.allow(parsed.allow_code)
-    metrics = evaluate_run(parsed.run, shards=parsed.shards, split=parsed.split, recall_at=tuple(parsed.recall_at))
+    named_code.allow([*parsed.allow_code, *parsed.mode])
+    metrics = evaluate_run(parsed.run, shards=parsed.shards, split=parsed.split, recall_at=tuple(parsed.recall_at),
+                           modes=parsed.mode)
     if parsed.json:
         print(json.dumps(metrics, indent=2))
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from namr_dist import named_code
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config, DataConfig
 from namr_dist.data.location import open_shards
@@ -25,6 +26,7 @@ from namr_dist.provenance import provenance
 from namr_dist.results.page import write_report
 from namr_dist.results.record import read_log, run_config, trained_config
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
+from namr_dist.retrieval.modes import with_own
 from namr_dist.retrieval.reidentification import reidentify
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.retrieval.search import search_backend
@@ -36,18 +38,21 @@ _RAW_PIXELS = 32
 
 
 def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = None,
-                 recall_at: tuple[int, ...] = ()) -> dict:
+                 recall_at: tuple[int, ...] = (), modes: Sequence[str] = ()) -> dict:
     """Measure a run on its test split; write RUN/metrics.json and RUN/embeddings.safetensors; return the figures.
 
     shards: where the set is now; None: where it was trained from. split: another test split or subset, whose files are
     named metrics-SPLIT.json and embeddings-SPLIT.safetensors. recall_at: the k of R@k; none: the configuration's.
+    modes: module:NAME of retrieval modes of a user's own (named_code.allow them first), measured beside the others.
 
     Beside the trained network stand raw pixels (32 × 32), the network before training and the frozen backbone's
     pooled features. If the split has roles, queries search the gallery, else all search all others.
-    Raises InputError if the run is not finished, its data are not as they were, or the split has no query or nothing
-    to search.
+    Raises InputError if the run is not finished, its data are not as they were, the split has no query or nothing to
+    search, or it or `modes` name code that is not allowed or does not serve.
     """
     config = run_config(run, shards)
+    own_modes = [named_code.load(name, use="--mode") for name in modes]
+    with_own(own_modes)  # before images are embedded
     ending = f"-{split}" if split and split != config.data.test_split else ""
     config = replace(config, data=replace(config.data, test_split=split or config.data.test_split),
                      evaluation=replace(config.evaluation, recall_at=recall_at or config.evaluation.recall_at))
@@ -73,9 +78,9 @@ def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = No
     z_ND, s_ND, start_ND, features_NF, pixels_NP = _embedded(forward, images, config, rank)
     labels_N, roles_N, ks = index.label_N, index.role_N, config.evaluation.recall_at
     seed, draws = config.train.seed, config.evaluation.reidentification_draws
-    reidentified = reidentify(z_ND, s_ND, labels_N, draws=draws, seed=seed) if draws else None
+    reidentified = reidentify(z_ND, s_ND, labels_N, draws=draws, seed=seed, modes=own_modes) if draws else None
     metrics = {
-        **evaluate(z_ND, s_ND, labels_N, delta=config.model.delta, ks=ks, seed=seed, roles_N=roles_N),
+        **evaluate(z_ND, s_ND, labels_N, delta=config.model.delta, ks=ks, seed=seed, roles_N=roles_N, modes=own_modes),
         **({"reidentification": reidentified} if reidentified else {}),
         "baselines": {
             "raw pixels": evaluate_sample(pixels_NP, labels_N, ks=ks, roles_N=roles_N),
@@ -83,7 +88,8 @@ def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = No
             "frozen backbone": evaluate_sample(features_NF, labels_N, ks=ks, distance="cosine", roles_N=roles_N),
         },
         "train": _training_figures(run, trained),
-        "protocol": _protocol(config, manifest, trained, sides, reidentified),
+        "protocol": {**_protocol(config, manifest, trained, sides, reidentified),
+                     **({"own modes": ", ".join(modes)} if modes else {})},
     }
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **_facts(index)}
     write_atomic(run / f"embeddings{ending}.safetensors", safetensors.torch.save(tensors))

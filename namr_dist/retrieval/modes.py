@@ -79,7 +79,7 @@ class Mode:
         assert self.vectors is not None, f"{self.name} has no vectors of its own"
         served: Any = self.vectors(self._given(queries), self._given(items))
         if not isinstance(served, Served):
-            raise InputError(f"mode {self.name} makes a {type(served).__name__}; return a Served "
+            raise InputError(f"mode {self.name} makes vectors as {type(served).__name__}; return them as a Served "
                              "(namr_dist.retrieval.vectors)")
         return _checked(served, len(queries.z), len(items.z), f"mode {self.name}")
 
