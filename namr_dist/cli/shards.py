@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import sys
@@ -13,15 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from namr_dist import named_code
 from namr_dist.atomic import check_target, write_atomic
 from namr_dist.errors import InputError
 
 if TYPE_CHECKING:
     from namr_dist.data.build.build import Built
-    from namr_dist.data.build.listing import Listing
 
-_FORMATS = ("sop", "inshop", "cub", "cars", "vehicleid", "folder")
-"""Modules of namr_dist.data.build.formats that read an original download."""
 _SHOWN_PROBLEMS = 20
 
 
@@ -61,7 +58,8 @@ def _add_build(shard_verbs: argparse._SubParsersAction[argparse.ArgumentParser])
         description="Make a shard set from an original download, or from a user's own images. Every image is decoded; "
         "those that are upright RGB or greyscale JPEGs keep their bytes. A build that broke off goes on when the same "
         "command is given again.")
-    build.add_argument("format", choices=_FORMATS, metavar="FORMAT", help=f"one of {', '.join(_FORMATS)}")
+    build.add_argument("format", metavar="FORMAT", help="one of sop, inshop, cub, cars, vehicleid and folder, or "
+                       "module:NAME for a converter of your own, a function of SOURCE that returns a Listing")
     build.add_argument("source", type=Path, metavar="SOURCE", help="the unpacked download; for folder, a folder of "
                        "class folders or a CSV table")
     build.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
@@ -87,11 +85,12 @@ def _add_build(shard_verbs: argparse._SubParsersAction[argparse.ArgumentParser])
 def _shards_build(parsed: argparse.Namespace, _: list[str]) -> None:
     _check_build(parsed)
     from namr_dist.data.build.build import BuildOptions, build
+    from namr_dist.data.build.converters import read_source
     from namr_dist.data.build.normalise import Encoding
     from namr_dist.data.shardset.statistics import statistics
 
-    reader = importlib.import_module(f"namr_dist.data.build.formats.{parsed.format}")
-    listing: Listing = reader.read(parsed.source, **({"highres": True} if parsed.highres else {}))
+    named_code.allow([parsed.format])
+    listing = read_source(parsed.format, parsed.source, highres=parsed.highres)
     if different := listing.differences():
         if not parsed.allow_counts:
             raise InputError(f"{parsed.source} is not the full set: {'; '.join(different)}; unpack the download again, "

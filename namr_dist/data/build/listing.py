@@ -73,17 +73,25 @@ class Listing:
                 for name, number in self.expected.items() if found.get(name, 0) != number]
 
     def check(self) -> None:
-        """Raise InputError for contradictions: a class in two splits or in none, a key twice, a file that is not there.
+        """Raise InputError for contradictions: no image, a class in two splits or in none, a key that is there twice or
+        holds a dot or a slash, an unknown role, a file that is not there.
 
         The first ten missing files are named, and their number.
         """
+        if not self.images:
+            raise InputError(f"{self.name}: no image is listed; give the folder that the download unpacks into")
         split_of = {entry.label: entry.split for entry in self.classes}
         twice = [key for key, number in Counter(image.key for image in self.images).items() if number > 1]
         if twice:
             raise InputError(f"{self.name}: {len(twice)} images share a name, the first {twice[0]!r}; each file may be "
                              "listed once")
         for image in self.images:
-            assert image.role in ROLES and not {".", "/"} & set(image.key), image
+            if {".", "/"} & set(image.key) or not image.key:
+                raise InputError(f"{self.name}: the key {image.key!r} of {image.path} is empty or holds a dot or a "
+                                 "slash, at which readers of tars cut names; make it of other letters")
+            if image.role not in ROLES:
+                raise InputError(f"{self.name}: {image.path} has the role {image.role!r}; give it one of "
+                                 f"{', '.join(map(repr, ROLES))}")
             if split_of.get(image.label) != image.split:
                 raise InputError(f"{self.name}: {image.path} is of split {image.split!r}, but its class {image.label} "
                                  f"is of {split_of.get(image.label)!r}; splits may share no class")
