@@ -164,7 +164,8 @@ class _Grid:
         self._bar.update(self._task, description=run.folder.name, completed=done)
         run.folder.mkdir(exist_ok=True)
         where = run.config.data.path
-        evaluate = [*_NAMR, "evaluate", str(run.folder), *(["--shards", where] if where else [])]
+        evaluate = [*_NAMR, "evaluate", str(run.folder), *(["--shards", where] if where else []),
+                    *(word for name in run.config.code_names().values() for word in ("--allow-code", name))]
         for what, command in (("training", _train_command(run, ranks)), ("evaluation", evaluate)):
             log_bytes = _size(run.folder / "log.txt")
             code = self._end_of(command, run, ranks, done=done)

@@ -14,7 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from namr_dist import named_code
 from namr_dist.errors import InputError
+from namr_dist.model.own_network import own_network, own_normalisation
 from namr_dist.parallel.batchnorm import use_global_batchnorm
 
 BatchNormMode = Literal["frozen", "train"]
@@ -148,7 +150,7 @@ def timm_backbone(name: str, *, batchnorm: BatchNormMode, pretrained: bool, weig
                          "give a file with model.weights or set model.pretrained to False") from None
     if weights is not None:
         _load_weights(layers, weights, name)
-    return Backbone(layers, features=_pooled_features(layers, image_size, name),
+    return Backbone(layers, features=_pooled_features(layers, image_size, f"timm:{name}"),
                     mean=layers.default_cfg.get("mean", _IMAGENET_MEAN),
                     std=layers.default_cfg.get("std", _IMAGENET_STD), size_multiple=1, batchnorm=batchnorm)
 
@@ -181,17 +183,29 @@ def _pooled_features(layers: nn.Module, image_size: int, name: str) -> int:
     try:
         pooled = layers.eval()(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError) as error:
-        raise InputError(f"model.backbone timm:{name} does not take images of {image_size} px "
-                         f"({str(error).splitlines()[0]}); change data.image_size") from None
-    if pooled.dim() != 2:
-        raise InputError(f"model.backbone timm:{name} returns {tuple(pooled.shape)}, not one vector an image; "
-                         "take a model that pools")
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model.backbone {name} does not take images of {image_size} px ({said}); change "
+                         "data.image_size") from None
+    if not isinstance(pooled, Tensor) or pooled.dim() != 2 or len(pooled) != 1:
+        returned = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise InputError(f"model.backbone {name} returns {returned}, not one vector an image; take a model that pools")
     return pooled.shape[1]
+
+
+def own_backbone(name: str, *, batchnorm: BatchNormMode, pretrained: bool, image_size: int) -> Backbone:
+    """A network of a user's own, named as module:NAME (own_network.py). Raises InputError if it does not serve."""
+    layers = own_network(name, pretrained=pretrained, image_size=image_size)
+    mean, std = own_normalisation(layers, name, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+    return Backbone(layers, features=_pooled_features(layers, image_size, name), mean=mean, std=std, size_multiple=1,
+                    batchnorm=batchnorm)
 
 
 def build_backbone(name: str, *, batchnorm: BatchNormMode, pretrained: bool, weights: Path | None,
                    image_size: int) -> Backbone:
-    """The backbone called `name`: conv4, efficientnet_lite0 or timm:NAME. Raises InputError for another."""
+    """The backbone called `name`: conv4, efficientnet_lite0, timm:NAME or module:NAME.
+
+    Raises InputError for another, and for code that has not been allowed (named_code.py).
+    """
     if weights is not None and not name.startswith("timm:"):
         raise InputError(f"model.weights goes with timm: backbones, and model.backbone is {name}; leave it out")
     if name == "conv4":
@@ -201,4 +215,7 @@ def build_backbone(name: str, *, batchnorm: BatchNormMode, pretrained: bool, wei
     if name.startswith("timm:"):
         return timm_backbone(name.removeprefix("timm:"), batchnorm=batchnorm, pretrained=pretrained,
                              weights=weights, image_size=image_size)
-    raise InputError(f"model.backbone is {name!r}; known are conv4, efficientnet_lite0 and timm:NAME")
+    if named_code.is_named_code(name):
+        return own_backbone(name, batchnorm=batchnorm, pretrained=pretrained, image_size=image_size)
+    raise InputError(f"model.backbone is {name!r}; known are conv4, efficientnet_lite0 and timm:NAME, or module:NAME "
+                     "for one of your own")

@@ -9,6 +9,7 @@ import torch
 
 from namr_dist import __version__
 from namr_dist.losses import registry
+from namr_dist.named_code import is_named_code
 from namr_dist.results.tables import (
     Row,
     baseline_rows,
@@ -90,6 +91,10 @@ def model_card(*, name: str, about: Mapping[str, Any], sizes: Mapping[str, int],
     for file in differences:
         how, code = _LOADING[file]
         parts += [f"`{file}`, {how.format(torch=torch.__version__.split('+')[0])}:", _code(code)]
+    backbone = model["backbone"]
+    if "model.safetensors" in differences and is_named_code(backbone) and not backbone.startswith("timm:"):
+        parts.append(f"The backbone of `model.safetensors` is code of its own, `{backbone}`. namr-dist imports it only "
+                     f"after `namr_dist.named_code.allow([\"{backbone}\"])`.")
     parts += _measured(metrics, trained)
     parts += ["## Licence", "Not stated here: whoever publishes these weights states it, minding the licences of the "
               "training images and of the weights that training started from."]

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from namr_dist.atomic import write_atomic
 from namr_dist.errors import InputError
 from namr_dist.losses import registry
+from namr_dist.named_code import is_named_code
 from namr_dist.results.charts import Line, line_chart, smoothed, thinned
 from namr_dist.results.examples import NEIGHBOURS, embedding_map, neighbour_examples
 from namr_dist.results.record import RunRecord, read_run
@@ -191,6 +192,8 @@ def _first_cut_off(metrics: Mapping[str, Any]) -> str:
 def _what_was_trained(run: RunRecord) -> str:
     model, loss = _block(run.config, "model"), _block(run.config, "loss")
     backbone = str(model.get("backbone") or "a network")
+    if is_named_code(backbone) and not backbone.startswith("timm:"):
+        backbone = f"the network {backbone}"
     backbone = _BACKBONES.get(backbone, backbone.removeprefix("timm:"))
     text = backbone[0].upper() + backbone[1:] + " was trained"
     train = _block(run.metrics, "train")
