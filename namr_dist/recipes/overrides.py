@@ -34,7 +34,7 @@ def configure(recipe: str, overrides: Sequence[str], *, show_help: bool = False)
     """
     import tyro
 
-    from namr_dist import named_code, recipes
+    from namr_dist import recipes
 
     @dataclasses.dataclass(frozen=True)
     class Settings:
