@@ -29,10 +29,10 @@ from rich.progress import Progress
 
 from namr_dist.config import Config
 from namr_dist.errors import InputError
+from namr_dist.run.folder import RunFolder
 from namr_dist.run.state import RunReader
 from namr_dist.text import duration, transient_bar
-from namr_dist.train.checkpoints.network import final_checkpoint
-from namr_dist.train.checkpoints.resume import check_same, checkpoints
+from namr_dist.train.checkpoints.resume import check_same
 from namr_dist.train.dry_run import launch_commands
 from namr_dist.train.signals import EXIT_CODE
 
@@ -68,8 +68,12 @@ class PlannedRun:
     """of `namr train`"""
 
     @property
+    def files(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    @property
     def evaluated(self) -> bool:
-        return final_checkpoint(self.folder).exists() and (self.folder / "metrics.json").exists()
+        return self.files.final.exists() and self.files.metrics.exists()
 
 
 def plan(recipe: str, base: Config, overrides: Sequence[str], folder: Path, *, losses: Sequence[str],
@@ -91,11 +95,10 @@ def plan(recipe: str, base: Config, overrides: Sequence[str], folder: Path, *, l
         if run in (other.folder for other in runs):
             raise InputError(f"{run.name} is asked for twice; give each loss, weight and seed once")
         runs.append(PlannedRun(folder=run, config=config, words=words))
-    if (folder / "config.json").exists():
+    if RunFolder(folder).config.exists():
         raise InputError(f"{folder} is the folder of one run; give another with --run-dir")
-    for there in (run for run in runs if (run.folder / "config.json").exists()):
-        path = there.folder / "config.json"
-        check_same(path, Config.load(path), there.config)
+    for there in (run for run in runs if run.files.config.exists()):
+        check_same(there.files.config, Config.load(there.files.config), there.config)
     return runs
 
 
@@ -111,9 +114,9 @@ def describe(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> list[st
 def _what_is_left(run: PlannedRun) -> str:
     if run.evaluated:
         return "is kept"
-    if final_checkpoint(run.folder).exists():
+    if run.files.final.exists():
         return "lacks its figures"
-    saved = checkpoints(run.folder)
+    saved = run.files.checkpoints()
     return f"goes on from step {saved[-1][0]:,}" if saved else "begins"
 
 
@@ -167,20 +170,20 @@ class _Grid:
         evaluate = [*_NAMR, "evaluate", str(run.folder), *(["--shards", where] if where else []),
                     *(word for name in run.config.code_names().values() for word in ("--allow-code", name))]
         for what, command in (("training", _train_command(run, ranks)), ("evaluation", evaluate)):
-            log_bytes = _size(run.folder / "log.txt")
+            log_bytes = _size(run.files.output)
             code = self._end_of(command, run, ranks, done=done)
             if self._noted or code == EXIT_CODE:
                 raise _StoppedError
             if code:
-                how = f"code {code}" if code > 0 else signal.Signals(-code).name
-                said = _last_line(run.folder / "log.txt", after_bytes=log_bytes)
-                raise _FailedError(f"{what} ended with {how}: {said} (all of it: {run.folder / 'log.txt'})")
+                end = f"code {code}" if code > 0 else signal.Signals(-code).name
+                said = _last_line(run.files.output, after_bytes=log_bytes)
+                raise _FailedError(f"{what} ended with {end}: {said} (all of it: {run.files.output})")
 
     def _end_of(self, command: Sequence[str], run: PlannedRun, ranks: int, *, done: int) -> int:
         """The exit code of a command."""
         if self._noted:
             raise _StoppedError
-        with open(run.folder / "log.txt", "ab") as log:
+        with open(run.files.output, "ab") as log:
             # A session of its own: Ctrl-C on the terminal reaches only this process, which asks for a checkpoint.
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                                      env=_environment(ranks), pass_fds=[self._lock.fileno()],
@@ -190,7 +193,7 @@ class _Grid:
             if self._noted and not told:
                 child.send_signal(signal.SIGTERM)
                 told = True
-            if not self._bar.disable and (run.folder / "config.json").exists():
+            if not self._bar.disable and run.files.config.exists():
                 state = reader.look()
                 self._bar.update(self._task, completed=done + state.step / state.steps)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -259,7 +262,7 @@ def _summary(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> str:
 def _figures(run: PlannedRun) -> str:
     """The last validation's figures, and those of the test split, in percent."""
     validation = RunReader(run.folder).look().validation
-    test = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))["test"]["sample"]
+    test = json.loads(run.files.metrics.read_text(encoding="utf-8"))["test"]["sample"]
     return "".join(f"  {name} " + " ".join(f"{figure} {figures[figure]:.1f}" for figure in _SHOWN_FIGURES
                                            if figure in figures)
                    for name, figures in (("validation", validation.figures if validation else {}), ("test", test))

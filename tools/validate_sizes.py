@@ -15,13 +15,14 @@ from namr_dist.data.read.augment import TestTransform
 from namr_dist.data.read.stream import ShardImages
 from namr_dist.parallel.ranks import only_rank
 from namr_dist.retrieval.evaluate import evaluate_sample
-from namr_dist.train.checkpoints.network import final_checkpoint, load_network
+from namr_dist.run.folder import RunFolder
+from namr_dist.train.checkpoints.network import load_network
 from namr_dist.train.embed import embed
 
 
 def main(run: Path, sizes: list[int]) -> None:
     config, rank = Config.load(run / "config.json"), only_rank()
-    network, trained = load_network(final_checkpoint(run), config, device=rank.device)
+    network, trained = load_network(RunFolder(run).final, config, device=rank.device)
     manifest = open_shards(config.data.path, config.data.remote)
     index = manifest.index("val")
     for size in sizes:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from namr_dist.kernels.bench.measure import Spread, spread
+from namr_dist.run.folder import RunFolder
 from namr_dist.train.phases import STEP_PHASES
 
 INTERVALS = 5
@@ -78,7 +79,7 @@ def start(module: str, words: Sequence[str]) -> int:
 
 def read_figures(run: Path, length: Length, *, batch: int) -> Figures:
     """What metrics.jsonl says of the intervals after the warm-up; `batch` images a step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in RunFolder(run).log.read_text().splitlines()]
     counted = [line for line in lines if "img_per_s" in line and line["step"] > length.warm_up]
     assert len(counted) == INTERVALS, f"{len(counted)} lines of speed after step {length.warm_up}"
     step_s, data_s = np.array([[batch / line["img_per_s"], line["data_s"]] for line in counted]).T

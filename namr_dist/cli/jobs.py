@@ -10,6 +10,7 @@ from pathlib import Path
 from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.recipes.overrides import configure, configure_quietly
+from namr_dist.run.folder import REPORT
 
 _LONGEST_LIMIT_S = 86_400
 
@@ -38,7 +39,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     reproduce = verbs.add_parser(
         "reproduce", help="losses with and without multi-cluster ranking, over seeds, on this machine",
         description="Train and evaluate a recipe with each loss, ranking weight and seed, one run at a time, then make "
-        "one table over them (FOLDER/report.html). --set… goes to all runs. The same command goes on where it was, and "
+        f"one table over them (FOLDER/{REPORT}). --set… goes to all runs. The same command goes on where it was, and "
         "keeps runs that are done. Exit code 1 if a run failed, 75 if a signal asked for an end.")
     reproduce.add_argument("recipe", metavar="RECIPE", nargs="?", default="homeware", help="name of a recipe "
                            "(%(default)s, for more steps than its own)")
@@ -111,5 +112,5 @@ def _reproduce(parsed: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     code = reproduce(runs, folder, ranks=ranks)
     if code != EXIT_CODE and any(run.evaluated for run in runs):
-        write_table([folder], folder / "report.html", as_json=parsed.json)
+        write_table([folder], folder / REPORT, as_json=parsed.json)
     return code

@@ -11,16 +11,17 @@ from pathlib import Path
 from namr_dist import named_code
 from namr_dist.atomic import check_target
 from namr_dist.errors import InputError
+from namr_dist.run.folder import EMBEDDINGS, METRICS, REPORT, RunFolder, of_split, runs_in
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `evaluate`, `report`, `embed` and `export` to the `namr` command."""
     evaluate = verbs.add_parser("evaluate", help="measure a trained run on its test split",
-                                description="Measure a run on its test split: metrics.json, embeddings.safetensors.")
+                                description=f"Measure a run on its test split: {METRICS}, {EMBEDDINGS}.")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     _add_shards(evaluate)
     evaluate.add_argument("--split", metavar="NAME", help="another test split or subset; its files are "
-                          "metrics-NAME.json and embeddings-NAME.safetensors")
+                          f"{of_split(METRICS, 'NAME')} and {of_split(EMBEDDINGS, 'NAME')}")
     evaluate.add_argument("--mode", action="append", default=[], metavar="MODULE:NAME", help="measure a retrieval mode "
                           "of your own, a Mode, beside the others; may be given again")
     _add_allow_code(evaluate)
@@ -28,13 +29,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     evaluate.set_defaults(verb=_evaluate)
 
-    report = verbs.add_parser("report", help="write a run's report.html, or one table over many runs",
-                              description="Write a run's report.html. Of several runs, or a folder that holds runs: "
+    report = verbs.add_parser("report", help=f"write a run's {REPORT}, or one table over many runs",
+                              description=f"Write a run's {REPORT}. Of several runs, or a folder that holds runs: "
                               "one table with a row a setting, over its seeds, as text and as a page.")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs, or of runs")
     _add_shards(report)
     _add_allow_code(report)
-    report.add_argument("--out", type=Path, metavar="FILE.html", help="the table's page (report.html in the folder "
+    report.add_argument("--out", type=Path, metavar="FILE.html", help=f"the table's page ({REPORT} in the folder "
                         "that holds the runs)")
     report.add_argument("--json", action="store_true", help="print the table as JSON")
     report.set_defaults(verb=_report)
@@ -52,8 +53,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     embed.set_defaults(verb=_embed)
 
     export = verbs.add_parser("export", help="write a trained network as plain files that need no DeepSpeed",
-                              description="Write a trained run's network into a new folder with config.json and a "
-                              "model card. Every file is read back and compared with the network.")
+                              description="Write a trained run's network into a new folder with its configuration "
+                              "and a model card. Every file is read back and compared with the network.")
     export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     _add_shards(export)
@@ -92,7 +93,7 @@ def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
 
 
 def _report(parsed: argparse.Namespace, _: list[str]) -> None:
-    if len(parsed.runs) > 1 or any(parsed.runs[0].glob("*/config.json")) and not _is_run(parsed.runs[0]):
+    if len(parsed.runs) > 1 or runs_in(parsed.runs[0]) and not RunFolder(parsed.runs[0]).config.exists():
         _compare(parsed)
         return
     if parsed.out or parsed.json:
@@ -104,17 +105,13 @@ def _report(parsed: argparse.Namespace, _: list[str]) -> None:
     print(report_run(parsed.runs[0], shards=parsed.shards))
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").exists()
-
-
 def _compare(parsed: argparse.Namespace) -> None:
     for option, value in (("--shards", parsed.shards), ("--allow-code", " ".join(parsed.allow_code))):
         if value:
             raise InputError(f"{option} is {value}, which goes with one run; leave it out")
     if parsed.out is None and len(parsed.runs) > 1:
         raise InputError("the table of several runs needs a place; give --out FILE.html")
-    out = parsed.out or parsed.runs[0] / "report.html"
+    out = parsed.out or parsed.runs[0] / REPORT
     check_target("--out", out)
     write_table(parsed.runs, out, as_json=parsed.json)
 

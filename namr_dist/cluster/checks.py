@@ -28,8 +28,8 @@ from namr_dist.data.location import open_shards
 from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
 from namr_dist.errors import InputError
 from namr_dist.provenance import provenance
+from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import initial_network
-from namr_dist.train.preflight import check_folder
 
 _PACKAGES = ("namr-dist", "torch", "triton", "deepspeed", "numpy", "webdataset", "simplejpeg", "timm", "safetensors",
              "faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss")
@@ -134,7 +134,7 @@ def _wrong(manifest: Manifest, shard: Shard) -> str | None:
 
 def probe_path(run: Path) -> Path:
     """A new file's name in the run's folder, or in its nearest parent that exists."""
-    check_folder(run, overwrite=False, goes_on=True, need_bytes=0)
+    RunFolder(run).check(overwrite=False, goes_on=True, need_bytes=0)
     folder = run.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -19,6 +19,7 @@ from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.results.redact import shareable
 from namr_dist.results.tables import Row, ShownMode, columns, shown_modes
+from namr_dist.run.folder import CONFIG, METRICS, RunFolder, runs_in
 from namr_dist.run.state import RunReader
 from namr_dist.train.checkpoints.resume import MAY_DIFFER
 
@@ -119,12 +120,11 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     """Each place that is a run's folder, and the runs in each that is none. Raises InputError where there are none."""
     runs = []
     for place in places:
-        found = [place] if (place / "config.json").exists() else \
-            sorted(config.parent for config in place.glob("*/config.json"))
-        if not found:
-            raise InputError(f"{place} neither is a run nor holds one (no config.json in it or one folder below); give "
+        here = [place] if RunFolder(place).config.exists() else runs_in(place)
+        if not here:
+            raise InputError(f"{place} neither is a run nor holds one (no {CONFIG} in it or one folder below); give "
                              "folders of runs")
-        runs += found
+        runs += here
     return runs
 
 
@@ -167,20 +167,20 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
 def _read(run: Path) -> _Measured:
     """A run's settings and figures. Raises InputError, without the run's name, where it has none."""
-    config = Config.load(run / "config.json")
-    path = run / "metrics.json"
-    if not path.exists():
+    folder = RunFolder(run)
+    config = Config.load(folder.config)
+    if not folder.metrics.exists():
         state = RunReader(run).look()
         raise InputError("not evaluated; do so by `namr evaluate`" if state.state == "finished" else
                          f"not finished ({state.state}, step {state.step:,} of {state.steps:,}); compare it once it "
                          "is trained and evaluated")
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
         test, protocol = metrics["test"], metrics["protocol"]
         if not isinstance(test["sample"], dict) or not isinstance(protocol["test hash"], str):
             raise TypeError
     except (ValueError, TypeError, KeyError):
-        raise InputError("metrics.json lacks figures, or the hash of the test images; evaluate it again") from None
+        raise InputError(f"{METRICS} lacks figures, or the hash of the test images; evaluate it again") from None
     whole = json.loads(config.to_json())
     return _Measured(folder=run, seed=config.train.seed, identity=_identity(whole, protocol),
                      shown=_identity(shareable(whole), protocol), test=test, protocol=protocol,

@@ -17,6 +17,7 @@ from namr_dist.atomic import write_atomic
 from namr_dist.results.comparison import Comparison, Estimate, Gain, Setting
 from namr_dist.results.page import template
 from namr_dist.results.tables import Row, columns, number
+from namr_dist.run.folder import RunFolder
 
 _DIGITS = 2
 _FIGURE_COLUMNS = len("± 0.00")
@@ -180,4 +181,5 @@ def _seen_from(page: Path, folder: str) -> str:
 
 def _link(page: Path, folder: str) -> str | None:
     """Where the run's own report lies, seen from the page; None if there is none."""
-    return quote(_seen_from(page, f"{folder}/report.html")) if (Path(folder) / "report.html").exists() else None
+    report = RunFolder(Path(folder)).report
+    return quote(_seen_from(page, str(report))) if report.exists() else None

@@ -30,7 +30,8 @@ from namr_dist.retrieval.modes import with_own
 from namr_dist.retrieval.reidentification import reidentify
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.retrieval.search import search_backend
-from namr_dist.train.checkpoints.network import final_checkpoint, initial_network, load_network
+from namr_dist.run.folder import EMBEDDINGS, METRICS, RunFolder, of_split
+from namr_dist.train.checkpoints.network import initial_network, load_network
 from namr_dist.train.embed import embed, test_transform
 
 _BATCH = 128
@@ -53,12 +54,14 @@ def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = No
     config = run_config(run, shards)
     own_modes = [named_code.load(name, use="--mode") for name in modes]
     with_own(own_modes)  # before images are embedded
-    ending = f"-{split}" if split and split != config.data.test_split else ""
+    names = METRICS, EMBEDDINGS
+    if split and split != config.data.test_split:
+        names = of_split(METRICS, split), of_split(EMBEDDINGS, split)
     config = replace(config, data=replace(config.data, test_split=split or config.data.test_split),
                      evaluation=replace(config.evaluation, recall_at=recall_at or config.evaluation.recall_at))
     config.check()
     rank = only_rank()
-    network, trained = load_network(final_checkpoint(run), config, device=rank.device)
+    network, trained = load_network(RunFolder(run).final, config, device=rank.device)
     manifest = open_shards(config.data.path, config.data.remote)
     split = config.data.test_split
     index = manifest.index(split)
@@ -92,8 +95,9 @@ def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = No
                      **({"own modes": ", ".join(modes)} if modes else {})},
     }
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **_facts(index)}
-    write_atomic(run / f"embeddings{ending}.safetensors", safetensors.torch.save(tensors))
-    write_atomic(run / f"metrics{ending}.json", json.dumps(metrics, indent=2) + "\n")
+    metrics_name, embeddings_name = names
+    write_atomic(run / embeddings_name, safetensors.torch.save(tensors))
+    write_atomic(run / metrics_name, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
@@ -139,7 +143,7 @@ def _facts(index: SplitIndex) -> dict[str, Tensor]:
 def _embed_to(run: Path, config: Config, images: ShardImages | FolderImages, names: tuple[str, ...], out: Path,
               facts: dict[str, Tensor]) -> int:
     rank = only_rank()
-    network, _ = load_network(final_checkpoint(run), config, device=rank.device)
+    network, _ = load_network(RunFolder(run).final, config, device=rank.device)
     z_ND, s_ND = _embedded(network, images, config, rank)
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **facts}
     write_atomic(out, safetensors.torch.save(tensors, {"names": json.dumps(names), "run": run.name}))
@@ -160,7 +164,7 @@ def _raw_pixels(images_bHW3: Tensor) -> Tensor:
 
 def _training_figures(run: Path, trained: dict) -> dict:
     """Wall time and speed of training, from its log."""
-    lines = read_log(run / "metrics.jsonl")
+    lines = read_log(RunFolder(run).log)
     speeds = [line["img_per_s"] for line in lines if "img_per_s" in line]
     return {"steps": trained["steps"], "seconds": lines[-1]["time_s"], "img_per_s": float(np.median(speeds))}
 

@@ -45,9 +45,12 @@ from namr_dist.results.programs import (
 )
 from namr_dist.results.record import run_config
 from namr_dist.results.redact import shareable
-from namr_dist.train.checkpoints.network import final_checkpoint, initial_network, load_network
+from namr_dist.run.folder import RunFolder
+from namr_dist.train.checkpoints.network import initial_network, load_network
 from namr_dist.train.embed import test_transform
 
+CONFIG = "config.json"
+"""Of an exported folder: `describe` makes it. Not the file of that name in a run's folder."""
 FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 TOLERANCE = 1e-4
 """Largest relative difference between a written file and the network; other convolutions give about 1e-6."""
@@ -73,7 +76,7 @@ def load(folder: str | Path) -> EmbeddingNetwork:
     Raises InputError if config.json or model.safetensors is missing, damaged or does not fit the other, and if the
     backbone is code from outside the package that has not been allowed (named_code.allow).
     """
-    where = Path(folder) / "config.json"
+    where = Path(folder) / CONFIG
     try:
         about = json.loads(where.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -117,8 +120,8 @@ def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *, s
         check_onnx_packages()
     config = run_config(run, shards)
     cpu = torch.device("cpu")
-    network, trained = load_network(final_checkpoint(run), config, device=cpu)
-    metrics = _read_metrics(run / "metrics.json")
+    network, trained = load_network(RunFolder(run).final, config, device=cpu)
+    metrics = _read_metrics(RunFolder(run).metrics)
     batches = _test_images(config)
     with torch.no_grad():
         expected = [network(images_bHH3) for images_bHH3 in batches]
@@ -128,7 +131,7 @@ def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *, s
     about = describe(config, trained)
     differences: dict[str, float] = {}
     with _new_folder(out) as folder:
-        (folder / "config.json").write_text(json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8")
         readers = _write_models(network, config, formats, folder)
         for file, read in readers.items():
             differences[file] = difference(read(), batches, expected)

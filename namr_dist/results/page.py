@@ -30,6 +30,7 @@ from namr_dist.results.tables import (
 )
 from namr_dist.retrieval.modes import SYMMETRIC, row_name
 from namr_dist.retrieval.reidentification import METRICS
+from namr_dist.run.folder import RunFolder
 from namr_dist.text import duration
 
 _BACKBONES = {"efficientnet_lite0": "EfficientNet-Lite0", "conv4": "a small four-layer network"}
@@ -98,7 +99,7 @@ def write_report(
         ],
         config=json.dumps(shareable(run.config), indent=2, ensure_ascii=False),
     )
-    path = run_dir / "report.html"
+    path = RunFolder(run_dir).report
     write_atomic(path, page)
     return path
 

@@ -20,6 +20,7 @@ from namr_dist.data.remote.transfer import is_command, shown
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.roles import Division, divide
+from namr_dist.run.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def trained_config(run: Path) -> Config:
     Raises InputError if it cannot be read, or names code that has not been allowed: a file that somebody else made is
     no reason to import any.
     """
-    path = run / "config.json"
+    path = RunFolder(run).config
     config = Config.load(path)
     named_code.check_allowed(config.code_names(), str(path))
     return config
@@ -56,9 +57,9 @@ def run_config(run: Path, shards: str | None = None) -> Config:
 
     Raises InputError also if the shards come from a command, which is no more to be run.
     """
-    config = trained_config(run)
+    config, path = trained_config(run), RunFolder(run).config
     if shards is None and config.data.path and is_command(config.data.path):
-        raise InputError(f"{run / 'config.json'} reads its shards by a command ({shown(config.data.path)}); if you "
+        raise InputError(f"{path} reads its shards by a command ({shown(config.data.path)}); if you "
                          "trust it, give it with --shards, or a folder or URL that has the same set")
     return config if shards is None else replace(config, data=replace(config.data, path=shards))
 
@@ -102,12 +103,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def read_run(run_dir: Path) -> RunRecord:
     """Read a run's folder. Raises InputError where a file is missing or is not what it should be."""
     evaluate_first = "evaluate the run first"
-    config = _object(run_dir / "config.json", "train the run first")
-    log = read_log(run_dir / "metrics.jsonl")
-    metrics = _object(run_dir / "metrics.json", evaluate_first)
+    run = RunFolder(run_dir)
+    config = _object(run.config, "train the run first")
+    log = read_log(run.log)
+    metrics = _object(run.metrics, evaluate_first)
     if not isinstance(metrics.get("test"), dict) or not isinstance(metrics["test"].get("sample"), dict):
-        raise InputError(f"{run_dir / 'metrics.json'} has no test.sample: {evaluate_first}")
-    path = run_dir / "embeddings.safetensors"
+        raise InputError(f"{run.metrics} has no test.sample: {evaluate_first}")
+    path = run.embeddings
     try:
         tensors = load(_bytes(path, evaluate_first))
     except SafetensorError as error:

@@ -5,12 +5,9 @@ No torch is imported: people look often.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 import statistics
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +15,16 @@ from typing import Any, Literal
 
 from namr_dist.config import Config
 from namr_dist.errors import InputError
+from namr_dist.run.folder import CONFIG, RunFolder
 
 State = Literal["not started", "training", "stopped", "finished", "evaluated"]
 
-_CHECKPOINT = re.compile(r"step-(\d+)\.safetensors")
 _NO_PHASES = ("img_per_s", "time_s", "slowest_s")
 """figures of a line of speed that end in _s as phases do"""
 _LEAST_SILENCE_S = 60.0
 _START_S = 600.0
 """Before the first step of a start: loading, kernels that are compiled, a first batch."""
 _RECENT = 200
-_FLOCK = struct.Struct("hhqqi4x")
-"""Linux's struct flock on 64 bits: type, whence, start, length, process"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +79,7 @@ class RunState:
 
 
 class _Log:
-    """What metrics.jsonl says: it is read once, and then only what was added."""
+    """What a run's log says: it is read once, and then only what was added."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -165,25 +160,25 @@ class RunReader:
     """Looks at the run in a folder, again and again."""
 
     def __init__(self, run: Path) -> None:
-        self._run = run
-        self._log = _Log(run / "metrics.jsonl")
+        self._run = RunFolder(run)
+        self._log = _Log(self._run.log)
 
     def look(self) -> RunState:
         """How the run stands now. Raises InputError if the folder holds none."""
         run, log = self._run, self._log
-        if not (run / "config.json").exists():
-            raise InputError(f"{run} holds no run (no config.json); give the folder that --run-dir named")
-        config = Config.load(run / "config.json")
+        if not run.config.exists():
+            raise InputError(f"{run.path} holds no run (no {CONFIG}); give the folder that --run-dir named")
+        config = Config.load(run.config)
         log.read()
         now = time.time()
         checkpoint_step, checkpoint_time = _newest_checkpoint(run)
-        quiet_s = max(0.0, now - max((run / "config.json").stat().st_mtime, log.changed or 0.0))
+        quiet_s = max(0.0, now - max(run.config.stat().st_mtime, log.changed or 0.0))
         state = self._state(config, quiet_s, begun=bool(log.step) or checkpoint_step is not None)
         step, pace_s = log.marks[-1][0], log.pace_s()
         running_s = quiet_s if state == "training" and len(log.marks) > 1 else 0.0
         images, speed = config.data.classes_per_batch * config.data.images_per_class, log.speed
         return RunState(
-            run=str(run), recipe=config.recipe, state=state, step=step, steps=config.optim.steps,
+            run=str(run.path), recipe=config.recipe, state=state, step=step, steps=config.optim.steps,
             epoch=log.step.get("epoch"), elapsed_s=log.time_s + running_s,
             left_s=None if pace_s is None else max(0.0, (config.optim.steps - step) * pace_s - running_s),
             last_line_age_s=None if log.changed is None else max(0.0, now - log.changed),
@@ -204,9 +199,9 @@ class RunReader:
 
     def _state(self, config: Config, quiet_s: float, *, begun: bool) -> State:
         run, log = self._run, self._log
-        if (run / "checkpoints" / "final.safetensors").exists():
-            return "evaluated" if (run / "metrics.json").exists() else "finished"
-        locked = _is_locked(run / ".lock")
+        if run.final.exists():
+            return "evaluated" if run.metrics.exists() else "finished"
+        locked = run.is_locked()
         if locked is None:
             training = quiet_s < log.silence_s(config.train.log_every)
         else:
@@ -215,24 +210,9 @@ class RunReader:
         return "training" if training else "stopped" if begun else "not started"
 
 
-def _is_locked(path: Path) -> bool | None:
-    """Whether a process holds the lock of `preflight.lock_folder`; None where that cannot be known.
-
-    It is only asked for: taking it, even for a moment, could turn away a run that starts just then.
-    """
-    try:
-        with open(path, "rb") as file:
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    except OSError:
-        return None
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
-
-
-def _newest_checkpoint(run: Path) -> tuple[int | None, float | None]:
+def _newest_checkpoint(run: RunFolder) -> tuple[int | None, float | None]:
     """(steps done, seconds since 1970) of the newest training state."""
-    found = [(int(name[1]), path) for path in (run / "checkpoints").glob("step-*.safetensors")
-             if (name := _CHECKPOINT.fullmatch(path.name))]
-    for step, path in sorted(found, reverse=True):
+    for step, path in reversed(run.checkpoints()):
         try:
             return step, path.stat().st_mtime
         except FileNotFoundError:

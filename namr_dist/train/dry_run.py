@@ -12,10 +12,11 @@ import torch
 from namr_dist.config import Config
 from namr_dist.data.read.plan import steps_per_epoch
 from namr_dist.errors import InputError
+from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import initial_network
-from namr_dist.train.checkpoints.resume import check_same, checkpoints
+from namr_dist.train.checkpoints.resume import check_same
 from namr_dist.train.objective import TrainingModule
-from namr_dist.train.preflight import check_folder, check_sizes, preflight, run_bytes
+from namr_dist.train.preflight import check_sizes, preflight, run_bytes
 
 _PROGRAM = "namr_dist.launchers.train"
 
@@ -36,11 +37,11 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
     check_sizes(network, config, torch.device("cpu"))
     module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N)),
                             images_per_class=config.data.images_per_class)
-    if resume and (run / "config.json").exists():
-        check_same(run / "config.json", Config.load(run / "config.json"), config)
-    there_bytes = sum(path.stat().st_size for _, path in checkpoints(run)) if resume else 0
-    check_folder(run, overwrite=overwrite, goes_on=resume,
-                 need_bytes=max(0, run_bytes(module, config) - there_bytes))
+    folder = RunFolder(run)
+    if resume and folder.config.exists():
+        check_same(folder.config, Config.load(folder.config), config)
+    there_bytes = sum(path.stat().st_size for _, path in folder.checkpoints()) if resume else 0
+    folder.check(overwrite=overwrite, goes_on=resume, need_bytes=max(0, run_bytes(module, config) - there_bytes))
     data = config.data
     images = data.classes_per_batch * data.images_per_class
     per_epoch = steps_per_epoch(index, how)

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl for programs, TensorBoard, a bar or plain lines for people."""
+"""What a run says while it trains: a line of JSON each for programs, TensorBoard, a bar or plain lines for people."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from namr_dist.run.folder import RunFolder
 from namr_dist.train.phases import StepTimes
 
 
@@ -27,14 +28,14 @@ class RunLog:
     Only the first rank has one. Lines are flushed as they come, so `tail -f` and a later crash see all of them.
     """
 
-    def __init__(self, run: Path, *, steps: int, hosts: Sequence[str], tensorboard: bool, name: str,
+    def __init__(self, run: RunFolder, *, steps: int, hosts: Sequence[str], tensorboard: bool, name: str,
                  peak_img_per_s: float | None = None, first_step: int = 0, before_s: float = 0.0) -> None:
         """hosts: name of each rank's machine. peak_img_per_s: of all devices at their peak, if known. first_step: steps
         done already, in `before_s` seconds; metrics.jsonl is continued."""
         # Unbuffered: a line that did not fit the disk is not tried again when the file is closed.
-        self._path = run / "metrics.jsonl"
+        self._path = run.log
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
-        self._events: _Events | None = _Events(run / "tensorboard", first_step=first_step) if tensorboard else None
+        self._events: _Events | None = _Events(run.tensorboard, first_step=first_step) if tensorboard else None
         self._steps = steps
         self._hosts = hosts
         self._peak_img_per_s = peak_img_per_s

@@ -29,9 +29,10 @@ from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import Rank, shut_down
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
-from namr_dist.train.checkpoints.network import final_checkpoint, initial_network, save_network
+from namr_dist.run.folder import RunFolder
+from namr_dist.train.checkpoints.network import initial_network, save_network
 from namr_dist.train.checkpoints.policy import CheckpointKeeper
-from namr_dist.train.checkpoints.resume import Start, checkpoints, cut_log, find_start, hash_images
+from namr_dist.train.checkpoints.resume import Start, cut_log, find_start, hash_images
 from namr_dist.train.checkpoints.state import check_fits, load_state, seed_generators
 from namr_dist.train.embed import embed, test_transform
 from namr_dist.train.engine import make_engine, start_group
@@ -40,7 +41,7 @@ from namr_dist.train.mfu import device_peak, run_peak_img_per_s
 from namr_dist.train.objective import StepLoss, TrainingModule
 from namr_dist.train.peak_memory import take_peak_bytes
 from namr_dist.train.phases import Phases, StepTimes
-from namr_dist.train.preflight import check_sizes, claim_folder, lock_folder, preflight, run_bytes
+from namr_dist.train.preflight import check_sizes, preflight, run_bytes
 from namr_dist.train.schedule import lr_factor
 from namr_dist.train.signals import StopRequests
 from namr_dist.train.watchdog import Watchdog, backend_timeout
@@ -56,6 +57,7 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     a signal asked for an end before the last step, and `resume` goes on. Raises InputError, before the first step,
     for whatever can be known to be wrong by then.
     """
+    folder = RunFolder(run)
     manifest, index, how = preflight(config, world_size=rank.world_size, local_rank=rank.local_rank)
     bf16, why = _precision(config, rank.device)
     # Built before the process group is up, so that a wrong backbone or file is said at once and once.
@@ -71,10 +73,10 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     host = HostGroup(timeout)
     phases = module.objective.phases
     # Only now, when all ranks have come so far, may an old run be replaced.
-    start, lock = _start(module, config, run, data_hash, host, overwrite=overwrite, resume=resume)
+    start, lock = _start(module, config, folder, data_hash, host, overwrite=overwrite, resume=resume)
     if host.from_first(start.finished):
         if rank.first:
-            print(f"{run} is finished: {final_checkpoint(run)}", file=sys.stderr)
+            print(f"{run} is finished: {folder.final}", file=sys.stderr)
         return True
     hosts = host.of_all(socket.gethostname())
     peak_img_per_s = run_peak_img_per_s(network, device_peak(rank.device), size=config.data.image_size,
@@ -88,13 +90,13 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
                 load_state(engine, start.saved, host=host, seed=config.train.seed)
             else:
                 seed_generators(seed=config.train.seed, step=0)
-        keeper = CheckpointKeeper(engine, run, config, data_hash=data_hash, host=host, first=rank.first)
+        keeper = CheckpointKeeper(engine, folder, config, data_hash=data_hash, host=host, first=rank.first)
         log = None
         if rank.first:
-            before_s = cut_log(run / "metrics.jsonl", first_step)
-            log = stack.enter_context(RunLog(run, steps=config.optim.steps, hosts=hosts, peak_img_per_s=peak_img_per_s,
-                                             tensorboard=config.train.tensorboard, name=config.recipe,
-                                             first_step=first_step, before_s=before_s))
+            before_s = cut_log(folder.log, first_step)
+            log = stack.enter_context(RunLog(folder, steps=config.optim.steps, hosts=hosts,
+                                             peak_img_per_s=peak_img_per_s, tensorboard=config.train.tensorboard,
+                                             name=config.recipe, first_step=first_step, before_s=before_s))
             for line in _banner(config, manifest, index, how, run, rank,
                                 precision=f"{'bf16' if bf16 else 'fp32'} ({why})"):
                 log.say(line)
@@ -105,15 +107,15 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
         finished = _steps(engine, config, manifest, index, how, rank, host, keeper, requests,
                           first_step=first_step, log=log)
         if finished:
-            _save(engine, config, run, rank, manifest, index)
+            _save(engine, config, folder, rank, manifest, index)
         if finished and log:
-            log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {final_checkpoint(run)}")
+            log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {folder.final}")
     # A launcher ends all ranks when the first has left with a code that is not 0: that must not cut off the log.
     host.largest(0)
     return finished
 
 
-def _start(module: TrainingModule, config: Config, run: Path, data_hash: str, host: HostGroup, *, overwrite: bool,
+def _start(module: TrainingModule, config: Config, run: RunFolder, data_hash: str, host: HostGroup, *, overwrite: bool,
            resume: bool) -> tuple[Start, BinaryIO | None]:
     """Make the folder ready and say where to begin, on the first rank; with the lock that keeps others out of it.
 
@@ -141,19 +143,19 @@ def _end_together(trouble: Exception | None, host: HostGroup) -> None:
     raise trouble
 
 
-def _claim(module: TrainingModule, config: Config, run: Path, data_hash: str, *, overwrite: bool,
+def _claim(module: TrainingModule, config: Config, run: RunFolder, data_hash: str, *, overwrite: bool,
            resume: bool) -> tuple[Start, BinaryIO | None]:
-    lock = lock_folder(run) if run.is_dir() else None
+    lock = run.lock() if run.path.is_dir() else None
     start = find_start(run, config, data_hash=data_hash) if resume else Start()
     if start.finished:
         return start, lock
     if start.saved:
         check_fits(start.saved, module)
-    there_bytes = sum(path.stat().st_size for _, path in checkpoints(run)) if start.goes_on else 0
-    claim_folder(run, overwrite=overwrite, goes_on=start.goes_on,
-                 need_bytes=max(0, run_bytes(module, config) - there_bytes))
-    lock = lock or lock_folder(run)
-    write_atomic(run / "config.json", config.to_json())
+    there_bytes = sum(path.stat().st_size for _, path in run.checkpoints()) if start.goes_on else 0
+    run.claim(overwrite=overwrite, goes_on=start.goes_on,
+              need_bytes=max(0, run_bytes(module, config) - there_bytes))
+    lock = lock or run.lock()
+    write_atomic(run.config, config.to_json())
     return start, lock
 
 
@@ -286,7 +288,7 @@ def _validate(engine: DeepSpeedEngine, config: Config, manifest: Manifest, rank:
     return evaluate_sample(z_ND, index.label_N, roles_N=index.role_N) if rank.first else {}
 
 
-def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank, manifest: Manifest,
+def _save(engine: DeepSpeedEngine, config: Config, run: RunFolder, rank: Rank, manifest: Manifest,
           index: SplitIndex) -> None:
     import deepspeed
 
@@ -298,7 +300,7 @@ def _save(engine: DeepSpeedEngine, config: Config, run: Path, rank: Rank, manife
             trained = {"steps": config.optim.steps, "ranks": rank.world_size, "zero_stage": config.train.zero_stage,
                        "precision": "bf16" if network.bf16 else "fp32", "images": len(index),
                        "classes": len(np.unique(index.label_N)), "images_hash": manifest.hash_of(index), **provenance()}
-            save_network(final_checkpoint(run), network.state_dict(), config, trained=trained)
+            save_network(run.final, network.state_dict(), config, trained=trained)
 
 
 def _banner(config: Config, manifest: Manifest, index: SplitIndex, how: Sampling, run: Path, rank: Rank, *,

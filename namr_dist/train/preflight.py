@@ -1,23 +1,13 @@
-"""What can be known to be wrong before the first step: each check raises InputError, and none writes a file.
-
-`claim_folder` and `lock_folder` alone write: they make the run's folder once a run may begin there.
-"""
+"""What can be known to be wrong before the first step: each check raises InputError, and none writes a file."""
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import os
-import shutil
-from errno import EACCES, EAGAIN, EEXIST, ENOTDIR, EROFS
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import nn
 
-from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.location import open_shards
 from namr_dist.data.read.plan import Sampling, check_plan
@@ -29,9 +19,6 @@ from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.retrieval.roles import divide
 from namr_dist.train.checkpoints.state import state_bytes
-
-# What a run writes beside its network (logs, events, embeddings, report), generously.
-_ROOM_FOR_LOGS_BYTES = 32 << 20
 
 
 def preflight(config: Config, *, world_size: int, local_rank: int) -> tuple[Manifest, SplitIndex, Sampling]:
@@ -100,80 +87,3 @@ def run_bytes(module: nn.Module, config: Config) -> int:
     """What a run of this module writes, at its most: its final network, and one checkpoint more than are kept."""
     network = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     return network + (config.train.keep_checkpoints + 1) * state_bytes(module)
-
-
-def check_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
-    """Raise InputError if a run of so many bytes cannot begin in the folder `run`, which need not be there yet.
-
-    overwrite: it may replace a run that is there.  goes_on: it continues that run.
-    """
-    if (run / "config.json").exists() and not overwrite and not goes_on:
-        raise InputError(f"{run} already holds a run; go on with it by --resume, choose another folder with "
-                         "--run-dir, or replace it with --overwrite")
-    if not (run / "config.json").exists() and (written := _written(run)) and not overwrite:
-        raise InputError(f"{written[0]} is there, but {run / 'config.json'} is not: what a run would replace may "
-                         "belong to something else; copy config.json back, choose another folder with --run-dir, or "
-                         "replace it with --overwrite")
-    there = run.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise _unwritable(run, EEXIST if there == run.absolute() else ENOTDIR)
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise _unwritable(run, EACCES)
-    disk, need = shutil.disk_usage(there), need_bytes + _ROOM_FOR_LOGS_BYTES
-    if disk.total == 0:  # no disk, such as /proc, whatever its permissions say
-        raise _unwritable(run, EROFS)
-    if disk.free < need:
-        raise InputError(f"run folder {run} has {disk.free / 2**20:.0f} MiB free, this run needs {need / 2**20:.0f}; "
-                         "free some or choose another disk with --run-dir")
-
-
-def claim_folder(run: Path, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
-    """Make the folder `run` ready for a run of so many bytes. Raises InputError as `check_folder` does."""
-    check_folder(run, overwrite=overwrite, goes_on=goes_on, need_bytes=need_bytes)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomic(run / ".writable", "")
-        (run / ".writable").unlink()
-    except OSError as error:
-        raise _unwritable(run, error.errno or EACCES) from None
-    if not overwrite:
-        return
-    # The old run goes once the new one can begin, and only what a run writes: never a whole folder that a user may
-    # have pointed to by mistake.
-    for path in _written(run):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _written(run: Path) -> list[Path]:
-    """What stands in the folder under the names of a run's files and folders, config.json apart."""
-    names = ("checkpoints", "tensorboard", "metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html")
-    of_splits = [*run.glob("metrics-*.json"), *run.glob("embeddings-*.safetensors")]
-    return [path for path in (*(run / name for name in names), *sorted(of_splits)) if path.exists()]
-
-
-def lock_folder(run: Path) -> BinaryIO | None:
-    """Keep every other process from training in the folder `run` while the result is open; None where the file system
-    has no locks. Raises InputError if one does already."""
-    try:
-        lock = open(run / ".lock", "ab")  # noqa: SIM115 (open as long as the run lasts)
-    except OSError:
-        return None
-    try:
-        # POSIX's kind: released when the process dies, and not passed on to loader workers, who outlive it a little.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        if error.errno in (EACCES, EAGAIN):
-            raise InputError(f"run folder {run} is in use: another process trains there; wait until it has ended, or "
-                             "choose another folder with --run-dir") from None
-        return None
-    return lock
-
-
-def _unwritable(run: Path, number: int) -> InputError:
-    return InputError(f"run folder {run} cannot be written ({os.strerror(number)}); choose another with --run-dir")

@@ -27,7 +27,8 @@ from namr_dist.results.export import describe, difference, export_run, load
 from namr_dist.results.page import write_report
 from namr_dist.results.programs import trace
 from namr_dist.results.redact import shareable
-from namr_dist.train.checkpoints.network import final_checkpoint, save_network
+from namr_dist.run.folder import RunFolder
+from namr_dist.train.checkpoints.network import save_network
 from namr_dist.train.embed import test_transform as transform_of
 
 MODELS = {"model.safetensors", "model.pt2", "model.onnx"}
@@ -60,7 +61,7 @@ def exported(run: Path, namr: Callable, tmp_path_factory: pytest.TempPathFactory
 def test_what_is_written(run: Path, exported: Path, shard_set: Manifest) -> None:
     assert {path.name for path in exported.iterdir()} == {*MODELS, "config.json", "README.md"}
     state = safetensors.torch.load_file(exported / "model.safetensors")
-    trained = safetensors.torch.load_file(final_checkpoint(run))
+    trained = safetensors.torch.load_file(RunFolder(run).final)
     assert state.keys() == trained.keys()
     assert all(torch.equal(state[name], trained[name]) for name in state)
     about = json.loads((exported / "config.json").read_text())
@@ -202,15 +203,15 @@ def test_runs_that_cannot_be_exported(run: Path, tmp_path: Path) -> None:
         export_run(broken, out)
     (broken / "metrics.json").unlink()
     config = Config.load(broken / "config.json")
-    state = safetensors.torch.load_file(final_checkpoint(run))
+    state = safetensors.torch.load_file(RunFolder(run).final)
     state["sample_head.bias"][3] = float("nan")
-    save_network(final_checkpoint(broken), state, config, trained={})
+    save_network(RunFolder(broken).final, state, config, trained={})
     with pytest.raises(InputError, match="does not give finite values"):
         export_run(broken, out)
-    final_checkpoint(broken).write_bytes(final_checkpoint(run).read_bytes()[:5000])
+    RunFolder(broken).final.write_bytes(RunFolder(run).final.read_bytes()[:5000])
     with pytest.raises(InputError, match="is not a whole safetensors file"):
         export_run(broken, out)
-    final_checkpoint(broken).unlink()
+    RunFolder(broken).final.unlink()
     with pytest.raises(InputError, match="the run has not finished"):
         export_run(broken, out)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}

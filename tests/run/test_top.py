@@ -24,9 +24,9 @@ from training_runs import Run, start_parent
 from namr_dist.config import Config, DataConfig, OptimConfig
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
+from namr_dist.run.folder import RunFolder
 from namr_dist.run.state import RunReader, RunState
 from namr_dist.run.top import duration, view
-from namr_dist.train.preflight import lock_folder
 
 CONFIG = Config(recipe="sop", data=DataConfig(classes_per_batch=50, images_per_class=4), optim=OptimConfig(steps=1000))
 
@@ -70,7 +70,7 @@ def held_lock(run: Path) -> Iterator[BaseProcess]:
     here, there = fork.Pipe()
 
     def hold() -> None:
-        lock = lock_folder(run)
+        lock = RunFolder(run).lock()
         there.send(lock is not None)
         time.sleep(600)
 
@@ -173,7 +173,7 @@ def test_a_held_lock_means_training_and_a_free_one_stopped(folder: Folder) -> No
         assert state.state == "training" and state.silent_s == pytest.approx(3600, abs=5)
         assert "training, silent for 1 h 00 min" in text_of(state)
         with pytest.raises(InputError, match="in use"):  # being looked at, it stays locked
-            lock_folder(folder.path)
+            RunFolder(folder.path).lock()
         process.kill()
         process.join()
         state = RunReader(folder.path).look()
@@ -193,7 +193,7 @@ def test_without_a_lock_the_age_of_the_last_line_decides(folder: Folder) -> None
 
 
 def test_nothing_begun_finished_and_evaluated(folder: Folder) -> None:
-    lock_folder(folder.path).close()
+    RunFolder(folder.path).lock().close()
     os.utime(folder.path / "config.json", (0, 0))
     assert RunReader(folder.path).look().state == "not started"
     (folder.path / "checkpoints" / "final.safetensors").touch()
@@ -203,13 +203,13 @@ def test_nothing_begun_finished_and_evaluated(folder: Folder) -> None:
 
 
 def test_looking_never_turns_away_a_run_that_starts(folder: Folder) -> None:
-    lock_folder(folder.path).close()
+    RunFolder(folder.path).lock().close()
     code = ("import sys; from pathlib import Path; from namr_dist.run.state import RunReader\n"
             "print('looking', flush=True)\nwhile True: RunReader(Path(sys.argv[1])).look()")
     with subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "looking\n"
         for _ in range(2000):
-            lock_folder(folder.path).close()
+            RunFolder(folder.path).lock().close()
         assert process.poll() is None
         process.kill()
 

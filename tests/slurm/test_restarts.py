@@ -15,7 +15,7 @@ from conftest import REPOSITORY, make_shards
 from training_runs import Run, start_parent
 
 from namr_dist.data.shardset.manifest import Manifest
-from namr_dist.train.checkpoints.resume import checkpoints
+from namr_dist.run.folder import RunFolder
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -85,7 +85,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 def newest(run: Path) -> int:
-    return max((step for step, _ in checkpoints(run)), default=0)
+    return max((step for step, _ in RunFolder(run).checkpoints()), default=0)
 
 
 def test_no_step_is_lost(lab: Lab, shards: Manifest, unbroken: Path) -> None:

@@ -14,6 +14,7 @@ from namr_dist.config import ModelConfig
 from namr_dist.model.backbones import build_backbone
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.ranks import Rank
+from namr_dist.run.folder import RunFolder
 from namr_dist.train.logging import RunLog, spent
 from namr_dist.train.mfu import PEAKS, ImageFlops, Peak, image_flops, peak_img_per_s, run_peak_img_per_s
 from namr_dist.train.phases import IDLE, STEP_PHASES, Phases, StepTimes
@@ -130,7 +131,8 @@ def test_small_phases_are_the_rest() -> None:
 def test_speed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = StepTimes(mean_s={**dict.fromkeys(STEP_PHASES, 0.0), "forward": 0.03, "backward": 0.06}, slowest_rank=1,
                       slowest_s=0.04)
-    with RunLog(tmp_path, steps=9, hosts=["left", "right"], peak_img_per_s=5000.0, tensorboard=False, name="x") as log:
+    with RunLog(RunFolder(tmp_path), steps=9, hosts=["left", "right"], peak_img_per_s=5000.0, tensorboard=False,
+                name="x") as log:
         log.step({"step": 3, "epoch": 2, "loss": 1.5, "metric_loss": 0.5, "ranking_loss": 0.5, "lr": 1e-4})
         log.speed(3, 2000.0, times, images=200, gathered_bytes=2**20, peak_bytes=3 * 2**20)
     line = " ".join(capsys.readouterr().err.split())

@@ -15,7 +15,6 @@ from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.recipes.overrides import configure
 from namr_dist.train.dry_run import dry_run
-from namr_dist.train.preflight import check_folder, claim_folder
 
 
 def run_dry(manifest: Manifest, run: Path, *more: object, ranks: int = 2, overwrite: bool = False,
@@ -97,17 +96,9 @@ def test_a_run_that_is_there(shard_set: Manifest, tmp_path: Path) -> None:
         run_dry(shard_set, tmp_path)
     with pytest.raises(InputError, match="belongs to another run: train.seed is 1, there 0"):
         run_dry(shard_set, tmp_path, "--set.train.seed", 1, resume=True)
-    for how in ({"overwrite": True}, {"resume": True}):
-        assert "nothing wrong" in run_dry(shard_set, tmp_path, **how)
+    for way in ({"overwrite": True}, {"resume": True}):
+        assert "nothing wrong" in run_dry(shard_set, tmp_path, **way)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
-
-
-def test_overwriting_leaves_no_figures_of_the_old_network(tmp_path: Path) -> None:
-    """Those of other splits have the splits' names."""
-    for name in ("config.json", "metrics.json", "metrics-test_800.json", "embeddings-test_800.safetensors", "mine.txt"):
-        (tmp_path / name).write_text("{}")
-    claim_folder(tmp_path, overwrite=True, goes_on=False, need_bytes=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "mine.txt"}
 
 
 def test_a_folder_of_something_else(shard_set: Manifest, tmp_path: Path) -> None:
@@ -117,35 +108,7 @@ def test_a_folder_of_something_else(shard_set: Manifest, tmp_path: Path) -> None
     for resume in (False, True):
         with pytest.raises(InputError, match="checkpoints is there, but .*config.json is not"):
             run_dry(shard_set, tmp_path, resume=resume)
-    with pytest.raises(InputError, match="checkpoints is there, but .*config.json is not"):
-        claim_folder(tmp_path, overwrite=False, goes_on=False, need_bytes=0)
     assert (tmp_path / "checkpoints" / "mine.pt").read_text() == "weights"
-    claim_folder(tmp_path, overwrite=True, goes_on=False, need_bytes=0)
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_folders_that_cannot_be(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for run, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
-        for check in (check_folder, claim_folder):
-            with pytest.raises(InputError, match=f"cannot be written \\({reason}\\)"):
-                check(run, overwrite=False, goes_on=False, need_bytes=0)
-    with pytest.raises(InputError, match="MiB free, this run needs"):
-        claim_folder(tmp_path / "run", overwrite=False, goes_on=False, need_bytes=1 << 60)
-    assert {path.name for path in tmp_path.iterdir()} == {"file"}
-
-
-def test_a_claimed_folder_keeps_what_no_run_wrote(tmp_path: Path) -> None:
-    for name in ("config.json", "metrics.jsonl", "report.html", "notes.txt"):
-        (tmp_path / name).write_text("old")
-    (tmp_path / "checkpoints").mkdir()
-    before = {path.name for path in tmp_path.iterdir()}
-    claim_folder(tmp_path, overwrite=False, goes_on=True, need_bytes=0)
-    assert {path.name for path in tmp_path.iterdir()} == before
-    claim_folder(tmp_path, overwrite=True, goes_on=False, need_bytes=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes.txt"}
-    claim_folder(tmp_path / "a" / "b", overwrite=False, goes_on=False, need_bytes=0)
-    assert not list((tmp_path / "a" / "b").iterdir())
 
 
 def test_command_line(namr: Callable, shard_set: Manifest, tmp_path: Path) -> None:

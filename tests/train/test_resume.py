@@ -20,7 +20,8 @@ from training_runs import Run, entries, losses, start_parent
 from namr_dist.config import DataConfig
 from namr_dist.data.read.select import training_images
 from namr_dist.data.shardset.manifest import Manifest
-from namr_dist.train.checkpoints.resume import checkpoint_path, checkpoints, hash_images, remove_old
+from namr_dist.run.folder import RunFolder
+from namr_dist.train.checkpoints.resume import hash_images
 from namr_dist.train.checkpoints.state import open_state
 
 pytestmark = pytest.mark.dist
@@ -102,7 +103,7 @@ def test_ten_kills(start: Start, unbroken: dict[int, Path], tmp_path: Path, rank
             os.kill(run.pid(0), signal.SIGCONT)
         codes = run.wait()
         assert all(codes), "a rank ended as if nothing had been"
-        kept = checkpoints(folder)
+        kept = RunFolder(folder).checkpoints()
         for step, path in kept:
             assert open_state(path).step == step
         latest = kept[-1][0] if kept else 0
@@ -113,7 +114,7 @@ def test_ten_kills(start: Start, unbroken: dict[int, Path], tmp_path: Path, rank
     assert f"resumed   at step {reached} from" in run.said()
     same(folder, unbroken[ranks])
     assert not list(folder.rglob(".*.tmp")), "unfinished files stayed"
-    assert len(checkpoints(folder)) == 2
+    assert len(RunFolder(folder).checkpoints()) == 2
 
 
 def test_one_process_trains_in_a_folder(start: Start, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_signals_stop_and_resume(start: Start, unbroken: dict[int, Path], tmp_pa
     os.killpg(run.pid(target), number)
     assert run.wait() == [75] * ranks, run.said()
     stopped = len(losses(folder))
-    assert [step for step, _ in checkpoints(folder)] == [stopped] and later <= stopped < STEPS
+    assert [step for step, _ in RunFolder(folder).checkpoints()] == [stopped] and later <= stopped < STEPS
     assert f"stopped after step {stopped}" in run.said() and "--resume" in run.said()
     run = start(folder, "--set.train.checkpoint_every", 0, "--resume", ranks=ranks)
     assert run.wait() == [0] * ranks, run.said()
@@ -182,7 +183,7 @@ def half(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> Path:
 
 
 def test_damaged_checkpoints(start: Start, unbroken: dict[int, Path], half: Path) -> None:
-    older, newest = (path for _, path in checkpoints(half))
+    older, newest = (path for _, path in RunFolder(half).checkpoints())
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
@@ -192,7 +193,7 @@ def test_damaged_checkpoints(start: Start, unbroken: dict[int, Path], half: Path
     same(half, unbroken[1])
 
     (half / "checkpoints" / "final.safetensors").unlink()
-    for _, path in checkpoints(half):
+    for _, path in RunFolder(half).checkpoints():
         path.write_bytes(path.read_bytes()[:-1])
     refused(start(half, "--resume"), "no checkpoint in", "is whole", "is damaged (its SHA-256", "--overwrite")
     safetensors.torch.save_file({"weight": torch.ones(1)}, older)
@@ -201,8 +202,8 @@ def test_damaged_checkpoints(start: Start, unbroken: dict[int, Path], half: Path
 
 def test_a_checkpoint_of_another_run(start: Start, half: Path) -> None:
     """Copied in by mistake: its own configuration is in it, and so is its step."""
-    newest = checkpoints(half)[-1][1]
-    renamed = checkpoint_path(half, 57)
+    newest = RunFolder(half).checkpoints()[-1][1]
+    renamed = RunFolder(half).checkpoint(57)
     shutil.copy(newest, renamed)
     refused(start(half, "--resume"), str(renamed), "holds step 56")
     renamed.unlink()
@@ -231,17 +232,6 @@ def test_the_other_ranks_end_with_the_first(start: Start, unbroken: dict[int, Pa
     assert refused.wait() == [2, 2], refused.said()
     assert refused.said().count("already holds a run") == 1
     same(run, unbroken[2])
-
-
-def test_a_damaged_file_is_not_one_of_those_kept(tmp_path: Path) -> None:
-    """After a run went on from 52, what is newer was damaged: it must not push the one just written out."""
-    (tmp_path / "checkpoints").mkdir()
-    for step in (48, 52, 54, 56):
-        checkpoint_path(tmp_path, step).touch()
-    remove_old(tmp_path, newest=54, keep=1)
-    assert [step for step, _ in checkpoints(tmp_path)] == [54, 56]
-    remove_old(tmp_path, newest=56, keep=2)
-    assert [step for step, _ in checkpoints(tmp_path)] == [54, 56]
 
 
 def test_other_settings_and_images(start: Start, unbroken: dict[int, Path], half: Path, shard_set: Manifest,
@@ -274,10 +264,10 @@ def test_disk_full_at_a_checkpoint(start: Start, unbroken: dict[int, Path], tmp_
     """Files over 2 MiB are refused from some moment on: the run goes on with the checkpoint it has."""
     folder = tmp_path / "run"
     run = start(folder)
-    run.until(lambda: bool(checkpoints(folder)))
+    run.until(lambda: bool(RunFolder(folder).checkpoints()))
     resource.prlimit(run.pid(0), resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY))
     assert run.wait() == [0], run.said()
-    kept = checkpoints(folder)
+    kept = RunFolder(folder).checkpoints()
     assert 1 <= len(kept) <= 2 and kept[-1][0] < 56
     assert f"WARNING: no checkpoint at step {kept[-1][0] + 4}: File too large" in run.said()
     assert f"goes on from step {kept[-1][0]}" in run.said()
@@ -291,7 +281,7 @@ def test_checkpoints_by_time(start: Start, tmp_path: Path) -> None:
     words = ("--set.train.checkpoint_every", 0, "--set.train.checkpoint_minutes", 1e-6)
     run = start(folder, *words, ranks=2, steps=4)
     assert run.wait() == [0, 0], run.said()
-    assert [step for step, _ in checkpoints(folder)] == [2, 3]
+    assert [step for step, _ in RunFolder(folder).checkpoints()] == [2, 3]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])

@@ -17,7 +17,7 @@ from conftest import ENVIRONMENT, ON_GPU, small_run
 from training_runs import entries, losses
 
 from namr_dist.data.shardset.manifest import Manifest
-from namr_dist.train.checkpoints.resume import checkpoints
+from namr_dist.run.folder import RunFolder
 from namr_dist.train.phases import STEP_PHASES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.dist, pytest.mark.xdist_group("training on a GPU")]
@@ -90,11 +90,11 @@ def test_a_killed_run_goes_on_bit_for_bit(trained: tuple[Path, str], precision: 
     command = words(shard_set, run, "--set.train.precision", precision)
     with subprocess.Popen([sys.executable, "-m", "namr_dist.cli", *command], env=ENVIRONMENT | FULL_FLOAT32,
                           stderr=subprocess.DEVNULL) as process:
-        while not checkpoints(run) and process.poll() is None:
+        while not RunFolder(run).checkpoints() and process.poll() is None:
             time.sleep(0.001)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    reached, newest = checkpoints(run)[-1]
+    reached, newest = RunFolder(run).checkpoints()[-1]
     assert 0 < reached < STEPS and "rank/00000/rng_cuda" in safetensors.torch.load_file(newest)
     done = namr(*command, "--resume", env=FULL_FLOAT32)
     assert done.returncode == 0 and f"resumed   at step {reached} from" in done.stderr, done.stderr

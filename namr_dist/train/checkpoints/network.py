@@ -16,12 +16,9 @@ from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
+from namr_dist.run.folder import CONFIG
 
 _FORMAT = "namr-network/1"
-
-
-def final_checkpoint(run: Path) -> Path:
-    return run / "checkpoints" / "final.safetensors"
 
 
 def save_network(path: Path, state: dict[str, torch.Tensor], config: Config, *,
@@ -55,7 +52,7 @@ def load_network(path: Path, config: Config, *, device: torch.device) -> tuple[E
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit the run's config.json ({str(error).splitlines()[-1].strip()}); "
+        raise InputError(f"{path} does not fit the run's {CONFIG} ({str(error).splitlines()[-1].strip()}); "
                          "it belongs to another run") from None
     return network, json.loads(metadata["trained"])
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from namr_dist.config import Config
 from namr_dist.parallel.host import HostGroup
-from namr_dist.train.checkpoints.resume import checkpoint_path, checkpoints, remove_old
+from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.state import save_state
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 class CheckpointKeeper:
     """One on each rank. All ranks must make each call together."""
 
-    def __init__(self, engine: DeepSpeedEngine, run: Path, config: Config, *, data_hash: str, host: HostGroup,
+    def __init__(self, engine: DeepSpeedEngine, run: RunFolder, config: Config, *, data_hash: str, host: HostGroup,
                  first: bool) -> None:
         self._engine = engine
         self._run = run
@@ -44,14 +43,14 @@ class CheckpointKeeper:
         """Write the state after `step` steps and then drop what is older than train.keep_checkpoints; whether it was
         written, and a line for people. Where it was not, the line says why, and the checkpoints before stay."""
         began = time.monotonic()
-        path = checkpoint_path(self._run, step)
+        path = self._run.checkpoint(step)
         trouble = save_state(self._engine, path, step=step, config=self._config, data_hash=self._data_hash,
                              host=self._host)
         self._latest_s = time.monotonic()
         if trouble is not None:
-            last = [before for before, _ in checkpoints(self._run) if before < step]
+            last = [before for before, _ in self._run.checkpoints() if before < step]
             return False, (f"WARNING: no checkpoint at step {step}: {trouble}; until the next one, a run that breaks "
                            f"goes on from {f'step {last[-1]}' if last else 'the beginning'}")
         if self._first:
-            remove_old(self._run, newest=step, keep=self._config.train.keep_checkpoints)
+            self._run.remove_old_checkpoints(newest=step, keep=self._config.train.keep_checkpoints)
         return True, f"checkpoint at step {step} in {self._latest_s - began:.1f} s → {path}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ from namr_dist.config import Config
 from namr_dist.data.remote.transfer import shown
 from namr_dist.data.shardset.manifest import Manifest, SplitIndex
 from namr_dist.errors import InputError
-from namr_dist.train.checkpoints.network import final_checkpoint
+from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.state import SavedState, open_state
 from namr_dist.train.checkpoints.verified_file import DamagedFile
 
-_NAME = re.compile(r"step-(\d+)\.safetensors")
 MAY_DIFFER = {"data.path", "data.remote.cache", "data.remote.cache_gib", "data.remote.retries",
                "data.remote.stall_seconds", "data.workers", "data.batch_minutes", "data.verify",
                "train.zero_stage", "train.log_every", "train.validate_every", "train.tensorboard",
@@ -44,39 +42,29 @@ class Start:
     warnings: tuple[str, ...] = ()
 
 
-def checkpoint_path(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}.safetensors"
-
-
-def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """(steps done, file) of every training state in the folder, oldest first. None is opened."""
-    found = ((_NAME.fullmatch(path.name), path) for path in (run / "checkpoints").glob("step-*.safetensors"))
-    return sorted((int(name[1]), path) for name, path in found if name)
-
-
 def hash_images(manifest: Manifest, index: SplitIndex) -> str:
     """Names the images that are trained on, their bytes and their order: what a plan's numbers mean."""
     shards = [manifest.shards[number].sha256 for number in np.unique(index.shard_N)]
     return hashlib.sha256("\n".join([*shards, *index.keys]).encode()).hexdigest()
 
 
-def find_start(run: Path, config: Config, *, data_hash: str) -> Start:
+def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
     """What `--resume` goes on from: the newest whole checkpoint of the same run, or the beginning.
 
     Raises InputError if the folder holds a run with other settings or images, or checkpoints of which none is whole.
     """
-    if not (run / "config.json").exists():
+    if not run.config.exists():
         return Start()
-    check_same(run / "config.json", Config.load(run / "config.json"), config)
-    remove_unfinished(run)
+    check_same(run.config, Config.load(run.config), config)
+    run.remove_unfinished()
     warnings = []
-    if final_checkpoint(run).exists():
+    if run.final.exists():
         try:
-            with safetensors.safe_open(final_checkpoint(run), "pt"):
+            with safetensors.safe_open(run.final, "pt"):
                 return Start(goes_on=True, finished=True)
         except (safetensors.SafetensorError, OSError) as error:
-            warnings.append(f"{final_checkpoint(run)} is damaged ({error})")
-    for step, path in reversed(checkpoints(run)):
+            warnings.append(f"{run.final} is damaged ({error})")
+    for step, path in reversed(run.checkpoints()):
         try:
             saved = open_state(path)
         except DamagedFile as error:
@@ -89,8 +77,8 @@ def find_start(run: Path, config: Config, *, data_hash: str) -> Start:
             raise InputError(f"{path} was trained on other images than {shown(config.data.path or 'homeware')} holds "
                              "now; set data.path to those, or start again with --overwrite")
         return Start(step=saved.step, saved=saved, goes_on=True, warnings=tuple(warnings))
-    if checkpoints(run):
-        raise InputError(f"no checkpoint in {run / 'checkpoints'} is whole: {'; '.join(warnings)}; copy one there "
+    if run.checkpoints():
+        raise InputError(f"no checkpoint in {run.checkpoint_folder} is whole: {'; '.join(warnings)}; copy one there "
                          "again, or start again with --overwrite")
     return Start(goes_on=True, warnings=tuple(warnings))
 
@@ -112,25 +100,8 @@ def _fields(section: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def remove_unfinished(run: Path) -> None:
-    """Delete the temporary files of writes that a killed process left behind."""
-    for folder in (run, run / "checkpoints"):
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
-
-
-def remove_old(run: Path, *, newest: int, keep: int) -> None:
-    """Delete checkpoints before the one at step `newest`, but for the latest `keep` with it.
-
-    Later ones stay and are not counted: they were found damaged when the run went on from an earlier step.
-    """
-    until_now = [path for step, path in checkpoints(run) if step <= newest]
-    for path in until_now[:-keep]:
-        path.unlink(missing_ok=True)
-
-
 def cut_log(path: Path, step: int) -> float:
-    """Drop from metrics.jsonl what comes after `step`, and a half line; the seconds that the rest had taken."""
+    """Drop from a run's log what comes after `step`, and a half line; the seconds that the rest had taken."""
     if not path.exists():
         return 0.0
     lines = list(_whole_lines(path.read_bytes()))

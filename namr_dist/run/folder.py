@@ -1,0 +1,207 @@
+"""A run's folder: the name of each file in it, its checkpoints, and who may write there.
+
+No torch is imported: people look into these folders often.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import struct
+from dataclasses import dataclass
+from errno import EACCES, EAGAIN, EEXIST, ENOTDIR, EROFS
+from pathlib import Path
+from typing import BinaryIO
+
+from namr_dist.atomic import write_atomic
+from namr_dist.errors import InputError
+
+CONFIG = "config.json"
+LOG = "metrics.jsonl"
+METRICS = "metrics.json"
+EMBEDDINGS = "embeddings.safetensors"
+REPORT = "report.html"
+_CHECKPOINTS, _TENSORBOARD = "checkpoints", "tensorboard"
+_FINAL = "final.safetensors"
+_LOCK, _PROBE, _OUTPUT = ".lock", ".writable", "log.txt"
+
+_STATE = re.compile(r"step-(\d+)\.safetensors")
+_ROOM_FOR_LOGS_BYTES = 32 << 20
+"""What a run writes beside its network (logs, events, embeddings, report), generously."""
+_FLOCK = struct.Struct("hhqqi4x")
+"""Linux's struct flock on 64 bits: type, whence, start, length, process"""
+
+
+def of_split(name: str, split: str) -> str:
+    """The name that METRICS or EMBEDDINGS have for another split than the one that the configuration tests on."""
+    file = Path(name)
+    return f"{file.stem}-{split}{file.suffix}"
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs one level below a folder, by name."""
+    return sorted(config.parent for config in folder.glob(f"*/{CONFIG}"))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run. Nothing has to be there yet."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The whole configuration. A folder holds a run if this file is there."""
+        return self.path / CONFIG
+
+    @property
+    def log(self) -> Path:
+        """What training says, a line of JSON each (log.py)."""
+        return self.path / LOG
+
+    @property
+    def metrics(self) -> Path:
+        """Figures of the test split."""
+        return self.path / METRICS
+
+    @property
+    def embeddings(self) -> Path:
+        """Of the test images."""
+        return self.path / EMBEDDINGS
+
+    @property
+    def report(self) -> Path:
+        return self.path / REPORT
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of event files."""
+        return self.path / _TENSORBOARD
+
+    @property
+    def output(self) -> Path:
+        """What the commands said that `namr reproduce` started for this run."""
+        return self.path / _OUTPUT
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.path / _CHECKPOINTS
+
+    @property
+    def final(self) -> Path:
+        """The trained network, once training has ended."""
+        return self.checkpoint_folder / _FINAL
+
+    def checkpoint(self, step: int) -> Path:
+        """The training state after so many steps."""
+        return self.checkpoint_folder / f"step-{step:08d}.safetensors"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(steps done, file) of every training state in the folder, oldest first. None is opened."""
+        matches = ((_STATE.fullmatch(path.name), path) for path in self.checkpoint_folder.glob("step-*.safetensors"))
+        return sorted((int(match[1]), path) for match, path in matches if match)
+
+    def remove_unfinished(self) -> None:
+        """Delete the temporary files of writes that a killed process left behind."""
+        for folder in (self.path, self.checkpoint_folder):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
+    def remove_old_checkpoints(self, *, newest: int, keep: int) -> None:
+        """Delete checkpoints before the one at step `newest`, but for the latest `keep` with it.
+
+        Later ones stay and are not counted: they were found damaged when the run went on from an earlier step.
+        """
+        until_now = [path for step, path in self.checkpoints() if step <= newest]
+        for path in until_now[:-keep]:
+            path.unlink(missing_ok=True)
+
+    def check(self, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
+        """Raise InputError if a run of so many bytes cannot begin in this folder. Nothing is written.
+
+        overwrite: it may replace a run that is there.  goes_on: it continues that run.
+        """
+        run = self.path
+        if self.config.exists() and not overwrite and not goes_on:
+            raise InputError(f"{run} already holds a run; go on with it by --resume, choose another folder with "
+                             "--run-dir, or replace it with --overwrite")
+        if not self.config.exists() and (written := self._written()) and not overwrite:
+            raise InputError(f"{written[0]} is there, but {self.config} is not: what a run would replace may "
+                             f"belong to something else; copy {CONFIG} back, choose another folder with --run-dir, or "
+                             "replace it with --overwrite")
+        there = run.absolute()
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise self._unwritable(EEXIST if there == run.absolute() else ENOTDIR)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise self._unwritable(EACCES)
+        disk, need = shutil.disk_usage(there), need_bytes + _ROOM_FOR_LOGS_BYTES
+        if disk.total == 0:  # no disk, such as /proc, whatever its permissions say
+            raise self._unwritable(EROFS)
+        if disk.free < need:
+            raise InputError(f"run folder {run} has {disk.free / 2**20:.0f} MiB free, this run needs "
+                             f"{need / 2**20:.0f}; free some or choose another disk with --run-dir")
+
+    def claim(self, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
+        """Make the folder ready for a run of so many bytes. Raises InputError as `check` does."""
+        self.check(overwrite=overwrite, goes_on=goes_on, need_bytes=need_bytes)
+        probe = self.path / _PROBE
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(probe, "")
+            probe.unlink()
+        except OSError as error:
+            raise self._unwritable(error.errno or EACCES) from None
+        if not overwrite:
+            return
+        # The old run goes once the new one can begin, and only what a run writes: never a whole folder that a user may
+        # have pointed to by mistake.
+        for path in self._written():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def lock(self) -> BinaryIO | None:
+        """Keep every other process from training in the folder while the result is open; None where the file system
+        has no locks. Raises InputError if one does already."""
+        try:
+            lock = open(self.path / _LOCK, "ab")  # noqa: SIM115 (open as long as the run lasts)
+        except OSError:
+            return None
+        try:
+            # POSIX's kind: released when the process dies, and not passed on to loader workers, who outlive it a
+            # little.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            if error.errno in (EACCES, EAGAIN):
+                raise InputError(f"run folder {self.path} is in use: another process trains there; wait until it has "
+                                 "ended, or choose another folder with --run-dir") from None
+            return None
+        return lock
+
+    def is_locked(self) -> bool | None:
+        """Whether a process holds the lock; None where that cannot be known.
+
+        It is only asked for: taking it, even for a moment, could turn away a run that starts just then.
+        """
+        try:
+            with open(self.path / _LOCK, "rb") as file:
+                answer = fcntl.fcntl(file, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        except OSError:
+            return None
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def _written(self) -> list[Path]:
+        """What stands in the folder under the names of a run's files and folders, the configuration apart."""
+        names = (_CHECKPOINTS, _TENSORBOARD, LOG, METRICS, EMBEDDINGS, REPORT)
+        of_splits = [path for name in (METRICS, EMBEDDINGS) for path in self.path.glob(of_split(name, "*"))]
+        return [path for path in (*(self.path / name for name in names), *sorted(of_splits)) if path.exists()]
+
+    def _unwritable(self, number: int) -> InputError:
+        return InputError(f"run folder {self.path} cannot be written ({os.strerror(number)}); choose another with "
+                          "--run-dir")
