@@ -32,6 +32,8 @@ from namr_dist.data.shardset.shards import Sample, write_shard
 from namr_dist.model.torchvision_shim import make_torchvision_importable
 from namr_dist.provenance import provenance
 from namr_dist.recipes.homeware import homeware
+from namr_dist.run.folder import RunFolder
+from namr_dist.run.log import read_log
 from namr_dist.train.checkpoints.network import initial_network
 from namr_dist.train.embed import test_transform
 from namr_dist.train.objective import TrainingModule
@@ -94,7 +96,7 @@ def real_run(folder: Path) -> dict[str, float | list[float]]:
         time.sleep(0.2)
     if run.returncode:
         raise SystemExit(f"the run ended with {run.returncode}")
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_log(RunFolder(folder / "run").log).entries
     speeds = [line["img_per_s"] for line in lines if "img_per_s" in line]
     return {"peak_mib": round(peak), "step_s": round(CLASSES * EACH / speeds[-1], 1),
             "loss": [line["loss"] for line in lines if "loss" in line]}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from namr_dist.kernels.bench.measure import Spread, spread
 from namr_dist.run.folder import RunFolder
+from namr_dist.run.log import Entry, read_log
 from namr_dist.train.phases import STEP_PHASES
 
 INTERVALS = 5
@@ -78,9 +77,9 @@ def start(module: str, words: Sequence[str]) -> int:
 
 
 def read_figures(run: Path, length: Length, *, batch: int) -> Figures:
-    """What metrics.jsonl says of the intervals after the warm-up; `batch` images a step."""
-    lines = [json.loads(line) for line in RunFolder(run).log.read_text().splitlines()]
-    counted = [line for line in lines if "img_per_s" in line and line["step"] > length.warm_up]
+    """What the log says of the intervals after the warm-up; `batch` images a step."""
+    counted = [line for line in read_log(RunFolder(run).log).entries
+               if "img_per_s" in line and line["step"] > length.warm_up]
     assert len(counted) == INTERVALS, f"{len(counted)} lines of speed after step {length.warm_up}"
     step_s, data_s = np.array([[batch / line["img_per_s"], line["data_s"]] for line in counted]).T
     return Figures(
@@ -92,5 +91,5 @@ def read_figures(run: Path, length: Length, *, batch: int) -> Figures:
         peak_mib=max(line["peak_mib"] for line in counted))
 
 
-def _spread(lines: list[dict[str, Any]], name: str, *, scale: float) -> Spread:
+def _spread(lines: list[Entry], name: str, *, scale: float) -> Spread:
     return spread([scale * line[name] for line in lines])

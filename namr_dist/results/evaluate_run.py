@@ -24,13 +24,14 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.ranks import Rank, only_rank
 from namr_dist.provenance import provenance
 from namr_dist.results.page import write_report
-from namr_dist.results.record import read_log, run_config, trained_config
+from namr_dist.results.record import run_config, trained_config
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 from namr_dist.retrieval.modes import with_own
 from namr_dist.retrieval.reidentification import reidentify
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.retrieval.search import search_backend
 from namr_dist.run.folder import EMBEDDINGS, METRICS, RunFolder, of_split
+from namr_dist.run.log import number_of, read_log, time_of
 from namr_dist.train.checkpoints.network import initial_network, load_network
 from namr_dist.train.embed import embed, test_transform
 
@@ -163,10 +164,13 @@ def _raw_pixels(images_bHW3: Tensor) -> Tensor:
 
 
 def _training_figures(run: Path, trained: dict) -> dict:
-    """Wall time and speed of training, from its log."""
-    lines = read_log(RunFolder(run).log)
-    speeds = [line["img_per_s"] for line in lines if "img_per_s" in line]
-    return {"steps": trained["steps"], "seconds": lines[-1]["time_s"], "img_per_s": float(np.median(speeds))}
+    """Wall time and speed of training, from its log; None for what it does not say."""
+    log = read_log(RunFolder(run).log)
+    log.warn()
+    times_s = [time_s for entry in log.entries if (time_s := time_of(entry)) is not None]
+    speeds = [speed for entry in log.entries if (speed := number_of(entry, "img_per_s")) is not None]
+    return {"steps": trained["steps"], "seconds": times_s[-1] if times_s else None,
+            "img_per_s": float(np.median(speeds)) if speeds else None}
 
 
 def _filters(data: DataConfig) -> str:

@@ -21,17 +21,18 @@ from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.run.folder import RunFolder
+from namr_dist.run.log import Entry, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """config.json, metrics.jsonl, metrics.json and embeddings.safetensors of one run."""
+    """Configuration, log, figures and embeddings of one run."""
 
     name: str
     config: dict[str, Any]
-    steps: list[dict[str, Any]]
+    steps: list[Entry]
     """lines of training steps"""
-    validations: list[dict[str, Any]]
+    validations: list[Entry]
     """lines with a block "val"; may be empty"""
     metrics: dict[str, Any]
     z_ND: Float64
@@ -81,31 +82,14 @@ def _object(path: Path, made_by: str) -> dict[str, Any]:
     return value
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a last line cut short is left out. Raises InputError for any other bad line."""
-    lines = _bytes(path, "train the run first").decode("utf-8", errors="replace").split("\n")
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                continue  # without its line end: the run was stopped while writing
-            raise InputError(f"{path}, line {number} is not JSON: delete that line") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise InputError(f"{path}, line {number} has no whole-numbered step: delete that line")
-        entries.append(entry)
-    return entries
-
-
 def read_run(run_dir: Path) -> RunRecord:
-    """Read a run's folder. Raises InputError where a file is missing or is not what it should be."""
+    """Read a run's folder. Raises InputError where a file is missing or is not what it should be; lines of its log that
+    cannot be read are left out, and their number is told on stderr."""
     evaluate_first = "evaluate the run first"
     run = RunFolder(run_dir)
     config = _object(run.config, "train the run first")
     log = read_log(run.log)
+    log.warn()
     metrics = _object(run.metrics, evaluate_first)
     if not isinstance(metrics.get("test"), dict) or not isinstance(metrics["test"].get("sample"), dict):
         raise InputError(f"{run.metrics} has no test.sample: {evaluate_first}")
@@ -120,8 +104,8 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(
         name=run_dir.resolve().name,
         config=config,
-        steps=[entry for entry in log if "loss" in entry],
-        validations=[entry for entry in log if isinstance(entry.get("val"), dict)],
+        steps=[entry for entry in log.entries if "loss" in entry],
+        validations=[entry for entry in log.entries if isinstance(entry.get("val"), dict)],
         metrics=metrics,
         z_ND=z_ND,
         labels_N=as_labels(np.asarray(tensors["labels"]), len(z_ND), f"{path}, labels"),

@@ -5,22 +5,23 @@ No torch is imported: people look often.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.run.folder import CONFIG, RunFolder
+from namr_dist.run.log import Entry, GrowingLog, count_of, figures_of, number_of, text_of, time_of
 
 State = Literal["not started", "training", "stopped", "finished", "evaluated"]
 
 _NO_PHASES = ("img_per_s", "time_s", "slowest_s")
 """figures of a line of speed that end in _s as phases do"""
+_LEAST_IMG_PER_S = 1e-9
+"""below which a speed is none"""
 _LEAST_SILENCE_S = 60.0
 _START_S = 600.0
 """Before the first step of a start: loading, kernels that are compiled, a first batch."""
@@ -51,6 +52,8 @@ class RunState:
     last_line_age_s: float | None
     silent_s: float | None
     """seconds without a line while training, if they are many times what this run usually takes"""
+    unreadable_lines: int
+    """of the log, which were skipped"""
     loss: float | None
     metric_loss: float | None
     ranking_loss: float | None
@@ -78,59 +81,49 @@ class RunState:
     replacements: int | None
 
 
-class _Log:
-    """What a run's log says: it is read once, and then only what was added."""
+class _Progress:
+    """What a run's log says of it, kept up with the log."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, log: Path) -> None:
+        self._log = GrowingLog(log)
         self._forget()
 
     def _forget(self) -> None:
-        self._inode, self._read_bytes = -1, 0
-        self.changed: float | None = None
-        """when the last line came, seconds since 1970"""
         self.time_s = 0.0
-        self.step: dict[str, Any] = {}
-        self.speed: dict[str, Any] = {}
+        self.step: Entry = {}
+        self.speed: Entry = {}
         self.validations: list[Validation] = []
         self.resumed_from: list[int] = []
         self.marks: list[tuple[int, float]] = [(0, 0.0)]
         """(step, seconds) since the last start, which is the first of them"""
 
-    def read(self) -> None:
-        try:
-            with open(self._path, "rb") as file:
-                status = os.fstat(file.fileno())
-                # A run that goes on cuts the log, by another file in its place.
-                if status.st_ino != self._inode or status.st_size < self._read_bytes:
-                    self._forget()
-                self._inode = status.st_ino
-                file.seek(self._read_bytes)
-                # Up to the last line end: what comes after it is still being written.
-                whole = file.read().rpartition(b"\n")
-        except FileNotFoundError:
-            self._forget()
-            return
-        self._read_bytes += len(whole[0]) + len(whole[1])
-        for line in whole[0].splitlines():
-            self._add(line)
-        if self._read_bytes:
-            self.changed = status.st_mtime
+    @property
+    def changed(self) -> float | None:
+        """When the last line came, seconds since 1970."""
+        return self._log.changed
 
-    def _add(self, line: bytes) -> None:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            return  # half a line that a killed process left
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            return
-        time_s = entry.get("time_s", self.time_s)
+    @property
+    def unreadable(self) -> int:
+        """Lines that could not be read."""
+        return self._log.unreadable
+
+    def read(self) -> None:
+        anew, entries = self._log.read()
+        if anew:
+            self._forget()
+        for entry in entries:
+            self._add(entry)
+
+    def _add(self, entry: Entry) -> None:
+        time_s = time_of(entry)
+        if time_s is None:
+            time_s = self.time_s
         self.time_s = max(self.time_s, time_s)
         if "resumed" in entry:
             self.resumed_from.append(entry["step"])
             self.marks = [(entry["step"], time_s)]
-        elif "val" in entry:
-            self.validations.append(Validation(step=entry["step"], figures=entry["val"]))
+        elif (figures := figures_of(entry)) is not None:
+            self.validations.append(Validation(step=entry["step"], figures=figures))
         elif "img_per_s" in entry:
             self.speed = entry
         elif "loss" in entry:
@@ -161,11 +154,11 @@ class RunReader:
 
     def __init__(self, run: Path) -> None:
         self._run = RunFolder(run)
-        self._log = _Log(self._run.log)
+        self._progress = _Progress(self._run.log)
 
     def look(self) -> RunState:
         """How the run stands now. Raises InputError if the folder holds none."""
-        run, log = self._run, self._log
+        run, log = self._run, self._progress
         if not run.config.exists():
             raise InputError(f"{run.path} holds no run (no {CONFIG}); give the folder that --run-dir named")
         config = Config.load(run.config)
@@ -176,29 +169,31 @@ class RunReader:
         state = self._state(config, quiet_s, begun=bool(log.step) or checkpoint_step is not None)
         step, pace_s = log.marks[-1][0], log.pace_s()
         running_s = quiet_s if state == "training" and len(log.marks) > 1 else 0.0
-        images, speed = config.data.classes_per_batch * config.data.images_per_class, log.speed
+        speed, img_per_s = log.speed, number_of(log.speed, "img_per_s")
         return RunState(
             run=str(run.path), recipe=config.recipe, state=state, step=step, steps=config.optim.steps,
-            epoch=log.step.get("epoch"), elapsed_s=log.time_s + running_s,
+            epoch=count_of(log.step, "epoch"), elapsed_s=log.time_s + running_s,
             left_s=None if pace_s is None else max(0.0, (config.optim.steps - step) * pace_s - running_s),
             last_line_age_s=None if log.changed is None else max(0.0, now - log.changed),
             silent_s=quiet_s if state == "training" and quiet_s > log.silence_s(config.train.log_every) else None,
-            loss=log.step.get("loss"), metric_loss=log.step.get("metric_loss"),
-            ranking_loss=log.step.get("ranking_loss"), lr=log.step.get("lr"),
-            img_per_s=speed.get("img_per_s"), mfu=speed.get("mfu"), gathered_mib=speed.get("gathered_mib"),
-            step_s=images / speed["img_per_s"] if speed.get("img_per_s") else None,
-            phases_s={name[:-2]: seconds for name, seconds in speed.items()
-                      if name.endswith("_s") and name not in _NO_PHASES},
-            slowest_rank=speed.get("slowest_rank"), slowest_host=speed.get("slowest_host"),
-            slowest_s=speed.get("slowest_s"),
+            unreadable_lines=log.unreadable,
+            loss=number_of(log.step, "loss"), metric_loss=number_of(log.step, "metric_loss"),
+            ranking_loss=number_of(log.step, "ranking_loss"), lr=number_of(log.step, "lr"),
+            img_per_s=img_per_s, mfu=number_of(speed, "mfu"), gathered_mib=number_of(speed, "gathered_mib"),
+            step_s=config.data.classes_per_batch * config.data.images_per_class / img_per_s
+            if img_per_s and img_per_s > _LEAST_IMG_PER_S else None,
+            phases_s={name[:-2]: seconds for name in speed if name.endswith("_s") and name not in _NO_PHASES
+                      and (seconds := number_of(speed, name)) is not None},
+            slowest_rank=count_of(speed, "slowest_rank"), slowest_host=text_of(speed, "slowest_host"),
+            slowest_s=number_of(speed, "slowest_s"),
             validation=log.validations[-1] if log.validations else None, best_validation=_best(log.validations),
             checkpoint_step=checkpoint_step,
             checkpoint_age_s=None if checkpoint_time is None else max(0.0, now - checkpoint_time),
             resumed_from=tuple(log.resumed_from),
-            damaged_images=speed.get("damaged_images"), replacements=speed.get("replacements"))
+            damaged_images=count_of(speed, "damaged_images"), replacements=count_of(speed, "replacements"))
 
     def _state(self, config: Config, quiet_s: float, *, begun: bool) -> State:
-        run, log = self._run, self._log
+        run, log = self._run, self._progress
         if run.final.exists():
             return "evaluated" if run.metrics.exists() else "finished"
         locked = run.is_locked()

@@ -95,7 +95,10 @@ def _rows(state: RunState) -> Iterator[tuple[str, RenderableType]]:
         steps = ", ".join(f"{step:,}" for step in state.resumed_from)
         yield "restarts", f"{len(state.resumed_from)}, from step {steps}"
     if state.damaged_images:
-        yield "damaged", Text(f"{state.damaged_images:,} images, replaced {state.replacements:,} times", style="yellow")
+        yield "damaged", Text(f"{state.damaged_images:,} images, replaced {state.replacements or 0:,} times",
+                              style="yellow")
+    if state.unreadable_lines:
+        yield "log", Text(f"{state.unreadable_lines:,} lines cannot be read", style="yellow")
 
 
 def _times(state: RunState) -> str:

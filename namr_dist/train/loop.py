@@ -30,9 +30,10 @@ from namr_dist.parallel.ranks import Rank, shut_down
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.run.folder import RunFolder
+from namr_dist.run.log import cut_log, skipped, time_of
 from namr_dist.train.checkpoints.network import initial_network, save_network
 from namr_dist.train.checkpoints.policy import CheckpointKeeper
-from namr_dist.train.checkpoints.resume import Start, cut_log, find_start, hash_images
+from namr_dist.train.checkpoints.resume import Start, find_start, hash_images
 from namr_dist.train.checkpoints.state import check_fits, load_state, seed_generators
 from namr_dist.train.embed import embed, test_transform
 from namr_dist.train.engine import make_engine, start_group
@@ -93,7 +94,8 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
         keeper = CheckpointKeeper(engine, folder, config, data_hash=data_hash, host=host, first=rank.first)
         log = None
         if rank.first:
-            before_s = cut_log(folder.log, first_step)
+            before = cut_log(folder.log, first_step)
+            before_s = max((time_of(entry) or 0.0 for entry in before.entries), default=0.0)
             log = stack.enter_context(RunLog(folder, steps=config.optim.steps, hosts=hosts,
                                              peak_img_per_s=peak_img_per_s, tensorboard=config.train.tensorboard,
                                              name=config.recipe, first_step=first_step, before_s=before_s))
@@ -102,6 +104,8 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
                 log.say(line)
             for warning in start.warnings:
                 log.say(f"WARNING: {warning}; an older one is used")
+            if before.unreadable:
+                log.say(f"WARNING: {skipped(before.unreadable, before.path)}; dropped")
             if start.saved:
                 log.resumed(first_step, start.saved.path)
         finished = _steps(engine, config, manifest, index, how, rank, host, keeper, requests,

@@ -158,11 +158,20 @@ def test_no_training_log_and_unknown_figures(run):
     assert "Metric loss" not in page.text and "–" in page.text
 
 
-def test_a_log_cut_short_is_read_up_to_there(run):
-    run.save()
-    with open(run.folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 101, "lo')
-    write_report(run.folder, run.jpeg, run.names, run.categories)
+def test_bad_lines_of_the_log_are_left_out_and_counted(run, capsys):
+    whole = run.report().read_bytes()
+    with open(run.folder / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\n[1]\n" + b'{"step": 101, "lo')
+    assert write_report(run.folder, run.jpeg, run.names, run.categories).read_bytes() == whole
+    path = run.folder / "metrics.jsonl"
+    assert capsys.readouterr().err == f"WARNING: 3 lines of {path} could not be read; left out\n"
+
+
+def test_values_of_wrong_types_are_gaps(run):
+    run.log += [{"step": 101, "loss": "x", "metric_loss": [], "time_s": None}, {"step": 102, "loss": None},
+                {"step": 103, "val": 3}, {"step": 104, "val": {"R@1": "high", "MAP@R": None}}]
+    page = Page(run.report())
+    assert "Metric loss" in page.text and "Validation, %" in page.text
 
 
 def test_few_images_and_lone_classes(run):
@@ -191,9 +200,10 @@ def test_many_super_categories_share_a_last_symbol(run):
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "metrics.json", "embeddings.safetensors"])
 def test_missing_and_damaged_files_are_named(run, name):
     run.save()
-    (run.folder / name).write_bytes(b"\x00 no good\n\n")
-    with pytest.raises(InputError, match=name.replace(".", r"\.")):
-        write_report(run.folder, run.jpeg, run.names, run.categories)
+    if name != "metrics.jsonl":  # of that, what can be read is shown
+        (run.folder / name).write_bytes(b"\x00 no good\n\n")
+        with pytest.raises(InputError, match=name.replace(".", r"\.")):
+            write_report(run.folder, run.jpeg, run.names, run.categories)
     (run.folder / name).unlink()
     with pytest.raises(InputError, match=f"{name} is missing: (train|evaluate) the run first"):
         write_report(run.folder, run.jpeg, run.names, run.categories)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -134,6 +135,34 @@ def test_a_line_that_is_being_written_waits_for_its_end(folder: Folder) -> None:
         assert reader.look().step == step
 
 
+def test_bad_lines_are_counted(folder: Folder) -> None:
+    reader = RunReader(folder.path)
+    folder.log(step_line(1, 1.0))
+    assert reader.look().unreadable_lines == 0 and "cannot be read" not in text_of(reader.look())
+    with open(folder.path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 2, "lo{"step": 2, "loss": 9.0}\n\xff\n' + b'{"step": 3, "lo')
+    folder.log(step_line(4, 4.0))  # behind the half line, and lost with it
+    assert (reader.look().step, reader.look().unreadable_lines) == (1, 3)
+    assert "3 lines cannot be read" in text_of(reader.look())
+    (folder.path / "metrics.jsonl").unlink()
+    assert reader.look().unreadable_lines == 0
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [1], {"a": 1}, True, float("nan"), float("inf"), -1, 10**17, 1e300])
+def test_values_of_wrong_types_are_not_shown(folder: Folder, wrong: Any) -> None:
+    """In every field of every kind of line."""
+    folder.log(step_line(1, 1.0), *({**line, name: wrong} for line in (step_line(2, 2.0), SPEED) for name in line
+                                    if name != "step"),
+               {"step": 2, "val": wrong}, {"step": 2, "val": {"R@1": wrong}}, {"step": 2, "resumed": wrong},
+               dict.fromkeys([*step_line(3, 3.0), *SPEED], wrong) | {"step": 3})
+    state = RunReader(folder.path).look()
+    text_of(state)
+    json.dumps(dataclasses.asdict(state))
+    assert state.step == 2 and state.unreadable_lines == 0
+    if not isinstance(wrong, (int, float)) or isinstance(wrong, bool):
+        assert state.img_per_s is None and state.phases_s == {} and state.slowest_rank is None
+
+
 def test_a_log_that_was_cut_or_replaced_is_read_anew(folder: Folder) -> None:
     reader = RunReader(folder.path)
     folder.log(*(step_line(step, step) for step in range(1, 21)), {"step": 20, "val": {"R@1": 50.0}, "time_s": 20.0})
@@ -229,6 +258,7 @@ def test_the_command_prints_once_and_as_json(folder: Folder, namr: Callable[...,
     plain = namr("top", folder.path)
     assert plain.returncode == 0 and plain.stdout.count("400 img/s") == 1
     facts = json.loads(namr("top", folder.path, "--json").stdout)
+    assert facts["unreadable_lines"] == 0
     assert facts["img_per_s"] == 400.0 and facts["state"] == "training" and facts["phases_s"]["data"] == 0.1
     nowhere = namr("top", folder.path / "checkpoints")
     assert nowhere.returncode == 2 and nowhere.stderr.count("\n") == 1 and "--run-dir" in nowhere.stderr

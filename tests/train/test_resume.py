@@ -190,6 +190,7 @@ def test_damaged_checkpoints(start: Start, unbroken: dict[int, Path], half: Path
     run = start(half, "--resume")
     assert run.wait() == [0], run.said()
     assert f"WARNING: {newest} is damaged" in run.said() and "resumed   at step 52" in run.said()
+    assert f"WARNING: 1 line of {half / 'metrics.jsonl'} could not be read; dropped" in run.said()
     same(half, unbroken[1])
 
     (half / "checkpoints" / "final.safetensors").unlink()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import safetensors
 
-from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.remote.transfer import shown
 from namr_dist.data.shardset.manifest import Manifest, SplitIndex
@@ -98,23 +95,3 @@ def _fields(section: dict, prefix: str = "") -> dict[str, object]:
     for name, value in section.items():
         flat.update(_fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
     return flat
-
-
-def cut_log(path: Path, step: int) -> float:
-    """Drop from a run's log what comes after `step`, and a half line; the seconds that the rest had taken."""
-    if not path.exists():
-        return 0.0
-    lines = list(_whole_lines(path.read_bytes()))
-    kept = [(line, entry) for line, entry in lines if entry["step"] <= step]
-    write_atomic(path, b"".join(line for line, _ in kept))
-    return max((float(entry.get("time_s", 0.0)) for _, entry in kept), default=0.0)
-
-
-def _whole_lines(content: bytes) -> Iterator[tuple[bytes, dict]]:
-    for line in content.splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n") and isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            yield line, entry
