@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 TRANSFORM = TrainTransform(size=32, crop_scale=(0.3, 1.0), crop_ratio=(0.75, 1.33), flip=True, brightness=0.2,
                            contrast=0.2, saturation=0.2)
-HOW = Sampling(classes_per_batch=4, images_per_class=3)
+SAMPLING = Sampling(classes_per_batch=4, images_per_class=3)
 
 # One thread a process: tests start several at a time on few cores, and results then never depend on how many.
 torch.set_num_threads(1)

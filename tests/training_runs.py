@@ -21,7 +21,7 @@ from pathlib import Path
 _TIMEOUT_S = 120.0
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "160"}
 # The last one is what DeepSpeed imports when it is given an optimizer, and half of all time.
-_IMPORTS = ["namr_dist.train.loop", "namr_dist.results.evaluate_run", "sklearn.cluster", "tyro", "deepspeed",
+_IMPORTS = ["namr_dist.train.trainer", "namr_dist.results.evaluate_run", "sklearn.cluster", "tyro", "deepspeed",
             "deepspeed.runtime.zero.muon.original_muon"]
 
 

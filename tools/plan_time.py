@@ -25,29 +25,29 @@ WAYS = (BASE, replace(BASE, shuffle="shards"), replace(BASE, sampling="proportio
         replace(BASE, sampling="category", categories_per_batch=4))
 
 
-def measure(index: SplitIndex, how: Sampling) -> str:
+def measure(index: SplitIndex, sampling: Sampling) -> str:
     plan_s = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        whole_plan(index, how)
+        whole_plan(index, sampling)
         plan_s.append(time.perf_counter() - began)
     tracemalloc.start()
-    whole_plan(index, how)
+    whole_plan(index, sampling)
     mib = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
     draw, resume_s = random.Random(0), []
     for _ in range(REPEATS):
-        plan = TrainPlan(index=index, how=how, seed=0, rank=RANKS // 2, world_size=RANKS, steps=10**7,
+        plan = TrainPlan(index=index, sampling=sampling, seed=0, rank=RANKS // 2, world_size=RANKS, steps=10**7,
                          first_step=draw.randrange(10**7))
         began = time.perf_counter()
         next(iter(plan))
         resume_s.append(time.perf_counter() - began)
-    return (f"{how.sampling:<14}{how.shuffle:<10}{steps_per_epoch(index, how):>6}{min(plan_s):>10.3f}{mib:>8.1f}"
-            f"{max(resume_s):>11.3f}")
+    return (f"{sampling.sampling:<14}{sampling.shuffle:<10}{steps_per_epoch(index, sampling):>6}"
+            f"{min(plan_s):>10.3f}{mib:>8.1f}{max(resume_s):>11.3f}")
 
 
-def whole_plan(index: SplitIndex, how: Sampling) -> None:
-    for batch_PK in epoch_plan(index, how, seed=0, epoch=1):
+def whole_plan(index: SplitIndex, sampling: Sampling) -> None:
+    for batch_PK in epoch_plan(index, sampling, seed=0, epoch=1):
         for rank in range(RANKS):
             rank_part(batch_PK, rank=rank, world_size=RANKS)
 
@@ -61,8 +61,8 @@ def main() -> None:
     print(f"{manifest.name}: {len(index):,} training images; manifest read in {time.perf_counter() - began:.2f} s")
     print(f"plan of one epoch for {RANKS} ranks, P = {BASE.classes_per_batch}, K = {BASE.images_per_class}\n")
     print(f"{'sampling':<14}{'shuffle':<10}{'steps':>6}{'plan, s':>10}{'MiB':>8}{'resume, s':>11}")
-    for how in WAYS:
-        print(measure(index, how))
+    for sampling in WAYS:
+        print(measure(index, sampling))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
@@ -27,15 +26,14 @@ from namr_dist.bench.training_losses import LossTimes, time_losses
 from namr_dist.bench.training_run import INTERVALS, Figures, Length, command, overrides, read_figures, start
 from namr_dist.config import Config
 from namr_dist.data.read.augment import TrainTransform
-from namr_dist.data.read.plan import Sampling
 from namr_dist.data.read.stream import ShardImages, TrainPlan, batches_ahead, stream
-from namr_dist.data.shardset.manifest import Manifest, SplitIndex
+from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.errors import InputError
 from namr_dist.kernels.bench.measure import Spread
 from namr_dist.model.backbones import build_backbone
 from namr_dist.recipes.overrides import configure
+from namr_dist.train.checks import check_run
 from namr_dist.train.phases import STEP_PHASES
-from namr_dist.train.preflight import preflight
 
 _OWN = {"data.path": "--shards", "data.classes_per_batch": "--batch", "train.precision": "--precision",
         "optim.steps": "--steps", "optim.warmup_steps": "--steps", "train.log_every": "--steps"}
@@ -160,10 +158,10 @@ def measure(work: Work) -> Iterator[Measured | Summary]:
         words = {batch: [*common, *overrides({"data.classes_per_batch": batch // work.images_per_class})]
                  for batch in work.batches}
         configs = {batch: configure(work.recipe, own) for batch, own in words.items()}
-        manifest, index, how = preflight(configs[min(configs)], world_size=1, local_rank=0)
-        _check_classes(work, index)
-        workers_img_per_s = loader_img_per_s(configs[min(configs)], manifest, index, how)
-        in_flight = {batch: _in_flight(config, _source(config, manifest, index), batch)
+        training_set = check_run(configs[min(configs)], world_size=1, local_rank=0)
+        _check_classes(work, training_set.classes)
+        workers_img_per_s = loader_img_per_s(configs[min(configs)], training_set)
+        in_flight = {batch: _in_flight(config, _source(config, training_set), batch)
                      for batch, config in configs.items()}
         for batch, config in configs.items():
             losses = time_losses(config, rows=batch, device=device)
@@ -218,16 +216,17 @@ def random_weights(config: Config) -> dict[str, torch.Tensor]:
     return backbone.layers.state_dict()
 
 
-def _check_classes(work: Work, index: SplitIndex) -> None:
-    classes, most = len(np.unique(index.label_N)), max(work.batches)
+def _check_classes(work: Work, classes: int) -> None:
+    most = max(work.batches)
     if most > classes * work.images_per_class:
         raise InputError(f"--batch {most} needs {most // work.images_per_class} classes, the training images are of "
                          f"{classes}; give at most {classes * work.images_per_class}"
                          + ("" if work.shards else ", or more --images"))
 
 
-def _source(config: Config, manifest: Manifest, index: SplitIndex) -> ShardImages:
-    return ShardImages(manifest, index, TrainTransform.configured(config.data, size=config.data.image_size))
+def _source(config: Config, training_set: TrainingSet) -> ShardImages:
+    return ShardImages(training_set.manifest, training_set.index,
+                       TrainTransform.configured(config.data, size=config.data.image_size))
 
 
 def _in_flight(config: Config, source: ShardImages, batch: int) -> int:
@@ -236,18 +235,19 @@ def _in_flight(config: Config, source: ShardImages, batch: int) -> int:
     return 1 + (workers * batches_ahead(source, batch, workers=workers) if workers else 0)
 
 
-def loader_img_per_s(config: Config, manifest: Manifest, index: SplitIndex, how: Sampling) -> float:
+def loader_img_per_s(config: Config, training_set: TrainingSet) -> float:
     """Images a second that the configuration's workers make while nobody trains.
 
     In batches of the smallest size, or of _LOADER_IMAGES if that is less: what a worker makes a second does not depend
     on it. Twice as many batches are counted as are made at a time, after the first ones: they come in bursts.
     """
-    source = _source(config, manifest, index)
+    source, sampling = _source(config, training_set), training_set.sampling
     each = config.data.images_per_class
-    how = replace(how, classes_per_batch=min(how.classes_per_batch, _LOADER_IMAGES // each))
-    batch = how.classes_per_batch * each
+    sampling = replace(sampling, classes_per_batch=min(sampling.classes_per_batch, _LOADER_IMAGES // each))
+    batch = sampling.classes_per_batch * each
     in_flight = _in_flight(config, source, batch)
-    plan = TrainPlan(index=index, how=how, seed=config.train.seed, rank=0, world_size=1, steps=4 * in_flight)
+    plan = TrainPlan(index=training_set.index, sampling=sampling, seed=config.train.seed, rank=0, world_size=1,
+                     steps=4 * in_flight)
     arrived_s = [time.perf_counter() for _ in stream(source, plan, workers=config.data.workers)]
     return 2 * in_flight * batch / (arrived_s[3 * in_flight - 1] - arrived_s[in_flight - 1])
 

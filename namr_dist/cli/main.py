@@ -101,8 +101,8 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
         raise InputError(f"--ranks is {parsed.ranks}, which goes with --dry-run; torchrun, deepspeed, srun or mpirun "
                          "say how many ranks train")
     from namr_dist.parallel.ranks import discover, shut_down
-    from namr_dist.train.loop import train
     from namr_dist.train.signals import EXIT_CODE
+    from namr_dist.train.trainer import train
 
     finished = train(config, parsed.run_dir or Path("runs") / config.recipe, discover(), overwrite=parsed.overwrite,
                      resume=parsed.resume)

@@ -99,8 +99,8 @@ def _gains(comparison: Comparison) -> Grid:
         cells = [cell for name in shown for cell in (
             _mean_and_deviation(baseline.figures["sample"].get(name)),
             _mean_and_deviation(ranked.figures["sample"].get(name)), _mean_and_error(one.gains.get(name)))]
-        how = f"{len(ranked.seeds)}, paired" if one.paired else f"{len(baseline.seeds)} and {len(ranked.seeds)}"
-        rows.append([*_values(ranked, comparison), how, *cells])
+        seeds = f"{len(ranked.seeds)}, paired" if one.paired else f"{len(baseline.seeds)} and {len(ranked.seeds)}"
+        rows.append([*_values(ranked, comparison), seeds, *cells])
     note = ("Without: the same setting with ranking.weight 0. Gain ± its standard error, seed by seed where both have "
             "the same seeds.")
     return Grid(title="What multi-cluster ranking adds", note=note, labels=[*_short(comparison), "seeds"], rows=rows,

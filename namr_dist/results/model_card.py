@@ -89,8 +89,8 @@ def model_card(*, name: str, about: Mapping[str, Any], sizes: Mapping[str, int],
         "## Load",
     ]
     for file in differences:
-        how, code = _LOADING[file]
-        parts += [f"`{file}`, {how.format(torch=torch.__version__.split('+')[0])}:", _code(code)]
+        advice, code = _LOADING[file]
+        parts += [f"`{file}`, {advice.format(torch=torch.__version__.split('+')[0])}:", _code(code)]
     backbone = model["backbone"]
     if "model.safetensors" in differences and is_named_code(backbone) and not backbone.startswith("timm:"):
         parts.append(f"The backbone of `model.safetensors` is code of its own, `{backbone}`. namr-dist imports it only "

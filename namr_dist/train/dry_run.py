@@ -6,17 +6,15 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from namr_dist.config import Config
-from namr_dist.data.read.plan import steps_per_epoch
 from namr_dist.errors import InputError
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import initial_network
 from namr_dist.train.checkpoints.resume import check_same
+from namr_dist.train.checks import check_run, check_sizes, run_bytes
 from namr_dist.train.objective import TrainingModule
-from namr_dist.train.preflight import check_sizes, preflight, run_bytes
 
 _PROGRAM = "namr_dist.launchers.train"
 
@@ -31,11 +29,11 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
     """
     if ranks < 1:
         raise InputError(f"--ranks is {ranks}; set it to at least 1")
-    manifest, index, how = preflight(config, world_size=ranks, local_rank=0)
+    training_set = check_run(config, world_size=ranks, local_rank=0)
     from_hub = config.model.backbone.startswith("timm:") and config.model.pretrained and config.model.weights is None
     network = initial_network(config, device=torch.device("cpu"), pretrained=not from_hub)
     check_sizes(network, config, torch.device("cpu"))
-    module = TrainingModule(network, config.loss, classes=len(np.unique(index.label_N)),
+    module = TrainingModule(network, config.loss, classes=training_set.classes,
                             images_per_class=config.data.images_per_class)
     folder = RunFolder(run)
     if resume and folder.config.exists():
@@ -44,11 +42,11 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
     folder.check(overwrite=overwrite, goes_on=resume, need_bytes=max(0, run_bytes(module, config) - there_bytes))
     data = config.data
     images = data.classes_per_batch * data.images_per_class
-    per_epoch = steps_per_epoch(index, how)
+    per_epoch = training_set.steps_per_epoch
     parameters = sum(value.numel() for value in network.parameters())
     lines = [
         f"dry run   {config.recipe} → {run}: nothing wrong found for {ranks} rank(s); nothing written or started",
-        f"data      {manifest.name}: {len(index)} images, {len(np.unique(index.label_N))} classes",
+        f"data      {training_set.manifest.name}: {len(training_set.index)} images, {training_set.classes} classes",
         f"batch     {data.classes_per_batch} × {data.images_per_class} = {images} images; {images // ranks} a rank",
         f"epoch     {per_epoch} steps; the run's {config.optim.steps} are {config.optim.steps / per_epoch:.1f} epochs",
         f"model     {config.model.backbone}, {parameters / 1e6:.1f} million parameters"

@@ -1,15 +1,18 @@
 """Where a step's time goes: seconds in each phase, an inner phase's apart from the one around it; and on which rank.
+And the most memory that it held: whether a batch fits, and how much larger one could be.
 
 P phases, W ranks.
 """
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,6 +24,7 @@ IDLE = "other"
 STEP_PHASES = ("data", "forward", "heads", "gather", "loss", "backward", "step")
 """Of a training step: waiting for images, backbone, heads with their batch norm over all ranks, embeddings of all
 ranks, the loss and its gradient, backward with the reduction over ranks, optimizer."""
+_STATUS = Path("/proc/self/status")
 
 
 class Phases:
@@ -115,3 +119,16 @@ class StepTimes:
         own_W = times_WP[:, [STEP_PHASES.index("data"), STEP_PHASES.index("forward")]].sum(1)
         return cls(mean_s=dict(zip(STEP_PHASES, times_WP.mean(0).tolist(), strict=True)),
                    slowest_rank=int(own_W.argmax()), slowest_s=float(own_W.max()))
+
+
+def take_peak_bytes(device: torch.device) -> int:
+    """On a GPU, the most bytes that tensors of this process held since the last call. On a CPU, the most that its
+    resident set has been since it began, loader workers apart."""
+    if device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak_bytes
+    peaks = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")] \
+        if _STATUS.is_file() else []
+    # Unlike VmHWM, maxrss is not less than what the program held that started this one.
+    return 1024 * int(peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

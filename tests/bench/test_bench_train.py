@@ -34,8 +34,7 @@ from namr_dist.model.backbones import build_backbone
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.recipes.homeware import homeware
 from namr_dist.train.objective import TrainingModule
-from namr_dist.train.peak_memory import take_peak_bytes
-from namr_dist.train.phases import STEP_PHASES
+from namr_dist.train.phases import STEP_PHASES, take_peak_bytes
 
 CPU = torch.device("cpu")
 

@@ -286,9 +286,10 @@ def test_a_run_names_each_damaged_image_once_and_counts_those_of_all_ranks(own_s
                   "--set.data.damaged_images", "replace")
     assert done.returncode == 0, done.stderr
     # An epoch has two steps, a line in the log each.
-    index, how = built.index("train"), Sampling(classes_per_batch=6, images_per_class=3)
-    planned = [[key for key in (index.keys[place] for place in epoch_plan(index, how, seed=0, epoch=epoch).reshape(-1))
-                if key[:4] in ("002_", "003_") and key[4] != "5"] for epoch in range(4)]
+    index, sampling = built.index("train"), Sampling(classes_per_batch=6, images_per_class=3)
+    plans = [epoch_plan(index, sampling, seed=0, epoch=epoch).reshape(-1) for epoch in range(4)]
+    planned = [[key for key in (index.keys[place] for place in plan_N)
+                if key[:4] in ("002_", "003_") and key[4] != "5"] for plan_N in plans]
     so_far = [sum(planned[: epoch + 1], []) for epoch in range(4)]
     counts = [(entry["damaged_images"], entry["replacements"]) for entry in entries(tmp_path / "run")
               if "damaged_images" in entry]

@@ -193,9 +193,9 @@ def test_a_run_logs_how_far_images_moved(shard_set: Manifest, forked_namr: Calla
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line.get("drift_images", 0) for line in lines if "loss" in line]
-    how, images = Sampling(classes_per_batch=6, images_per_class=3), []
+    sampling, images = Sampling(classes_per_batch=6, images_per_class=3), []
     for epoch in range(3):  # of two batches of 6 × 3
-        plan = epoch_plan(shard_set.index("train"), how, seed=0, epoch=epoch)
+        plan = epoch_plan(shard_set.index("train"), sampling, seed=0, epoch=epoch)
         images += [set(batch.flatten().tolist()) for batch in plan]
     held = [set().union(*images[max(0, step - 2): step]) for step in range(6)]
     assert logged == [len(now & before) for now, before in zip(images, held, strict=True)] and sum(logged) > 4

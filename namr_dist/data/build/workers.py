@@ -72,8 +72,8 @@ def _alive(process: BaseProcess) -> Iterator[None]:
         if code == -signal.SIGKILL:
             raise InputError("a worker process was killed, most likely for want of memory; give the same command again "
                              "with fewer --workers: finished shards are kept") from None
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise InputError(f"a worker process {how}; give the same command again: finished shards are kept") from None
+        end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise InputError(f"a worker process {end}; give the same command again: finished shards are kept") from None
 
 
 def _start(work: Callable[[Any, Advance], Any]) -> tuple[Connection, BaseProcess]:

@@ -38,54 +38,55 @@ class Sampling:
         return self.images_per_class // self.views
 
 
-def check_plan(index: SplitIndex, how: Sampling, *, world_size: int) -> None:
+def check_plan(index: SplitIndex, sampling: Sampling, *, world_size: int) -> None:
     """Raise InputError if no batch of P classes with K images, shared by `world_size` ranks, can be made."""
     labels, counts = np.unique(index.label_N, return_counts=True)
-    if how.classes_per_batch > len(labels):
+    if sampling.classes_per_batch > len(labels):
         raise InputError(
-            f"data.classes_per_batch is {how.classes_per_batch}, but the training images are of {len(labels)} classes; "
-            f"set it to at most {len(labels)}"
+            f"data.classes_per_batch is {sampling.classes_per_batch}, but the training images are of {len(labels)} "
+            f"classes; set it to at most {len(labels)}"
         )
-    if how.distinct > counts.max():
+    if sampling.distinct > counts.max():
         raise InputError(
-            f"data.images_per_class is {how.images_per_class}, but the largest class has {counts.max()} images; "
-            f"set it to at most {counts.max() * how.views}"
+            f"data.images_per_class is {sampling.images_per_class}, but the largest class has {counts.max()} images; "
+            f"set it to at most {counts.max() * sampling.views}"
         )
     categories = len(np.unique(index.category_N))
-    if how.sampling == "category" and categories < max(2, how.categories_per_batch):
+    if sampling.sampling == "category" and categories < max(2, sampling.categories_per_batch):
         raise InputError(
-            f"data.sampling is category and data.categories_per_batch {how.categories_per_batch}, but the training "
-            f"images are of {categories} super-class{'es' if categories > 1 else ''}; set data.sampling to uniform"
+            f"data.sampling is category and data.categories_per_batch {sampling.categories_per_batch}, but the "
+            f"training images are of {categories} super-class{'es' if categories > 1 else ''}; set data.sampling to "
+            "uniform"
             + (f", or data.categories_per_batch to at most {categories}" if categories > 1 else "")
         )
-    if how.classes_per_batch % world_size:
+    if sampling.classes_per_batch % world_size:
         raise InputError(
-            f"data.classes_per_batch is {how.classes_per_batch}, which {world_size} ranks cannot share equally; "
+            f"data.classes_per_batch is {sampling.classes_per_batch}, which {world_size} ranks cannot share equally; "
             f"set it to a multiple of {world_size}"
         )
 
 
-def steps_per_epoch(index: SplitIndex, how: Sampling) -> int:
+def steps_per_epoch(index: SplitIndex, sampling: Sampling) -> int:
     """Batches of every epoch: all that can be filled. The classes left over differ from epoch to epoch."""
-    visits_C = _visits(index, how)
+    visits_C = _visits(index, sampling)
     # Each batch takes a class once at most, so s batches can be filled if Σ min(visits, s) ≥ s·P; the sum is concave
     # in s, so all s up to the largest can.
-    low, high = 0, int(visits_C.sum()) // how.classes_per_batch
+    low, high = 0, int(visits_C.sum()) // sampling.classes_per_batch
     while low < high:
         middle = (low + high + 1) // 2
-        if np.minimum(visits_C, middle).sum() >= middle * how.classes_per_batch:
+        if np.minimum(visits_C, middle).sum() >= middle * sampling.classes_per_batch:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def small_classes(index: SplitIndex, how: Sampling) -> int:
+def small_classes(index: SplitIndex, sampling: Sampling) -> int:
     """Classes with fewer images than a batch shows of one. Their images are repeated."""
-    return int((np.unique(index.label_N, return_counts=True)[1] < how.distinct).sum())
+    return int((np.unique(index.label_N, return_counts=True)[1] < sampling.distinct).sum())
 
 
-def epoch_plan(index: SplitIndex, how: Sampling, *, seed: int, epoch: int) -> np.ndarray:
+def epoch_plan(index: SplitIndex, sampling: Sampling, *, seed: int, epoch: int) -> np.ndarray:
     """The epoch's global batches: int64 (S, P, K), places in `index`.
 
     Depends on its arguments alone. Rank r of W takes classes r·P/W to (r+1)·P/W of each batch (`rank_part`). With
@@ -95,18 +96,18 @@ def epoch_plan(index: SplitIndex, how: Sampling, *, seed: int, epoch: int) -> np
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_PLAN_STREAM, seed, epoch])))
     # Sorting by (class, random) puts each class's images in a run of their own, shuffled within.
     random_N = rng.random(len(index))
-    order_N = np.lexsort((random_N, _turn_in_group(index, random_N), index.label_N)) if how.across_groups \
+    order_N = np.lexsort((random_N, _turn_in_group(index, random_N), index.label_N)) if sampling.across_groups \
         else np.lexsort((random_N, index.label_N))
     _, first_C, count_C = np.unique(index.label_N[order_N], return_index=True, return_counts=True)
-    steps = steps_per_epoch(index, how)
-    chosen_SP = _chosen(index, how, steps, rng)
+    steps = steps_per_epoch(index, sampling)
+    chosen_SP = _chosen(index, sampling, steps, rng)
     # A class that comes again goes on with its next images.
-    turn_V = _occurrence(chosen_SP.reshape(-1)) if how.sampling == "proportional" else 0
-    start_SP1 = np.broadcast_to(turn_V * how.distinct, chosen_SP.size).reshape(*chosen_SP.shape, 1)
+    turn_V = _occurrence(chosen_SP.reshape(-1)) if sampling.sampling == "proportional" else 0
+    start_SP1 = np.broadcast_to(turn_V * sampling.distinct, chosen_SP.size).reshape(*chosen_SP.shape, 1)
     chosen_SP1 = chosen_SP[..., None]
-    slot_K = np.arange(how.images_per_class) // how.views
+    slot_K = np.arange(sampling.images_per_class) // sampling.views
     plan_SPK = order_N[first_C[chosen_SP1] + (start_SP1 + slot_K) % count_C[chosen_SP1]]
-    return np.sort(plan_SPK, axis=-1) if how.shuffle == "shards" else plan_SPK
+    return np.sort(plan_SPK, axis=-1) if sampling.shuffle == "shards" else plan_SPK
 
 
 def rank_part(batch_PK: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
@@ -120,20 +121,20 @@ def augment_seed(*, seed: int, step: int, slot: int) -> int:
     return int(np.random.SeedSequence([_AUGMENT_STREAM, seed, step, slot]).generate_state(1, np.uint64)[0])
 
 
-def _visits(index: SplitIndex, how: Sampling) -> np.ndarray:
+def _visits(index: SplitIndex, sampling: Sampling) -> np.ndarray:
     """int64 (C,): in how many batches of an epoch each class would stand, if enough others did."""
     counts_C = np.unique(index.label_N, return_counts=True)[1]
-    if how.sampling != "proportional":
+    if sampling.sampling != "proportional":
         return np.ones(len(counts_C), np.int64)
     # As often as shows each of its images once, to the nearest whole visit (halves up).
-    return np.maximum(1, (2 * counts_C + how.distinct) // (2 * how.distinct))
+    return np.maximum(1, (2 * counts_C + sampling.distinct) // (2 * sampling.distinct))
 
 
-def _chosen(index: SplitIndex, how: Sampling, steps: int, rng: np.random.Generator) -> np.ndarray:
+def _chosen(index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator) -> np.ndarray:
     """int64 (S, P): the classes of each batch, by their place among the sorted labels; distinct in a batch."""
-    per_batch = how.classes_per_batch
-    visits_C = np.minimum(_visits(index, how), steps)
-    if how.shuffle == "shards":
+    per_batch = sampling.classes_per_batch
+    visits_C = np.minimum(_visits(index, sampling), steps)
+    if sampling.shuffle == "shards":
         # A lane is one slot of the batches. Cutting the visits into P runs of S keeps those of a class in successive
         # batches, and none holds it twice, for it has at most S (McNaughton's wrap-around rule).
         class_C = _classes_by_stretch(index, rng)
@@ -141,10 +142,10 @@ def _chosen(index: SplitIndex, how: Sampling, steps: int, rng: np.random.Generat
         # What no batch has room for is left out anywhere, or it would be the same tars' ends again and again.
         kept_V = np.sort(rng.permutation(len(visits_V))[: steps * per_batch])
         return visits_V[kept_V].reshape(per_batch, steps).T
-    if how.sampling == "proportional":
+    if sampling.sampling == "proportional":
         return _spread(visits_C, steps, per_batch, rng)
-    if how.sampling == "category":
-        return _by_category(index, how, steps, rng)
+    if sampling.sampling == "category":
+        return _by_category(index, sampling, steps, rng)
     return rng.permutation(len(visits_C))[: steps * per_batch].reshape(steps, per_batch)
 
 
@@ -164,10 +165,10 @@ def _classes_by_stretch(index: SplitIndex, rng: np.random.Generator) -> np.ndarr
     return in_tar_order_C[np.lexsort((place_C, rng.permutation(2 * len(shards))[stretch_C]))]
 
 
-def _by_category(index: SplitIndex, how: Sampling, steps: int, rng: np.random.Generator) -> np.ndarray:
+def _by_category(index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator) -> np.ndarray:
     """Classes of a category in groups of P / G, and G groups to a batch; a category's last classes, too few for a
     group, make groups with those of others."""
-    group = how.classes_per_batch // how.categories_per_batch
+    group = sampling.classes_per_batch // sampling.categories_per_batch
     first_C = np.unique(index.label_N, return_index=True)[1]
     shuffled_C = rng.permutation(len(first_C))
     # In another order each time, or the classes that no batch has room for would be the last super-class's.
@@ -181,7 +182,7 @@ def _by_category(index: SplitIndex, how: Sampling, steps: int, rng: np.random.Ge
     together_C = by_category_C[np.argsort(left_over_C, kind="stable")]
     groups = len(first_C) // group
     grouped = together_C[: groups * group].reshape(groups, group)
-    return rng.permutation(grouped)[: steps * how.categories_per_batch].reshape(steps, how.classes_per_batch)
+    return rng.permutation(grouped)[: steps * sampling.categories_per_batch].reshape(steps, sampling.classes_per_batch)
 
 
 def _spread(visits_C: np.ndarray, steps: int, per_batch: int, rng: np.random.Generator) -> np.ndarray:

@@ -181,7 +181,7 @@ class TrainPlan:
     """All training batches of one rank, from any step on: the stream's sampler. Position = the step alone."""
 
     index: SplitIndex
-    how: Sampling
+    sampling: Sampling
     seed: int
     rank: int
     world_size: int
@@ -192,7 +192,7 @@ class TrainPlan:
         return self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.how.classes_per_batch // self.world_size * self.how.images_per_class
+        share = self.sampling.classes_per_batch // self.world_size * self.sampling.images_per_class
         for step, places in self._parts():
             yield [(int(place), augment_seed(seed=self.seed, step=step, slot=self.rank * share + slot))
                    for slot, place in enumerate(places)]
@@ -204,12 +204,12 @@ class TrainPlan:
 
     def _parts(self) -> Iterator[tuple[int, np.ndarray]]:
         """Each step, and the places of this rank's images."""
-        per_epoch = steps_per_epoch(self.index, self.how)
+        per_epoch = steps_per_epoch(self.index, self.sampling)
         plan_SPK, planned_epoch = np.empty(0), -1
         for step in range(self.first_step, self.steps):
             epoch, place = divmod(step, per_epoch)
             if epoch != planned_epoch:
-                plan_SPK = epoch_plan(self.index, self.how, seed=self.seed, epoch=epoch)
+                plan_SPK = epoch_plan(self.index, self.sampling, seed=self.seed, epoch=epoch)
                 planned_epoch = epoch
             yield step, rank_part(plan_SPK[place], rank=self.rank, world_size=self.world_size)
 

@@ -105,7 +105,7 @@ def set_up_worker(number: int) -> None:
 def _obituary(worker: BaseProcess) -> str:
     code = worker.exitcode
     assert code is not None
-    how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    end = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
     remedy = "enlarge /dev/shm (docker run --shm-size) or lower data.workers" if code == -signal.SIGBUS \
         else "lower data.workers or check memory"
-    return f"a data worker process ({worker.pid}) {how}; {remedy}, then go on with --resume"
+    return f"a data worker process ({worker.pid}) {end}; {remedy}, then go on with --resume"

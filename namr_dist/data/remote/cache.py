@@ -25,9 +25,9 @@ import numpy as np
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import RemoteConfig
-from namr_dist.data.read.plan import Sampling
+from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.remote.transfer import Origin, TransferError
-from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard, SplitIndex
+from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
 from namr_dist.data.shardset.shards import sha256_of
 from namr_dist.errors import InputError
 
@@ -68,21 +68,22 @@ def cache_folder(remote: RemoteConfig) -> Path:
     return remote.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "namr-dist"
 
 
-def check_cache(manifest: Manifest, index: SplitIndex, how: Sampling, *, world_size: int, ranks_here: int) -> None:
+def check_cache(training_set: TrainingSet, *, world_size: int, ranks_here: int) -> None:
     """Raise InputError if the cache cannot hold what `ranks_here` of `world_size` ranks read at a time.
 
     With `shuffle` "classes", any batch may need any shard; with "shards", each of the P slots reads one and has the
     next fetched meanwhile. Local sets pass.
     """
+    manifest, sampling = training_set.manifest, training_set.sampling
     if not isinstance(manifest.source, ShardCache):
         return
-    sizes = [manifest.shards[number].bytes for number in np.unique(index.shard_N)]
+    sizes = [manifest.shards[number].bytes for number in np.unique(training_set.index.shard_N)]
     need, limit = sum(sizes), manifest.source.limit_bytes
-    if how.shuffle == "shards":
-        slots = how.classes_per_batch // world_size * ranks_here
+    if sampling.shuffle == "shards":
+        slots = sampling.classes_per_batch // world_size * ranks_here
         need = min(need, 2 * min(slots, len(sizes)) * max(sizes))
     if need > limit:
-        other = "" if how.shuffle == "shards" else "data.shuffle to shards, or "
+        other = "" if sampling.shuffle == "shards" else "data.shuffle to shards, or "
         raise InputError(f"training reads {_gib(need)} GiB of shards at a time, more than data.remote.cache_gib "
                          f"({limit / 2**30:g}), so that each would be fetched again and again; set {other}"
                          f"data.remote.cache_gib to at least {_gib(need)}")

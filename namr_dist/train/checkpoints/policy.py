@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-class CheckpointKeeper:
+class CheckpointPolicy:
     """One on each rank. All ranks must make each call together."""
 
     def __init__(self, engine: DeepSpeedEngine, run: RunFolder, config: Config, *, data_hash: str, host: HostGroup,

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import pytest
 import torch
-from conftest import HOW, TRANSFORM, alive, launch
+from conftest import SAMPLING, TRANSFORM, alive, launch
 
 from namr_dist.data.read.augment import TestTransform
 from namr_dist.data.read.plan import epoch_plan
@@ -27,7 +27,8 @@ from namr_dist.errors import InputError
 def batches(manifest: Manifest, *, workers: int = 0, rank: int = 0, world_size: int = 1,
             first_step: int = 0) -> Iterator[Batch]:
     index = manifest.index("train")
-    plan = TrainPlan(index=index, how=HOW, seed=1, rank=rank, world_size=world_size, steps=7, first_step=first_step)
+    plan = TrainPlan(index=index, sampling=SAMPLING, seed=1, rank=rank, world_size=world_size, steps=7,
+                     first_step=first_step)
     return stream(ShardImages(manifest, index, TRANSFORM), plan, workers=workers)
 
 
@@ -39,7 +40,7 @@ def test_follows_the_plan(shard_set: Manifest) -> None:
     index = shard_set.index("train")
     label_N = index.label_N
     made = list(batches(shard_set))
-    planned = np.concatenate([epoch_plan(index, HOW, seed=1, epoch=epoch) for epoch in range(3)])[:7]
+    planned = np.concatenate([epoch_plan(index, SAMPLING, seed=1, epoch=epoch) for epoch in range(3)])[:7]
     assert (torch.stack([batch.index_b for batch in made]).numpy() == planned.reshape(7, 12)).all()
     for batch in made:
         assert batch.images_bHW3.dtype == torch.uint8 and batch.images_bHW3.shape == (12, 32, 32, 3)

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 from bad_server import BadServer, drop, flip, late, stall, status
-from conftest import HOW, TRANSFORM
+from conftest import SAMPLING, TRANSFORM
 
 from namr_dist.config import RemoteConfig
 from namr_dist.data.location import open_shards
+from namr_dist.data.read.plan import Sampling
 from namr_dist.data.read.stream import ShardImages, TrainPlan, stream
+from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.remote.cache import check_cache
 from namr_dist.data.remote.prefetch import LookAhead
 from namr_dist.data.shardset.manifest import Manifest
@@ -47,7 +49,7 @@ def kept(remote: RemoteConfig) -> list[Path]:
 def batches(manifest: Manifest, *, workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """An epoch."""
     index = manifest.index("train")
-    plan = TrainPlan(index=index, how=HOW, seed=1, rank=0, world_size=1, steps=3)
+    plan = TrainPlan(index=index, sampling=SAMPLING, seed=1, rank=0, world_size=1, steps=3)
     return [(batch.index_b, batch.images_bHW3)
             for batch in stream(ShardImages(manifest, index, TRANSFORM), plan, workers=workers)]
 
@@ -202,15 +204,18 @@ def test_a_cache_that_cannot_be_used_is_one_clear_line(server: BadServer, remote
 
 def test_the_cache_must_hold_what_training_reads_at_a_time(server: BadServer, remote: RemoteConfig,
                                                            shard_set: Manifest) -> None:
-    index = shard_set.index("train")
+    here = TrainingSet(manifest=shard_set, index=shard_set.index("train"), sampling=SAMPLING)
     both = sum(shard.bytes for shard in shard_set.shards_of("train"))
-    for need, how in ((both, HOW), (both, dataclasses.replace(HOW, shuffle="shards"))):
-        check_cache(open_shards(server.url, dataclasses.replace(remote, cache_gib=need / 2**30)), index, how,
-                    world_size=1, ranks_here=1)
+
+    def with_cache(size: int, sampling: Sampling) -> TrainingSet:
+        manifest = open_shards(server.url, dataclasses.replace(remote, cache_gib=size / 2**30))
+        return dataclasses.replace(here, manifest=manifest, sampling=sampling)
+
+    for sampling in (SAMPLING, dataclasses.replace(SAMPLING, shuffle="shards")):
+        check_cache(with_cache(both, sampling), world_size=1, ranks_here=1)
         with pytest.raises(InputError, match=r"training reads 0.001 GiB of shards at a time, more than data.remote"):
-            check_cache(open_shards(server.url, dataclasses.replace(remote, cache_gib=(need - 1) / 2**30)), index, how,
-                        world_size=1, ranks_here=1)
-    check_cache(shard_set, index, HOW, world_size=1, ranks_here=1)
+            check_cache(with_cache(both - 1, sampling), world_size=1, ranks_here=1)
+    check_cache(here, world_size=1, ranks_here=1)
 
 
 def test_look_ahead_fetches_in_the_plans_order_and_not_too_far(server: BadServer, remote: RemoteConfig,

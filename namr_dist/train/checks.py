@@ -12,8 +12,9 @@ from namr_dist.config import Config
 from namr_dist.data.location import open_shards
 from namr_dist.data.read.plan import Sampling, check_plan
 from namr_dist.data.read.select import training_images
+from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.remote.cache import check_cache
-from namr_dist.data.shardset.manifest import Manifest, SplitIndex
+from namr_dist.data.shardset.manifest import SplitIndex
 from namr_dist.data.shardset.shards import verify_shards
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
@@ -21,8 +22,8 @@ from namr_dist.retrieval.roles import divide
 from namr_dist.train.checkpoints.state import state_bytes
 
 
-def preflight(config: Config, *, world_size: int, local_rank: int) -> tuple[Manifest, SplitIndex, Sampling]:
-    """The shard set, its training images and how they make batches, once all can serve `config` on so many ranks.
+def check_run(config: Config, *, world_size: int, local_rank: int) -> TrainingSet:
+    """What is trained on, once all can serve `config` on so many ranks.
 
     A machine's first rank hashes the shards as well, if the configuration says so and they lie there; others are
     hashed when they are fetched.
@@ -43,16 +44,17 @@ def preflight(config: Config, *, world_size: int, local_rank: int) -> tuple[Mani
         if shared := len(np.intersect1d(first.label_N, second.label_N)):
             raise InputError(f"{one} and {other} of {manifest.folder} share {shared} classes; name splits that share "
                              "none in data.train_splits, data.validation_split and data.test_split")
-    how = Sampling(classes_per_batch=data.classes_per_batch, images_per_class=data.images_per_class,
+    sampling = Sampling(classes_per_batch=data.classes_per_batch, images_per_class=data.images_per_class,
                    sampling=data.sampling, categories_per_batch=data.categories_per_batch, shuffle=data.shuffle,
                    views=data.views, across_groups=data.across_groups)
-    check_plan(index, how, world_size=world_size)
+    check_plan(index, sampling, world_size=world_size)
     # The last rank of a machine knows how many there are, and speaks for all.
-    check_cache(manifest, index, how, world_size=world_size, ranks_here=local_rank + 1)
+    training_set = TrainingSet(manifest=manifest, index=index, sampling=sampling)
+    check_cache(training_set, world_size=world_size, ranks_here=local_rank + 1)
     if local_rank == 0 and data.verify and manifest.source is None:
         verify_shards(manifest, data.train_splits, hashes_alone=data.damaged_images == "replace")
         verify_shards(manifest, [data.validation_split] if data.validation_split else [])
-    return manifest, index, how
+    return training_set
 
 
 def _check_measurable(index: SplitIndex, name: str, *, world_size: int) -> None:

@@ -1,0 +1,62 @@
+"""Where a run begins: the first rank claims the folder and looks what is in it, and all begin, or end, together."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+import torch.distributed as dist
+
+from namr_dist.atomic import write_atomic
+from namr_dist.config import Config
+from namr_dist.errors import InputError
+from namr_dist.parallel.host import HostGroup
+from namr_dist.parallel.ranks import shut_down
+from namr_dist.run.folder import RunFolder
+from namr_dist.train.checkpoints.resume import Start, find_start
+from namr_dist.train.checkpoints.state import check_fits
+from namr_dist.train.checks import run_bytes
+from namr_dist.train.objective import TrainingModule
+
+
+def begin(module: TrainingModule, config: Config, run: RunFolder, data_hash: str, host: HostGroup, *, overwrite: bool,
+          resume: bool) -> tuple[Start, BinaryIO | None]:
+    """Make the folder ready and say where to begin, on the first rank; with the lock that keeps others out of it.
+
+    Every rank calls it. Raises InputError on the first if it cannot, and ends the others.
+    """
+    trouble: InputError | OSError | None = None
+    start, lock = Start(), None
+    if dist.get_rank() == 0:
+        try:
+            start, lock = _claim(module, config, run, data_hash, overwrite=overwrite, resume=resume)
+        except (InputError, OSError) as error:
+            trouble = error
+    _end_together(trouble, host)
+    return start, lock
+
+
+def _claim(module: TrainingModule, config: Config, run: RunFolder, data_hash: str, *, overwrite: bool,
+           resume: bool) -> tuple[Start, BinaryIO | None]:
+    lock = run.lock() if run.path.is_dir() else None
+    start = find_start(run, config, data_hash=data_hash) if resume else Start()
+    if start.finished:
+        return start, lock
+    if start.saved:
+        check_fits(start.saved, module)
+    there_bytes = sum(path.stat().st_size for _, path in run.checkpoints()) if start.goes_on else 0
+    run.claim(overwrite=overwrite, goes_on=start.goes_on,
+              need_bytes=max(0, run_bytes(module, config) - there_bytes))
+    lock = lock or run.lock()
+    write_atomic(run.config, config.to_json())
+    return start, lock
+
+
+def _end_together(trouble: Exception | None, host: HostGroup) -> None:
+    """Raise the first rank's trouble there, once, and end the others with the exit code it will have."""
+    if not host.from_first(trouble is not None):
+        return
+    if trouble is None:
+        shut_down(2)
+    dist.destroy_process_group()
+    assert trouble is not None
+    raise trouble

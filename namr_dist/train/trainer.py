@@ -1,0 +1,312 @@
+"""Training on DeepSpeed, for one rank or many, on CPU (gloo) or GPU (NCCL)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from namr_dist.config import Config
+from namr_dist.data.read.augment import TrainTransform
+from namr_dist.data.read.stream import Batch, ShardImages, TrainPlan, stream
+from namr_dist.data.read.to_device import on_device
+from namr_dist.data.read.training_set import TrainingSet
+from namr_dist.data.remote.prefetch import fetched_ahead
+from namr_dist.errors import InputError
+from namr_dist.parallel.host import HostGroup
+from namr_dist.parallel.ranks import Rank, shut_down
+from namr_dist.provenance import provenance
+from namr_dist.retrieval.evaluate import evaluate_sample
+from namr_dist.run.folder import RunFolder
+from namr_dist.run.log import cut_log, skipped, time_of
+from namr_dist.train.banner import banner
+from namr_dist.train.checkpoints.network import initial_network, save_network
+from namr_dist.train.checkpoints.policy import CheckpointPolicy
+from namr_dist.train.checkpoints.resume import hash_images
+from namr_dist.train.checkpoints.state import load_state, seed_generators
+from namr_dist.train.checks import check_run, check_sizes
+from namr_dist.train.embed import embed, test_transform
+from namr_dist.train.engine import make_engine, start_group
+from namr_dist.train.logging import RunLog
+from namr_dist.train.mfu import device_peak, run_peak_img_per_s
+from namr_dist.train.objective import StepLoss, TrainingModule
+from namr_dist.train.phases import Phases, StepTimes, take_peak_bytes
+from namr_dist.train.precision import choose_precision
+from namr_dist.train.schedule import lr_factor
+from namr_dist.train.signals import StopRequests
+from namr_dist.train.start import begin
+from namr_dist.train.watchdog import Watchdog, backend_timeout
+
+if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
+    from deepspeed import DeepSpeedEngine
+
+
+def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, resume: bool = False) -> bool:
+    """Train as `config` says and leave config.json, metrics.jsonl and the final checkpoint in the folder `run`.
+
+    resume: go on from the newest checkpoint in `run`, if there is one. Every rank calls it. False, on all of them:
+    a signal asked for an end before the last step, and `resume` goes on. Raises InputError, before the first step,
+    for whatever can be known to be wrong by then.
+    """
+    folder = RunFolder(run)
+    training_set = check_run(config, world_size=rank.world_size, local_rank=rank.local_rank)
+    precision = choose_precision(config.train.precision, rank.device)
+    # Built before the process group is up, so that a wrong backbone or file is said at once and once.
+    module = _training_module(config, training_set, rank, bf16=precision.bf16)
+    data_hash = hash_images(training_set.manifest, training_set.index)
+    timeout = backend_timeout(config.train.timeout_minutes)
+    start_group(rank, timeout)
+    host = HostGroup(timeout)
+    phases = module.objective.phases
+    # Only now, when all ranks have come so far, may an old run be replaced.
+    start, lock = begin(module, config, folder, data_hash, host, overwrite=overwrite, resume=resume)
+    if host.from_first(start.finished):
+        if rank.first:
+            print(f"{run} is finished: {folder.final}", file=sys.stderr)
+        return True
+    hosts = host.of_all(socket.gethostname())
+    peak_img_per_s = run_peak_img_per_s(module.network, device_peak(rank.device), size=config.data.image_size,
+                                        device=rank.device, ranks=rank.world_size)
+    with StopRequests() as requests, lock or contextlib.nullcontext(), contextlib.ExitStack() as stack:
+        stack.enter_context(Watchdog(phases, rank, timeout_minutes=config.train.timeout_minutes))
+        with phases("start"):
+            engine = make_engine(module, config, rank)
+            first_step = host.from_first(start.step)
+            if first_step:
+                load_state(engine, start.saved, host=host, seed=config.train.seed)
+            else:
+                seed_generators(seed=config.train.seed, step=0)
+        policy = CheckpointPolicy(engine, folder, config, data_hash=data_hash, host=host, first=rank.first)
+        log = None
+        if rank.first:
+            kept = cut_log(folder.log, first_step)
+            log = stack.enter_context(RunLog(
+                folder, steps=config.optim.steps, hosts=hosts, peak_img_per_s=peak_img_per_s,
+                tensorboard=config.train.tensorboard, name=config.recipe, first_step=first_step,
+                before_s=max((time_of(entry) or 0.0 for entry in kept.entries), default=0.0)))
+            for line in banner(config, training_set, folder, rank, precision):
+                log.say(line)
+            for warning in start.warnings:
+                log.say(f"WARNING: {warning}; an older one is used")
+            if kept.unreadable:
+                log.say(f"WARNING: {skipped(kept.unreadable, kept.path)}; dropped")
+            if start.saved:
+                log.resumed(first_step, start.saved.path)
+        trainer = Trainer(engine, config, training_set, rank, host, policy, log=log, first_step=first_step)
+        finished = trainer.run(requests)
+        if finished:
+            trainer.save_network(folder.final)
+        if finished and log:
+            log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {folder.final}")
+    # A launcher ends all ranks when the first has left with a code that is not 0: that must not cut off the log.
+    host.largest(0)
+    return finished
+
+
+def _training_module(config: Config, training_set: TrainingSet, rank: Rank, *, bf16: bool) -> TrainingModule:
+    """The network and what it is trained for, on the rank's device. Raises InputError if it cannot be built."""
+    share = config.data.classes_per_batch * config.data.images_per_class // rank.world_size
+    pieces = math.ceil(share / (config.train.micro_batch or share))
+    network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16, pieces=pieces)
+    check_sizes(network, config, rank.device)
+    return TrainingModule(network, config.loss, classes=training_set.classes,
+                          images_per_class=config.data.images_per_class, phases=Phases(rank.device)).to(rank.device)
+
+
+class _Pending(NamedTuple):
+    """A step whose losses have not been read from the device yet."""
+
+    step: int
+    losses: StepLoss
+    lr_factor: float
+    time_s: float
+
+
+class Trainer:
+    """The steps of a run, and what is done between them. One on each rank; all must make each call together."""
+
+    def __init__(self, engine: DeepSpeedEngine, config: Config, training_set: TrainingSet, rank: Rank,
+                 host: HostGroup, policy: CheckpointPolicy, *, log: RunLog | None, first_step: int) -> None:
+        """log: on the first rank. first_step: steps done already."""
+        self._engine = engine
+        self._config = config
+        self._training_set = training_set
+        self._rank = rank
+        self._host = host
+        self._policy = policy
+        self._log = log
+        self._first_step = first_step
+        self._images = config.data.classes_per_batch * config.data.images_per_class
+        self._steps_per_epoch = training_set.steps_per_epoch
+        self._phases: Phases = engine.module.objective.phases
+        self._peak_lrs = [group["lr"] for group in engine.optimizer.param_groups]
+        self._pending: list[_Pending] = []
+        self._replaced: list[str] = []
+        self._line_steps, self._line_began = 0, time.perf_counter()
+
+    def run(self, requests: StopRequests) -> bool:
+        """All steps; False if a signal ended them before the last."""
+        data, train, steps = self._config.data, self._config.train, self._config.optim.steps
+        self._engine.train()
+        self._phases.take()
+        self._line_began = time.perf_counter()
+        batches = self._batches()
+        for step in range(self._first_step, steps):
+            self._train_step(step, batches)
+            done = step + 1
+            last = done == steps
+            line = done % train.log_every == 0 or last
+            validate = bool(data.validation_split) and (done % train.validate_every == 0 or last)
+            save, stop = (False, False) if last else self._policy.decide(done, signal=requests.signal)
+            if line or validate or save or self._rank.device.type == "cpu":
+                # On a GPU, reading a loss waits for it: once for many steps.
+                self._tell_losses()
+            if (line or save) and data.damaged_images == "replace":
+                self._tell_replacements()
+            if line:
+                self._tell_speed(done)
+            if validate:
+                self._validate(done)
+            if save:
+                self._checkpoint(done, stop=stop)
+            if stop:
+                self._say(f"stopped after step {done}, as a signal asked for; the same command with --resume goes on")
+                return False
+        return True
+
+    def save_network(self, path: Path) -> None:
+        """Write the trained network, on the first rank."""
+        import deepspeed
+
+        network, training_set = self._engine.module.network, self._training_set
+        zero_stage = self._config.train.zero_stage
+        # Under ZeRO-3 no rank holds a whole parameter until it asks for it, and all ranks must ask together.
+        with self._phases("checkpoint"), \
+                deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=zero_stage == 3):
+            if self._rank.first:
+                trained = {"steps": self._config.optim.steps, "ranks": self._rank.world_size, "zero_stage": zero_stage,
+                           "precision": "bf16" if network.bf16 else "fp32", "images": len(training_set.index),
+                           "classes": training_set.classes,
+                           "images_hash": training_set.manifest.hash_of(training_set.index), **provenance()}
+                save_network(path, network.state_dict(), self._config, trained=trained)
+
+    def _batches(self) -> Iterator[Batch]:
+        """This rank's batches, on its device."""
+        data, optim, manifest = self._config.data, self._config.optim, self._training_set.manifest
+        index, device = self._training_set.index, self._rank.device
+        plan = TrainPlan(index=index, sampling=self._training_set.sampling, seed=self._config.train.seed,
+                         rank=self._rank.rank, world_size=self._rank.world_size, steps=optim.steps,
+                         first_step=self._first_step)
+        transform = TrainTransform.configured(data, size=data.image_size)
+        source = ShardImages(manifest, index, transform, damaged=data.damaged_images)
+        batches = stream(source, plan, workers=data.workers, pin_memory=device.type == "cuda",
+                         timeout_s=60 * data.batch_minutes)
+        return on_device(fetched_ahead(batches, manifest, plan), device)
+
+    def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
+        """One update. step: steps done before."""
+        self._phases.step = step + 1
+        with self._phases("data"):
+            batch = next(batches)
+        self._replaced += batch.replaced
+        factor = lr_factor(step, self._config.optim)
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak * factor
+        losses = self._update(batch, seed=(self._config.train.seed << 32) + step)
+        self._pending.append(_Pending(step, losses, factor, self._log.time_s if self._log else 0.0))
+
+    def _update(self, batch: Batch, *, seed: int) -> StepLoss:
+        with self._phases("forward"):
+            losses: StepLoss = self._engine(batch.images_bHW3, batch.labels_b, seed,
+                                            (len(batch.labels_b),) * self._rank.world_size, batch.index_b)
+        with self._phases("backward"):
+            self._engine.backward(losses.total)
+        with self._phases("step"):
+            self._engine.step()
+        return losses._replace(total=losses.total.detach())
+
+    def _tell_losses(self) -> None:
+        """Read the losses of the pending steps, stop if one is not finite, and log them."""
+        values = torch.stack([torch.stack(one.losses) for one in self._pending]).tolist()
+        for one, (total, metric, ranking, drift, images) in zip(self._pending, values, strict=True):
+            if not math.isfinite(total):
+                raise InputError(f"the loss is {total} at step {one.step + 1}; lower optim.backbone_lr and "
+                                 "optim.head_lr, or optim.clip")
+            if self._log:
+                self._log.step({"step": one.step + 1, "epoch": one.step // self._steps_per_epoch, "loss": total,
+                                "metric_loss": metric, "ranking_loss": ranking,
+                                "lr": self._config.optim.head_lr * one.lr_factor, "time_s": round(one.time_s, 3),
+                                **({"drift": drift, "drift_images": int(images)} if images else {})})
+        self._line_steps += len(self._pending)
+        self._pending.clear()
+
+    def _tell_replacements(self) -> None:
+        """Log which damaged images others stood in for."""
+        of_ranks = self._host.of_all(self._replaced)
+        if self._log:
+            self._log.replaced(itertools.chain.from_iterable(of_ranks))
+        self._replaced.clear()
+
+    def _tell_speed(self, done: int) -> None:
+        """Log where the time went since the last such line."""
+        steps = self._line_steps
+        spent = StepTimes.of_all_ranks(self._phases.take(), steps=steps, rank=self._rank)
+        received = self._engine.module.objective.traffic.take() / steps
+        peak_bytes, = self._host.largest(take_peak_bytes(self._rank.device))
+        if self._log:
+            self._log.speed(done, self._images * steps / (time.perf_counter() - self._line_began), spent,
+                            images=self._images, gathered_bytes=received, peak_bytes=peak_bytes)
+        self._line_steps, self._line_began = 0, time.perf_counter()
+
+    def _validate(self, done: int) -> None:
+        with self._pause():
+            with self._phases("validation"):
+                figures = self._validation_figures()
+            if self._log:
+                self._log.validation(done, figures)
+
+    def _validation_figures(self) -> dict[str, float]:
+        """Recall and the like, in percent, on the first rank."""
+        config, manifest = self._config, self._training_set.manifest
+        assert config.data.validation_split
+        index = manifest.index(config.data.validation_split)
+        images = ShardImages(manifest, index, test_transform(config))
+        self._engine.eval()
+        z_ND, _ = embed(self._engine, images, rank=self._rank, batch_size=self._engine.train_micro_batch_size_per_gpu(),
+                        workers=config.data.workers, timeout_s=60 * config.data.batch_minutes)
+        self._engine.train()
+        return evaluate_sample(z_ND, index.label_N, roles_N=index.role_N) if self._rank.first else {}
+
+    def _checkpoint(self, done: int, *, stop: bool) -> None:
+        """Write a checkpoint. If it fails, training goes on, unless it shall stop here: then the run ends."""
+        with self._pause():
+            if self._log:
+                self._log.sync()
+            with self._phases("checkpoint"):
+                saved, said = self._policy.save(done)
+            self._say(said)
+        if stop and not saved:
+            if not self._rank.first:
+                shut_down(2)
+            raise InputError(f"a signal asked for an end after step {done}, and its checkpoint could not be written; "
+                             "free some space and go on from the one before with --resume")
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        """What is done within takes no time of the steps."""
+        began = time.perf_counter()
+        yield
+        self._line_began += time.perf_counter() - began
+
+    def _say(self, text: str) -> None:
+        """A line for people, on the first rank."""
+        if self._log:
+            self._log.say(text)
