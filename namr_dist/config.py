@@ -250,6 +250,11 @@ class TrainConfig:
     timeout_minutes: Annotated[float, above_up_to(0, 1e5)] = 30.0
     """Minutes in one phase of a step after which a rank ends the run, saying which rank is where. Longer than one
     checkpoint takes, or the search among the validation images."""
+    profile: Path | None = None
+    """Write a Chrome trace of three steps of the first rank to this file (packed, if its name ends in .gz), in place of
+    one that is there; None: none."""
+    profile_after: int = 10
+    """Steps of each start before those of the trace: the first are slow."""
 
 
 @dataclass(frozen=True, kw_only=True)

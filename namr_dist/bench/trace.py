@@ -1,32 +1,14 @@
-"""A few steps of `namr train` under torch.profiler, and what the trace says of them.
-
-    python -m namr_dist.bench.trace FILE WAIT train RECIPE …
-
-runs the command behind the first two words and writes a Chrome trace of the STEPS steps after the first WAIT. The
-training loop knows nothing of it: torch calls a hook before each forward pass, which is what it has it for, and a step
-is what lies between two of them.
-"""
+"""What a Chrome trace of torch.profiler says: which operations ran, how often and how long."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.profiler import ProfilerActivity, profile, schedule
-
-from namr_dist.train.objective import TrainingModule
-
-STEPS = 3
-"""Recorded."""
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 """Categories that Kineto, torch's tracer, gives to what a GPU does."""
 _TOP = 12
@@ -58,24 +40,6 @@ class Summary:
     it: without the profiler it is at least as busy."""
     top: tuple[Operation, ...]
     """Those that took longest, longest first."""
-
-
-@contextmanager
-def profiled(trace: Path, *, wait: int) -> Iterator[None]:
-    """Write a Chrome trace (JSON) of training steps wait + 1 to wait + STEPS that are made within; one more step must
-    follow, and the one before them is recorded and thrown away, for the first is slow."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profile(activities=activities, schedule=schedule(wait=wait, warmup=1, active=STEPS, repeat=1),
-                 on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(trace))) as profiler:
-        def count(module: nn.Module, _: Any) -> None:
-            if isinstance(module, TrainingModule):
-                profiler.step()
-
-        hook = register_module_forward_pre_hook(count)
-        try:
-            yield
-        finally:
-            hook.remove()
 
 
 def summarise(trace: Path) -> Summary:
@@ -128,15 +92,3 @@ def _covered_us(events: Iterable[dict[str, Any]]) -> float:
 
 def _end_us(event: dict[str, Any]) -> float:
     return float(event["ts"] + event["dur"])
-
-
-def _main(words: list[str]) -> int:
-    from namr_dist.cli.main import main
-
-    trace, wait, *command = words
-    with profiled(Path(trace), wait=int(wait)):
-        return main(command)
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))

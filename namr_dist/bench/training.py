@@ -21,7 +21,7 @@ from torch import nn
 
 from namr_dist.atomic import write_atomic
 from namr_dist.bench.large_set import IMAGES, make_large_set
-from namr_dist.bench.trace import STEPS, Summary, summarise
+from namr_dist.bench.trace import Summary, summarise
 from namr_dist.bench.training_losses import LossTimes, time_losses
 from namr_dist.bench.training_run import INTERVALS, Figures, Length, command, overrides, read_figures, start
 from namr_dist.config import Config
@@ -34,9 +34,11 @@ from namr_dist.model.backbones import build_backbone
 from namr_dist.recipes.overrides import configure
 from namr_dist.train.checks import check_run
 from namr_dist.train.phases import STEP_PHASES
+from namr_dist.train.profile import STEPS
 
 _OWN = {"data.path": "--shards", "data.classes_per_batch": "--batch", "train.precision": "--precision",
-        "optim.steps": "--steps", "optim.warmup_steps": "--steps", "train.log_every": "--steps"}
+        "optim.steps": "--steps", "optim.warmup_steps": "--steps", "train.log_every": "--steps",
+        "train.profile": "--trace", "train.profile_after": "--trace"}
 """Settings that the benchmark makes itself, each with the option that it follows."""
 _LOADER_IMAGES = 512
 """Most images of a batch when the workers are timed alone."""
@@ -168,9 +170,8 @@ def measure(work: Work) -> Iterator[Measured | Summary]:
             length = Length.of(work.steps, in_flight=in_flight[batch])
             for precision in work.precisions:
                 run = folder / f"{batch}-{precision}"
-                ended = start("namr_dist.cli", command(
-                    work.recipe, run, [*words[batch], *overrides({"train.precision": precision})],
-                    steps=length.steps, log_every=length.interval))
+                ended = start(command(work.recipe, run, [*words[batch], *overrides({"train.precision": precision})],
+                                      steps=length.steps, log_every=length.interval))
                 yield Measured(config=config, precision=precision, losses=losses, steps=work.steps,
                                workers_img_per_s=workers_img_per_s,
                                figures=None if ended else read_figures(run, length, batch=batch))
@@ -254,9 +255,11 @@ def loader_img_per_s(config: Config, training_set: TrainingSet) -> float:
 
 def _trace(work: Work, target: Path, words: list[str], folder: Path, *, wait: int) -> Summary:
     """Write the Chrome trace of a run, packed if its name ends in .gz, and say what it holds."""
+    # One step more, so that what a run does at its end is no part of the last that is recorded.
     made, steps = folder / "trace.json", wait + STEPS + 1
-    own = command(work.recipe, folder / "traced", words, steps=steps, log_every=steps)
-    if start("namr_dist.bench.trace", [str(made), str(wait), *own]) or not made.is_file():
+    profiling = overrides({"train.profile": made, "train.profile_after": wait})
+    if start(command(work.recipe, folder / "traced", [*words, *profiling], steps=steps, log_every=steps)) \
+            or not made.is_file():
         raise InputError(f"--trace {target} was not written, for the traced run did not finish; see above, or leave "
                          "--trace out")
     write_atomic(target, gzip.compress(made.read_bytes()) if target.suffix == ".gz" else made.read_bytes())

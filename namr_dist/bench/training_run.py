@@ -71,9 +71,10 @@ def overrides(settings: Mapping[str, object]) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--set.{name}", str(value))]
 
 
-def start(module: str, words: Sequence[str]) -> int:
-    """Run a module of this package as a program, with stderr as it comes; its exit code."""
-    return subprocess.run([sys.executable, "-m", module, *words], stdout=subprocess.DEVNULL, check=False).returncode
+def start(words: Sequence[str]) -> int:
+    """Run the `namr` command, with stderr as it comes; its exit code."""
+    command = [sys.executable, "-m", "namr_dist.cli", *words]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
 
 
 def read_figures(run: Path, length: Length, *, batch: int) -> Figures:

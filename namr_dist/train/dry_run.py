@@ -15,6 +15,7 @@ from namr_dist.train.checkpoints.network import initial_network
 from namr_dist.train.checkpoints.resume import check_same
 from namr_dist.train.checks import check_run, check_sizes, run_bytes
 from namr_dist.train.objective import TrainingModule
+from namr_dist.train.profile import check_profile
 
 _PROGRAM = "namr_dist.launchers.train"
 
@@ -35,6 +36,7 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
     check_sizes(network, config, torch.device("cpu"))
     module = TrainingModule(network, config.loss, classes=training_set.classes,
                             images_per_class=config.data.images_per_class)
+    check_profile(config)
     folder = RunFolder(run)
     if resume and folder.config.exists():
         check_same(folder.config, Config.load(folder.config), config)

@@ -16,6 +16,7 @@ from namr_dist.train.checkpoints.resume import Start, find_start
 from namr_dist.train.checkpoints.state import check_fits
 from namr_dist.train.checks import run_bytes
 from namr_dist.train.objective import TrainingModule
+from namr_dist.train.profile import check_profile
 
 
 def begin(module: TrainingModule, config: Config, run: RunFolder, data_hash: str, host: HostGroup, *, overwrite: bool,
@@ -41,6 +42,7 @@ def _claim(module: TrainingModule, config: Config, run: RunFolder, data_hash: st
     start = find_start(run, config, data_hash=data_hash) if resume else Start()
     if start.finished:
         return start, lock
+    check_profile(config)
     if start.saved:
         check_fits(start.saved, module)
     there_bytes = sum(path.stat().st_size for _, path in run.checkpoints()) if start.goes_on else 0

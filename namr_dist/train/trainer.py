@@ -8,7 +8,7 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +40,7 @@ from namr_dist.train.mfu import device_peak, run_peak_img_per_s
 from namr_dist.train.objective import StepLoss, TrainingModule
 from namr_dist.train.phases import Phases, StepTimes, take_peak_bytes
 from namr_dist.train.precision import choose_precision
+from namr_dist.train.profile import STEPS, profiled
 from namr_dist.train.schedule import lr_factor
 from namr_dist.train.signals import StopRequests
 from namr_dist.train.start import begin
@@ -154,12 +155,17 @@ class Trainer:
 
     def run(self, requests: StopRequests) -> bool:
         """All steps; False if a signal ended them before the last."""
+        with self._profiled() as begin_step:
+            return self._all_steps(requests, begin_step)
+
+    def _all_steps(self, requests: StopRequests, begin_step: Callable[[], None]) -> bool:
         data, train, steps = self._config.data, self._config.train, self._config.optim.steps
         self._engine.train()
         self._phases.take()
         self._line_began = time.perf_counter()
         batches = self._batches()
         for step in range(self._first_step, steps):
+            begin_step()
             self._train_step(step, batches)
             done = step + 1
             last = done == steps
@@ -210,6 +216,17 @@ class Trainer:
         batches = stream(source, plan, workers=data.workers, pin_memory=device.type == "cuda",
                          timeout_s=60 * data.batch_minutes)
         return on_device(fetched_ahead(batches, manifest, plan), device)
+
+    def _profiled(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Within it, steps are traced on the first rank if the settings say so; gives what to call as each begins."""
+        train, left = self._config.train, self._config.optim.steps - self._first_step
+        if train.profile is None or not self._rank.first:
+            return contextlib.nullcontext(lambda: None)
+        if left < train.profile_after + STEPS:
+            self._say(f"WARNING: no trace: {left} steps are left to make, and train.profile_after is "
+                      f"{train.profile_after}")
+            return contextlib.nullcontext(lambda: None)
+        return profiled(train.profile, after=train.profile_after)
 
     def _train_step(self, step: int, batches: Iterator[Batch]) -> None:
         """One update. step: steps done before."""

@@ -20,7 +20,7 @@ import torch
 
 from namr_dist.bench import large_set
 from namr_dist.bench import training as bench_train
-from namr_dist.bench.trace import STEPS, Summary, profiled, summarise
+from namr_dist.bench.trace import Summary, summarise
 from namr_dist.bench.training import Measured, Work, random_weights
 from namr_dist.bench.training_losses import eager_form, embeddings, objective_form, time_losses
 from namr_dist.bench.training_run import INTERVALS, Length, read_figures
@@ -35,6 +35,7 @@ from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.recipes.homeware import homeware
 from namr_dist.train.objective import TrainingModule
 from namr_dist.train.phases import STEP_PHASES, take_peak_bytes
+from namr_dist.train.profile import STEPS, profiled
 
 CPU = torch.device("cpu")
 
@@ -272,6 +273,7 @@ def test_random_weights_go_into_a_backbone_and_leave_no_product_with_zeros(tmp_p
     (["--trace", "nowhere/trace.json"], "--trace nowhere/trace.json is not a file in a folder that exists"),
     (["--shards", "nowhere", "--images", "5"], "--images is 5, which goes with a set that is made"),
     (["--shards", "nowhere"], "no shard set at nowhere"),
+    (["--set.train.profile", "trace.json"], "--set.train.profile is the benchmark's own; give --trace instead"),
     (["--set.optim.steps", "9"], "--set.optim.steps is the benchmark's own; give --steps instead"),
     (["no_such_recipe"], "unknown recipe 'no_such_recipe'")])
 def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,8 +316,9 @@ def test_a_trace_on_a_gpu_holds_its_kernels(tmp_path: Path) -> None:
     module = TrainingModule(network, homeware().loss, classes=4, images_per_class=4).cuda()
     images = torch.randint(0, 255, (16, 32, 32, 3), dtype=torch.uint8, device="cuda")
     labels = torch.arange(16, device="cuda") // 4
-    with profiled(tmp_path / "trace.json", wait=1):
-        for _ in range(1 + STEPS + 1):
+    with profiled(tmp_path / "trace.json", after=1) as begin_step:
+        for _ in range(1 + STEPS):
+            begin_step()
             module(images, labels).total.backward()
     found = summarise(tmp_path / "trace.json")
     assert found.on_device and found.steps == STEPS and 0 < found.busy_share <= 1 and found.top

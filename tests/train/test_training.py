@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,33 @@ def test_same_seed_same_curve(trained: Path, shard_set: Manifest, forked_namr: C
     other = forked_namr(*words, "--run-dir", tmp_path / "other", "--set.train.seed", 1)
     assert other.returncode == 0, other.stderr
     assert curve(tmp_path / "other") != curve(trained)
+
+
+def test_a_profile_holds_the_steps_and_changes_no_loss(trained: Path, shard_set: Manifest, forked_namr: Callable,
+                                                       tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    done = forked_namr("train", "homeware_conv4", *small_run(shard_set, steps=10), "--run-dir", tmp_path / "run",
+                       "--set.train.profile", trace, "--set.train.profile_after", 7)
+    assert done.returncode == 0, done.stderr
+    assert curve(tmp_path / "run") == curve(trained)
+    names = Counter(event["name"] for event in json.loads(trace.read_text())["traceEvents"])
+    # The last three, which end with the run; each with its forward pass through four convolutions.
+    steps = {name for name in names if name.startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#8", "ProfilerStep#9", "ProfilerStep#10"}
+    assert names["aten::convolution_backward"] == 3 * 4 and names["aten::convolution"] >= 3 * 4
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--set.train.profile", "nowhere/trace.json"], "train.profile nowhere/trace.json is not a file in a folder"),
+    (["--set.train.profile", "trace.json"], "train.profile_after is 10, and the 3 steps behind those are recorded of "
+     "optim.steps (6); set it between 0 and 3")])
+def test_a_profile_that_cannot_be_is_refused_before_the_run(shard_set: Manifest, forked_namr: Callable, tmp_path: Path,
+                                                            words: list[str], said: str) -> None:
+    for more in ([], ["--dry-run"]):
+        done = forked_namr("train", "homeware_conv4", *small_run(shard_set), "--run-dir", tmp_path / "run", *words,
+                           *more)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.dist

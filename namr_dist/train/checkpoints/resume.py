@@ -22,7 +22,8 @@ MAY_DIFFER = {"data.path", "data.remote.cache", "data.remote.cache_gib", "data.r
                "data.remote.stall_seconds", "data.workers", "data.batch_minutes", "data.verify",
                "train.zero_stage", "train.log_every", "train.validate_every", "train.tensorboard",
                "train.checkpoint_minutes", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_minutes",
-               "train.micro_batch", "evaluation.recall_at", "evaluation.reidentification_draws"}
+               "train.micro_batch", "train.profile", "train.profile_after",
+               "evaluation.recall_at", "evaluation.reidentification_draws"}
 """Settings that the run does not depend on, but for rounding. The images themselves are compared by their hash."""
 
 
