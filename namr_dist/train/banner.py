@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from namr_dist import kernels
-from namr_dist.config import Config
+from namr_dist.config import Config, LossConfig
 from namr_dist.data.read.training_set import TrainingSet
+from namr_dist.losses import registry
 from namr_dist.parallel.ranks import Rank
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.precision import Precision
@@ -37,5 +38,14 @@ def banner(config: Config, training_set: TrainingSet, run: RunFolder, rank: Rank
         + (f"; {sampling.views} views of an image" if sampling.views > 1 else "")
         + ("; across groups" if sampling.across_groups else ""),
         f"model     {config.model.backbone}, batch norm {config.model.batchnorm}, width {config.model.width}",
-        f"loss      {loss.metric}{ranking}{memory}; {kernels.describe(rank.device)}",
+        f"loss      {loss.metric}{ranking}{memory}; {_how_computed(loss, rank.device)}",
     ]
+
+
+def _how_computed(loss: LossConfig, device: torch.device) -> str:
+    """What serves the ops that the losses rest on, and what a loss from outside costs."""
+    known = registry.find(loss.metric)
+    ops = ["mean_pairwise_distance", *([known.op] if known else []),
+           *(["multi_cluster_ranking"] if loss.ranking.weight else [])]
+    outside = "" if known else f"{loss.metric} by autograd on the rows of all ranks, with memory B² for all pairs; "
+    return outside + kernels.describe(device, *ops)

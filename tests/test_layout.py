@@ -1,0 +1,104 @@
+"""Where things stand: a room imports what is on lower floors, no file imports itself by way of others, and the list of
+rooms in docs/design.md is that of the tree."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+FLOORS = (
+    "kernels",
+    "errors",
+    "atomic bounds named_code provenance text",
+    "parallel",
+    "losses",
+    "config_json",
+    "config",
+    "recipes",
+    "model",
+    "data.homeware",
+    "data.shardset",
+    "data.build",
+    "data.read",
+    "data.remote",
+    "data.location",
+    "data.staging",
+    "retrieval",
+    "run",
+    "train.signals",
+    "train.checkpoints",
+    "train",
+    "results",
+    "cluster",
+    "bench parity reproduce",
+    "doctor",
+    "cli",
+    "launchers",
+)
+"""From the bottom up, without `namr_dist.`; a room may import those above it in this list, and its own files."""
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+
+
+def _files() -> dict[str, Path]:
+    """Module → file, kernels/ and launchers/ by the names under which they are installed."""
+    files = {}
+    for folder, prefix in (("namr_dist", ""), ("kernels", "namr_dist."), ("launchers", "namr_dist.")):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            module = prefix + ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+            files[module.removesuffix(".__init__")] = path
+    return files
+
+
+FILES = _files()
+
+
+def _imports(module: str) -> set[str]:
+    """The package's modules that a file imports, at its top or within a function."""
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{source}.{alias.name}" if f"{source}.{alias.name}" in FILES else source for alias in node.names}
+    return (names & FILES.keys()) - {module}
+
+
+def _room(module: str) -> str:
+    """The room of the longest name that a module's name begins with."""
+    name = module.removeprefix("namr_dist.")
+    return max((room for room in ROOMS if name == room or name.startswith(f"{room}.")), key=len, default=name)
+
+
+IMPORTS = {module: _imports(module) for module in FILES}
+
+
+def test_nothing_imports_upwards() -> None:
+    upwards = {f"{module} → {other}" for module, others in IMPORTS.items() for other in others - {"namr_dist"}
+               if _room(other) != _room(module) and ROOMS[_room(other)] >= ROOMS[_room(module)]}
+    assert not upwards
+
+
+def test_every_file_has_a_room() -> None:
+    """Also in docs/design.md, which names each."""
+    code = {module for module, path in FILES.items() if path.read_text().strip()} - {"namr_dist"}
+    assert not {module for module in code if _room(module) not in ROOMS}
+
+
+def test_no_import_comes_back() -> None:
+    try:
+        TopologicalSorter(IMPORTS).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_the_checks_see_what_they_should() -> None:
+    assert "namr_dist.kernels.dispatch" in IMPORTS["namr_dist.kernels.triplet"]  # relative
+    assert "namr_dist.train.signals" in IMPORTS["namr_dist.cli.main"]  # within a function
+    assert _room("namr_dist.data.build.formats.sop") == "data.build" and _room("namr_dist.train.state") == "train"
