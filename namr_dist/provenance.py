@@ -28,8 +28,8 @@ def _machine() -> str:
 
 def _commit() -> str:
     try:
-        found = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+        described = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
                                 "--abbrev=12"], capture_output=True, text=True, check=False)
     except OSError:  # no git here
         return "unknown"
-    return found.stdout.strip() if found.returncode == 0 else "not a source checkout"
+    return described.stdout.strip() if described.returncode == 0 else "not a source checkout"

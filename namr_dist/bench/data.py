@@ -148,9 +148,9 @@ def _why_no_torchvision() -> str:
 
 
 def _provenance() -> dict[str, str]:
-    found = {entry.metadata["Name"].lower(): entry.version for entry in metadata.distributions()}
-    libraries = ", ".join(f"{name} {found[name.lower()]}" for name in ("Pillow", "simplejpeg", "webdataset",
-                                                                       "torchvision") if name.lower() in found)
+    installed = {entry.metadata["Name"].lower(): entry.version for entry in metadata.distributions()}
+    libraries = ", ".join(f"{name} {installed[name.lower()]}" for name in ("Pillow", "simplejpeg", "webdataset",
+                                                                       "torchvision") if name.lower() in installed)
     return {**provenance(), "libraries": libraries}
 
 

@@ -72,7 +72,7 @@ def namr(work: Work) -> Provider:
     def run(clock: LapClock) -> Iterator[int]:
         images = _LappedImages(work, clock)
         for first in range(0, len(order_N), work.batch):
-            items = [(place, place) for place in order_N[first : first + work.batch]]
+            items = [(index, index) for index in order_N[first : first + work.batch]]
             batch = images.__getitems__(items)
             if not isinstance(batch, Batch):
                 raise batch
@@ -99,10 +99,10 @@ def image_folder(work: Work, folder: Path) -> Provider:
     from torchvision.datasets import ImageFolder
 
     images = ShardImages(work.manifest, work.index, work.transform())
-    for place, label in enumerate(work.index.label_N):
-        path = folder / str(label) / f"{place:08d}.jpg"
+    for image, label in enumerate(work.index.label_N):
+        path = folder / str(label) / f"{image:08d}.jpg"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(images.jpeg(place))
+        path.write_bytes(images.jpeg(image))
     transform = _torchvision_transform(work)
 
     def run(clock: LapClock) -> Iterator[int]:

@@ -49,8 +49,8 @@ def _samples(homeware: Manifest, labels: range) -> Iterator[Sample]:
     for label in labels:
         for view in range(IMAGES_PER_CLASS):
             number = label * IMAGES_PER_CLASS + view
-            place = number % len(index)
-            render = decode_rgb(renders.jpeg(place), index.keys[place])
+            image = number % len(index)
+            render = decode_rgb(renders.jpeg(image), index.keys[image])
             yield Sample(key=f"{number:06d}", label=label, jpeg=_enlarged(render, np.random.default_rng(number)))
 
 

@@ -60,7 +60,7 @@ def measure(*, ranks: int, rows: int, width: int, steps: int) -> list[Measured]:
     """Both providers on so many CPU ranks (gloo), a batch of `rows` in all, triplet loss with multi-cluster ranking."""
     with Ranks(ranks) as pool:
         answers = pool(measure_here, rows, width, steps)
-    return [_largest([answer[place] for answer in answers]) for place in range(2)]
+    return [_largest([answer[column] for answer in answers]) for column in range(2)]
 
 
 def _largest(of_ranks: list[Measured]) -> Measured:

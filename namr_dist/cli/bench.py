@@ -150,11 +150,11 @@ def _bench_train(parsed: argparse.Namespace, overrides: list[str]) -> None:
                 precisions=tuple(dict.fromkeys(parsed.precision or usual.precisions)), trace=parsed.trace)
     work.check()
     measured, trace = [], None
-    for found in measure(work):
-        if isinstance(found, Summary):
-            trace = found
+    for one in measure(work):
+        if isinstance(one, Summary):
+            trace = one
             continue
-        measured.append(found)
+        measured.append(one)
         if parsed.csv:
             to_csv(measured, parsed.csv)
     if parsed.json:

@@ -116,12 +116,12 @@ def _compare(parsed: argparse.Namespace) -> None:
     write_table(parsed.runs, out, as_json=parsed.json)
 
 
-def write_table(places: Sequence[Path], out: Path, *, as_json: bool) -> None:
-    """The table over all runs in these places: on stdout, as text or JSON, and as the page `out`."""
+def write_table(folders: Sequence[Path], out: Path, *, as_json: bool) -> None:
+    """The table over all runs in these folders: on stdout, as text or JSON, and as the page `out`."""
     from namr_dist.results.comparison import compare, find_runs
     from namr_dist.results.comparison_page import print_comparison, write_comparison
 
-    comparison = compare(find_runs(places))
+    comparison = compare(find_runs(folders))
     write_comparison(comparison, out)
     if as_json:
         print(json.dumps(dataclasses.asdict(comparison), indent=2))

@@ -41,14 +41,14 @@ _EXCHANGES = 3
 
 def versions() -> dict[str, str]:
     """Version of Python and of each package that is installed; `commit` where this is a source checkout."""
-    found = {"Python": platform.python_version()}
+    installed = {"Python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     commit = provenance()["commit"]
-    return found if " " in commit or commit == "unknown" else {**found, "commit": commit}
+    return installed if " " in commit or commit == "unknown" else {**installed, "commit": commit}
 
 
 def gpus(environ: Mapping[str, str], ranks_per_node: int | None) -> list[str]:

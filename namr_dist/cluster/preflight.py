@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from namr_dist.cluster import checks
 from namr_dist.cluster.deadline import EXIT_CODE, MORE_TIME, Deadline, TooLate, node_name, within
-from namr_dist.cluster.rendezvous import FirstNodeGone, Meeting
+from namr_dist.cluster.rendezvous import FirstNodeGone, Rendezvous
 from namr_dist.cluster.report import Report, compare, show
 from namr_dist.config import Config
 from namr_dist.errors import InputError
@@ -91,8 +91,8 @@ class _Node:
         self._ranks_per_node = ranks_per_node
         self._launch = launch
         self._deadline = deadline
-        self._meeting = Meeting(launch, deadline)
-        self._meeting.publish(f"name/{launch.rank}", node_name())
+        self._rendezvous = Rendezvous(launch, deadline)
+        self._rendezvous.publish(f"name/{launch.rank}", node_name())
         self._report = Report()
         self._probe: Path | None = None
 
@@ -103,11 +103,11 @@ class _Node:
         reports = {0: self._report, **self._gather("report", share=_REPORTED)}
         silent = set(range(size)) - reports.keys()
         backend = _backend(reports) if size > 1 and not silent else ""
-        self._meeting.publish("backend", backend)
+        self._rendezvous.publish("backend", backend)
         if backend:
             self._exchange(backend)
             reports |= {0: self._report, **self._gather("exchanged", share=_TOLD)}
-        names = _names([self._meeting.read(f"name/{rank}", share=0) for rank in range(size)], os.environ)
+        names = _names([self._rendezvous.read(f"name/{rank}", share=0) for rank in range(size)], os.environ)
         problems = compare(reports, names, ranks_per_node=self._ranks_per_node)
         problems += [f"{names[rank]}: {self._why_silent(rank)}" for rank in sorted(silent)]
         show(reports, names)
@@ -116,8 +116,8 @@ class _Node:
         if not problems:
             print(f"preflight: {size} node{'s' * (size > 1)} in {self._deadline.passed_s:.0f} s", file=sys.stderr)
         code = EXIT_CODE if problems else 0
-        self._meeting.publish("code", str(code))
-        self._meeting.leave(size - 1 - len(silent))
+        self._rendezvous.publish("code", str(code))
+        self._rendezvous.leave(size - 1 - len(silent))
         return code
 
     def follow(self) -> int:
@@ -125,43 +125,43 @@ class _Node:
         rank = self._launch.rank
         if self._check(self._checks()) and self._report.free_bytes is not None:
             self._see_probe()
-        self._meeting.publish(f"report/{rank}", json.dumps(asdict(self._report)))
+        self._rendezvous.publish(f"report/{rank}", json.dumps(asdict(self._report)))
         self._wait_for_first()
-        backend = self._meeting.read("backend", share=_TOLD)
+        backend = self._rendezvous.read("backend", share=_TOLD)
         if backend:
             self._exchange(backend)
-            self._meeting.publish(f"exchanged/{rank}", json.dumps(asdict(self._report)))
+            self._rendezvous.publish(f"exchanged/{rank}", json.dumps(asdict(self._report)))
             self._wait_for_first()
-        code = self._meeting.read("code", share=1.0)
+        code = self._rendezvous.read("code", share=1.0)
         if code is None:
             raise FirstNodeGone("the first node gives no verdict; see what it says")
-        self._meeting.leave(0)
+        self._rendezvous.leave(0)
         return int(code)
 
     def _wait_for_first(self) -> None:
-        self._meeting.begin("waiting for the first node: see what it says")
+        self._rendezvous.begin("waiting for the first node: see what it says")
 
     def _gather(self, kind: str, *, share: float) -> dict[int, Report]:
         keys = {f"{kind}/{rank}": rank for rank in range(1, self._launch.world_size)}
         return {keys[key]: Report.from_json(text)
-                for key, text in self._meeting.gather(list(keys), share=share).items()}
+                for key, text in self._rendezvous.gather(list(keys), share=share).items()}
 
     def _why_silent(self, rank: int) -> str:
-        doing = self._meeting.read(f"doing/{rank}", share=0)
+        doing = self._rendezvous.read(f"doing/{rank}", share=0)
         if doing is None:
-            return f"did not report; look there whether {sys.executable} starts, and reaches {self._meeting.address} " \
-                   f"{MORE_TIME}"
+            return f"did not report; look there whether {sys.executable} starts, and reaches " \
+                   f"{self._rendezvous.address} {MORE_TIME}"
         return f"has not answered for {self._deadline.passed_s:.0f} s, still {doing} {MORE_TIME}"
 
     def _check(self, plan: list[_Check]) -> bool:
         """Fill the report; one check that hangs is this node's last. Whether all have ended."""
         problems = self._report.problems
         for check in plan:
-            self._meeting.begin(f"{check.doing}: {check.hint}")
+            self._rendezvous.begin(f"{check.doing}: {check.hint}")
             try:
-                found = within(self._deadline.left_s(_CHECKED), check.find)
+                fact = within(self._deadline.left_s(_CHECKED), check.find)
                 if check.fact is not None:
-                    setattr(self._report, check.fact, found)
+                    setattr(self._report, check.fact, fact)
             except TooLate:
                 problems.append(f"{check.doing} has not ended after {self._deadline.passed_s:.0f} s: {check.hint} "
                                 + MORE_TIME)
@@ -204,7 +204,7 @@ class _Node:
         self._probe = probe = checks.probe_path(self._run)
         checks.write_probe(probe)
         if self._launch.rank == 0:
-            self._meeting.publish("probe", str(probe))  # it stays until the others have looked
+            self._rendezvous.publish("probe", str(probe))  # it stays until the others have looked
         else:
             probe.unlink()
         return checks.free_bytes(probe.parent)
@@ -216,8 +216,8 @@ class _Node:
                 within(_REMOVAL_S, partial(self._probe.unlink, missing_ok=True))
 
     def _see_probe(self) -> None:
-        self._meeting.begin("waiting for a file from the first node: see what it says")
-        probe = self._meeting.read("probe", share=_CHECKED)
+        self._rendezvous.begin("waiting for a file from the first node: see what it says")
+        probe = self._rendezvous.read("probe", share=_CHECKED)
         if probe is not None:
             self._check([_Check(fact=None, doing=f"looking for {probe}", hint=_HUNG,
                                 find=lambda: checks.see_probe(Path(probe)))])
@@ -230,9 +230,9 @@ class _Node:
         variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
         remedy = f"check the firewall between the nodes, and set {variable} to the network interface that joins them"
         seconds = self._deadline.left_s(_EXCHANGED)
-        self._meeting.begin(f"adding numbers over all nodes ({backend}): {remedy}")
+        self._rendezvous.begin(f"adding numbers over all nodes ({backend}): {remedy}")
         # Over a connection of its own: a call that hangs would keep this one.
-        store, rank = self._meeting.another_connection(), self._launch.rank
+        store, rank = self._rendezvous.another_connection(), self._launch.rank
         try:
             self._report.mib_per_s = within(seconds, lambda: checks.all_reduce(
                 store, rank=rank, size=self._launch.world_size, backend=backend, seconds=seconds))

@@ -25,7 +25,7 @@ class FirstNodeGone(Exception):
     """The first node does not answer, or no longer."""
 
 
-class Meeting:
+class Rendezvous:
     """One node's side of it; the first also sees what all others publish.
 
     Calls raise torch's DistError once the connection is lost. A store in a frozen process answers nothing, ever: the

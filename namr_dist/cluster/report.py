@@ -48,19 +48,19 @@ def compare(reports: Mapping[int, Report], names: Sequence[str], *, ranks_per_no
 
 def _differences(report: Report, first: Report, name: str, ranks_per_node: int | None) -> list[str]:
     """What a node has otherwise than the first, called `name`."""
-    found = []
+    problems = []
     if report.versions and first.versions:
-        found += [f"{package} is {report.versions.get(package, 'not installed')}, on {name} "
-                  f"{first.versions.get(package, 'not installed')}; {_SAME_ENVIRONMENT}"
-                  for package in differing(report, first)]
+        problems += [f"{package} is {report.versions.get(package, 'not installed')}, on {name} "
+                     f"{first.versions.get(package, 'not installed')}; {_SAME_ENVIRONMENT}"
+                     for package in differing(report, first)]
     if report.gpus is not None and first.gpus is not None:
         here, there = len(report.gpus), len(first.gpus)
         if bool(here) != bool(there) or here < min(there, ranks_per_node or there):
-            found.append(f"has {here} GPUs, {name} has {there}; take nodes of one kind, or set --ranks-per-node to at "
-                         "most the fewest")
+            problems.append(f"has {here} GPUs, {name} has {there}; take nodes of one kind, or set --ranks-per-node to "
+                            "at most the fewest")
     if report.shards and first.shards and report.shards["manifest_sha256"] != first.shards["manifest_sha256"]:
-        found.append(f"its shard set's manifest.json is another than on {name}; copy the shard set there again")
-    return found
+        problems.append(f"its shard set's manifest.json is another than on {name}; copy the shard set there again")
+    return problems
 
 
 def differing(report: Report, first: Report) -> list[str]:
@@ -91,12 +91,12 @@ def show(reports: Mapping[int, Report], names: Sequence[str]) -> None:
 
 
 def _cells(report: Report, first: Report) -> list[str]:
-    found = report.shards
+    shards = report.shards
     kinds = {kind: report.gpus.count(kind) for kind in report.gpus} if report.gpus else {}
     return [
         "–" if report.versions is None else ", ".join(differing(report, first)) or "ok",
         "–" if report.gpus is None else ", ".join(f"{number} × {kind}" for kind, number in kinds.items()) or "none",
-        "–" if found is None else f"{found['files']}, {found['size_bytes'] / 2**30:.1f} GiB" if found["files"] else
+        "–" if shards is None else f"{shards['files']}, {shards['size_bytes'] / 2**30:.1f} GiB" if shards["files"] else
         "remote",
         report.weights or "–",
         "–" if report.free_bytes is None else f"{report.free_bytes / 2**30:.0f} GiB free",

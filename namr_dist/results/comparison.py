@@ -66,7 +66,7 @@ class Difference:
 
     baseline: int
     ranked: int
-    """places in Comparison.settings"""
+    """indices in Comparison.settings"""
     paired: bool
     """the seeds are the same: the error is that of the differences seed by seed"""
     gains: dict[str, Gain]
@@ -116,13 +116,13 @@ class _Measured:
         return str(self.protocol["test hash"])
 
 
-def find_runs(places: Sequence[Path]) -> list[Path]:
-    """Each place that is a run's folder, and the runs in each that is none. Raises InputError where there are none."""
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """Each folder that is a run's, and the runs in each that is none. Raises InputError where there are none."""
     runs = []
-    for place in places:
-        here = [place] if RunFolder(place).config.exists() else runs_in(place)
+    for folder in folders:
+        here = [folder] if RunFolder(folder).config.exists() else runs_in(folder)
         if not here:
-            raise InputError(f"{place} neither is a run nor holds one (no {CONFIG} in it or one folder below); give "
+            raise InputError(f"{folder} neither is a run nor holds one (no {CONFIG} in it or one folder below); give "
                              "folders of runs")
         runs += here
     return runs
@@ -159,7 +159,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
         left_out.append(LeftOut(run=str(run.folder), why=why))
     modes = _modes(run for group in groups.values() for run in group.values())
     fields = _differing([next(iter(group.values())) for group in groups.values()])
-    settings = sorted((_over_seeds(group, fields) for group in groups.values()), key=lambda one: _place(one, fields))
+    settings = sorted((_over_seeds(group, fields) for group in groups.values()), key=lambda one: _sort_key(one, fields))
     return Comparison(test=f"{_test_of(protocol)}, {images}: {protocol.get('query', 'who queries whom is not said')}",
                       fields=fields, modes=modes, settings=tuple(settings), differences=tuple(_differences(settings)),
                       left_out=tuple(left_out))
@@ -248,7 +248,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _place(setting: Setting, fields: Sequence[str]) -> list[tuple[int, float, str]]:
+def _sort_key(setting: Setting, fields: Sequence[str]) -> list[tuple[int, float, str]]:
     """Sorts settings by field: numbers by size, before texts."""
     values = [setting.values[name] for name in fields]
     return [(0, float(value), "") if _is_number(value) else (1, 0.0, str(value)) for value in values]

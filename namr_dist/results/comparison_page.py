@@ -39,12 +39,12 @@ class Grid:
 
 def grids(comparison: Comparison) -> list[Grid]:
     """All tables, the most wanted first."""
-    found = [_results(comparison)]
+    tables = [_results(comparison)]
     if comparison.differences:
-        found.append(_gains(comparison))
+        tables.append(_gains(comparison))
     if any(len(setting.figures) > 1 for setting in comparison.settings):
-        found += [_by_mode(comparison, name) for name in _headlines(comparison)]
-    return found
+        tables += [_by_mode(comparison, name) for name in _headlines(comparison)]
+    return tables
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -84,8 +84,8 @@ def load(folder: str | Path) -> EmbeddingNetwork:
     except ValueError as error:
         raise InputError(f"{where} is not JSON ({error}); export the run again") from None
     if not isinstance(about, dict) or about.get("format") != _FORMAT:
-        found = about.get("format") if isinstance(about, dict) else type(about).__name__
-        raise InputError(f"{where} has format {found!r}, expected {_FORMAT!r}; export the run again")
+        told = about.get("format") if isinstance(about, dict) else type(about).__name__
+        raise InputError(f"{where} has format {told!r}, expected {_FORMAT!r}; export the run again")
     config = Config.from_object(about.get("config"), f"{where}: config")
     # A loss is no part of the network: its code is not imported, and need not be there.
     of_network = {use: name for use, name in config.code_names().items() if use.startswith("model.")}
@@ -169,10 +169,10 @@ def difference(forward: Forward, batches: Sequence[Tensor], expected: Sequence[t
     largest = 0.0
     with torch.no_grad():
         for images_bHH3, right in zip(batches, expected, strict=True):
-            for found_bD, right_bD in zip(forward(images_bHH3), right, strict=True):
-                if found_bD.shape != right_bD.shape:
+            for actual_bD, right_bD in zip(forward(images_bHH3), right, strict=True):
+                if actual_bD.shape != right_bD.shape:
                     return float("inf")
-                off_b = (found_bD - right_bD).norm(dim=1) / right_bD.norm(dim=1).clamp_min(1e-12)
+                off_b = (actual_bD - right_bD).norm(dim=1) / right_bD.norm(dim=1).clamp_min(1e-12)
                 largest = max(largest, float(off_b.nan_to_num(nan=float("inf")).max()))
     return largest
 
@@ -200,8 +200,8 @@ def _test_images(config: Config) -> list[Tensor]:
     """A batch of each checked size, of images spread over the test split."""
     manifest = open_shards(config.data.path, config.data.remote)
     index = manifest.index(config.data.test_split)
-    places = iter(np.linspace(0, len(index) - 1, sum(_CHECKED_BATCHES)).astype(int).tolist())
-    chosen = [[(next(places), 0) for _ in range(size)] for size in _CHECKED_BATCHES]
+    indices = iter(np.linspace(0, len(index) - 1, sum(_CHECKED_BATCHES)).astype(int).tolist())
+    chosen = [[(next(indices), 0) for _ in range(size)] for size in _CHECKED_BATCHES]
     images = ShardImages(manifest, index, test_transform(config))
     return [batch.images_bHW3 for batch in stream(images, chosen, workers=0)]
 

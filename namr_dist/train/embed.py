@@ -29,14 +29,14 @@ def embed(forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, 
     timeout_s: as in `stream`, which raises InputError for images that cannot be read.
     """
     batches = sequential_batches(len(images), batch_size=batch_size, rank=rank.rank, world_size=rank.world_size)
-    places: list[Tensor] = []
+    indices: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
     for batch in stream(images, batches, workers=workers, timeout_s=timeout_s):
         outputs = forward(batch.images_bHW3.to(rank.device))
-        places.append(batch.index_b)
+        indices.append(batch.index_b)
         parts.append(tuple(output.float() for output in outputs))
-    gather = RowGather((sum(len(index_b) for index_b in places),) * world_size())
-    place_M = gather(torch.cat(places).to(rank.device)).cpu().numpy()
-    # Ranks that ran out repeated their last image: the first of equal places is as good as any.
-    first_N = np.unique(place_M, return_index=True)[1]
+    gather = RowGather((sum(len(index_b) for index_b in indices),) * world_size())
+    index_M = gather(torch.cat(indices).to(rank.device)).cpu().numpy()
+    # Ranks that ran out repeated their last image: the first of equal indices is as good as any.
+    first_N = np.unique(index_M, return_index=True)[1]
     return tuple(gather(torch.cat(column)).cpu().numpy()[first_N] for column in zip(*parts, strict=True))

@@ -196,23 +196,23 @@ def write_trace(path: Path, *events: tuple[str, str, float, float, int]) -> Path
 
 
 def test_a_gpu_is_busy_where_kernels_of_any_stream_run(tmp_path: Path) -> None:
-    found = summarise(write_trace(
+    summary = summarise(write_trace(
         tmp_path / "trace.json", ("user_annotation", "ProfilerStep#4", 0, 5000, 1), ("cpu_op", "aten::mm", 0, 900, 1),
         ("kernel", "gemm", 1000, 2000, 7), ("kernel", "gemm", 4000, 1000, 7), ("gpu_memcpy", "copy", 2000, 1500, 8)))
-    assert found.on_device and found.steps == 1 and found.span_ms == 4
-    assert found.busy_share == pytest.approx((2500 + 1000) / 4000)
-    assert [(one.name, one.calls, one.ms) for one in found.top] == [("gemm", 2, 3.0), ("copy", 1, 1.5)]
-    assert found.top[0].share == pytest.approx(2 / 3)
+    assert summary.on_device and summary.steps == 1 and summary.span_ms == 4
+    assert summary.busy_share == pytest.approx((2500 + 1000) / 4000)
+    assert [(one.name, one.calls, one.ms) for one in summary.top] == [("gemm", 2, 3.0), ("copy", 1, 1.5)]
+    assert summary.top[0].share == pytest.approx(2 / 3)
 
 
 def test_an_operator_is_booked_without_those_that_it_calls(tmp_path: Path) -> None:
-    found = summarise(write_trace(
+    summary = summarise(write_trace(
         tmp_path / "trace.json", ("cpu_op", "outer", 0, 1000, 1), ("cpu_op", "inner", 100, 300, 1),
         ("cpu_op", "innermost", 200, 100, 1), ("cpu_op", "inner", 500, 200, 1), ("cpu_op", "inner", 300, 400, 2)))
-    assert not found.on_device
-    assert {one.name: (one.calls, one.ms) for one in found.top} == {
+    assert not summary.on_device
+    assert {one.name: (one.calls, one.ms) for one in summary.top} == {
         "outer": (1, pytest.approx(0.5)), "inner": (3, pytest.approx(0.8)), "innermost": (1, pytest.approx(0.1))}
-    assert found.busy_share == 1
+    assert summary.busy_share == 1
 
 
 def test_both_forms_of_the_loss_agree() -> None:
@@ -320,5 +320,5 @@ def test_a_trace_on_a_gpu_holds_its_kernels(tmp_path: Path) -> None:
         for _ in range(1 + STEPS):
             begin_step()
             module(images, labels).total.backward()
-    found = summarise(tmp_path / "trace.json")
-    assert found.on_device and found.steps == STEPS and 0 < found.busy_share <= 1 and found.top
+    summary = summarise(tmp_path / "trace.json")
+    assert summary.on_device and summary.steps == STEPS and 0 < summary.busy_share <= 1 and summary.top

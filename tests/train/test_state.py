@@ -16,7 +16,7 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.batchnorm import GlobalBatchNorm
 from namr_dist.parallel.pool import Ranks
 from namr_dist.train.checkpoints.state import SavedState, check_fits, open_state, save_state
-from namr_dist.train.checkpoints.verified_file import DamagedFile, HashedWriter, TensorSpec
+from namr_dist.train.checkpoints.verified_file import DamagedFile, TensorSpec, VerifiedFileWriter
 from namr_dist.train.checkpoints.zero_fragments import full_shape
 
 ROWS, WIDTH = 8, 5
@@ -199,7 +199,7 @@ def small_file(path: Path, **metadata: str) -> Path:
     values = dict(sorted(values.items(), key=lambda entry: -entry[1].dtype.itemsize))
     told = {"format": "namr-training/1", "version": "0", "step": "4", "ranks": "1", "data": "d",
             "config": CONFIG.to_json(), **metadata}
-    writer = HashedWriter(path, told, {name: TensorSpec.of(value) for name, value in values.items()})
+    writer = VerifiedFileWriter(path, told, {name: TensorSpec.of(value) for name, value in values.items()})
     for value in values.values():
         writer.add(value)
     writer.commit()
@@ -252,7 +252,7 @@ def test_what_the_disk_changed_is_never_accepted(tmp_path: Path) -> None:
     values = torch.arange(1000.0)
     path = tmp_path / "step.safetensors"
     path.write_bytes(b"the older one")
-    writer = HashedWriter(path, {}, {"values": TensorSpec.of(values)})
+    writer = VerifiedFileWriter(path, {}, {"values": TensorSpec.of(values)})
     writer.add(values)
     (temporary,) = tmp_path.glob(".*.tmp")
     with open(temporary, "r+b") as file:

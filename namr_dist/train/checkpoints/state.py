@@ -26,7 +26,7 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import world_size
 from namr_dist.train.checkpoints import zero_fragments
-from namr_dist.train.checkpoints.verified_file import DamagedFile, HashedWriter, TensorSpec, verify_hashed
+from namr_dist.train.checkpoints.verified_file import DamagedFile, TensorSpec, VerifiedFileWriter, verify_file
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -72,7 +72,7 @@ def save_state(engine: DeepSpeedEngine, path: Path, *, step: int, config: Config
     rank's CPU.
     """
     entries = _entries(engine, host, _generators(engine.device))
-    writer: HashedWriter | None = None
+    writer: VerifiedFileWriter | None = None
     trouble: str | None = None
     metadata = {"format": _FORMAT, "version": __version__, "step": str(step), "ranks": str(world_size()),
                 "zero_stage": str(engine.zero_optimization_stage()), "data": data_hash, "config": config.to_json()}
@@ -80,7 +80,7 @@ def save_state(engine: DeepSpeedEngine, path: Path, *, step: int, config: Config
         if dist.get_rank() == 0:
             try:
                 path.parent.mkdir(exist_ok=True)
-                writer = HashedWriter(path, metadata, {entry.name: entry.spec for entry in entries})
+                writer = VerifiedFileWriter(path, metadata, {entry.name: entry.spec for entry in entries})
             except OSError as error:
                 trouble = error.strerror
         for entry in entries:
@@ -111,7 +111,7 @@ def open_state(path: Path) -> SavedState:
     Raises DamagedFile, or InputError for a file that is whole but of another format.
     """
     try:
-        verify_hashed(path)
+        verify_file(path)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata()
     except (safetensors.SafetensorError, OSError) as error:
@@ -127,12 +127,12 @@ def open_state(path: Path) -> SavedState:
 def check_fits(saved: SavedState, module: nn.Module) -> None:
     """Raise InputError unless the checkpoint holds just the parameters and buffers of `module`."""
     with safetensors.safe_open(saved.path, "pt") as file:
-        found = {name.removeprefix("model/"): spec.shape for name, spec in TensorSpec.all_in(file).items()
+        there = {name.removeprefix("model/"): spec.shape for name, spec in TensorSpec.all_in(file).items()
                  if name.startswith("model/")}
     wanted = {name: tuple(value.shape) for name, value in _named_state(module)}
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise InputError(f"{saved.path} does not fit the model: {name} is {_shape(found, name)} there and "
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
+            raise InputError(f"{saved.path} does not fit the model: {name} is {_shape(there, name)} there and "
                              f"{_shape(wanted, name)} here; it belongs to another run or version")
 
 

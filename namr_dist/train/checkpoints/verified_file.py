@@ -57,7 +57,7 @@ class TensorSpec:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-class HashedWriter:
+class VerifiedFileWriter:
     """Writes one file under a temporary name; only `commit` makes it visible, and only once it has been verified.
 
     layout: all tensors by name, in the order in which `add` will bring them, widest dtype first (readers map
@@ -99,7 +99,7 @@ class HashedWriter:
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._file.close()
         try:
-            verify_hashed(self._temporary)
+            verify_file(self._temporary)
         except DamagedFile as error:
             raise OSError(None, f"read back differs from what was written ({error})", str(self._path)) from None
         os.replace(self._temporary, self._path)
@@ -124,18 +124,18 @@ def _header(metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]) -> by
     """Length and header, with zeros for the digest and the tensors behind it aligned to 8 bytes."""
     assert "sha256" not in metadata and "__metadata__" not in layout
     entries: dict[str, object] = {"__metadata__": {"sha256": _NO_DIGEST.decode(), **metadata}}
-    place = 0
+    offset = 0
     for name, spec in layout.items():
         entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape),
-                         "data_offsets": [place, place + spec.bytes]}
-        place += spec.bytes
+                         "data_offsets": [offset, offset + spec.bytes]}
+        offset += spec.bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     assert text.startswith(_BEFORE_DIGEST + _NO_DIGEST)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def verify_hashed(path: Path) -> None:
+def verify_file(path: Path) -> None:
     """Read every byte. Raises DamagedFile if the file is not whole, or not one of ours."""
     with open(path, "rb") as file:
         start = file.read(_DIGEST_AT)

@@ -43,10 +43,10 @@ def _fragment(engine: DeepSpeedEngine, parameter: nn.Parameter) -> _Fragment | N
     if stage == 0:
         return _Fragment(owner=parameter, offset=0, start=0, count=parameter.numel())
     if stage == 3:
-        place = zero.grad_position.get(zero.get_param_id(parameter))
-        if place is None:
+        position = zero.grad_position.get(zero.get_param_id(parameter))
+        if position is None:
             return None
-        group, offset, count = place
+        group, offset, count = position
         return _Fragment(owner=zero.fp32_partitioned_groups_flat[group], offset=offset,
                          start=dist.get_rank() * count, count=count)
     groups = [number for number, members in enumerate(zero.bit16_groups)
