@@ -56,7 +56,7 @@ class Case:
     """A key of LOSSES."""
     namr: bool
     way: Way
-    """definition: one process, the formulas of kernels/reference.py differentiated by autograd."""
+    """definition: one process, the definitions of kernels/reference differentiated by autograd."""
     ranks: int
     dtype: Precision
     """Of the parameters, the network and the loss."""
@@ -91,7 +91,7 @@ def step_alone(case: Case) -> Step:
 
 
 def step_by_definition(case: Case) -> Step:
-    """One process whose loss is written down from kernels/reference.py and differentiated by autograd."""
+    """One process whose loss is as kernels/reference defines it, and differentiated by autograd."""
     module, images, labels_B = make_batch(case)
     config = _loss_config(case)
     z_BD, s_BD = module.network(images)
