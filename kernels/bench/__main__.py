@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .options import add_arguments, execute
-from .table import Refused
+from .table import RefusedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     try:
         execute(parser.parse_args(arguments))
-    except Refused as error:
+    except RefusedError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -10,7 +10,7 @@ import torch
 
 from .cases import DTYPES, LOSSES, PASSES, PER_CLASS, Case
 from .providers import PROVIDERS, available
-from .table import Refused, check_csv, render
+from .table import RefusedError, check_csv, render
 
 DESCRIPTION = ("Time and memory of the losses beside plain PyTorch, torch.compile, loops and pytorch-metric-learning: "
                "interleaved, and only after each has shown that it computes the same.")
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> None:
-    """Do what the options say.  Raises Refused, in one line, for what cannot be done."""
+    """Do what the options say.  Raises RefusedError, in one line, for what cannot be done."""
     if options.plot:
         from .plot import draw
 
@@ -77,9 +77,9 @@ def execute(options: argparse.Namespace) -> None:
             print(path)
         return
     if options.out:
-        raise Refused("--out goes with --plot; rows are written to --csv")
+        raise RefusedError("--out goes with --plot; rows are written to --csv")
     if "pml" in options.providers and "pml" not in available():
-        raise Refused("pml needs pytorch-metric-learning: pip install 'namr-dist[bench]', or leave it out")
+        raise RefusedError("pml needs pytorch-metric-learning: pip install 'namr-dist[bench]', or leave it out")
     check_csv(options.csv)
     from .run import run
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .cases import LOSSES, PASSES
 from .providers import PROVIDERS
-from .table import DIFFERS, WRONG, Refused, read
+from .table import DIFFERS, WRONG, RefusedError, read
 
 # Okabe and Ito's palette, distinct to colour-blind eyes; the markers say it again.
 _STYLES = dict(zip(PROVIDERS, (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"),
@@ -42,11 +42,11 @@ class _Figure:
 
 
 def draw(csv: Path, out: Path) -> list[Path]:
-    """Write the PNG files into `out`; returns their paths.  Raises Refused for a file without figures."""
+    """Write the PNG files into `out`; returns their paths.  Raises RefusedError for a file without figures."""
     try:
         import matplotlib
     except ImportError:
-        raise Refused("plots need matplotlib: pip install 'namr-dist[bench]'") from None
+        raise RefusedError("plots need matplotlib: pip install 'namr-dist[bench]'") from None
     matplotlib.use("Agg")
     figures: dict[_Figure, dict[tuple[str, str, int], dict[str, str]]] = {}
     for row in read(csv):
@@ -56,7 +56,7 @@ def draw(csv: Path, out: Path) -> list[Path]:
             if (row["pass"] == "forward") == (row["provider"] == "matmul"):
                 figures.setdefault(key, {})[row["loss"], row["provider"], int(row["B"])] = row
     if not figures:
-        raise Refused(f"{csv} holds no figures that agree with the definition; run the benchmark first")
+        raise RefusedError(f"{csv} holds no figures that agree with the definition; run the benchmark first")
     out.mkdir(parents=True, exist_ok=True)
     return [_draw(figure, points, quantity, out / f"{quantity}-{figure.slug}.png")
             for figure, points in figures.items() for quantity in ("time", "memory")]

@@ -32,19 +32,19 @@ COLUMNS = ("timestamp", "device", "platform", "torch", "triton", "commit", "dtyp
 AGREES, WRONG, DIFFERS, WITNESS = "yes", "no", "differs by definition", "witness"
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """Something given by the user cannot be used; the message says why and what to do."""
 
 
 def check_csv(path: Path) -> None:
-    """Raise Refused unless rows can be appended to `path`: no file, an empty one, or one with these columns."""
+    """Raise RefusedError unless rows can be appended to `path`: no file, an empty one, or one with these columns."""
     if path.is_dir():
-        raise Refused(f"{path} is a folder; give a file")
+        raise RefusedError(f"{path} is a folder; give a file")
     if not path.is_file() or path.stat().st_size == 0:
         return
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         if next(csv.reader(file), None) != list(COLUMNS):
-            raise Refused(f"{path} has other columns than this version writes; move it away or give another --csv")
+            raise RefusedError(f"{path} has other columns than this version writes; move it away or give another --csv")
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -71,9 +71,9 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a file; a torn line is passed over.  Raises Refused for any other file."""
+    """The complete rows of a file; a torn line is passed over.  Raises RefusedError for any other file."""
     if not path.is_file():
-        raise Refused(f"there is no file {path}; run the benchmark first, or give the file it wrote")
+        raise RefusedError(f"there is no file {path}; run the benchmark first, or give the file it wrote")
     check_csv(path)
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.reader(file)

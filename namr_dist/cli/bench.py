@@ -89,11 +89,11 @@ def _add_search(bench_verbs: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _bench_kernels(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.kernels.bench.options import execute
-    from namr_dist.kernels.bench.table import Refused
+    from namr_dist.kernels.bench.table import RefusedError
 
     try:
         execute(parsed)
-    except Refused as error:
+    except RefusedError as error:
         raise InputError(str(error)) from None
 
 

@@ -16,12 +16,12 @@ MORE_TIME = "(if it is only slow, give it time with --limit, in a Slurm job NAMR
 _T = TypeVar("_T")
 
 
-class TooLate(Exception):
+class TooLateError(Exception):
     """A function has not ended in its time."""
 
 
 def within(seconds: float, function: Callable[[], _T]) -> _T:
-    """What the function returns or raises; TooLate if it takes longer.
+    """What the function returns or raises; TooLateError if it takes longer.
 
     Its thread is then left behind: nothing ends a call that a file system or a driver does not answer.
     """
@@ -36,7 +36,7 @@ def within(seconds: float, function: Callable[[], _T]) -> _T:
     threading.Thread(target=work, daemon=True).start()
     wait([future], max(0.0, seconds))
     if not future.done():
-        raise TooLate
+        raise TooLateError
     return future.result()
 
 

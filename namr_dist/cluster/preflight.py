@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from namr_dist.cluster import checks
-from namr_dist.cluster.deadline import EXIT_CODE, MORE_TIME, Deadline, TooLate, node_name, within
-from namr_dist.cluster.rendezvous import FirstNodeGone, Rendezvous
+from namr_dist.cluster.deadline import EXIT_CODE, MORE_TIME, Deadline, TooLateError, node_name, within
+from namr_dist.cluster.rendezvous import FirstNodeGoneError, Rendezvous
 from namr_dist.cluster.report import Report, compare, show
 from namr_dist.config import Config
 from namr_dist.errors import InputError
@@ -67,10 +67,10 @@ def preflight(config: Config | InputError, run: Path, *, ranks_per_node: int | N
             node.remove_probe()
     except _Terminated:
         return 128 + signal.SIGTERM
-    except (FirstNodeGone, dist.DistError) as error:
+    except (FirstNodeGoneError, dist.DistError) as error:
         # The first node speaks for all. Where it does not, one more is enough.
         if launch.rank == 1:
-            reason = str(error) if isinstance(error, FirstNodeGone) else \
+            reason = str(error) if isinstance(error, FirstNodeGoneError) else \
                 "the connection to the first node broke; see what it says"
             raise InputError(f"preflight: {node_name()}: {reason}") from None
         return EXIT_CODE
@@ -134,7 +134,7 @@ class _Node:
             self._wait_for_first()
         code = self._rendezvous.read("code", share=1.0)
         if code is None:
-            raise FirstNodeGone("the first node gives no verdict; see what it says")
+            raise FirstNodeGoneError("the first node gives no verdict; see what it says")
         self._rendezvous.leave(0)
         return int(code)
 
@@ -162,7 +162,7 @@ class _Node:
                 fact = within(self._deadline.left_s(_CHECKED), check.find)
                 if check.fact is not None:
                     setattr(self._report, check.fact, fact)
-            except TooLate:
+            except TooLateError:
                 problems.append(f"{check.doing} has not ended after {self._deadline.passed_s:.0f} s: {check.hint} "
                                 + MORE_TIME)
                 return False
@@ -212,7 +212,7 @@ class _Node:
     def remove_probe(self) -> None:
         """The file that this node wrote, if it is still there."""
         if self._probe is not None:
-            with suppress(TooLate, OSError):  # where it hangs or fails, the check has said so
+            with suppress(TooLateError, OSError):  # where it hangs or fails, the check has said so
                 within(_REMOVAL_S, partial(self._probe.unlink, missing_ok=True))
 
     def _see_probe(self) -> None:
@@ -238,7 +238,7 @@ class _Node:
                 store, rank=rank, size=self._launch.world_size, backend=backend, seconds=seconds))
         except InputError as error:
             self._report.problems.append(str(error))
-        except TooLate:
+        except TooLateError:
             self._report.problems.append(f"a sum over all nodes by {backend} has not ended after {seconds:.0f} s; "
                                          f"{remedy} {MORE_TIME}")
         except Exception as error:

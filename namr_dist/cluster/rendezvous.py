@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from namr_dist.cluster.deadline import MORE_TIME, Deadline, TooLate, node_name, within
+from namr_dist.cluster.deadline import MORE_TIME, Deadline, TooLateError, node_name, within
 from namr_dist.errors import InputError
 from namr_dist.parallel.ranks import Launch
 
@@ -21,7 +21,7 @@ _POLL_S = 0.1
 _LEAVE_S = 2.0
 
 
-class FirstNodeGone(Exception):
+class FirstNodeGoneError(Exception):
     """The first node does not answer, or no longer."""
 
 
@@ -33,7 +33,7 @@ class Rendezvous:
     """
 
     def __init__(self, launch: Launch, deadline: Deadline) -> None:
-        """Raises InputError if the first node cannot open its port, FirstNodeGone if another does not find it."""
+        """Raises InputError if the first node cannot open its port, FirstNodeGoneError if another does not find it."""
         self.rank, self.size = launch.rank, launch.world_size
         self.address = f"{launch.master_addr}:{launch.master_port}"
         self._deadline = deadline
@@ -60,11 +60,11 @@ class Rendezvous:
         try:
             # Not by its own time-out alone, which a listener that says nothing outlasts.
             return within(self._deadline.left_s(_CONNECTED), open_store)
-        except (TooLate, dist.DistError) as error:
+        except (TooLateError, dist.DistError) as error:
             reason = str(error).splitlines()[0] if str(error) else "no answer"
             if self.rank > 0:
-                raise FirstNodeGone(f"{self.address} does not speak as the first node does ({reason}); see what the "
-                                    "first node says") from None
+                raise FirstNodeGoneError(f"{self.address} does not speak as the first node does ({reason}); see what "
+                                         "the first node says") from None
             if "EADDRINUSE" in reason:
                 raise InputError(f"preflight: port {launch.master_port} of {launch.master_addr} is taken by another "
                                  "program; set NAMR_PORT to a free port, or leave it unset") from None
@@ -78,9 +78,9 @@ class Rendezvous:
                 return
             except OSError as error:
                 if not self._deadline.left_s(_CONNECTED):
-                    raise FirstNodeGone(f"the first node does not answer at {self.address} ({error}); look there "
-                                        f"whether it starts, and between the nodes for a firewall {MORE_TIME}"
-                                        ) from None
+                    raise FirstNodeGoneError(f"the first node does not answer at {self.address} ({error}); look there "
+                                             f"whether it starts, and between the nodes for a firewall {MORE_TIME}"
+                                             ) from None
             time.sleep(_POLL_S)
 
     def begin(self, doing: str) -> None:

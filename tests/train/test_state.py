@@ -16,7 +16,7 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.batchnorm import GlobalBatchNorm
 from namr_dist.parallel.pool import Ranks
 from namr_dist.train.checkpoints.state import SavedState, check_fits, open_state, save_state
-from namr_dist.train.checkpoints.verified_file import DamagedFile, TensorSpec, VerifiedFileWriter
+from namr_dist.train.checkpoints.verified_file import DamagedFileError, TensorSpec, VerifiedFileWriter
 from namr_dist.train.checkpoints.zero_fragments import full_shape
 
 ROWS, WIDTH = 8, 5
@@ -212,21 +212,21 @@ def test_flipped_and_missing_bytes_are_found(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for place in [*range(200), *range(200, len(whole), 7)]:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 32]) + whole[place + 1 :])
-        with pytest.raises(DamagedFile):
+        with pytest.raises(DamagedFileError):
             open_state(path)
     for length in (0, 5, 30, 200, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(DamagedFile):
+        with pytest.raises(DamagedFileError):
             open_state(path)
     path.write_bytes(whole + b"\0")
-    with pytest.raises(DamagedFile):
+    with pytest.raises(DamagedFileError):
         open_state(path)
 
 
 def test_foreign_files(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.safetensors"
     safetensors.torch.save_file({"weight": torch.ones(3)}, foreign, {"format": "pt"})
-    with pytest.raises(DamagedFile, match="no SHA-256 of itself"):
+    with pytest.raises(DamagedFileError, match="no SHA-256 of itself"):
         open_state(foreign)
     with pytest.raises(InputError, match="has format 'namr-training/2', expected 'namr-training/1'"):
         open_state(small_file(tmp_path / "newer.safetensors", format="namr-training/2"))

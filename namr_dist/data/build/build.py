@@ -27,7 +27,7 @@ from typing import Any
 from namr_dist.atomic import write_atomic
 from namr_dist.data.build.layout import ShardPlan, shard_plans, tar_bytes, with_validation
 from namr_dist.data.build.listing import Listing, SourceImage
-from namr_dist.data.build.normalise import BrokenImage, Encoding, as_shard_jpeg
+from namr_dist.data.build.normalise import BrokenImageError, Encoding, as_shard_jpeg
 from namr_dist.data.build.progress import BuildProgress
 from namr_dist.data.build.workers import Advance, run_tasks
 from namr_dist.data.shardset.manifest import FILE_NAME, ImageClass, Manifest, Shard
@@ -315,7 +315,7 @@ def _make_shard(out: Path, encoding: Encoding, task: _Task, advance: Advance) ->
                 data = _read(image.path)
                 advance(1, len(data))
                 jpeg, treatment = as_shard_jpeg(data, encoding)
-            except BrokenImage as error:
+            except BrokenImageError as error:
                 broken.append((path, error.kind, error.detail))
                 continue
             except MemoryError:
@@ -334,7 +334,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BrokenImage(_UNREADABLE, str(error.strerror)) from None
+        raise BrokenImageError(_UNREADABLE, str(error.strerror)) from None
 
 
 def _told(broken: list[_Broken], path: Path, *, images: int) -> str:

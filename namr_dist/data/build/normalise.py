@@ -37,7 +37,7 @@ _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 _BASELINE, _EXTENDED, _END, _SCAN, _FIRST_APPLICATION = 0xC0, 0xC1, 0xD9, 0xDA, 0xE0
 
 
-class BrokenImage(InputError):
+class BrokenImageError(InputError):
     """A file that is no whole image. `kind` is what `broken` files are counted by, the message says it all."""
 
     def __init__(self, kind: str, detail: str) -> None:
@@ -61,21 +61,21 @@ class Encoding:
 def as_shard_jpeg(data: bytes, encoding: Encoding) -> tuple[bytes, Treatment]:
     """A JPEG of the image that the bytes of a file show, and what was done to it.
 
-    What the file is, its content says; its name does not count. Raises BrokenImage, also for a JPEG of which a viewer
-    would show a part.
+    What the file is, its content says; its name does not count. Raises BrokenImageError, also for a JPEG of which a
+    viewer would show a part.
     """
     if not data:
-        raise BrokenImage("empty", "")
+        raise BrokenImageError("empty", "")
     if not data.startswith(b"\xff\xd8"):
         return _encode(_open_with_pillow(data), "converted", encoding)
     try:
         pixels = _strict_pixels(data)
-    except BrokenImage:
+    except BrokenImageError:
         raise
     except ValueError as error:
         image = _open_with_pillow(data)  # which, like viewers, shows grey without a word where data is lost
         if not (_is_sound(_with_plain_header(data)) or _is_sound(_without_stray_end(data, str(error)))):
-            raise BrokenImage("damaged", str(error)) from None
+            raise BrokenImageError("damaged", str(error)) from None
         return _encode(image, "repaired", encoding)
     if pixels.shape[2] == 4:
         return _encode(_open_with_pillow(data), "converted", encoding)
@@ -90,14 +90,14 @@ def as_shard_jpeg(data: bytes, encoding: Encoding) -> tuple[bytes, Treatment]:
 
 
 def viewed_rgb(data: bytes) -> np.ndarray:
-    """uint8 (H, W, 3): what a viewer shows of any image file that a build takes. Raises BrokenImage."""
+    """uint8 (H, W, 3): what a viewer shows of any image file that a build takes. Raises BrokenImageError."""
     if not data:
-        raise BrokenImage("empty", "")
+        raise BrokenImageError("empty", "")
     return np.asarray(_as_rgb(_open_with_pillow(data)))
 
 
 def _strict_pixels(jpeg: bytes) -> np.ndarray:
-    """uint8 (H, W, 3): RGB; (H, W, 4): inks. Raises ValueError for whatever libjpeg warns of, and BrokenImage for
+    """uint8 (H, W, 3): RGB; (H, W, 4): inks. Raises ValueError for whatever libjpeg warns of, and BrokenImageError for
     too large an image."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
     _check_size(width, height)
@@ -154,7 +154,7 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
-        raise BrokenImage("too large", f"{width} × {height} pixels")
+        raise BrokenImageError("too large", f"{width} × {height} pixels")
 
 
 def _is_turned(jpeg: bytes) -> bool:
@@ -177,15 +177,16 @@ def _open_with_pillow(data: bytes) -> Image.Image:
             _check_size(*image.size)
             image.load()
             return ImageOps.exif_transpose(image)
-    except (BrokenImage, MemoryError):
+    except (BrokenImageError, MemoryError):
         raise
     except UnidentifiedImageError:
         known = data.startswith((b"\xff\xd8", b"\x89PNG"))
-        raise BrokenImage("damaged" if known else "not an image", f"cannot be read as {', '.join(_FORMATS)}") from None
+        raise BrokenImageError("damaged" if known else "not an image",
+                               f"cannot be read as {', '.join(_FORMATS)}") from None
     except Image.DecompressionBombError as error:
-        raise BrokenImage("too large", str(error)) from None
+        raise BrokenImageError("too large", str(error)) from None
     except Exception as error:  # damaged files raise whatever Pillow's parsers run into
-        raise BrokenImage("truncated" if "truncated" in str(error).lower() else "damaged", str(error)) from None
+        raise BrokenImageError("truncated" if "truncated" in str(error).lower() else "damaged", str(error)) from None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -208,7 +209,7 @@ def _encode(image: Image.Image, treatment: Treatment, encoding: Encoding) -> tup
                              reducing_gap=3.0)
         treatment = "shrunk"
     if max(image.size) > _MOST_SIDE:
-        raise BrokenImage("too large", f"{width} × {height} pixels: a JPEG has {_MOST_SIDE} at most on a side")
+        raise BrokenImageError("too large", f"{width} × {height} pixels: a JPEG has {_MOST_SIDE} at most on a side")
     jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=encoding.quality, colorsubsampling="444")
     return jpeg, treatment
 

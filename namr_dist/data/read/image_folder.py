@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from namr_dist.data.build.formats.lists import ENDINGS
-from namr_dist.data.build.normalise import BrokenImage, viewed_rgb
+from namr_dist.data.build.normalise import BrokenImageError, viewed_rgb
 from namr_dist.data.read.augment import TestTransform
 from namr_dist.data.read.stream import Batch, ImageSource
 from namr_dist.errors import InputError
@@ -50,7 +50,7 @@ class FolderImages(ImageSource):
     def _image(self, path: Path) -> np.ndarray:
         try:
             return self._transform(viewed_rgb(path.read_bytes()))
-        except BrokenImage as error:
+        except BrokenImageError as error:
             raise InputError(f"{path} cannot be decoded ({error}); repair or remove it") from None
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}); repair or remove it") from None

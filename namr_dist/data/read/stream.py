@@ -21,7 +21,7 @@ from namr_dist.data.read.augment import TestTransform, TrainTransform
 from namr_dist.data.read.plan import Sampling, augment_seed, epoch_plan, rank_part, steps_per_epoch
 from namr_dist.data.read.watched_loader import LOOK_S, WatchedLoader, set_up_worker
 from namr_dist.data.shardset.manifest import Manifest, Shard, SplitIndex
-from namr_dist.data.shardset.shards import DamagedImage, decode_rgb, jpeg_size
+from namr_dist.data.shardset.shards import DamagedImageError, decode_rgb, jpeg_size
 from namr_dist.errors import InputError
 
 _AHEAD_BYTES = 256 << 20
@@ -159,7 +159,7 @@ class ShardImages(ImageSource):
         """An image, with its place, or its replacement; `replaced` then gets a line."""
         try:
             return place, self._image(place, seed)
-        except DamagedImage as error:
+        except DamagedImageError as error:
             if self._damaged == "stop":
                 raise
             replaced.append(str(error))
@@ -168,7 +168,7 @@ class ShardImages(ImageSource):
         for other in (*own_C[turn:].tolist(), *own_C[: turn - 1].tolist()):
             try:
                 return other, self._image(other, seed)
-            except DamagedImage:
+            except DamagedImageError:
                 continue  # it is counted when its own turn comes
         label = int(self._index.label_N[place])
         name = self._manifest.class_by_label[label].name

@@ -16,7 +16,7 @@ import simplejpeg
 from PIL import Image
 
 from namr_dist.data.shardset.manifest import Manifest
-from namr_dist.data.shardset.shards import DamagedImage, jpeg_size, map_jpegs
+from namr_dist.data.shardset.shards import DamagedImageError, jpeg_size, map_jpegs
 
 SIDE = 16
 NEAR_BITS = 6
@@ -102,5 +102,5 @@ def _thumbnail(jpeg: bytes, where: str) -> np.ndarray:
         # The decoder shrinks while it decodes, which is cheap, but the less it leaves, the more bits it changes.
         grey_HW = simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=8 * SIDE, min_width=8 * SIDE)[:, :, 0]
     except ValueError as error:
-        raise DamagedImage(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
+        raise DamagedImageError(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
     return np.asarray(Image.fromarray(grey_HW).resize((SIDE + 1, SIDE), Image.Resampling.BILINEAR))

@@ -188,20 +188,20 @@ def check_jpeg(jpeg: bytes, where: str, *, decode: bool) -> None:
         decode_rgb(jpeg, where)
 
 
-class DamagedImage(InputError):
+class DamagedImageError(InputError):
     """One image that cannot be decoded, in a shard that can be read."""
 
 
 def jpeg_size(jpeg: bytes, where: str) -> tuple[int, int]:
-    """Height and width in pixels, from the header. Raises DamagedImage, naming `where`, if it is damaged, or if the
-    image has more than MOST_PIXELS."""
+    """Height and width in pixels, from the header. Raises DamagedImageError, naming `where`, if it is damaged, or if
+    the image has more than MOST_PIXELS."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
     except ValueError as error:
-        raise DamagedImage(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
+        raise DamagedImageError(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
     if height * width > MOST_PIXELS:
-        raise DamagedImage(f"{where} has {width} × {height} pixels, more than {MOST_PIXELS:,}; rebuild the shard set "
-                           "with a smaller one")
+        raise DamagedImageError(f"{where} has {width} × {height} pixels, more than {MOST_PIXELS:,}; rebuild the shard "
+                                "set with a smaller one")
     return height, width
 
 
@@ -209,13 +209,13 @@ def decode_rgb(jpeg: bytes, where: str, *, shrink: int = 1) -> np.ndarray:
     """Decode a JPEG to a uint8 array (H, W, 3).
 
     `shrink` is 1, 2, 4 or 8: the decoder makes sides of ⌈H / shrink⌉ and ⌈W / shrink⌉ pixels from the low frequencies
-    of each block. Raises DamagedImage as `jpeg_size` does.
+    of each block. Raises DamagedImageError as `jpeg_size` does.
     """
     height, width = jpeg_size(jpeg, where)
     try:
         return simplejpeg.decode_jpeg(jpeg, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink))
     except ValueError as error:
-        raise DamagedImage(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
+        raise DamagedImageError(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
 
 
 def sha256_of(stream: BinaryIO) -> str:

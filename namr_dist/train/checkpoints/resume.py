@@ -16,7 +16,7 @@ from namr_dist.data.shardset.manifest import Manifest, SplitIndex
 from namr_dist.errors import InputError
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.state import SavedState, open_state
-from namr_dist.train.checkpoints.verified_file import DamagedFile
+from namr_dist.train.checkpoints.verified_file import DamagedFileError
 
 MAY_DIFFER = {"data.path", "data.remote.cache", "data.remote.cache_gib", "data.remote.retries",
                "data.remote.stall_seconds", "data.workers", "data.batch_minutes", "data.verify",
@@ -65,7 +65,7 @@ def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
     for step, path in reversed(run.checkpoints()):
         try:
             saved = open_state(path)
-        except DamagedFile as error:
+        except DamagedFileError as error:
             warnings.append(f"{path} is damaged ({error})")
             continue
         check_same(path, saved.config, config)

@@ -26,7 +26,7 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import world_size
 from namr_dist.train.checkpoints import zero_fragments
-from namr_dist.train.checkpoints.verified_file import DamagedFile, TensorSpec, VerifiedFileWriter, verify_file
+from namr_dist.train.checkpoints.verified_file import DamagedFileError, TensorSpec, VerifiedFileWriter, verify_file
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -108,14 +108,14 @@ def save_state(engine: DeepSpeedEngine, path: Path, *, step: int, config: Config
 def open_state(path: Path) -> SavedState:
     """Read and verify every byte of a checkpoint.
 
-    Raises DamagedFile, or InputError for a file that is whole but of another format.
+    Raises DamagedFileError, or InputError for a file that is whole but of another format.
     """
     try:
         verify_file(path)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata()
     except (safetensors.SafetensorError, OSError) as error:
-        raise DamagedFile(str(error)) from None
+        raise DamagedFileError(str(error)) from None
     if metadata.get("format") != _FORMAT:
         raise InputError(f"{path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; it was written by "
                          f"version {metadata.get('version')} of namr-dist: go on with that one, or start again with "

@@ -29,7 +29,7 @@ _DIGEST_AT = _LENGTH_BYTES + len(_BEFORE_DIGEST)
 _BLOCK_BYTES = 4 << 20
 
 
-class DamagedFile(ValueError):
+class DamagedFileError(ValueError):
     """The bytes of a file are not those that were written."""
 
 
@@ -100,7 +100,7 @@ class VerifiedFileWriter:
         self._file.close()
         try:
             verify_file(self._temporary)
-        except DamagedFile as error:
+        except DamagedFileError as error:
             raise OSError(None, f"read back differs from what was written ({error})", str(self._path)) from None
         os.replace(self._temporary, self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
@@ -136,14 +136,14 @@ def _header(metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]) -> by
 
 
 def verify_file(path: Path) -> None:
-    """Read every byte. Raises DamagedFile if the file is not whole, or not one of ours."""
+    """Read every byte. Raises DamagedFileError if the file is not whole, or not one of ours."""
     with open(path, "rb") as file:
         start = file.read(_DIGEST_AT)
         told = file.read(len(_NO_DIGEST))
         if start[_LENGTH_BYTES:] != _BEFORE_DIGEST or len(told) < len(_NO_DIGEST):
-            raise DamagedFile("it has no SHA-256 of itself")
+            raise DamagedFileError("it has no SHA-256 of itself")
         sha256 = hashlib.sha256(start + _NO_DIGEST)
         while block := file.read(_BLOCK_BYTES):
             sha256.update(block)
     if sha256.hexdigest().encode() != told:
-        raise DamagedFile("its SHA-256 is not the one it carries")
+        raise DamagedFileError("its SHA-256 is not the one it carries")

@@ -14,7 +14,7 @@ from conftest import picture
 from pictures import jpeg_claiming, saved
 from PIL import Image
 
-from namr_dist.data.build.normalise import BrokenImage, Encoding, as_shard_jpeg
+from namr_dist.data.build.normalise import BrokenImageError, Encoding, as_shard_jpeg
 from namr_dist.data.shardset.shards import check_jpeg, decode_rgb
 
 PLAIN = Encoding()
@@ -177,7 +177,7 @@ def test_a_few_stray_bytes_before_the_end_are_done_away_with(smooth: Image.Image
     with pytest.raises(ValueError, match="extraneous bytes before marker 0xd9"):
         simplejpeg.decode_jpeg(odd)
     if treatment is None:
-        with pytest.raises(BrokenImage, match="damaged"):
+        with pytest.raises(BrokenImageError, match="damaged"):
             as_shard_jpeg(odd, PLAIN)
     else:
         pixels, done = shown(odd)
@@ -194,7 +194,7 @@ def test_lost_pixels_are_damage(loss: Callable[[bytes], bytes], progressive: boo
     for broken in (loss(data), *(oddity(loss(data)) for oddity in oddities)):
         with Image.open(io.BytesIO(broken)) as image:
             image.load()
-        with pytest.raises(BrokenImage) as caught:
+        with pytest.raises(BrokenImageError) as caught:
             as_shard_jpeg(broken, PLAIN)
         assert caught.value.kind == "damaged"
 
@@ -219,7 +219,7 @@ def png_claiming(width: int, height: int) -> bytes:
     (saved(Image.new("1", (70_000, 2)), "PNG"), "too large"),
 ])
 def test_broken_files_are_told_by_kind(data: bytes, kind: str) -> None:
-    with pytest.raises(BrokenImage) as caught:
+    with pytest.raises(BrokenImageError) as caught:
         as_shard_jpeg(data, PLAIN)
     assert caught.value.kind == kind
 
