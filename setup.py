@@ -47,6 +47,7 @@ EXTRAS = {
 
 
 def packages() -> list[str]:
+    """Names under which everything is installed, kernels and launchers below namr_dist."""
     mapped = [f"namr_dist.{folder}{suffix}" for folder in ("kernels", "launchers")
               for suffix in ("", *("." + sub for sub in find_packages(folder)))]
     return find_packages(include=["namr_dist", "namr_dist.*"]) + mapped

@@ -70,6 +70,7 @@ class Case:
     tunes: tuple[str, ...] = ()
 
     def __call__(self, inputs: Inputs) -> Any:
+        """The primitive's result for arguments of one width and type."""
         return self.call(inputs)
 
 
@@ -119,42 +120,52 @@ class Inputs:
 
     @property
     def b(self) -> int:
+        """Local rows."""
         return 1024 if self.D % 16 == 0 else 1001
 
     @property
     def B(self) -> int:
+        """Rows of all ranks."""
         return 4096 if self.D % 16 == 0 else 4003
 
     @property
     def offset(self) -> int:
+        """Where the local rows begin among all: another rank's stand before them."""
         return self.b
 
     @staticmethod
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor without numbers, on the meta device."""
         return torch.empty(shape, dtype=dtype, device="meta")
 
     @property
     def z_BD(self) -> Tensor:
+        """Embeddings of all ranks, (B, D), of `dtype`."""
         return self.empty(self.B, self.D, dtype=self.dtype)
 
     @property
     def z_bD(self) -> Tensor:
+        """The local rows of z_BD, as a view of it."""
         return self.z_BD[self.offset : self.offset + self.b]
 
     @property
     def float_B(self) -> Tensor:
+        """A float32 number for each row of z_BD."""
         return self.empty(self.B)
 
     @property
     def labels_B(self) -> Tensor:
+        """int64 (B,)."""
         return self.empty(self.B, dtype=torch.int64)
 
     @property
     def labels_b(self) -> Tensor:
+        """Those of the local rows, as a view of labels_B."""
         return self.labels_B[self.offset : self.offset + self.b]
 
     @property
     def rows_BR(self) -> Tensor:
+        """int64 (B, 3): row numbers, as mining picks them."""
         return self.empty(self.B, 3, dtype=torch.int64)
 
 
@@ -169,6 +180,7 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """As `kernel_name` gives it."""
         return kernel_name(self.launch.kernel)
 
 
@@ -190,6 +202,7 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
     def line(self) -> str:
+        """A line of the printed table; faults stand at its end."""
         widths = ",".join(map(str, self.widths))
         return (f"sm_{self.arch:<4}{self.dtype:9}{widths:22}{self.kernel + ' chunked' * self.chunked:42}{self.tile:18}"
                 f"registers {self.registers:3}  spill {self.spill:4}  shared {self.shared:6}  "
@@ -197,6 +210,7 @@ class Outcome:
 
 
 def kernel_name(kernel: Any) -> str:
+    """Module and name of a Triton kernel, with a dot between them and without the packages."""
     return f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}"
 
 
@@ -256,6 +270,7 @@ def variants(archs: Sequence[int], dtypes: Sequence[str], widths: Sequence[int])
 
 
 def tile_text(config: Config) -> str:
+    """Tile sizes, warps and stages, such as 128x64x32 w4 s3."""
     return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}"
 
 

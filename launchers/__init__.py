@@ -1,0 +1,1 @@
+"""What starts training on every rank, on one machine or many."""

@@ -79,6 +79,7 @@ def _lines(arguments: argparse.Namespace) -> list[str]:
 
 
 def main() -> int:
+    """Print what the command line asks for; returns the exit code, 2 for what cannot be used."""
     parser = argparse.ArgumentParser(prog="hostfile", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hostfile", type=Path, metavar="HOSTFILE")

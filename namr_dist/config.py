@@ -24,6 +24,8 @@ from namr_dist.named_code import is_named_code
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteConfig:
+    """How shards that lie behind a URL are fetched and kept."""
+
     cache: Path | None = None
     """Folder on this machine for shards that lie behind a URL; None: namr-dist in the user's cache folder."""
     cache_gib: Annotated[float, above_up_to(0, 1e6)] = 100.0
@@ -36,6 +38,8 @@ class RemoteConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """Which images are trained on and how they become batches."""
+
     path: str | None = None
     """Folder of the shard set, with its manifest.json, or its URL (http, https, s3, gs … or pipe:COMMAND with {} for
     the file). None: homeware, the set that comes with the package."""
@@ -130,6 +134,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The backbone and the heads on it."""
+
     backbone: str = "timm:resnet50"
     """conv4, efficientnet_lite0, timm:NAME, or module:NAME for a backbone of your own."""
     pretrained: bool = True
@@ -155,6 +161,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RankingConfig:
+    """Multi-cluster ranking, the label-free loss that trains the structure embedding."""
+
     weight: Annotated[float, at_least(0)] = 2.0
     """λ: weight of multi-cluster ranking beside the metric loss; 0 leaves it out (the baseline)."""
     clusters: Annotated[int, at_least(2, ", or loss.ranking.weight to 0 for no ranking")] = 2
@@ -171,6 +179,8 @@ class RankingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
+    """Cross-batch memory, which holds embeddings of earlier batches."""
+
     rows: Annotated[int, at_least(0)] = 0
     """Embeddings of earlier batches that the losses meet beside the batch's own (Wang et al. 2020); 0: none.
     Not for proxy_anchor, which compares with proxies alone, nor for losses from outside."""
@@ -180,6 +190,8 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(MetricLossConfig):
+    """What is minimised: a metric loss, and multi-cluster ranking beside it."""
+
     ranking: RankingConfig = field(default_factory=RankingConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
@@ -196,6 +208,8 @@ class LossConfig(MetricLossConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """How parameters are updated, and for how many steps."""
+
     steps: Annotated[int, at_least(1)] = 10_000
     """Training steps in all."""
     backbone_lr: Annotated[float, at_least(0)] = 1e-5
@@ -225,6 +239,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """How a run is carried out and what it writes."""
+
     seed: Annotated[int, between(0, 2**32 - 1)] = 0
     """Fixes initial weights, plans, augmentation and sampling."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -259,6 +275,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
+    """What is measured on the test split."""
+
     recall_at: Annotated[tuple[int, ...], at_least(1)] = (1, 2, 4, 8)
     """The k of R@k on the test split."""
     reidentification_draws: Annotated[int, at_least(0)] = 0
@@ -273,6 +291,8 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """All settings of a run, by subject."""
+
     recipe: str
     """Name of the recipe this came from."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -283,6 +303,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def to_json(self) -> str:
+        """The text of config.json; `load` reads it back."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
 
     @classmethod

@@ -69,10 +69,12 @@ class PlannedRun:
 
     @property
     def files(self) -> RunFolder:
+        """The files in its folder, whether they are there or not."""
         return RunFolder(self.folder)
 
     @property
     def evaluated(self) -> bool:
+        """True if nothing is left to do: there are a trained network and its figures."""
         return self.files.final.exists() and self.files.metrics.exists()
 
 

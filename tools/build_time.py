@@ -35,6 +35,7 @@ def timed(text: str, *words: str) -> str:
 
 
 def main() -> None:
+    """Make the set, build it, build it again and verify it, and print what each took."""
     folder = Path(sys.argv[1])
     print(*(f"{name}: {value}" for name, value in provenance().items()), sep="\n")
     source = full_size_sop(folder / "source")

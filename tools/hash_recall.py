@@ -27,10 +27,12 @@ IMAGES = 600
 
 
 def scaled(image: Image.Image, factor: float) -> Image.Image:
+    """The image with both sides times `factor`."""
     return image.resize((round(factor * image.width), round(factor * image.height)), Image.Resampling.BICUBIC)
 
 
 def cropped(image: Image.Image, share: float) -> Image.Image:
+    """The image without a border, which takes `share` of its width away."""
     return ImageOps.crop(image, round(share * image.width / 2))
 
 
@@ -48,6 +50,7 @@ CHANGES: dict[str, tuple[Callable[[Image.Image], Image.Image], int]] = {
 
 
 def main() -> None:
+    """Print how many copies stay near after each change, and how many validation images are near another product."""
     here = provenance()
     manifest = Manifest.load(embedded_shards())
     whole = manifest.index("train")

@@ -75,6 +75,7 @@ class Replay:
         self.error = 0.0
 
     def __call__(self, local: Tensor) -> Tensor:
+        """The next tensor that all rows exchanged, with `local` in its place; keeps the largest error."""
         whole = next(self.exchanged).to(local.dtype, copy=True)
         if local.is_floating_point():
             self.error = max(self.error, largest_error(whole[self.rows], local))
@@ -153,6 +154,7 @@ def double(loss: str, *, width: int, dtype: str, rows: int, most_rows: int, limi
 
 
 def main() -> None:
+    """Measure the losses one after another, and append a row to the file as each size is done."""
     parser = argparse.ArgumentParser(description="The largest batch that a loss finishes.")
     parser.add_argument("--losses", nargs="+", choices=OF_ROWS, default=list(OF_ROWS), help="(all)")
     parser.add_argument("--width", type=int, default=512, metavar="D", help="(%(default)s)")

@@ -52,6 +52,7 @@ def caching_text() -> str:
 
 
 def main() -> None:
+    """Replace what stands between the page's marks."""
     page = DOCS / "distributed.md"
     text = page.read_text(encoding="utf-8")
     for name, content in (("gather", gather_table()), ("caching", caching_text())):

@@ -22,6 +22,7 @@ def markdown(heading: list[str], lines: list[list[str]], *, words: int) -> list[
 
 
 def main(source: Path) -> None:
+    """Copy the figures and replace what stands between the page's marks."""
     rows, made = read_csv(source)
     target = DOCS / "results" / "parity.csv"
     if source.resolve() != target.resolve():

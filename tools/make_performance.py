@@ -267,6 +267,7 @@ def put(page: Path, content: str) -> None:
 
 
 def main() -> None:
+    """Replace what stands between the marks of both pages."""
     put(DOCS / "kernels.md", kernels_page())
     put(DOCS.parent / "README.md", readme())
 

@@ -77,6 +77,7 @@ def picture(run: Path) -> Image.Image:
 
 
 def main(run: Path) -> None:
+    """Copy the run's files, draw the picture and replace what stands between README's marks."""
     target = DOCS / "results" / "homeware"
     target.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.json", "metrics.jsonl", "config.json"):

@@ -26,6 +26,7 @@ WAYS = (BASE, replace(BASE, shuffle="shards"), replace(BASE, sampling="proportio
 
 
 def measure(index: SplitIndex, sampling: Sampling) -> str:
+    """A line of the table, for one way of sampling."""
     plan_s = []
     for _ in range(REPEATS):
         began = time.perf_counter()
@@ -47,12 +48,14 @@ def measure(index: SplitIndex, sampling: Sampling) -> str:
 
 
 def whole_plan(index: SplitIndex, sampling: Sampling) -> None:
+    """Draw one epoch's batches and cut each for every rank; nothing is kept."""
     for batch_PK in epoch_plan(index, sampling, seed=0, epoch=1):
         for rank in range(RANKS):
             rank_part(batch_PK, rank=rank, world_size=RANKS)
 
 
 def main() -> None:
+    """Print what was measured on, and the table."""
     here = provenance()
     began = time.perf_counter()
     manifest = Manifest.load(Path(sys.argv[1]))

@@ -21,6 +21,7 @@ from namr_dist.train.embed import embed
 
 
 def main(run: Path, sizes: list[int]) -> None:
+    """Print the figures of the trained network, size by size."""
     config, rank = Config.load(run / "config.json"), only_rank()
     network, trained = load_network(RunFolder(run).final, config, device=rank.device)
     manifest = open_shards(config.data.path, config.data.remote)

@@ -68,6 +68,7 @@ def multi_cluster_ranking(labels_B: Tensor, z_BD: Tensor, s_BD: Tensor) -> Tenso
 
 
 def triplet_hardest(labels_B: Tensor, z_BD: Tensor) -> Tensor:
+    """Each row with its farthest positive and its nearest negative."""
     d_BB = distance(wide(z_BD))
     same_BB = labels_B[:, None] == labels_B[None, :]
     # A row's distance to itself never is the largest.
@@ -81,6 +82,7 @@ def _triplets(d_BB: Tensor, positive_BR: Tensor, negative_BR: Tensor) -> Tensor:
 
 
 def triplet_semihard(labels_B: Tensor, z_BD: Tensor) -> Tensor:
+    """Every positive with the nearest negative beyond it, or where there is none, with the nearest of all."""
     d_BB = distance(wide(z_BD))
     positive_BR = positives(labels_B)
     with torch.no_grad():
@@ -95,12 +97,14 @@ def triplet_semihard(labels_B: Tensor, z_BD: Tensor) -> Tensor:
 
 
 def triplet_distance_weighted(labels_B: Tensor, z_BD: Tensor) -> Tensor:
+    """Every positive with a negative that is drawn by the distances of the rows at length 1."""
     z_BD = wide(z_BD)
     negative_BR = sample_negatives(torch.nn.functional.normalize(z_BD.detach()), labels_B)
     return _triplets(distance(z_BD), positives(labels_B), negative_BR)
 
 
 def margin(labels_B: Tensor, x_BD: Tensor, beta: Tensor) -> Tensor:
+    """The mean over pairs whose term is above 0.  Rows have length 1; beta, (1,), is learnt."""
     x_BD = wide(x_BD)
     d_BB = distance(x_BD)
     too_far_BR = torch.relu(d_BB.gather(1, positives(labels_B)) - beta + ALPHA)
@@ -110,6 +114,7 @@ def margin(labels_B: Tensor, x_BD: Tensor, beta: Tensor) -> Tensor:
 
 
 def multi_similarity(labels_B: Tensor, x_BD: Tensor) -> Tensor:
+    """Pairs are mined by masks of all (B, B) similarities.  Rows have length 1."""
     x_BD = wide(x_BD)
     S_BB = x_BD @ x_BD.T
     differ_BB = labels_B[:, None] != labels_B[None, :]
@@ -126,6 +131,7 @@ def multi_similarity(labels_B: Tensor, x_BD: Tensor) -> Tensor:
 
 
 def proxy_anchor(labels_B: Tensor, x_BD: Tensor, proxies_CD: Tensor) -> Tensor:
+    """Proxy c is that of class c.  Rows and proxies have length 1."""
     S_BC = wide(x_BD) @ wide(proxies_CD).T
     own_BC = labels_B[:, None] == torch.arange(proxies_CD.shape[0], device=labels_B.device)
     attract_C = torch.log1p((torch.exp(-32 * (S_BC - 0.1)) * own_BC).sum(0))

@@ -33,6 +33,7 @@ def _others(labels_B: Tensor, i: int) -> tuple[Tensor, Tensor]:
 
 
 def multi_cluster_ranking(labels_B: Tensor, z_BD: Tensor, s_BD: Tensor) -> Tensor:
+    """Two clusters: the soft assignment is a softmax over the distances from both centres."""
     z_BD, s_BD = wide(z_BD), wide(s_BD)
     B = z_BD.shape[0]
     with torch.no_grad():
@@ -45,6 +46,7 @@ def multi_cluster_ranking(labels_B: Tensor, z_BD: Tensor, s_BD: Tensor) -> Tenso
 
 
 def triplet_hardest(labels_B: Tensor, z_BD: Tensor) -> Tensor:
+    """One term an anchor, with its farthest positive and its nearest negative."""
     d_BB = _distance(wide(z_BD))
     terms = []
     for i, d_B in enumerate(d_BB):
@@ -54,6 +56,7 @@ def triplet_hardest(labels_B: Tensor, z_BD: Tensor) -> Tensor:
 
 
 def triplet_semihard(labels_B: Tensor, z_BD: Tensor) -> Tensor:
+    """One term a positive, with the nearest negative beyond it, or where there is none, with the nearest of all."""
     d_BB = _distance(wide(z_BD))
     terms = []
     for i, d_B in enumerate(d_BB):
@@ -71,12 +74,14 @@ def _terms(labels_B: Tensor, d_BB: Tensor, negative_BR: Tensor,
 
 
 def triplet_distance_weighted(labels_B: Tensor, z_BD: Tensor) -> Tensor:
+    """One term a positive; negatives are drawn as in the eager form."""
     z_BD = wide(z_BD)
     negative_BR = sample_negatives(torch.nn.functional.normalize(z_BD.detach()), labels_B)
     return _terms(labels_B, _distance(z_BD), negative_BR, lambda p, n: torch.relu(p - n + MARGIN)).mean()
 
 
 def margin(labels_B: Tensor, x_BD: Tensor, beta: Tensor) -> Tensor:
+    """The mean over pairs whose term is above 0.  Negatives are drawn as in the eager form; rows have length 1."""
     x_BD = wide(x_BD)
     terms = _terms(labels_B, _distance(x_BD), sample_negatives(x_BD, labels_B), lambda p, n: torch.cat(
         [torch.relu(p - beta + ALPHA), torch.relu(beta - n + ALPHA)]))
@@ -84,6 +89,7 @@ def margin(labels_B: Tensor, x_BD: Tensor, beta: Tensor) -> Tensor:
 
 
 def multi_similarity(labels_B: Tensor, x_BD: Tensor) -> Tensor:
+    """Pairs are mined anchor by anchor, and the others left out of the sums.  Rows have length 1."""
     x_BD = wide(x_BD)
     terms = []
     for i in range(x_BD.shape[0]):
@@ -97,6 +103,7 @@ def multi_similarity(labels_B: Tensor, x_BD: Tensor) -> Tensor:
 
 
 def proxy_anchor(labels_B: Tensor, x_BD: Tensor, proxies_CD: Tensor) -> Tensor:
+    """A turn a proxy, not a row.  Rows and proxies have length 1; every class has rows."""
     x_BD, proxies_CD = wide(x_BD), wide(proxies_CD)
     attract, repel = [], []
     for c, proxy_D in enumerate(proxies_CD):

@@ -80,6 +80,7 @@ class SquaredDistances:
         self._buffer_rB = self.left_bK.new_empty(block_rows(b, B), B)
 
     def blocks(self) -> Iterator[slice]:
+        """Slices of the anchors, each as many as `product` has room for."""
         return row_blocks(self.anchors_bD.shape[0], self.candidates_BD.shape[0])
 
     def product(self, rows: slice) -> Tensor:

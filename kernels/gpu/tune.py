@@ -47,14 +47,17 @@ class MetaInputs(aot.Inputs):
 
     @property
     def B(self) -> int:
+        """Rows of the only rank; fewer where they are wide."""
         return 32768 if self.D <= 128 else 16384
 
     @property
     def b(self) -> int:
+        """All rows are local."""
         return self.B
 
     @property
     def offset(self) -> int:
+        """0, for no other rank's rows stand before them."""
         return 0
 
 
@@ -65,6 +68,7 @@ class RealInputs(MetaInputs):
     made: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:  # type: ignore[override]
+        """The tensor of this shape and type; made on the first call."""
         if (shape, dtype) not in self.made:
             self.made[shape, dtype] = _numbers(shape, dtype)
         return self.made[shape, dtype]

@@ -1,0 +1,1 @@
+"""Benchmarks of the product itself: real runs, searches, data, gathers."""

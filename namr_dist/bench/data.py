@@ -73,6 +73,7 @@ class Benchmark:
     rows: tuple[Measured, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """All fields, with the machine, the commit and the versions of what was timed."""
         return {**dataclasses.asdict(self), **_provenance()}
 
 

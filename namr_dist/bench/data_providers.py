@@ -36,6 +36,7 @@ class LapClock:
         self._last = time.thread_time()
 
     def lap(self, stage: str) -> None:
+        """Add what passed since the last lap to the stage that ends here."""
         now = time.thread_time()
         self.seconds[stage] += now - self._last
         self._last = now
@@ -59,9 +60,11 @@ class Work:
     """Crop, flip and jitter."""
 
     def transform(self) -> TrainTransform:
+        """This package's training transform for the size."""
         return TrainTransform.configured(self.data, size=self.size)
 
     def urls(self) -> list[str]:
+        """Paths of the tars that the images lie in, in the order of the manifest."""
         return [str(self.manifest.path(self.manifest.shards[number])) for number in np.unique(self.index.shard_N)]
 
 

@@ -82,6 +82,7 @@ class Work:
 
     @cached_property
     def images_per_class(self) -> int:
+        """K of the recipe with its overrides; batches are multiples of it."""
         return configure(self.recipe, self.overrides).data.images_per_class
 
     def check(self) -> None:
@@ -117,6 +118,7 @@ class Measured:
 
     @property
     def batch(self) -> int:
+        """Images of the global batch."""
         return self.config.data.classes_per_batch * self.config.data.images_per_class
 
     @property

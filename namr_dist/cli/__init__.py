@@ -1,0 +1,1 @@
+"""The `namr` command: `main`, and its verbs by subject."""

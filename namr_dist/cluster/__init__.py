@@ -1,0 +1,1 @@
+"""Nodes before a job: whether they can train together."""

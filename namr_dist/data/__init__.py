@@ -1,0 +1,1 @@
+"""Images: sets of shards, how they are built, read and fetched."""

@@ -28,6 +28,7 @@ class MarginRows(RowsLoss):
 
     @classmethod
     def configured(cls, settings: MarginConfig, batches: Batches) -> MarginRows:
+        """From loss.margin; positives are counted only where a memory makes their number open."""
         return cls(alpha=settings.alpha, beta=settings.beta, most_positives=batches.most_positives)
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -40,8 +41,10 @@ class MarginRows(RowsLoss):
         return with_gradients(loss, (self.beta, grad_beta)), through_unit_rows(rows.z_bD, grad_x_bD)
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
+        """Of the rows at length 1; differentiable in β too. seed: picks the sampled negatives."""
         unit_BD = nn.functional.normalize(x_BD, dim=1)
         return reference.margin_loss(unit_BD, labels_B, alpha=self.alpha, beta=self.beta, seed=seed)
 
     def extra_repr(self) -> str:
+        """The settings, for repr(); β, which is learnt, is none."""
         return f"alpha={self.alpha}"

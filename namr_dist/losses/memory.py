@@ -79,4 +79,5 @@ class CrossBatchMemory(nn.Module):
         return self._read[2:]
 
     def extra_repr(self) -> str:
+        """The settings, for repr()."""
         return f"rows={self.rows}, width={self.z_RD.shape[1]}, start_step={self.start_step}"

@@ -42,6 +42,7 @@ class MultiClusterRankingRows(nn.Module):
             with_grad=True)
 
     def extra_repr(self) -> str:
+        """The settings, for repr()."""
         return (
             f"clusters={self.clusters}, spread={self.spread}, floor={self.floor}, "
             f"sharpness={self.sharpness}, statistics={self.statistics!r}"

@@ -57,6 +57,8 @@ class PlainRows(RowsLoss):
         return made
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
+        """The batch's loss, carrying this rank's share of the gradient for the loss's own parameters, and its
+        gradient for rows.z_bD. seed: of whatever the loss draws."""
         learnt = [parameter for parameter in self.parameters() if parameter.requires_grad]
         devices = [rows.z_ND.device] if rows.z_ND.is_cuda else []
         with torch.enable_grad(), torch.random.fork_rng(devices):
@@ -72,6 +74,7 @@ class PlainRows(RowsLoss):
         return loss, grad_ND[rows.offset : rows.offset + len(rows.z_bD)]
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
+        """The loss itself, as a scalar. seed: not used; what it draws comes from torch's generators."""
         return self.loss(x_BD, labels_B).reshape(())
 
 

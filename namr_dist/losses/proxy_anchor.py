@@ -43,6 +43,7 @@ class ProxyAnchorRows(RowsLoss):
 
     @classmethod
     def configured(cls, settings: ProxyAnchorConfig, batches: Batches) -> ProxyAnchorRows:
+        """From loss.proxy_anchor, with a proxy for every training class."""
         return cls(classes=batches.classes, width=batches.width, alpha=settings.alpha, margin=settings.margin)
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -55,9 +56,11 @@ class ProxyAnchorRows(RowsLoss):
         return with_gradients(loss, (proxies_CD, grad_unit_CD)), through_unit_rows(rows.z_bD, grad_x_bD)
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
+        """Of rows and proxies at length 1; differentiable in the proxies too. seed: not used."""
         unit_BD, proxies_CD = (nn.functional.normalize(rows, dim=1) for rows in (x_BD, self.proxies))
         return reference.proxy_anchor_loss(unit_BD, labels_B, proxies_CD, alpha=self.alpha, margin=self.margin)
 
     def extra_repr(self) -> str:
+        """The settings, for repr()."""
         classes, width = self.proxies.shape
         return f"classes={classes}, width={width}, alpha={self.alpha}, margin={self.margin}"

@@ -18,6 +18,8 @@ from namr_dist.named_code import is_named_code
 
 @dataclass(frozen=True, kw_only=True)
 class TripletConfig:
+    """Triplet loss on embeddings scaled to mean pairwise distance 1."""
+
     margin: float = 0.2
     """Margin, in units of the mean pairwise distance."""
     mining: Literal["semihard", "hardest", "distance_weighted"] = "semihard"
@@ -26,6 +28,8 @@ class TripletConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MarginConfig:
+    """Margin loss with distance-weighted negatives (Wu et al. 2017)."""
+
     alpha: float = 0.2
     """α: half the gap between positives and negatives."""
     beta: float = 1.2
@@ -34,6 +38,8 @@ class MarginConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiSimilarityConfig:
+    """Multi-similarity loss with its own mining of pairs (Wang et al. 2019)."""
+
     alpha: float = 2.0
     """α: sharpness of the positives' term."""
     beta: float = 50.0
@@ -46,6 +52,8 @@ class MultiSimilarityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyAnchorConfig:
+    """Proxy-anchor loss with a learnt proxy for each class (Kim et al. 2020)."""
+
     alpha: float = 32.0
     """α: sharpness."""
     margin: float = 0.1
@@ -54,6 +62,8 @@ class ProxyAnchorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricLossConfig:
+    """Which labelled loss is minimised, and the settings of each that the package has."""
+
     metric: str = "triplet"
     """The labelled loss on the sample embedding: triplet, margin, multi_similarity, proxy_anchor, or module:NAME for
     any PyTorch loss (embeddings, labels) → scalar, such as pytorch_metric_learning.losses:SupConLoss."""

@@ -29,6 +29,7 @@ class TripletRows(RowsLoss):
 
     @classmethod
     def configured(cls, settings: TripletConfig, batches: Batches) -> TripletRows:
+        """From loss.triplet; positives are counted only where a memory makes their number open."""
         return cls(margin=settings.margin, mining=settings.mining, most_positives=batches.most_positives)
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,9 @@ class TripletRows(RowsLoss):
             margin=self.margin, mining=self.mining, seed=seed, most_positives=self.most_positives, with_grad=True)
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
+        """Of the rows as given. seed: picks the sampled negatives."""
         return reference.triplet_loss(x_BD, labels_B, margin=self.margin, mining=self.mining, seed=seed)
 
     def extra_repr(self) -> str:
+        """The settings, for repr()."""
         return f"margin={self.margin}, mining={self.mining!r}"

@@ -56,6 +56,7 @@ class Backbone(nn.Module):
         return [layer for layer in self.layers.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
     def train(self, mode: bool = True) -> Backbone:
+        """As nn.Module.train, but batch norm that is frozen stays in evaluation mode."""
         super().train(mode)
         if self.batchnorm == "frozen":
             for layer in self._batchnorms():

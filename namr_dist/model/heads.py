@@ -28,5 +28,6 @@ class StructureHead(nn.Module):
         self.delta = delta
 
     def forward(self, features_bF: Tensor) -> Tensor:
+        """(b, F) → s (b, D). In training all ranks call it together, for the batch norms."""
         u_bD = self.layers(features_bF)
         return 1 + self.delta * (2 * u_bD.sigmoid() - 1)

@@ -1,0 +1,1 @@
+"""What ranks share: who each is, gathers, batch norm, batches larger than memory."""

@@ -26,6 +26,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected (b, C) or (b, C, H, W), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
+        """The rows normalised, of the shape and dtype that came in. In training all ranks call it together."""
         if not self.training or world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)

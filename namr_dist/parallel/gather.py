@@ -53,6 +53,7 @@ class RowGather:
 
     @torch.no_grad()
     def __call__(self, local: Tensor) -> Tensor:
+        """The rows of all ranks, which call it together. Raises ValueError for another number of rows than counted."""
         world, own, most = len(self.counts_W), self.counts_W[_rank()], max(self.counts_W)
         if local.shape[0] != own:
             raise ValueError(f"rank {_rank()} has {local.shape[0]} rows, but was counted with {own}")

@@ -61,6 +61,7 @@ class Rank:
 
     @property
     def first(self) -> bool:
+        """True for rank 0, which writes and speaks for all."""
         return self.rank == 0
 
 

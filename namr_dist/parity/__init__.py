@@ -1,0 +1,1 @@
+"""Many ranks beside one process: the same loss, the same gradients."""

@@ -70,6 +70,7 @@ class Case:
 
     @property
     def rows_by_rank(self) -> tuple[int, ...]:
+        """Rows of each rank, whether given or shared equally."""
         return self.rows or (_CLASSES * _EACH // self.ranks,) * self.ranks
 
 

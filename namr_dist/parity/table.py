@@ -67,16 +67,19 @@ class Verdict:
 
     @property
     def loss_bound(self) -> float:
+        """Largest error of the loss that counts as equal."""
         return 1e-10 if self.rounding is None else max(1e-6, 2 * self.rounding.loss)
 
     @property
     def gradient_bound(self) -> float:
+        """Largest error of a gradient that counts as equal."""
         if self.rounding is not None:
             return max(1e-6, 2 * self.rounding.gradient)
         return 1e-6 if self.case.way.startswith("ZeRO") else 1e-10
 
     @property
     def good(self) -> bool:
+        """True if both errors are within their bounds."""
         return self.errors.loss <= self.loss_bound and self.errors.gradient <= self.gradient_bound
 
 

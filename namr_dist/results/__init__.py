@@ -1,0 +1,1 @@
+"""From a finished run: figures, report, comparison, export."""

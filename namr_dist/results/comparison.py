@@ -75,12 +75,16 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
+    """A run that cannot be compared with the others."""
+
     run: str
     why: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
+    """Runs side by side: a setting's seeds together, and what multi-cluster ranking adds to each baseline."""
+
     test: str
     """what all were measured on"""
     fields: tuple[str, ...]

@@ -52,6 +52,7 @@ def trace(network: nn.Module, *, size: int) -> ExportedProgram:
 
 
 def write_torch(program: ExportedProgram, path: Path) -> None:
+    """Write a file that torch.export.load reads. Raises OSError where the disk does."""
     # To memory first: PyTorch's own writer does not tell a full disk from any other failure.
     buffer = io.BytesIO()
     with _quiet():
@@ -60,6 +61,7 @@ def write_torch(program: ExportedProgram, path: Path) -> None:
 
 
 def read_torch(path: Path) -> Forward:
+    """The function that a file of `write_torch` holds."""
     with _quiet():
         forward: Forward = torch.export.load(path).module()
     return forward
@@ -79,6 +81,7 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
 
 
 def read_onnx(path: Path) -> Forward:
+    """The function that a file of `write_onnx` holds, run by ONNX Runtime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -1,0 +1,1 @@
+"""Search among embeddings and its figures, of pure arrays."""

@@ -37,6 +37,7 @@ class Reranked:
 
     @property
     def certified_percent(self) -> float:
+        """Queries that are certified, out of a hundred."""
         return 100 * float(self.certified_Q.mean())
 
 

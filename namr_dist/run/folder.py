@@ -73,6 +73,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
+        """The page that `namr report` makes."""
         return self.path / REPORT
 
     @property
@@ -87,6 +88,7 @@ class RunFolder:
 
     @property
     def checkpoint_folder(self) -> Path:
+        """Holds the training states and the trained network."""
         return self.path / _CHECKPOINTS
 
     @property

@@ -30,6 +30,8 @@ _RECENT = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
+    """What a validation measured, and after how many steps."""
+
     step: int
     figures: dict[str, float]
     """percent"""

@@ -57,6 +57,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Count the time of what runs inside as that of the phase `name`."""
         within = self._accounts[-1]
         account = name if within == IDLE or within in STEP_PHASES else within
         if account != within:

@@ -8,6 +8,8 @@ import torch
 
 
 class Precision(NamedTuple):
+    """The precision that was chosen, and the reason, as the banner shows them."""
+
     bf16: bool
     """Else fp32."""
     why: str

@@ -36,6 +36,7 @@ class FolderImages(ImageSource):
         return len(self.names)
 
     def files(self, places: Iterable[int]) -> list[str]:
+        """The image files themselves, with the folder before their names."""
         return sorted({str(self._folder / self.names[place]) for place in places})
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:

@@ -43,6 +43,7 @@ class Batch:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Images, labels and places."""
         return self.images_bHW3, self.labels_b, self.index_b
 
     def to(self, device: torch.device) -> Batch:
@@ -100,6 +101,7 @@ class ShardImages(ImageSource):
         return len(self._index)
 
     def files(self, places: Iterable[int]) -> list[str]:
+        """The shards' names for a message: paths, or for a set that lies elsewhere, file and set."""
         return sorted({self._named(self._shard(place)) for place in places})
 
     def jpeg(self, place: int) -> bytes:

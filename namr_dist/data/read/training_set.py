@@ -12,6 +12,8 @@ from namr_dist.data.shardset.manifest import Manifest, SplitIndex
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
+    """The chosen images of a shard set, and how batches are drawn from them."""
+
     manifest: Manifest
     """The whole set."""
     index: SplitIndex
@@ -30,4 +32,5 @@ class TrainingSet:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Batches of every epoch."""
         return steps_per_epoch(self.index, self.sampling)

@@ -1,0 +1,1 @@
+"""What a shard set is and holds."""

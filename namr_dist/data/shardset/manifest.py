@@ -244,14 +244,17 @@ class Manifest:
 
     @cached_property
     def categories(self) -> tuple[str, ...]:
+        """Super-classes of all splits, sorted."""
         return tuple(sorted({entry.category for entry in self.classes}))
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
+        """Names of the splits, in the order of the shards."""
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 
     @cached_property
     def class_by_label(self) -> dict[int, ImageClass]:
+        """The classes of all splits, each by its label."""
         return {entry.label: entry for entry in self.classes}
 
     def index(self, *splits: str) -> SplitIndex:

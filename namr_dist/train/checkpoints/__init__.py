@@ -1,0 +1,1 @@
+"""Training states and trained networks as files, and where a run begins."""

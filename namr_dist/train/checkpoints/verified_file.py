@@ -42,6 +42,7 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
+        """Of a tensor that is at hand."""
         return cls(dtype=tensor.dtype, shape=tuple(tensor.shape))
 
     @classmethod
@@ -54,6 +55,7 @@ class TensorSpec:
 
     @property
     def bytes(self) -> int:
+        """Size of the tensor's values in the file."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 

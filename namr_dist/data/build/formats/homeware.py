@@ -75,6 +75,7 @@ def _sample(images: Path, product: str, view: int, label: int) -> Sample:
 
 
 def main() -> None:
+    """Pack the renderer's folder, by default into the package itself, and print how large the shards are."""
     parser = argparse.ArgumentParser(description="Pack rendered homeware images into shards.")
     parser.add_argument("images", type=Path, help="folder written by the renderer")
     parser.add_argument("--out", type=Path, default=embedded_shards(), help="folder of the shards (%(default)s)")

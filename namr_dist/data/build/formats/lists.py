@@ -25,6 +25,7 @@ class Line:
 
     @property
     def where(self) -> str:
+        """File and line number, with which an error begins."""
         return f"{self.path}, line {self.number}"
 
     def columns(self, names: str, *, path_first: bool = False) -> list[str]:
