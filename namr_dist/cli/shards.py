@@ -164,7 +164,7 @@ def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> int:
     images = sum(row["images"] for row in rows.values())
     with _bar("images", images) as advance:
         verified = verify(manifest, advance=advance)
-    found = verified.problems
+    problems = verified.problems
     strays = unnamed_tars(manifest)
     for file in strays:
         print(f"WARNING: {manifest.folder / file} is not in the manifest; move it elsewhere", file=sys.stderr)
@@ -176,11 +176,12 @@ def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> int:
         print(json.dumps({"name": manifest.name, "shards": len(manifest.shards), "images": images,
                           "splits": {split: {name: row[name] for name in ("images", "classes", "shards")}
                                      for split, row in rows.items()},
-                          "problems": found, "shared_images": verified.shared, "unnamed_tars": strays},
+                          "problems": problems, "shared_images": verified.shared, "unnamed_tars": strays},
                          indent=2))
-    if found:
-        shown = found if len(found) == 1 else [f"{len(found)} problems in {manifest.folder}:", *found[:_SHOWN_PROBLEMS]]
-        raise InputError("\n  ".join(shown) + ("\n  …" if len(found) > _SHOWN_PROBLEMS else ""))
+    if problems:
+        shown = problems if len(problems) == 1 else [f"{len(problems)} problems in {manifest.folder}:",
+                                                     *problems[:_SHOWN_PROBLEMS]]
+        raise InputError("\n  ".join(shown) + ("\n  …" if len(problems) > _SHOWN_PROBLEMS else ""))
     if not parsed.json:
         print(f"{manifest.name}: {images} images in {len(manifest.shards)} shards, all as the manifest says")
         for split, row in rows.items():

@@ -164,15 +164,15 @@ def _load_weights(layers: nn.Module, path: Path, name: str) -> None:
         state = (safetensors.torch.load_file(path) if path.suffix == ".safetensors"
                  else torch.load(path, map_location="cpu", weights_only=True))
         wanted = layers.state_dict()
-        found = {key: state[key] for key in wanted if key in state}
+        matching = {key: state[key] for key in wanted if key in state}
     except Exception as error:  # a file that is something else can fail in any way
         raise InputError(f"model.weights {path} cannot be read as a state dict ({type(error).__name__}); "
                          "give one as .safetensors or .pt") from None
-    if missing := sorted(wanted.keys() - found.keys()):
+    if missing := sorted(wanted.keys() - matching.keys()):
         raise InputError(f"model.weights {path} lacks {len(missing)} of timm:{name}'s {len(wanted)} entries, among "
                          f"them {missing[0]}; give that network's own state dict")
     try:
-        layers.load_state_dict(found)
+        layers.load_state_dict(matching)
     except RuntimeError as error:
         raise InputError(f"model.weights {path} does not fit timm:{name} "
                          f"({str(error).splitlines()[-1].strip()}); give that network's own state dict") from None

@@ -108,22 +108,22 @@ def neighbour_examples(
         if len(kind) < 2 * _QUERIES_OF_EACH_KIND and int(query_labels_Q[query]) not in taken:
             kind.append(query)
             taken.add(int(query_labels_Q[query]))
-    # A kind that is rare leaves its places to the other.
+    # A kind that is rare leaves its share to the other.
     right = kinds[True][: 2 * _QUERIES_OF_EACH_KIND - min(len(kinds[False]), _QUERIES_OF_EACH_KIND)]
     wrong = kinds[False][: 2 * _QUERIES_OF_EACH_KIND - len(right)]
 
-    def picture(place: int, caption: str, *, right: bool) -> Picture:
-        name = names[place]
-        return Picture(uri=data_uri(load_jpeg(place), name), name=name, alt=f"{caption}: {name}", right=right)
+    def picture(image: int, caption: str, *, right: bool) -> Picture:
+        name = names[image]
+        return Picture(uri=data_uri(load_jpeg(image), name), name=name, alt=f"{caption}: {name}", right=right)
 
     def example(query: int) -> Example:
-        place = int(sides.query_Q[query])
+        image = int(sides.query_Q[query])
         neighbours = []
         for rank, (item, good) in enumerate(zip(ranked_QK[query], right_QK[query], strict=True), start=1):
             if item >= 0:
-                caption = f"Neighbour {rank} of {names[place]}, {'right' if good else 'wrong'}"
+                caption = f"Neighbour {rank} of {names[image]}, {'right' if good else 'wrong'}"
                 neighbours.append(picture(int(sides.item_G[item]), caption, right=bool(good)))
-        return Example(query=picture(place, "Query", right=True), neighbours=neighbours,
+        return Example(query=picture(image, "Query", right=True), neighbours=neighbours,
                        relevant=int(relevant_Q[query]))
 
     return [example(query) for query in right], [example(query) for query in wrong]
@@ -162,14 +162,14 @@ def embedding_map(
     if len(chosen_P) < len(z_ND):
         method += f" of {len(chosen_P):,} of the {len(z_ND):,} images"
 
-    places = chosen_P.tolist()
-    kinds = [categories[i] for i in places]
-    found, counts = np.unique([kind for kind in kinds if kind], return_counts=True)
-    shown = sorted(str(found[i]) for i in np.argsort(-counts, kind="stable")[:_GROUPS])
-    if len(found) > _GROUPS:  # the last symbol stands for all rare ones
-        shown = sorted(str(found[i]) for i in np.argsort(-counts, kind="stable")[: _GROUPS - 1])
+    images = chosen_P.tolist()
+    kinds = [categories[i] for i in images]
+    names_K, counts_K = np.unique([kind for kind in kinds if kind], return_counts=True)
+    shown = sorted(str(names_K[i]) for i in np.argsort(-counts_K, kind="stable")[:_GROUPS])
+    if len(names_K) > _GROUPS:  # the last symbol stands for all rare ones
+        shown = sorted(str(names_K[i]) for i in np.argsort(-counts_K, kind="stable")[: _GROUPS - 1])
     groups = [shown.index(kind) if kind in shown else len(shown) for kind in kinds]
-    hints = [f"{names[i]} – {kind}" if kind else names[i] for i, kind in zip(places, kinds, strict=True)]
+    hints = [f"{names[i]} – {kind}" if kind else names[i] for i, kind in zip(images, kinds, strict=True)]
     labels = shown + ["all others"] if shown and len(shown) in groups else shown
     svg = scatter(points_P2, groups, hints, title=f"Map of {len(chosen_P)} test images by {method}")
     return EmbeddingMap(svg=svg, legend=[(marker(i), label) for i, label in enumerate(labels)], method=method)

@@ -51,7 +51,7 @@ def write_report(
     """Write RUN/report.html and return its path.
 
     run_dir holds config.json, metrics.jsonl, metrics.json and embeddings.safetensors (z (N, D),
-    labels (N,) and, where images have roles, roles (N,)). load_jpeg gives the image file of a place in the
+    labels (N,) and, where images have roles, roles (N,)). load_jpeg gives the image file of an index in the
     embeddings' order; names and categories (N each; "" for none) its class and super-category.
     The page needs no network: charts are inline SVG, images data URIs. It replaces an older one
     atomically. Choices at random (examples, map) follow the run's seed.
@@ -162,8 +162,8 @@ def _summary(run: RunRecord) -> Iterator[str]:
     """What was trained, how well it finds, and whether the structure embedding helps, as sentences."""
     yield _what_was_trained(run)
     name = _first_cut_off(run.metrics)
-    found = _number_in(run.metrics, "test", "sample", name)
-    if found is None:
+    recall = _number_in(run.metrics, "test", "sample", name)
+    if recall is None:
         return
     sides = run.sides
     searched = ("Each test image then searched all the others" if sides.leave_one_out else
@@ -171,7 +171,7 @@ def _summary(run: RunRecord) -> Iterator[str]:
     hit = "The nearest image was" if name == "R@1" else f"One of the {name[2:]} nearest images was"
     text = (
         f"{searched}. None of their classes had been trained on. "
-        f"{hit} of the same class for {found:.1f} % of them ({name})"
+        f"{hit} of the same class for {recall:.1f} % of them ({name})"
     )
     rivals = [(row.name, _number_in(row.figures, name)) for row in baseline_rows(run.metrics)]
     known = [
@@ -182,7 +182,7 @@ def _summary(run: RunRecord) -> Iterator[str]:
     if known:
         text += ", against " + (", ".join(known[:-1]) + " and " if len(known) > 1 else "") + known[-1]
     yield text + "."
-    yield from _structure_verdict(run.metrics, name, found)
+    yield from _structure_verdict(run.metrics, name, recall)
 
 
 def _first_cut_off(metrics: Mapping[str, Any]) -> str:
@@ -215,14 +215,14 @@ def _what_was_trained(run: RunRecord) -> str:
     return text + "."
 
 
-def _structure_verdict(metrics: Mapping[str, Any], name: str, found: float) -> Iterator[str]:
+def _structure_verdict(metrics: Mapping[str, Any], name: str, recall: float) -> Iterator[str]:
     queries = _number_in(metrics, "test_counts", "queries")
     learnt, ones, shuffled = (
         _number_in(metrics, "test", row_name(SYMMETRIC.name, control), name) for control in ("", *SYMMETRIC.controls)
     )
     if learnt is None or ones is None or shuffled is None or not queries:
         return
-    error = math.sqrt(max(found * (100 - found), 0) / queries)
+    error = math.sqrt(max(recall * (100 - recall), 0) / queries)
     gain = learnt - max(ones, shuffled)
     if gain > 2 * error:
         verdict = "the learnt weights help the search"

@@ -38,11 +38,11 @@ class Keys:
         self._largest_norm = self._item_norms_N.max()
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """(B,) int64 places of the queries, as many at a time as by_product has room for."""
+        """(B,) int64 indices of the queries, as many at a time as by_product has room for."""
         yield from self.split(torch.arange(len(self.queries_QD), device=self.device))
 
     def split(self, rows_M: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Any places of queries, cut likewise."""
+        """Any indices of queries, cut likewise."""
         return rows_M.split(max(1, _BLOCK_NUMBERS[self.device.type] // len(self.items_ND)))
 
     @cached_property

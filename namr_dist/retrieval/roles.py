@@ -19,7 +19,7 @@ _QUERY, _GALLERY = ROLES.index("query"), ROLES.index("gallery")
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """Places in the split, ascending. An image of role "" is on both sides."""
+    """Indices in the split, ascending. An image of role "" is on both sides."""
 
     query_Q: Int64
     item_G: Int64

@@ -62,14 +62,14 @@ def _faiss_gpu_problem(faiss: Any) -> str | None:
 def usable_backends() -> tuple[BackendName, ...]:
     """Every back end that works on this machine."""
     faiss: Any = importlib.import_module("faiss") if importlib.util.find_spec("faiss") else None
-    found: list[BackendName] = ["torch-cpu"]
+    usable: list[BackendName] = ["torch-cpu"]
     if torch.cuda.is_available():
-        found.append("torch-gpu")
+        usable.append("torch-gpu")
     if faiss is not None:
-        found.append("faiss-cpu")
+        usable.append("faiss-cpu")
         if _faiss_gpu_problem(faiss) is None:
-            found.append("faiss-gpu")
-    return tuple(found)
+            usable.append("faiss-gpu")
+    return tuple(usable)
 
 
 @lru_cache(maxsize=1)
@@ -119,7 +119,7 @@ class _Candidates:
 
 
 Propose = Callable[[torch.Tensor], _Candidates]
-"""places of queries (B,) → their candidates"""
+"""indices of queries (B,) → their candidates"""
 
 
 def _faiss_proposer(keys: Keys, count: int, *, gpu: bool) -> Propose:
@@ -189,15 +189,15 @@ def _nearest(
     own_B: (B,) the item that each query leaves out, or −1.
     """
     items = len(keys.items_ND)
-    found = propose(rows_B)
+    candidates = propose(rows_B)
     # The query's own entry goes behind all others, infinite ones too.
-    own_BC = found.ids_BC == own_B[:, None]
-    packed_BC = pack(found.keys_BC.masked_fill(own_BC, torch.inf), found.ids_BC.masked_fill(own_BC, items))
+    own_BC = candidates.ids_BC == own_B[:, None]
+    packed_BC = pack(candidates.keys_BC.masked_fill(own_BC, torch.inf), candidates.ids_BC.masked_fill(own_BC, items))
     packed_BK = packed_BC.sort(dim=1).values[:, :k]
-    if found.ids_BC.shape[1] < items:
+    if candidates.ids_BC.shape[1] < items:
         last_B = unpack(packed_BK[:, -1])[0].double()
         last_B += rounding(last_B)
-        doubtful_M = (found.outside_B <= last_B).nonzero()[:, 0]
+        doubtful_M = (candidates.outside_B <= last_B).nonzero()[:, 0]
         if len(doubtful_M):
             packed_BK[doubtful_M] = _search_again(keys, rows_B[doubtful_M], own_B[doubtful_M], last_B[doubtful_M], k)
     return unpack(packed_BK)
@@ -287,16 +287,16 @@ def _search(
     keys = _keys(queries_QD, items_ND, metric, _device(name))
     own = torch.from_numpy(own_Q).to(keys.device)
     items = len(items_ND)
-    found = min(k, items)
-    propose = _proposer(name, keys, min(found + 1 + _SPARE_CANDIDATES, items))  # one for the query itself
+    listed = min(k, items)
+    propose = _proposer(name, keys, min(listed + 1 + _SPARE_CANDIDATES, items))  # one for the query itself
     values_QK = torch.full((len(queries_QD), k), torch.inf if metric == "l2" else -torch.inf)
     ids_QK = torch.full((len(queries_QD), k), -1)
     start = 0
     for rows_B in keys.blocks():
-        keys_BK, ids_BK = _nearest(keys, propose, rows_B, own[rows_B], found)
+        keys_BK, ids_BK = _nearest(keys, propose, rows_B, own[rows_B], listed)
         block = slice(start, start := start + len(rows_B))
-        values_QK[block, :found].copy_(_values(keys_BK, metric))
-        ids_QK[block, :found].copy_(ids_BK.masked_fill_(ids_BK == items, -1))
+        values_QK[block, :listed].copy_(_values(keys_BK, metric))
+        ids_QK[block, :listed].copy_(ids_BK.masked_fill_(ids_BK == items, -1))
     return values_QK.numpy(), ids_QK.numpy()
 
 
@@ -308,10 +308,10 @@ def ranks_of(
     query_ids_Q: Int64 | None = None,
     metric: Metric = "l2",
 ) -> Int64:
-    """(Q,) int64: the place, from 1 on, of one item for each query in the order of :func:`search` over all items.
+    """(Q,) int64: the rank, from 1 on, of one item for each query in the order of :func:`search` over all items.
 
     ids_Q: (Q,) those items. query_ids_Q as in :func:`search_excluding_self`: own entries do not count,
-    and ids_Q has none. The nearer items are counted, not listed, so a far place costs no more than a near
+    and ids_Q has none. The nearer items are counted, not listed, so a high rank costs no more than a near
     one. On the GPU if there is one. Raises InputError as :func:`search`. Memory: the items in float64, and
     a few blocks of 128 MiB, or of 1 GiB on a GPU.
     """
@@ -325,7 +325,7 @@ def ranks_of(
 
 
 def _ranks(keys: Keys, rows_B: torch.Tensor, ids_B: torch.Tensor, own_B: torch.Tensor) -> torch.Tensor:
-    """(B,) int64 places of the items ids_B in the orders of some queries."""
+    """(B,) int64 ranks of the items ids_B in the orders of some queries."""
     key_B = keys.of_pairs(rows_B, ids_B)
     slack_B1 = (rounding(key_B.double()) + keys.error(rows_B, "fp64"))[:, None]
     gap_BN = keys.by_product(rows_B).sub_(key_B[:, None])

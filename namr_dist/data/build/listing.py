@@ -57,20 +57,20 @@ class Listing:
             for name in (image.split, image.role, *subset_of.get(image.key, ())):
                 if name:
                     by_name.setdefault(name, []).append(image)
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for name, images in by_name.items():
-            found[f"{name} images"] = len(images)
-            found[f"{name} classes"] = len({image.label for image in images})
-        found["images"] = len(self.images)
-        found["classes"] = len(self.classes)
-        found["categories"] = len({entry.category for entry in self.classes if entry.category})
-        return found
+            counts[f"{name} images"] = len(images)
+            counts[f"{name} classes"] = len({image.label for image in images})
+        counts["images"] = len(self.images)
+        counts["classes"] = len(self.classes)
+        counts["categories"] = len({entry.category for entry in self.classes if entry.category})
+        return counts
 
     def differences(self) -> list[str]:
         """A line for each count that is not as expected, with both numbers."""
-        found = self.counts()
-        return [f"{name}: {found.get(name, 0):,} found, {number:,} expected"
-                for name, number in self.expected.items() if found.get(name, 0) != number]
+        counts = self.counts()
+        return [f"{name}: {counts.get(name, 0):,} found, {number:,} expected"
+                for name, number in self.expected.items() if counts.get(name, 0) != number]
 
     def check(self) -> None:
         """Raise InputError for contradictions: no image, a class in two splits or in none, a key that is there twice or
