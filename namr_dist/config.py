@@ -332,8 +332,7 @@ class Config:
     def code_names(self) -> dict[str, str]:
         """Settings that name code from outside the package, each with that name (see named_code.py)."""
         values = {"loss.metric": self.loss.metric, "model.backbone": self.model.backbone}
-        return {field: name for field, name in values.items()
-                if is_named_code(name) and not name.startswith("timm:")}
+        return {field: name for field, name in values.items() if is_named_code(name)}
 
     def check(self) -> None:
         """Raise InputError for values that no run can use, whatever the data."""

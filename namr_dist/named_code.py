@@ -22,8 +22,11 @@ _allowed: set[str] = set()
 
 
 def is_named_code(text: str) -> bool:
-    """Whether the text has the form `module:NAME`, both of them dotted if need be."""
-    return _NAME.fullmatch(text) is not None
+    """Whether the text has the form `module:NAME`, both of them dotted if need be.
+
+    timm:NAME has not: it is a name in timm's own list of networks, which model.backbone takes.
+    """
+    return _NAME.fullmatch(text) is not None and not text.startswith("timm:")
 
 
 def allow(names: Iterable[str]) -> None:

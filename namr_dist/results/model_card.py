@@ -92,7 +92,7 @@ def model_card(*, name: str, about: Mapping[str, Any], sizes: Mapping[str, int],
         advice, code = _LOADING[file]
         parts += [f"`{file}`, {advice.format(torch=torch.__version__.split('+')[0])}:", _code(code)]
     backbone = model["backbone"]
-    if "model.safetensors" in differences and is_named_code(backbone) and not backbone.startswith("timm:"):
+    if "model.safetensors" in differences and is_named_code(backbone):
         parts.append(f"The backbone of `model.safetensors` is code of its own, `{backbone}`. namr-dist imports it only "
                      f"after `namr_dist.named_code.allow([\"{backbone}\"])`.")
     parts += _measured(metrics, trained)

@@ -193,7 +193,7 @@ def _first_cut_off(metrics: Mapping[str, Any]) -> str:
 def _what_was_trained(run: RunRecord) -> str:
     model, loss = _block(run.config, "model"), _block(run.config, "loss")
     backbone = str(model.get("backbone") or "a network")
-    if is_named_code(backbone) and not backbone.startswith("timm:"):
+    if is_named_code(backbone):
         backbone = f"the network {backbone}"
     backbone = _BACKBONES.get(backbone, backbone.removeprefix("timm:"))
     text = backbone[0].upper() + backbone[1:] + " was trained"
