@@ -40,7 +40,7 @@ from namr_dist.train.mfu import device_peak, run_peak_img_per_s
 from namr_dist.train.objective import StepLoss, TrainingModule
 from namr_dist.train.phases import Phases, StepTimes, take_peak_bytes
 from namr_dist.train.precision import choose_precision
-from namr_dist.train.profile import STEPS, profiled
+from namr_dist.train.profile import profiled
 from namr_dist.train.schedule import lr_factor
 from namr_dist.train.signals import StopRequests
 from namr_dist.train.start import begin
@@ -219,12 +219,8 @@ class Trainer:
 
     def _profiled(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Within it, steps are traced on the first rank if the settings say so; gives what to call as each begins."""
-        train, left = self._config.train, self._config.optim.steps - self._first_step
+        train = self._config.train
         if train.profile is None or not self._rank.first:
-            return contextlib.nullcontext(lambda: None)
-        if left < train.profile_after + STEPS:
-            self._say(f"WARNING: no trace: {left} steps are left to make, and train.profile_after is "
-                      f"{train.profile_after}")
             return contextlib.nullcontext(lambda: None)
         return profiled(train.profile, after=train.profile_after)
 
