@@ -227,7 +227,7 @@ def package_kernels() -> set[str]:
 def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
     """Types, constants and attributes of a kernel's arguments, as Triton's run time derives them."""
     types, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(launch.kernel.params):
+    for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             types[parameter.name], constants[parameter.name] = "constexpr", value
@@ -244,7 +244,7 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
             types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0
         if divisible and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
-            attributes[place,] = [["tt.divisibility", 16]]
+            attributes[position,] = [["tt.divisibility", 16]]
     return types, constants, attributes
 
 

@@ -115,8 +115,8 @@ def check_finite(name: str, rows: Tensor) -> None:
     finite = torch.isfinite(rows)
     if not finite.all():
         where = tuple((~finite).nonzero()[0].tolist())
-        place = f"row {where[0]}" + (f", column {where[1]}" if len(where) > 1 else "") if where else "its only entry"
+        position = f"row {where[0]}" + (f", column {where[1]}" if len(where) > 1 else "") if where else "its only entry"
         raise ValueError(
-            f"{name} is not finite: {float(rows[where])} at {place}; "
+            f"{name} is not finite: {float(rows[where])} at {position}; "
             "look at the learning rate, the data of that row, or a division by a zero norm"
         )

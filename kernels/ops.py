@@ -76,13 +76,13 @@ def loss_op(name: str, *, differentiable: int) -> Callable[[Callable[..., Any]],
         def run(*arguments: Any) -> tuple[Tensor, ...]:
             leading: Sequence[Tensor] = arguments[:differentiable]
             if os.environ.get("NAMR_DEBUG") == "1":
-                for place, tensor in enumerate(leading):
-                    check_finite(f"{name}: argument {place}", tensor)
+                for position, tensor in enumerate(leading):
+                    check_finite(f"{name}: argument {position}", tensor)
             rows = [tensor.contiguous() for tensor in leading]
             # What else is a tensor is labels.
             others = [other.long() if isinstance(other, Tensor) else other for other in arguments[differentiable:]]
             loss, *gradients = function(*rows, *others)
-            # An operator's results have fixed places; a gradient nobody asked for is an empty tensor.
+            # An operator's results have fixed positions; a gradient nobody asked for is an empty tensor.
             return loss.to(compute_dtype(*leading)), *(
                 _kept(tensor, 0) if gradient is None else gradient.to(compute_dtype(tensor)).contiguous()
                 for tensor, gradient in zip(leading, gradients, strict=True))

@@ -38,8 +38,8 @@ def positives(labels_b: Tensor, labels_N: Tensor, *, offset: int, slots: int) ->
     else:
         torch._assert_async(fits, "a class has more positives in the batch than most_positives says")
     # Where the row itself stands in its class's list: it is left out.
-    place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
-    itself_b = place_N[offset : offset + labels_b.shape[0]] - start_b
+    position_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
+    itself_b = position_N[offset : offset + labels_b.shape[0]] - start_b
     slot_R = torch.arange(slots, device=labels_N.device)
     member_bR = start_b[:, None] + slot_R + (slot_R >= itself_b[:, None])
     listed_bR = (slot_R < size_b[:, None] - 1) & (size_b < labels_N.shape[0])[:, None]

@@ -136,12 +136,12 @@ def stall(after: int) -> Callable[[Answer], None]:
     return fault
 
 
-def flip(place: int) -> Callable[[Answer], None]:
+def flip(position: int) -> Callable[[Answer], None]:
     """Change one bit."""
 
     def fault(answer: Answer) -> None:
         body = bytearray(answer.body)
-        body[place] ^= 1
+        body[position] ^= 1
         answer.send(bytes(body), until=len(body))
 
     return fault

@@ -60,9 +60,9 @@ def inshop(folder: Path, highres: bool = False) -> Path:
     views = ("1_front", "2_side", "3_back", "7_additional")
     rows = []
     for item in range(2, 12):
-        for place, view in enumerate(views):
-            status = "train" if item % 2 else ("query", "gallery")[place % 2]
-            rows.append((categories[item % 3], item, f"{1 + place // 2:02d}_{view}", status))
+        for position, view in enumerate(views):
+            status = "train" if item % 2 else ("query", "gallery")[position % 2]
+            rows.append((categories[item % 3], item, f"{1 + position // 2:02d}_{view}", status))
         if item % 2 == 0:
             rows.append((categories[item % 3], item, "02_4_full", "query" if item < 10 else "gallery"))
     rows += [(categories[1], 2, name, "gallery") for name in ("01_1_front", "02_4_full", "03_1_front")]
@@ -207,11 +207,11 @@ def _text(path: Path, lines: list[str]) -> None:
 def _cars() -> list[tuple[int, int]]:
     """(class id, view) of every image, in no order of classes."""
     rows = [(label, view) for label in range(1, 197) for view in range(3 if label == 1 else 2)]
-    return [rows[place] for place in np.random.default_rng(196).permutation(len(rows))]
+    return [rows[position] for position in np.random.default_rng(196).permutation(len(rows))]
 
 
 def _boxes(count: int) -> dict[str, list[int]]:
-    return {f"bbox_{side}": [1 + place] * count for place, side in enumerate(("x1", "y1", "x2", "y2"))}
+    return {f"bbox_{side}": [1 + position] * count for position, side in enumerate(("x1", "y1", "x2", "y2"))}
 
 
 def _annotations(path: Path, fields: dict[str, list], *, names: bool = False) -> None:
@@ -219,8 +219,8 @@ def _annotations(path: Path, fields: dict[str, list], *, names: bool = False) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     array = np.empty((1, len(next(iter(fields.values())))), [(name, object) for name in fields])
     for name, values in fields.items():
-        for place, value in enumerate(values):
-            array[name][0, place] = value if isinstance(value, str) else np.array([[value]], np.uint8)
+        for position, value in enumerate(values):
+            array[name][0, position] = value if isinstance(value, str) else np.array([[value]], np.uint8)
     savemat(path, {"annotations": array, **({"class_names": _cell(car_names())} if names else {})}, do_compression=True)
 
 

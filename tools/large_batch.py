@@ -54,8 +54,8 @@ def make_shards(folder: Path) -> None:
         labels = range(first, first + count)
         classes |= {label: ImageClass(label=label, name=str(label), category="made up", split=split)
                     for label in labels}
-        samples = [Sample(key=f"{place:05d}", label=label, jpeg=images.jpeg(place))
-                   for label in labels for place in range(EACH * label, EACH * (label + 1))]
+        samples = [Sample(key=f"{position:05d}", label=label, jpeg=images.jpeg(position))
+                   for label in labels for position in range(EACH * label, EACH * (label + 1))]
         shards.append(write_shard(folder, f"{split}.tar", split, samples, classes))
     Manifest(name="large batch", description="homeware's images under made-up labels",
              classes=tuple(classes.values()), shards=tuple(shards), folder=folder).save()
@@ -108,7 +108,7 @@ def gradients(config: Config, manifest: Manifest, *, images: int, pieces: int,
     network = initial_network(config, device=torch.device("cpu"), pretrained=True, pieces=pieces).train()
     module = TrainingModule(network, config.loss, classes=CLASSES, images_per_class=EACH).to(dtype)
     source = ShardImages(manifest, manifest.index("train"), test_transform(config))
-    batch = source.__getitems__([(place, 0) for place in range(images)])
+    batch = source.__getitems__([(position, 0) for position in range(images)])
     assert isinstance(batch, Batch)
     began = time.perf_counter()
     module(batch.images_bHW3, batch.labels_b, 0).total.backward()

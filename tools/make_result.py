@@ -65,12 +65,12 @@ def picture(run: Path) -> Image.Image:
     sheet = Image.new("RGB", (cell * (NEIGHBOURS + 1) + 3 * GAP, cell * QUERIES + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (query, neighbours) in enumerate(zip(chosen, found, strict=True)):
-        for column, place in enumerate([query, *neighbours]):
-            right = index.label_N[place] == index.label_N[query]
+        for column, position in enumerate([query, *neighbours]):
+            right = index.label_N[position] == index.label_N[query]
             colour = GREY if column == 0 else GREEN if right else RED
             left, top = GAP + column * cell + (2 * GAP if column else 0), GAP + row * cell
             draw.rectangle((left, top, left + SIDE + 2 * EDGE - 1, top + SIDE + 2 * EDGE - 1), fill=colour)
-            sheet.paste(Image.open(io.BytesIO(images.jpeg(int(place)))), (left + EDGE, top + EDGE))
+            sheet.paste(Image.open(io.BytesIO(images.jpeg(int(position)))), (left + EDGE, top + EDGE))
             if column and not right:  # not by colour alone
                 draw.line((left, top, left + 18, top + 18), fill=RED, width=4)
     return sheet

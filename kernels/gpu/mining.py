@@ -184,8 +184,8 @@ def _reaches(
             difference = load_column(z, rows, exist, k, width) - load_column(all_z, positive, exist, k, width)
             exact += difference * difference
         squared = tl.where(close, exact, squared)
-    places = rows.to(tl.int64) * (slots + 1) + tl.program_id(1) + 1
-    tl.store(reaches + places, tl.where(exist, squared, INF), mask=rows_exist)
+    positions = rows.to(tl.int64) * (slots + 1) + tl.program_id(1) + 1
+    tl.store(reaches + positions, tl.where(exist, squared, INF), mask=rows_exist)
 
 
 @triton.jit
@@ -197,10 +197,10 @@ def _semihard(
     """Each anchor's nearest negative strictly beyond each of its reaches, `slots` in all, SLOTS in this program."""
     rows, rows_exist = local_rows(b, BLOCK_M)
     slot = tl.program_id(2) * SLOTS + tl.arange(0, SLOTS)
-    places = rows.to(tl.int64)[:, None] * slots + slot[None, :]
+    positions = rows.to(tl.int64)[:, None] * slots + slot[None, :]
     exist = rows_exist[:, None] & (slot < slots)[None, :]
     # Positives come first and padding last, so a block of anchors with few positives is done after few slots.
-    wanted = tl.load(reaches + places, mask=exist, other=INF) < INF
+    wanted = tl.load(reaches + positions, mask=exist, other=INF) < INF
     last_slot = tl.max(tl.where(wanted, slot[None, :] + 1, 0))
     row_norm = tl.load(norms + rows, mask=rows_exist, other=0.0)
     least = tl.full((BLOCK_M, SLOTS), INF, tl.float32)
@@ -235,8 +235,8 @@ def _semihard(
             least = tl.where(better, slot_key[:, None], least)
             nearest = tl.where(better, at[:, None], nearest)
     part = tl.program_id(1).to(tl.int64) * b * slots
-    tl.store(keys + part + places, least, mask=exist)
-    tl.store(found + part + places, nearest, mask=exist)
+    tl.store(keys + part + positions, least, mask=exist)
+    tl.store(found + part + positions, nearest, mask=exist)
 
 
 def semihard_negatives(
@@ -284,9 +284,9 @@ def _sampled(
     """
     rows, rows_exist = local_rows(b, BLOCK_M)
     slot = tl.program_id(2) * SLOTS + tl.arange(0, SLOTS)
-    places = rows.to(tl.int64)[:, None] * slots + slot[None, :]
+    positions = rows.to(tl.int64)[:, None] * slots + slot[None, :]
     exist = rows_exist[:, None] & (slot < slots)[None, :]
-    wanted = tl.load(positives + places, mask=exist, other=-1) >= 0
+    wanted = tl.load(positives + positions, mask=exist, other=-1) >= 0
     last_slot = tl.max(tl.where(wanted, slot[None, :] + 1, 0))
     inverse = tl.load(inverses + rows, mask=rows_exist, other=0.0)
     anchor_state = absorb(seeded(seed_low, seed_high), rows + offset)
@@ -317,8 +317,8 @@ def _sampled(
             least = tl.where(better, slot_key[:, None], least)
             drawn = tl.where(better, at[:, None], drawn)
     part = tl.program_id(1).to(tl.int64) * b * slots
-    tl.store(keys + part + places, least, mask=exist)
-    tl.store(found + part + places, drawn, mask=exist)
+    tl.store(keys + part + positions, least, mask=exist)
+    tl.store(found + part + positions, drawn, mask=exist)
 
 
 def sampled_negatives(

@@ -74,9 +74,9 @@ def _pair_sums(
         total = _pull(z, mine, other, other >= 0, coefficients, pair, k, width, total)
     begin = tl.load(bounds + row)
     end = tl.load(bounds + row + 1)
-    for place in range(begin, end, BLOCK_N):
-        exist = place + lane < end
-        pair = tl.load(order + place + lane, mask=exist, other=0)
+    for position in range(begin, end, BLOCK_N):
+        exist = position + lane < end
+        pair = tl.load(order + position + lane, mask=exist, other=0)
         total = _pull(z, mine, pair // slots, exist, coefficients, pair, k, width, total)
     tl.store(sums + row * width + k, tl.sum(total, 0), mask=k < width)
 

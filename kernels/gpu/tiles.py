@@ -41,8 +41,8 @@ def tile_columns(tile, B, BLOCK_N: tl.constexpr):
 @triton.jit
 def load_rows(x, rows, exist, k, width):
     """x[rows, k] as stored, 0 where there is nothing."""
-    places = rows.to(tl.int64)[:, None] * width + k[None, :]
-    return tl.load(x + places, mask=exist[:, None] & (k < width)[None, :], other=0.0)
+    positions = rows.to(tl.int64)[:, None] * width + k[None, :]
+    return tl.load(x + positions, mask=exist[:, None] & (k < width)[None, :], other=0.0)
 
 
 @triton.jit
@@ -148,16 +148,16 @@ def store_weights(out, weight, rows, rows_exist, columns, columns_exist, b, B):
     float32 is written in two parts, (2, b, B): rounded to TF32's 10 bits of mantissa, and the rest.
     """
     line = rows.to(tl.int64)
-    places = out + line[:, None] * B + columns[None, :]
+    pointers = out + line[:, None] * B + columns[None, :]
     exist = rows_exist[:, None] & columns_exist[None, :]
     if out.dtype.element_ty == tl.float32:
         bits = weight.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        tl.store(places, rounded, mask=exist)
+        tl.store(pointers, rounded, mask=exist)
         tl.store(out + (line + b)[:, None] * B + columns[None, :], weight - rounded, mask=exist)
         return tl.sum(weight, 1)
     weight = weight.to(out.dtype.element_ty)
-    tl.store(places, weight, mask=exist)
+    tl.store(pointers, weight, mask=exist)
     return tl.sum(weight.to(tl.float32), 1)
 
 
@@ -173,8 +173,8 @@ def store_sums(out, which: tl.constexpr, value, rows, rows_exist, b, width, BLOC
     """out[which, split, rows, :] = value; out has shape (accumulators, splits, b, D)."""
     split = which * tl.num_programs(1) + tl.program_id(1)
     k = tl.arange(0, BLOCK_D)
-    places = (split.to(tl.int64) * b + rows)[:, None] * width + k[None, :]
-    tl.store(out + places, value, mask=rows_exist[:, None] & (k < width)[None, :])
+    positions = (split.to(tl.int64) * b + rows)[:, None] * width + k[None, :]
+    tl.store(out + positions, value, mask=rows_exist[:, None] & (k < width)[None, :])
 
 
 WEIGHT_SCALE = tl.constexpr(2.0**12)

@@ -314,8 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return [pool.submit(compile_ahead, row, task.dtype) for row in task.rows]
 
         compiled = begin(work[0])
-        for place, task in enumerate(work):
-            following = begin(work[place + 1]) if place + 1 < len(work) else []  # compiles while this one is timed
+        for number, task in enumerate(work):
+            following = begin(work[number + 1]) if number + 1 < len(work) else []  # compiles while this one is timed
             row, tried = search(task, compiled, pool, options.rounds)
             log(options.csv, task, row, tried)
             print(row_text(row), flush=True)

@@ -169,8 +169,8 @@ class _LappedImages(ShardImages):
         super().__init__(work.manifest, work.index, _LappedTransform(**vars(work.transform()), clock=clock))
         self._clock = clock
 
-    def jpeg(self, place: int) -> bytes:
-        jpeg = super().jpeg(place)
+    def jpeg(self, position: int) -> bytes:
+        jpeg = super().jpeg(position)
         self._clock.lap("read")
         return jpeg
 

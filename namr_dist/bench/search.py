@@ -65,7 +65,7 @@ class Measured:
     p20_s: float
     p80_s: float
     same_percent: float
-    """Of all places in the lists, those that hold the item of the first back end's list."""
+    """Of all positions in the lists, those that hold the item of the first back end's list."""
     agrees: str
     """yes | no | witness (not exact)"""
     gpu_mib: float | None

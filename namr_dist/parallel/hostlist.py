@@ -22,7 +22,7 @@ def expand_hosts(text: str) -> tuple[str, ...]:
     for pattern in re.findall(_HOST, text):
         # Text outside and inside brackets by turns.
         pieces = re.split(r"\[([^\[\]]+)\]", pattern)
-        choices = [_numbers(piece, text) if place % 2 else [piece] for place, piece in enumerate(pieces)]
+        choices = [_numbers(piece, text) if position % 2 else [piece] for position, piece in enumerate(pieces)]
         hosts += ("".join(choice) for choice in itertools.product(*choices))
     return tuple(hosts)
 

@@ -112,7 +112,7 @@ def _alone() -> Launch:
 
 def _from_variables(environ: Mapping[str, str]) -> Launch:
     _demand(environ, _VARIABLES, remedy=_BY_HAND)
-    rank, world_size, local_rank = _places(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK", remedy=_BY_HAND)
+    rank, world_size, local_rank = _rank_numbers(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK", remedy=_BY_HAND)
     # Each launcher leaves a variable of its own.
     launcher = next((name for name, own in (("torchrun", "TORCHELASTIC_RUN_ID"), ("deepspeed", "CROSS_RANK"))
                      if own in environ), "environment")
@@ -123,14 +123,14 @@ def _from_variables(environ: Mapping[str, str]) -> Launch:
 def _from_mpirun(environ: Mapping[str, str], *, rank: str, size: str, local_rank: str, local_size: str) -> Launch:
     remedy = "start all ranks with one mpirun"
     _demand(environ, (rank, size, local_rank, local_size), remedy=remedy)
-    place, world_size, local_place = _places(environ, rank, size, local_rank, remedy=remedy)
+    own_rank, world_size, own_local_rank = _rank_numbers(environ, rank, size, local_rank, remedy=remedy)
     _agree(environ, world_size, by=size)
     address = environ.get("MASTER_ADDR")
     if address is None and environ[local_size] != environ[size]:
         raise InputError(f"{size} is {world_size} and {local_size} is {environ[local_size]}, so there are several "
                          "machines, but MASTER_ADDR is not set; pass the first machine's name on to all ranks "
                          "(mpirun -x MASTER_ADDR=HOST, or -genv MASTER_ADDR HOST)")
-    return Launch(launcher="mpirun", rank=place, world_size=world_size, local_rank=local_place,
+    return Launch(launcher="mpirun", rank=own_rank, world_size=world_size, local_rank=own_local_rank,
                   master_addr=address or "127.0.0.1",
                   master_port=_port(environ) if "MASTER_PORT" in environ else _MPI_PORT)
 
@@ -140,7 +140,7 @@ def _from_srun(environ: Mapping[str, str]) -> Launch:
     remedy = "start all ranks with one srun, a task each"
     size = "SLURM_STEP_NUM_TASKS"
     _demand(environ, ("SLURM_PROCID", size, "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"), remedy=remedy)
-    rank, world_size, local_rank = _places(environ, "SLURM_PROCID", size, "SLURM_LOCALID", remedy=remedy)
+    rank, world_size, local_rank = _rank_numbers(environ, "SLURM_PROCID", size, "SLURM_LOCALID", remedy=remedy)
     _agree(environ, world_size, by=size)
     job, step = (_number(environ, name, remedy=remedy) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     if world_size == 1:
@@ -160,8 +160,8 @@ def _demand(environ: Mapping[str, str], names: Sequence[str], *, remedy: str) ->
         raise InputError(f"{there} is {environ[there]}, but the launcher set no {', '.join(missing)}; {remedy}")
 
 
-def _places(environ: Mapping[str, str], rank: str, size: str, local_rank: str, *,
-            remedy: str) -> tuple[int, int, int]:
+def _rank_numbers(environ: Mapping[str, str], rank: str, size: str, local_rank: str, *,
+                  remedy: str) -> tuple[int, int, int]:
     """Rank, world size and local rank, each a number, the ranks below the size."""
     values = [_number(environ, name, remedy=remedy) for name in (rank, size, local_rank)]
     for name, value in ((rank, values[0]), (local_rank, values[2])):

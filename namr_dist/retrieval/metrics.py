@@ -66,8 +66,8 @@ def relevant_counts(
             f"{item_labels[own_Q[query]]}: query_ids and labels must stand in one order"
         )
     classes_C, counts_C = np.unique(item_labels, return_counts=True)
-    place_Q = np.searchsorted(classes_C, query_labels).clip(max=len(classes_C) - 1)
-    count_Q = np.where(classes_C[place_Q] == query_labels, counts_C[place_Q], 0)
+    position_Q = np.searchsorted(classes_C, query_labels).clip(max=len(classes_C) - 1)
+    count_Q = np.where(classes_C[position_Q] == query_labels, counts_C[position_Q], 0)
     return (count_Q - inside_Q).astype(np.int64)
 
 

@@ -63,7 +63,7 @@ def test_the_example_set_is_a_shard_set(tmp_path: Path) -> None:
     index = manifest.index("train")
     images = ShardImages(manifest, index, Work(manifest=manifest, index=index, batch=4, size=64,
                                                data=DataConfig()).transform())
-    sizes = [jpeg_size(images.jpeg(place), "x") for place in range(12)]
+    sizes = [jpeg_size(images.jpeg(position), "x") for position in range(12)]
     assert all(320 <= side <= 500 for size in sizes for side in size) and len(set(sizes)) == 12
 
 

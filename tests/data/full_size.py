@@ -28,9 +28,9 @@ def full_size_sop(folder: Path, *, side: int = 48) -> Path:
     image_id, class_id = 0, 0
     for split, (images, classes) in SPLITS.items():
         lines = ["image_id class_id super_class_id path"]
-        for place, size in enumerate(_class_sizes(images, classes, rng)):
+        for position, size in enumerate(_class_sizes(images, classes, rng)):
             class_id += 1
-            number = place * len(SUPER_CLASSES) // classes
+            number = position * len(SUPER_CLASSES) // classes
             for view in range(size):
                 image_id += 1
                 path = f"{SUPER_CLASSES[number]}_final/{110_000_000_000 + class_id}_{view}.JPG"

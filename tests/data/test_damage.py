@@ -28,7 +28,7 @@ from namr_dist.errors import InputError
 
 CLASSES, IMAGES = 4, 6
 WHOLE = TestTransform(size=48, crop_share=1.0)
-PLACE, KEY = 8, "001_2"
+POSITION, KEY = 8, "001_2"
 """The damaged image: the third of its class, in the first of two tars."""
 
 
@@ -126,11 +126,11 @@ def test_an_unreadable_image_is_an_error_or_replaced_and_named(own_set: Manifest
     batches = show(built, damaged="replace")
     assert [line for batch in batches for line in batch.replaced] == [str(caught.value)]
     index_N = np.concatenate([batch.index_b.numpy() for batch in batches])
-    want_N = np.where(np.arange(CLASSES * IMAGES) == PLACE, PLACE + 1, np.arange(CLASSES * IMAGES))
+    want_N = np.where(np.arange(CLASSES * IMAGES) == POSITION, POSITION + 1, np.arange(CLASSES * IMAGES))
     assert (index_N == want_N).all()
     assert (np.concatenate([batch.labels_b.numpy() for batch in batches]) == want_N // IMAGES).all()
     shown = np.concatenate([batch.images_bHW3.numpy() for batch in batches])
-    assert (shown[PLACE] == shown[PLACE + 1]).all()
+    assert (shown[POSITION] == shown[POSITION + 1]).all()
 
 
 @pytest.mark.parametrize(("kind", "data"), [
@@ -140,7 +140,7 @@ def test_an_unreadable_image_is_an_error_or_replaced_and_named(own_set: Manifest
 ])
 def test_unusual_images_are_shown_as_others_show_them(own_set: Manifest, kind: str, data: Callable[[], bytes]) -> None:
     built = with_images(own_set, {KEY: data()})
-    shown = np.concatenate([batch.images_bHW3.numpy() for batch in show(built)])[PLACE]
+    shown = np.concatenate([batch.images_bHW3.numpy() for batch in show(built)])[POSITION]
     pillow = np.asarray(Image.open(io.BytesIO(data())).convert("RGB"))
     # A conversion of four inks to RGB may round otherwise.
     assert np.abs(shown.astype(int) - pillow).max() <= 2, kind
@@ -215,18 +215,18 @@ def test_exchanged_images_are_seen_by_no_reader_of_bytes(own_set: Manifest) -> N
     """
     def exchange(body: dict) -> None:
         for column in (first(body)["offsets"], first(body)["lengths"]):
-            column[0], column[PLACE] = column[PLACE], column[0]
+            column[0], column[POSITION] = column[POSITION], column[0]
 
     right = np.concatenate([batch.images_bHW3.numpy() for batch in show(own_set)])
     edit(own_set, exchange)
     wrong = np.concatenate([batch.images_bHW3.numpy() for batch in show(Manifest.load(own_set.folder))])
-    assert (wrong[0] == right[PLACE]).all() and (wrong[PLACE] == right[0]).all()
+    assert (wrong[0] == right[POSITION]).all() and (wrong[POSITION] == right[0]).all()
 
 
 def test_flipped_bits_that_still_decode_are_seen_by_the_hash(own_set: Manifest) -> None:
     path, shard = first_tar(own_set), own_set.shards[0]
     tar = bytearray(path.read_bytes())
-    for at in range(shard.offsets[PLACE] + 700, shard.offsets[PLACE] + shard.lengths[PLACE] - 2):
+    for at in range(shard.offsets[POSITION] + 700, shard.offsets[POSITION] + shard.lengths[POSITION] - 2):
         tar[at] ^= 1
         path.write_bytes(tar)
         try:
@@ -288,7 +288,7 @@ def test_a_run_names_each_damaged_image_once_and_counts_those_of_all_ranks(own_s
     # An epoch has two steps, a line in the log each.
     index, sampling = built.index("train"), Sampling(classes_per_batch=6, images_per_class=3)
     plans = [epoch_plan(index, sampling, seed=0, epoch=epoch).reshape(-1) for epoch in range(4)]
-    planned = [[key for key in (index.keys[place] for place in plan_N)
+    planned = [[key for key in (index.keys[position] for position in plan_N)
                 if key[:4] in ("002_", "003_") and key[4] != "5"] for plan_N in plans]
     so_far = [sum(planned[: epoch + 1], []) for epoch in range(4)]
     counts = [(entry["damaged_images"], entry["replacements"]) for entry in entries(tmp_path / "run")

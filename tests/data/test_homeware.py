@@ -32,14 +32,14 @@ def test_counts_and_size() -> None:
 
 
 def test_split_rule() -> None:
-    """Even places of a category train, every fifth of those validates, odd ones test."""
+    """Even positions of a category train, every fifth of those validates, odd ones test."""
     manifest = Manifest.load(embedded_shards())
     in_training = 0
     for category in sorted({entry.category for entry in manifest.classes}):
         members = [entry for entry in manifest.classes if entry.category == category]
-        for place, entry in enumerate(members):
-            assert entry.split == split_of(place, in_training)
-            assert (entry.split == "test") == (place % 2 == 1)
+        for position, entry in enumerate(members):
+            assert entry.split == split_of(position, in_training)
+            assert (entry.split == "test") == (position % 2 == 1)
             in_training += entry.split != "test"
 
 
@@ -62,7 +62,7 @@ def test_pictures_show_something() -> None:
     manifest = Manifest.load(embedded_shards())
     index = manifest.index(*manifest.splits)
     images = ShardImages(manifest, index, TestTransform(size=112, crop_share=1.0))
-    for place in range(len(index)):
-        pixels = decode_rgb(images.jpeg(place), index.keys[place])
+    for position in range(len(index)):
+        pixels = decode_rgb(images.jpeg(position), index.keys[position])
         assert pixels.shape == (112, 112, 3)
-        assert pixels.std() > 3 and 8 < pixels.mean() < 253, index.keys[place]
+        assert pixels.std() > 3 and 8 < pixels.mean() < 253, index.keys[position]

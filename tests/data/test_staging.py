@@ -41,9 +41,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def change_a_bit(path: Path, place: int) -> None:
+def change_a_bit(path: Path, position: int) -> None:
     body = bytearray(path.read_bytes())
-    body[place] ^= 1
+    body[position] ^= 1
     path.write_bytes(body)
 
 
@@ -76,7 +76,7 @@ def test_the_staged_set_is_the_set_from_wherever_it_comes(server: BadServer, sha
     assert dataclasses.replace(staged, folder=shard_set.folder) == shard_set
     index = shard_set.index("train", "val", "test")
     theirs, mine = (ShardImages(manifest, index, TRANSFORM) for manifest in (shard_set, staged))
-    assert all(mine.jpeg(place) == theirs.jpeg(place) for place in range(len(index)))
+    assert all(mine.jpeg(position) == theirs.jpeg(position) for position in range(len(index)))
 
 
 def test_some_splits_alone_and_the_others_later(shard_set: Manifest, tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 class Pointer:
-    def __init__(self, tensor): self.dtype, self.place = tensor.dtype, tensor.storage_offset() * tensor.dtype.itemsize
-    def data_ptr(self): return 4096 + self.place
+    def __init__(self, tensor): self.dtype, self.offset = tensor.dtype, tensor.storage_offset() * tensor.dtype.itemsize
+    def data_ptr(self): return 4096 + self.offset
 backend = make_backend(GPUTarget('cuda', 90, 32))
 seen = 0
 for variant in aot.variants([90], ['bfloat16', 'float32'], [100, 512]):
@@ -117,10 +117,10 @@ for variant in aot.variants([90], ['bfloat16', 'float32'], [100, 512]):
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**given)
     _, types, constants, attributes = kernel._pack_args(backend, {}, bound, specialization, options)
-    attributes = {place: value for place, value in attributes.items() if value}
+    attributes = {position: value for position, value in attributes.items() if value}
     assert (types, attributes) == aot.specialised(variant.launch)[::2], variant.name
     ours = {kernel.arg_names.index(name): value for name, value in aot.specialised(variant.launch)[1].items()}
-    assert {place: value for (place,), value in constants.items()} == ours, variant.name
+    assert {position: value for (position,), value in constants.items()} == ours, variant.name
     seen += 1
 print(seen)
 """)

@@ -52,8 +52,8 @@ def test_chunks_on_uneven_ranks() -> None:
     _, of_rows = ROWS["ranking"]
     results = on_ranks(RANKS, lambda i, j, gather: of_rows(plain, i, j, gather))
     _, wanted = OPS["ranking"].value_and_gradients(reference, given.leaves(torch.float64))
-    for place, want in enumerate(wanted, start=1):
-        assert worst(torch.cat([result[place].cpu() for result in results]), want) <= 1e-4
+    for position, want in enumerate(wanted, start=1):
+        assert worst(torch.cat([result[position].cpu() for result in results]), want) <= 1e-4
 
 
 def test_memory_rows_end_within_a_chunk() -> None:

@@ -131,8 +131,8 @@ def test_equals_the_definition(path: str, name: str, case: str, counts: tuple[in
     results = on_ranks(counts, lambda i, j, gather: ROWS[name][1](plain, i, j, gather))
     for loss, *_ in results:
         assert abs(float(loss) - float(want_loss)) <= 0.1 * bound * float(want_loss)
-    for place, (argument, want) in enumerate(zip(OPS[name].by, wanted, strict=True), start=1):
-        shares = [result[place] for result in results]
+    for position, (argument, want) in enumerate(zip(OPS[name].by, wanted, strict=True), start=1):
+        shares = [result[position] for result in results]
         got = torch.stack(shares).sum(0) if argument == "beta" else torch.cat(shares)
         assert worst(got, want) <= bound
 

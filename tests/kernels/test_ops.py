@@ -159,8 +159,8 @@ def test_rows_of_several_ranks_make_the_same_loss_and_gradient(device: torch.dev
     want_loss, want_gradients = OPS[whole].value_and_gradients(reference, given.leaves(torch.float64))
     for loss, *_ in results:
         assert abs(float(loss) - float(want_loss)) <= 1e-5 * abs(float(want_loss))
-    for place, (argument, want) in enumerate(zip(OPS[whole].by, want_gradients, strict=True), start=1):
-        shares = [result[place] for result in results]
+    for position, (argument, want) in enumerate(zip(OPS[whole].by, want_gradients, strict=True), start=1):
+        shares = [result[position] for result in results]
         # A parameter's gradient is shared out among ranks, a row's belongs to its rank.
         got = torch.stack(shares).sum(0) if argument in ("proxies", "beta") else torch.cat(shares)
         assert worst(got, want) <= 1e-4

@@ -61,8 +61,8 @@ def run(case, inputs, watch):
 tune.run, tune.Stopwatch, tune.RealInputs = run, lambda device: None, lambda *given: None
 tune.fits = lambda row, case, dtype: row != spills
 compiled = [Future() for row in rows]
-for place, future in enumerate(compiled):
-    future.set_result('takes too much' if place == 9 else '')
+for position, future in enumerate(compiled):
+    future.set_result('takes too much' if position == 9 else '')
 with ThreadPoolExecutor(1) as pool:
     chosen, tried = tune.search(task, compiled, pool, 5)
 assert chosen == best, chosen

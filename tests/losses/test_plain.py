@@ -101,7 +101,7 @@ def test_two_ranks_are_one(two_ranks: Ranks, metric: str, options: str, counts_W
     together = two_ranks(step, metric, counts_W, options)
     for of_rank, _ in together:
         assert of_rank == pytest.approx(loss, rel=1e-12)
-    for got, want in zip([torch.cat([gradients[place] for _, gradients in together]) for place in (0, 1)],
+    for got, want in zip([torch.cat([gradients[position] for _, gradients in together]) for position in (0, 1)],
                          (grad_z_BD, grad_s_BD), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     for _, (_, _, *of_rank) in together:

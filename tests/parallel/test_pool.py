@@ -26,7 +26,7 @@ if __name__ == "__main__":
 """
 
 
-def place() -> tuple[int, int, str]:
+def rank_and_size() -> tuple[int, int, str]:
     print("not for the parent's stdout")
     return dist.get_rank(), dist.get_world_size(), os.environ["RANK"]
 
@@ -39,7 +39,7 @@ def fail_on_the_second() -> None:
 
 @pytest.mark.dist
 def test_ranks_answer_in_order(two_ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
-    assert two_ranks(place) == [(0, 2, "0"), (1, 2, "1")]
+    assert two_ranks(rank_and_size) == [(0, 2, "0"), (1, 2, "1")]
     assert capfd.readouterr().out == ""
 
 
@@ -49,7 +49,7 @@ def test_a_failure_is_told_and_the_next_call_works(monkeypatch: pytest.MonkeyPat
     with Ranks(2) as pool:
         with pytest.raises(RankError, match="rank 1:(.|\n)*as the test wants it"):
             pool(fail_on_the_second)
-        assert [rank for rank, _, _ in pool(place)] == [0, 1]
+        assert [rank for rank, _, _ in pool(rank_and_size)] == [0, 1]
         with pytest.raises(RankError, match="ended without an answer"):
             pool(os._exit, 3)
 

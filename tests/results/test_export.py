@@ -111,14 +111,14 @@ def test_a_report_has_neither_folders_nor_credentials(run: Path, tmp_path: Path,
 def test_model_card_does_what_it_says(run: Path, exported: Path, shard_set: Manifest, tmp_path: Path, file: str,
                                       absent: str) -> None:
     """Its code in a process of its own, on image files: the embeddings are those of evaluation, at any batch size."""
-    places = (0, 7, 20, 33)
+    positions = (0, 7, 20, 33)
     source = ShardImages(shard_set, shard_set.index("test"), transform_of(Config.load(run / "config.json")))
-    for number, place in enumerate(places):
-        Image.fromarray(decode_rgb(source.jpeg(place), "an image")).save(tmp_path / f"{number}.png")
+    for number, position in enumerate(positions):
+        Image.fromarray(decode_rgb(source.jpeg(position), "an image")).save(tmp_path / f"{number}.png")
     card = (exported / "README.md").read_text()
     prepare = re.findall(r"```python\n(.*?)```", card[card.index("## Prepare") : card.index("## Load")], re.S)[0]
     use = re.findall(r"```python\n(.*?)```", card[card.index(f"`{file}`, with") :], re.S)[0]
-    files = [str(tmp_path / f"{number}.png") for number in range(len(places))]
+    files = [str(tmp_path / f"{number}.png") for number in range(len(positions))]
     assert '["photo.jpg"]' in prepare
     script = f"""{prepare.replace('["photo.jpg"]', repr(files))}
 import json, sys
@@ -133,7 +133,7 @@ assert not {{{absent!r}, "deepspeed"}} & sys.modules.keys()
     evaluated = safetensors.torch.load_file(run / "embeddings.safetensors")
     for line, count in zip(done.stdout.splitlines(), (4, 1), strict=True):
         for found, right in zip(json.loads(line), (evaluated["z"], evaluated["s"]), strict=True):
-            np.testing.assert_allclose(found, right[list(places[:count])], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found, right[list(positions[:count])], rtol=1e-4, atol=1e-5)
 
 
 def test_loading_leaves_the_generator_alone(exported: Path) -> None:

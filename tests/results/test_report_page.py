@@ -69,11 +69,11 @@ class SmallRun:
         (self.folder / "metrics.json").write_text(json.dumps(self.metrics))
         save_file(self.tensors, self.folder / "embeddings.safetensors")
 
-    def jpeg(self, place: int) -> bytes:
+    def jpeg(self, position: int) -> bytes:
         """Class colour, with a pattern that makes no two alike; the first class's are large files."""
-        size = 300 if self.labels[place] == 0 else 64
-        colour = np.random.default_rng(int(self.labels[place])).uniform(40, 215, 3)
-        grain = np.random.default_rng(1000 + place).uniform(-40, 40, (size, size, 3))
+        size = 300 if self.labels[position] == 0 else 64
+        colour = np.random.default_rng(int(self.labels[position])).uniform(40, 215, 3)
+        grain = np.random.default_rng(1000 + position).uniform(-40, 40, (size, size, 3))
         return simplejpeg.encode_jpeg(np.clip(colour + grain, 0, 255).astype(np.uint8), quality=85)
 
     def report(self) -> Path:

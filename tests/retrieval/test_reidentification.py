@@ -59,8 +59,8 @@ def test_draws_are_one_image_of_each_class_each_as_likely_as_another():
     for gallery in drawn:
         assert sorted(labels[gallery].tolist()) == [2, 4, 9] and (np.diff(gallery) > 0).all()
     counts = np.bincount(np.concatenate(drawn), minlength=9)
-    for place, label in enumerate(labels):
-        assert counts[place] == pytest.approx(3000 / {4: 3, 9: 1, 2: 5}[label], rel=0.15)
+    for position, label in enumerate(labels):
+        assert counts[position] == pytest.approx(3000 / {4: 3, 9: 1, 2: 5}[label], rel=0.15)
 
 
 def test_a_case_by_hand():

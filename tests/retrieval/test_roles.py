@@ -94,7 +94,7 @@ def test_cut_offs_beyond_the_lists_equal_the_definitions(roles):
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 @pytest.mark.parametrize("kind", ["random", "grid", "collapsed"])
-def test_ranks_equal_places_in_a_full_sort(metric, kind):
+def test_ranks_equal_positions_in_a_full_sort(metric, kind):
     rng = np.random.default_rng(23)
     items = rng.standard_normal((200, 5)) if kind == "random" else rng.integers(0, 2, (200, 5)) * float(kind == "grid")
     queries = np.concatenate([items[:40], rng.standard_normal((10, 5)), items[[7, 7]]])

@@ -115,9 +115,9 @@ def test_a_sloppy_library_changes_nothing(backend, monkeypatch, rng):
     monkeypatch.setattr(Keys, "by_product", by_product)
     _, found = search(queries, items, 5, backend=backend)
     np.testing.assert_array_equal(found, order[:, :5])
-    for place in (0, 6, 200):
+    for position in (0, 6, 200):
         np.testing.assert_array_equal(
-            ranks_of(queries, items, order[:, place], query_ids_Q=np.full(40, -1)), place + 1
+            ranks_of(queries, items, order[:, position], query_ids_Q=np.full(40, -1)), position + 1
         )
 
 

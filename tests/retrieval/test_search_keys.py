@@ -68,9 +68,9 @@ def test_packed_numbers_sort_as_key_and_index_do(rng):
     packed = pack(torch.from_numpy(keys), torch.from_numpy(ids))
     order = np.lexsort((ids, keys))
     np.testing.assert_array_equal(packed.argsort().numpy(), order)
-    back, places = unpack(packed)
+    back, back_ids = unpack(packed)
     np.testing.assert_array_equal(back.numpy(), keys)
-    np.testing.assert_array_equal(places.numpy(), ids)
+    np.testing.assert_array_equal(back_ids.numpy(), ids)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -88,8 +88,8 @@ def test_all_back_ends_return_the_same_bits_whatever_the_blocks(metric, monkeypa
             found_values, found = search_excluding_self(rows, rows, k, metric=metric, backend=backend)
             np.testing.assert_array_equal(found, ids[:, :k])
             np.testing.assert_array_equal(found_values.view(np.int32), values[:, :k].view(np.int32))
-    for place in (0, 3, 60, 199):
-        np.testing.assert_array_equal(ranks_of(rows, rows, ids[:, place], metric=metric), place + 1)
+    for position in (0, 3, 60, 199):
+        np.testing.assert_array_equal(ranks_of(rows, rows, ids[:, position], metric=metric), position + 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -133,5 +133,5 @@ def test_a_gpu_returns_the_bits_of_the_cpu(metric, monkeypatch):
             found_values, found = search_excluding_self(rows, rows, k, metric=metric, backend="torch-gpu")
             np.testing.assert_array_equal(found, ids[:, :k])
             np.testing.assert_array_equal(found_values.view(np.int32), values[:, :k].view(np.int32))
-    for place in (0, 999):
-        np.testing.assert_array_equal(ranks_of(rows, rows, ids[:, place], metric=metric), place + 1)
+    for position in (0, 999):
+        np.testing.assert_array_equal(ranks_of(rows, rows, ids[:, position], metric=metric), position + 1)

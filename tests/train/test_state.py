@@ -210,8 +210,8 @@ def test_flipped_and_missing_bytes_are_found(tmp_path: Path) -> None:
     path = small_file(tmp_path / "step.safetensors")
     assert open_state(path) == SavedState(path=path, step=4, ranks=1, data_hash="d", config=CONFIG)
     whole = path.read_bytes()
-    for place in [*range(200), *range(200, len(whole), 7)]:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 32]) + whole[place + 1 :])
+    for position in [*range(200), *range(200, len(whole), 7)]:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 32]) + whole[position + 1 :])
         with pytest.raises(DamagedFileError):
             open_state(path)
     for length in (0, 5, 30, 200, len(whole) - 1):

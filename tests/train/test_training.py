@@ -140,11 +140,11 @@ def test_evaluate_report_embed(trained: Path, shard_set: Manifest, namr: Callabl
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     index = shard_set.index("test")
-    for place in range(3):
-        shard = shard_set.shards[index.shard_N[place]]
+    for position in range(3):
+        shard = shard_set.shards[index.shard_N[position]]
         tar = (shard_set.folder / shard.file).read_bytes()
-        start, length = int(index.offset_N[place]), int(index.length_N[place])
-        (pictures / f"{place}.jpg").write_bytes(tar[start : start + length])
+        start, length = int(index.offset_N[position]), int(index.length_N[position])
+        (pictures / f"{position}.jpg").write_bytes(tar[start : start + length])
     done = namr("embed", run, "--images", pictures, "--out", out)
     assert done.returncode == 0, done.stderr
     from_files = safetensors.torch.load_file(out)

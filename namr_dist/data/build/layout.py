@@ -73,11 +73,11 @@ def shard_plans(listing: Listing, size_of: dict[str, int], *, target_bytes: int,
         # The shard in which the middle of a class falls, were the split one run of bytes cut into equal parts.
         shard_C = ((bytes_C.cumsum() - bytes_C / 2) * count // bytes_C.sum()).astype(int)
         for number, shard in enumerate(np.unique(shard_C)):
-            images = [image for place in np.flatnonzero(shard_C == shard) for image in by_class[labels[place]]]
+            images = [image for position in np.flatnonzero(shard_C == shard) for image in by_class[labels[position]]]
             plans.append(ShardPlan(file=f"{split}-{number:06d}.tar", split=split, images=tuple(images)))
     return plans
 
 
 def _shuffled(labels: list[int], stream: list[int]) -> list[int]:
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(stream)))
-    return [labels[place] for place in np.argsort(rng.random(len(labels)), kind="stable")]
+    return [labels[position] for position in np.argsort(rng.random(len(labels)), kind="stable")]

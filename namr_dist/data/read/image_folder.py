@@ -35,18 +35,18 @@ class FolderImages(ImageSource):
     def __len__(self) -> int:
         return len(self.names)
 
-    def files(self, places: Iterable[int]) -> list[str]:
+    def files(self, positions: Iterable[int]) -> list[str]:
         """The image files themselves, with the folder before their names."""
-        return sorted({str(self._folder / self.names[place]) for place in places})
+        return sorted({str(self._folder / self.names[position]) for position in positions})
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
-        places = [place for place, _ in items]
+        positions = [position for position, _ in items]
         try:
-            images = np.stack([self._image(self._folder / self.names[place]) for place in places])
+            images = np.stack([self._image(self._folder / self.names[position]) for position in positions])
         except InputError as error:
             return error
-        return Batch(images_bHW3=torch.from_numpy(images), labels_b=torch.full((len(places),), -1),
-                     index_b=torch.tensor(places))
+        return Batch(images_bHW3=torch.from_numpy(images), labels_b=torch.full((len(positions),), -1),
+                     index_b=torch.tensor(positions))
 
     def _image(self, path: Path) -> np.ndarray:
         try:

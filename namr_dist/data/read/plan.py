@@ -87,7 +87,7 @@ def small_classes(index: SplitIndex, sampling: Sampling) -> int:
 
 
 def epoch_plan(index: SplitIndex, sampling: Sampling, *, seed: int, epoch: int) -> np.ndarray:
-    """The epoch's global batches: int64 (S, P, K), places in `index`.
+    """The epoch's global batches: int64 (S, P, K), positions in `index`.
 
     Depends on its arguments alone. Rank r of W takes classes r·P/W to (r+1)·P/W of each batch (`rank_part`). With
     `shuffle` "shards", slot p of one batch after another runs through the tars front to back; with "classes", any
@@ -117,7 +117,7 @@ def rank_part(batch_PK: np.ndarray, *, rank: int, world_size: int) -> np.ndarray
 
 
 def augment_seed(*, seed: int, step: int, slot: int) -> int:
-    """Seed of one image's augmentation: its place in the run decides, so no worker or rank count shows."""
+    """Seed of one image's augmentation: its position in the run decides, so no worker or rank count shows."""
     return int(np.random.SeedSequence([_AUGMENT_STREAM, seed, step, slot]).generate_state(1, np.uint64)[0])
 
 
@@ -131,7 +131,7 @@ def _visits(index: SplitIndex, sampling: Sampling) -> np.ndarray:
 
 
 def _chosen(index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 (S, P): the classes of each batch, by their place among the sorted labels; distinct in a batch."""
+    """int64 (S, P): the classes of each batch, by their position among the sorted labels; distinct in a batch."""
     per_batch = sampling.classes_per_batch
     visits_C = np.minimum(_visits(index, sampling), steps)
     if sampling.shuffle == "shards":
@@ -157,12 +157,12 @@ def _classes_by_stretch(index: SplitIndex, rng: np.random.Generator) -> np.ndarr
     first_C = np.unique(index.label_N, return_index=True)[1]
     shard_C = index.shard_N[first_C]
     in_tar_order_C = np.argsort(first_C)
-    place_C = _occurrence(shard_C[in_tar_order_C])
+    position_C = _occurrence(shard_C[in_tar_order_C])
     shards, size = np.unique(shard_C, return_counts=True)
     shard_C = np.searchsorted(shards, shard_C[in_tar_order_C])
-    after_cut_C = place_C >= rng.integers(0, size)[shard_C]
+    after_cut_C = position_C >= rng.integers(0, size)[shard_C]
     stretch_C = 2 * shard_C + after_cut_C
-    return in_tar_order_C[np.lexsort((place_C, rng.permutation(2 * len(shards))[stretch_C]))]
+    return in_tar_order_C[np.lexsort((position_C, rng.permutation(2 * len(shards))[stretch_C]))]
 
 
 def _by_category(index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator) -> np.ndarray:
@@ -176,9 +176,9 @@ def _by_category(index: SplitIndex, sampling: Sampling, steps: int, rng: np.rand
     category_C = number_of[index.category_N[first_C[shuffled_C]]]
     by_category_C = shuffled_C[np.argsort(category_C, kind="stable")]
     category_C = np.sort(category_C)
-    place_C = _occurrence(category_C)
+    position_C = _occurrence(category_C)
     size_C = np.bincount(category_C)[category_C]
-    left_over_C = place_C >= size_C - size_C % group
+    left_over_C = position_C >= size_C - size_C % group
     together_C = by_category_C[np.argsort(left_over_C, kind="stable")]
     groups = len(first_C) // group
     grouped = together_C[: groups * group].reshape(groups, group)
@@ -209,18 +209,18 @@ def _spread(visits_C: np.ndarray, steps: int, per_batch: int, rng: np.random.Gen
                 else:
                     still.append(early)
             waiting = still
-    for place in range(number, steps):
-        _fill(batches, place, waiting, per_batch, rng)
+    for step in range(number, steps):
+        _fill(batches, step, waiting, per_batch, rng)
     return np.array([rng.permutation(sorted(batch)) for batch in batches], np.int64).reshape(steps, per_batch)
 
 
-def _fill(batches: list[set[int]], place: int, waiting: list[int], per_batch: int, rng: np.random.Generator) -> None:
+def _fill(batches: list[set[int]], step: int, waiting: list[int], per_batch: int, rng: np.random.Generator) -> None:
     """Fill a batch at the end of the epoch from the visits that are left, by exchange with others where it has them.
 
     Some batch without the class has another that this one lacks: the class stands in fewer than S, and that batch
     has P classes where this one has fewer.
     """
-    batch = batches[place]
+    batch = batches[step]
     while len(batch) < per_batch:
         visit = waiting.pop(0)
         if visit not in batch:
@@ -228,7 +228,7 @@ def _fill(batches: list[set[int]], place: int, waiting: list[int], per_batch: in
             continue
         for other in rng.permutation(len(batches)).tolist():
             spare = batches[other] - batch
-            if other != place and visit not in batches[other] and spare:
+            if other != step and visit not in batches[other] and spare:
                 given = min(spare)
                 batches[other].remove(given)
                 batches[other].add(visit)

@@ -37,13 +37,13 @@ class Batch:
     labels_b: torch.Tensor
     """int64 (b,), numbered 0..C-1 in the order of the splits' sorted class labels."""
     index_b: torch.Tensor
-    """int64 (b,), places in the split's index; of a replacement, its own."""
+    """int64 (b,), positions in the split's index; of a replacement, its own."""
     replaced: tuple[str, ...] = ()
     """A line for each damaged image that another of its class stands in for: its key, and what is wrong."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Images, labels and places."""
+        """Images, labels and positions."""
         return self.images_bHW3, self.labels_b, self.index_b
 
     def to(self, device: torch.device) -> Batch:
@@ -60,7 +60,7 @@ class Batch:
 class ImageSource(Dataset["Batch | InputError"], ABC):
     """Images that come a whole batch at a time.
 
-    An item is a pair (place among the images, augmentation seed). What is wrong with the data is returned as an
+    An item is a pair (position among the images, augmentation seed). What is wrong with the data is returned as an
     InputError, for `stream` to raise: raised in a worker, it would arrive wrapped in the worker's traceback.
     """
 
@@ -72,8 +72,8 @@ class ImageSource(Dataset["Batch | InputError"], ABC):
         """Images in all."""
 
     @abstractmethod
-    def files(self, places: Iterable[int]) -> list[str]:
-        """The files that the images at these places are read from, each once, sorted."""
+    def files(self, positions: Iterable[int]) -> list[str]:
+        """The files that the images at these positions are read from, each once, sorted."""
 
     @abstractmethod
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
@@ -84,7 +84,7 @@ class ShardImages(ImageSource):
     """Images of an index, read by byte range from local tars.
 
     damaged: an image that cannot be decoded is an error, or is replaced by the next one of its class that can, in
-    cyclic order of place. A shard that is missing, short or cannot be read is an error in any case. That an image is
+    cyclic order of position. A shard that is missing, short or cannot be read is an error in any case. That an image is
     another than the manifest says shows only in the shard's SHA-256.
     """
 
@@ -100,18 +100,18 @@ class ShardImages(ImageSource):
     def __len__(self) -> int:
         return len(self._index)
 
-    def files(self, places: Iterable[int]) -> list[str]:
+    def files(self, positions: Iterable[int]) -> list[str]:
         """The shards' names for a message: paths, or for a set that lies elsewhere, file and set."""
-        return sorted({self._named(self._shard(place)) for place in places})
+        return sorted({self._named(self._shard(position)) for position in positions})
 
-    def jpeg(self, place: int) -> bytes:
+    def jpeg(self, position: int) -> bytes:
         """The undecoded image. Raises InputError, naming the shard, if it cannot be read or is of another size."""
-        shard, length = self._shard(place), int(self._index.length_N[place])
+        shard, length = self._shard(position), int(self._index.length_N[position])
         try:
             # Opened anew each time: a set may have more shards than a process may have open files.
             with self._open(shard) as file:
                 size = os.fstat(file.fileno()).st_size
-                file.seek(int(self._index.offset_N[place]))
+                file.seek(int(self._index.offset_N[position]))
                 jpeg = file.read(length)
         except OSError as error:
             raise InputError(f"shard {self._named(shard)} cannot be read ({error.strerror}); copy it again") from None
@@ -120,8 +120,8 @@ class ShardImages(ImageSource):
                              "again")
         return jpeg
 
-    def _shard(self, place: int) -> Shard:
-        return self._manifest.shards[self._index.shard_N[place]]
+    def _shard(self, position: int) -> Shard:
+        return self._manifest.shards[self._index.shard_N[position]]
 
     def _named(self, shard: Shard) -> str:
         # A cache gives its files names of its own.
@@ -137,9 +137,9 @@ class ShardImages(ImageSource):
             # A cache may have dropped the shard since it named its file; it fetches it once more.
             return open(self._manifest.path(shard), "rb")
 
-    def _image(self, place: int, seed: int) -> np.ndarray:
-        where = f"{self._index.keys[place]}.jpg in {self._named(self._shard(place))}"
-        jpeg = self.jpeg(place)
+    def _image(self, position: int, seed: int) -> np.ndarray:
+        where = f"{self._index.keys[position]}.jpg in {self._named(self._shard(position))}"
+        jpeg = self.jpeg(position)
         height, width = jpeg_size(jpeg, where)
         # What is to be seen is drawn before the image is decoded: that tells how far the decoder may shrink it.
         view = (self._transform.view(height, width, np.random.Generator(np.random.Philox(seed)))
@@ -149,30 +149,30 @@ class ShardImages(ImageSource):
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
         replaced: list[str] = []
         try:
-            shown = [self._image_or_next(place, seed, replaced) for place, seed in items]
+            shown = [self._image_or_next(position, seed, replaced) for position, seed in items]
         except InputError as error:
             return error
-        places = np.array([place for place, _ in shown], np.int64)
+        positions = np.array([position for position, _ in shown], np.int64)
         return Batch(images_bHW3=torch.from_numpy(np.stack([image for _, image in shown])),
-                     labels_b=torch.from_numpy(self._class_N[places]), index_b=torch.from_numpy(places),
+                     labels_b=torch.from_numpy(self._class_N[positions]), index_b=torch.from_numpy(positions),
                      replaced=tuple(replaced))
 
-    def _image_or_next(self, place: int, seed: int, replaced: list[str]) -> tuple[int, np.ndarray]:
-        """An image, with its place, or its replacement; `replaced` then gets a line."""
+    def _image_or_next(self, position: int, seed: int, replaced: list[str]) -> tuple[int, np.ndarray]:
+        """An image, with its position, or its replacement; `replaced` then gets a line."""
         try:
-            return place, self._image(place, seed)
+            return position, self._image(position, seed)
         except DamagedImageError as error:
             if self._damaged == "stop":
                 raise
             replaced.append(str(error))
-        own_C = np.flatnonzero(self._class_N == self._class_N[place])
-        turn = int(np.searchsorted(own_C, place)) + 1
+        own_C = np.flatnonzero(self._class_N == self._class_N[position])
+        turn = int(np.searchsorted(own_C, position)) + 1
         for other in (*own_C[turn:].tolist(), *own_C[: turn - 1].tolist()):
             try:
                 return other, self._image(other, seed)
             except DamagedImageError:
                 continue  # it is counted when its own turn comes
-        label = int(self._index.label_N[place])
+        label = int(self._index.label_N[position])
         name = self._manifest.class_by_label[label].name
         raise InputError(f"class {label} ({name}) of {self._manifest.folder} has no image that can be decoded: "
                          f"{replaced[-1]}, or leave the class out by data.class_list")
@@ -195,39 +195,39 @@ class TrainPlan:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.sampling.classes_per_batch // self.world_size * self.sampling.images_per_class
-        for step, places in self._parts():
-            yield [(int(place), augment_seed(seed=self.seed, step=step, slot=self.rank * share + slot))
-                   for slot, place in enumerate(places)]
+        for step, positions in self._parts():
+            yield [(int(position), augment_seed(seed=self.seed, step=step, slot=self.rank * share + slot))
+                   for slot, position in enumerate(positions)]
 
     def shards(self) -> Iterator[set[int]]:
-        """Places in Manifest.shards that each batch is read from."""
-        for _, places in self._parts():
-            yield set(self.index.shard_N[places].tolist())
+        """Positions in Manifest.shards that each batch is read from."""
+        for _, positions in self._parts():
+            yield set(self.index.shard_N[positions].tolist())
 
     def _parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Each step, and the places of this rank's images."""
+        """Each step, and the positions of this rank's images."""
         per_epoch = steps_per_epoch(self.index, self.sampling)
         plan_SPK, planned_epoch = np.empty(0), -1
         for step in range(self.first_step, self.steps):
-            epoch, place = divmod(step, per_epoch)
+            epoch, step_in_epoch = divmod(step, per_epoch)
             if epoch != planned_epoch:
                 plan_SPK = epoch_plan(self.index, self.sampling, seed=self.seed, epoch=epoch)
                 planned_epoch = epoch
-            yield step, rank_part(plan_SPK[place], rank=self.rank, world_size=self.world_size)
+            yield step, rank_part(plan_SPK[step_in_epoch], rank=self.rank, world_size=self.world_size)
 
 
 def sequential_batches(count: int, *, batch_size: int, rank: int = 0,
                        world_size: int = 1) -> list[list[tuple[int, int]]]:
-    """Places 0..count-1 in order for evaluation, each on one rank exactly once.
+    """Positions 0..count-1 in order for evaluation, each on one rank exactly once.
 
     Every rank gets the same number of batches (ZeRO-3 needs equal forwards): a rank that runs out repeats its
-    last place, and `index_b` shows the repeats. Needs count ≥ world_size.
+    last position, and `index_b` shows the repeats. Needs count ≥ world_size.
     """
-    places = np.array_split(np.arange(count), world_size)
+    positions = np.array_split(np.arange(count), world_size)
     longest = -(-count // world_size)
-    own = [int(place) for place in places[rank]]
+    own = [int(position) for position in positions[rank]]
     own += own[-1:] * (longest - len(own))
-    return [[(place, 0) for place in own[start : start + batch_size]] for start in range(0, longest, batch_size)]
+    return [[(position, 0) for position in own[start : start + batch_size]] for start in range(0, longest, batch_size)]
 
 
 def stream(images: ImageSource, batches: TrainPlan | list[list[tuple[int, int]]], *, workers: int,
@@ -252,7 +252,7 @@ def stream(images: ImageSource, batches: TrainPlan | list[list[tuple[int, int]]]
         generator=torch.Generator(),
     )
     with WatchedLoader(made, timeout_s=timeout_s) as loaded:
-        while (batch := loaded.next(lambda: images.files(place for place, _ in asked[0]))) is not None:
+        while (batch := loaded.next(lambda: images.files(position for position, _ in asked[0]))) is not None:
             asked.popleft()
             if isinstance(batch, InputError):
                 raise batch

@@ -44,7 +44,7 @@ class LookAhead:
     """
 
     def __init__(self, manifest: Manifest, shards_by_batch: Iterable[Iterable[int]]) -> None:
-        """shards_by_batch: places in `manifest.shards` of each batch to come, in order; read as far as is needed."""
+        """shards_by_batch: positions in `manifest.shards` of each batch to come, in order; read as far as is needed."""
         self._manifest = manifest
         context = multiprocessing.get_context("fork")
         self._taken = context.Semaphore(0)

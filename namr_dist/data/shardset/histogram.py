@@ -46,8 +46,8 @@ def _bars(bins: list[tuple[int, int]], counts: list[int]) -> Iterator[str]:
     # A single bar as wide as the page would not look like one.
     pitch = min(across / len(bins), 64)
     floor = 40 + _PLOT
-    for place, ((first, last), count) in enumerate(zip(bins, counts, strict=True)):
-        middle, tall = pitch * (place + 0.5), _PLOT * count / max(counts)
+    for position, ((first, last), count) in enumerate(zip(bins, counts, strict=True)):
+        middle, tall = pitch * (position + 0.5), _PLOT * count / max(counts)
         yield f'<text x="{middle:.1f}" y="{floor + 17}">{first}</text>'
         if last > first:  # on a line of its own: sixteen ranges side by side would overprint
             yield f'<text x="{middle:.1f}" y="{floor + 31}">–{last}</text>'

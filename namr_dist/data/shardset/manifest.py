@@ -83,9 +83,9 @@ class SplitIndex:
     label_N: np.ndarray
     """int64, the manifest's class labels."""
     category_N: np.ndarray
-    """int64, place of the class's category among the manifest's `categories`."""
+    """int64, position of the class's category among the manifest's `categories`."""
     role_N: np.ndarray
-    """int8, place in ROLES."""
+    """int8, position in ROLES."""
     group_N: np.ndarray
     """int64; images of a class with the same number are of the same group."""
     keys: tuple[str, ...]
@@ -94,11 +94,11 @@ class SplitIndex:
         return len(self.keys)
 
     def only(self, chosen_M: np.ndarray) -> SplitIndex:
-        """The images at these places."""
+        """The images at these positions."""
         return SplitIndex(
             shard_N=self.shard_N[chosen_M], offset_N=self.offset_N[chosen_M], length_N=self.length_N[chosen_M],
             label_N=self.label_N[chosen_M], category_N=self.category_N[chosen_M], role_N=self.role_N[chosen_M],
-            group_N=self.group_N[chosen_M], keys=tuple(self.keys[place] for place in chosen_M),
+            group_N=self.group_N[chosen_M], keys=tuple(self.keys[position] for position in chosen_M),
         )
 
 
@@ -269,8 +269,8 @@ class Manifest:
         named = set().union(*(self.subsets[split] for split in splits if split in self.subsets))
         chosen = [(number, shard) for number, shard in enumerate(self.shards)
                   if shard.split in splits or not named.isdisjoint(shard.keys)]
-        place_of = {category: place for place, category in enumerate(self.categories)}
-        category_of = {entry.label: place_of[entry.category] for entry in self.classes}
+        position_of = {category: position for position, category in enumerate(self.categories)}
+        category_of = {entry.label: position_of[entry.category] for entry in self.classes}
         labels = [label for _, shard in chosen for label in shard.labels]
         groups = [group for _, shard in chosen for group in shard.groups or ("",) * len(shard.keys)]
 

@@ -57,16 +57,16 @@ def near_duplicates(manifest: Manifest, *, advance: Callable[[int], None] = lamb
     hashes = {split: hash_split(manifest, split, advance) for split in order}
     return {"near_bits": NEAR_BITS,
             "splits": {split: {"images": len(own.keys), "flat": int(own.flat_N.sum()),
-                               "against": {other: _compare(own, hashes[other]) for other in order[:place]}}
-                       for place, (split, own) in enumerate(hashes.items())}}
+                               "against": {other: _compare(own, hashes[other]) for other in order[:position]}}
+                       for position, (split, own) in enumerate(hashes.items())}}
 
 
 def hash_split(manifest: Manifest, split: str, advance: Callable[[int], None] = lambda images: None) -> Hashes:
     """Hashes of all images of a split. Raises InputError for an image that cannot be decoded."""
     index = manifest.index(split)
     grey_NHW = np.empty((len(index), SIDE, SIDE + 1), np.int16)
-    for place, grey_HW in enumerate(map_jpegs(manifest, index, _thumbnail)):
-        grey_NHW[place] = grey_HW
+    for position, grey_HW in enumerate(map_jpegs(manifest, index, _thumbnail)):
+        grey_NHW[position] = grey_HW
         advance(1)
     step_NHH = np.diff(grey_NHW, axis=2)
     return Hashes(keys=index.keys, bits_N32=np.packbits((step_NHH > _STEP).reshape(len(index), -1), axis=1),
@@ -74,25 +74,25 @@ def hash_split(manifest: Manifest, split: str, advance: Callable[[int], None] = 
 
 
 def nearest(bits_M32: np.ndarray, bits_N32: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of M hashes the least Hamming distance to any of N ≥ 1, and the place of the first at that distance.
+    """For each of M hashes the least Hamming distance to any of N ≥ 1, and the position of the first at that distance.
 
     uint8 (M, 32) and (N, 32) → int32 (M,), int64 (M,). Exact; O(M·N) time.
     """
     index = faiss.IndexBinaryFlat(8 * bits_N32.shape[1])
     index.add(bits_N32)
-    distance_M1, place_M1 = index.search(bits_M32, 1)
-    return distance_M1[:, 0], place_M1[:, 0]
+    distance_M1, position_M1 = index.search(bits_M32, 1)
+    return distance_M1[:, 0], position_M1[:, 0]
 
 
 def _compare(images: Hashes, others: Hashes) -> dict[str, Any]:
     own_M, others_N = np.flatnonzero(~images.flat_N), np.flatnonzero(~others.flat_N)
     if not len(own_M) or not len(others_N):
         return {"near": 0, "nearest": []}
-    distance_M, place_M = nearest(images.bits_N32[own_M], others.bits_N32[others_N])
+    distance_M, position_M = nearest(images.bits_N32[own_M], others.bits_N32[others_N])
     return {"near": int((distance_M <= NEAR_BITS).sum()),
-            "nearest": [{"key": images.keys[own_M[place]], "other_key": others.keys[others_N[place_M[place]]],
-                         "bits": int(distance_M[place])}
-                        for place in np.argsort(distance_M, kind="stable")[:_SHOWN]]}
+            "nearest": [{"key": images.keys[own_M[row]], "other_key": others.keys[others_N[position_M[row]]],
+                         "bits": int(distance_M[row])}
+                        for row in np.argsort(distance_M, kind="stable")[:_SHOWN]]}
 
 
 def _thumbnail(jpeg: bytes, where: str) -> np.ndarray:

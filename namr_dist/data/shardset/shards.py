@@ -159,14 +159,15 @@ def map_jpegs(manifest: Manifest, index: SplitIndex, work: Callable[[bytes, str]
     `where` names image and shard for an error. Threads: hashing, JPEG decoding and Pillow let others run meanwhile.
     Raises InputError for a shard that is missing or cannot be read.
     """
-    def of_shard(places_M: np.ndarray) -> list[Result]:
-        path = manifest.path(manifest.shards[index.shard_N[places_M[0]]])
+    def of_shard(positions_M: np.ndarray) -> list[Result]:
+        path = manifest.path(manifest.shards[index.shard_N[positions_M[0]]])
         results = []
         try:
             with open(path, "rb") as stream:
-                for place in places_M:
-                    stream.seek(int(index.offset_N[place]))
-                    results.append(work(stream.read(int(index.length_N[place])), f"{index.keys[place]}.jpg in {path}"))
+                for position in positions_M:
+                    stream.seek(int(index.offset_N[position]))
+                    jpeg = stream.read(int(index.length_N[position]))
+                    results.append(work(jpeg, f"{index.keys[position]}.jpg in {path}"))
         except OSError as error:
             raise InputError(f"shard {path} cannot be read ({error.strerror}); copy it there or rebuild the shard "
                              "set") from None

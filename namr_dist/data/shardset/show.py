@@ -57,10 +57,10 @@ def _histogram(histogram: dict[str, Any]) -> Table:
     for split in histogram["classes"]:
         table.add_column(Text(split), justify="right", no_wrap=True)
         table.add_column(min_width=_BAR_CELLS)
-    for place, (first, last) in enumerate(histogram["bins"]):
+    for position, (first, last) in enumerate(histogram["bins"]):
         cells: list[RenderableType] = []
         for counts in histogram["classes"].values():
-            cells += [_number(counts[place]), Bar(max(counts), 0, counts[place], width=_BAR_CELLS)]
+            cells += [_number(counts[position]), Bar(max(counts), 0, counts[position], width=_BAR_CELLS)]
         table.add_row(bin_name(first, last), *cells)
     return table
 

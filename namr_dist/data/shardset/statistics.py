@@ -79,4 +79,4 @@ def bins_of(least: int, most: int) -> list[tuple[int, int]]:
     or of 2, 5, 10, 20 … beginning at a multiple of that."""
     width = next(factor * 10**power for power in range(19) for factor in (1, 2, 5)
                  if most // (factor * 10**power) - least // (factor * 10**power) < _MOST_BINS)
-    return [(width * place, width * place + width - 1) for place in range(least // width, most // width + 1)]
+    return [(width * number, width * number + width - 1) for number in range(least // width, most // width + 1)]

@@ -94,7 +94,7 @@ def test_readers_of_tars_see_all_that_is_known_of_an_image(products: Path, whole
     indexed = wids.ShardListDataset([{"url": tar, "nsamples": len(shard.keys)}
                                      for tar, shard in zip(tars, manifest.shards, strict=True)],
                                     cache_dir=str(tmp_path))
-    assert [indexed[place]["__key__"] for place in range(len(indexed))] == [sample["__key__"] for sample in samples]
+    assert [indexed[number]["__key__"] for number in range(len(indexed))] == [sample["__key__"] for sample in samples]
     assert (np.asarray(indexed[7][".jpg"]) == simplejpeg.decode_jpeg(samples[7]["jpg"])).all()
 
 
@@ -117,7 +117,7 @@ def test_classes_are_whole_and_shuffled_over_shards_of_like_size(products: Path)
     size_of = {image.key: 10_000 for image in listing.images}
     plans = shard_plans(listing, size_of, target_bytes=65_000, seed=0)
     order = [image.label for plan in plans for image in plan.images]
-    runs = [label for place, label in enumerate(order) if place == 0 or order[place - 1] != label]
+    runs = [label for position, label in enumerate(order) if position == 0 or order[position - 1] != label]
     assert len(runs) == len(set(runs)) == 12, "a class is torn"
     assert {plan.file: len(plan.images) for plan in plans}.keys() == {
         f"{split}-{number:06d}.tar" for split in ("train", "test") for number in range(4)}

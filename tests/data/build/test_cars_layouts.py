@@ -44,8 +44,8 @@ def change(path: Path, keep: Callable[[int], bool], shift: int = 0) -> None:
     contents = {name: value for name, value in loadmat(path).items() if not name.startswith("__")}
     rows = contents["annotations"]
     kept = rows[:, [keep(int(value.item())) for value in rows["class"][0]]]
-    for place in range(kept.shape[1]):
-        kept["class"][0, place] = kept["class"][0, place].astype(np.int16) + shift
+    for position in range(kept.shape[1]):
+        kept["class"][0, position] = kept["class"][0, position].astype(np.int16) + shift
     savemat(path, {**contents, "annotations": kept})
 
 
@@ -54,8 +54,8 @@ def test_layouts_agree(layouts: dict[str, Path]) -> None:
     assert labels_by_content(flat) == labels_by_content(devkit)
     assert flat.classes == devkit.classes
     names = [{entry.label: entry.name for entry in listing.classes} for listing in (flat, folders)]
-    by_name = [{content: names[place][label] for content, label in labels_by_content(listing).items()}
-               for place, listing in enumerate((flat, folders))]
+    by_name = [{content: names[position][label] for content, label in labels_by_content(listing).items()}
+               for position, listing in enumerate((flat, folders))]
     assert by_name[0] == by_name[1]
     # Sorted folder names move models within their make, never over the border between the splits.
     assert names[0] != names[1]

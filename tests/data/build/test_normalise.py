@@ -117,7 +117,7 @@ def test_transparent_is_white() -> None:
     grey = Image.fromarray(black, "LA")
     palette = Image.new("P", (48, 16), 0)
     palette.putpalette([0, 0, 0] * 3)
-    palette.putdata([place // 16 for _ in range(16) for place in range(48)])
+    palette.putdata([position // 16 for _ in range(16) for position in range(48)])
     for data in (saved(grey, "PNG"), saved(grey.convert("RGBA"), "PNG"), saved(grey.convert("RGBA"), "WEBP"),
                  saved(palette, "PNG", transparency=bytes([0, 128, 255]))):
         pixels, _ = shown(data)

@@ -212,10 +212,10 @@ def test_full_size(sop: SplitIndex, sampling: Sampling) -> None:
         shares = []
         for rank in range(world_size):
             plan = TrainPlan(index=sop, sampling=sampling, seed=0, rank=rank, world_size=world_size, steps=steps)
-            batches = [places for _, places in plan._parts()]
+            batches = [positions for _, positions in plan._parts()]
             if rank in (0, world_size - 1):  # not for each: it plans the epoch once more
-                assert [place for place, _ in next(iter(plan))] == batches[0].tolist()
-            assert [len(places) for places in batches] == [256 // world_size] * steps
+                assert [position for position, _ in next(iter(plan))] == batches[0].tolist()
+            assert [len(positions) for positions in batches] == [256 // world_size] * steps
             shares += batches
         met[world_size] = np.sort(np.concatenate(shares))
     assert all((met[1] == met[world_size]).all() for world_size in (2, 8, 64))
@@ -239,8 +239,8 @@ def test_resuming_far_on_needs_one_epochs_plan(sop: SplitIndex) -> None:
     """A batch after ten million steps: with those before it, this would not end."""
     plan = TrainPlan(index=sop, sampling=FULL, seed=0, rank=3, world_size=8, steps=10_000_000)
     resumed = next(iter(replace(plan, first_step=9_876_543)))
-    epoch, place = divmod(9_876_543, steps_per_epoch(sop, FULL))
-    whole_PK = epoch_plan(sop, FULL, seed=0, epoch=epoch)[place]
+    epoch, step_in_epoch = divmod(9_876_543, steps_per_epoch(sop, FULL))
+    whole_PK = epoch_plan(sop, FULL, seed=0, epoch=epoch)[step_in_epoch]
     assert [image for image, _ in resumed] == rank_part(whole_PK, rank=3, world_size=8).tolist()
 
 

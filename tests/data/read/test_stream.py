@@ -68,16 +68,16 @@ def test_starts_anywhere(shard_set: Manifest) -> None:
 def test_evaluation_counts_every_image_once(count: int, world_size: int) -> None:
     ranks = [sequential_batches(count, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({tuple(len(batch) for batch in made) for made in ranks}) == 1, "ranks differ in their forwards"
-    places = [place for made in ranks for batch in made for place, _ in batch]
-    assert sorted(set(places)) == list(range(count))
+    positions = [position for made in ranks for batch in made for position, _ in batch]
+    assert sorted(set(positions)) == list(range(count))
 
 
 def test_test_images_are_the_decoded_ones(shard_set: Manifest) -> None:
     index = shard_set.index("test")
     images = ShardImages(shard_set, index, TestTransform(size=48, crop_share=1.0))
     made = next(stream(images, sequential_batches(len(images), batch_size=36), workers=1))
-    for place in range(36):
-        assert (made.images_bHW3[place].numpy() == decode_rgb(images.jpeg(place), "x")).all()
+    for position in range(36):
+        assert (made.images_bHW3[position].numpy() == decode_rgb(images.jpeg(position), "x")).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

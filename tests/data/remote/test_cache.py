@@ -115,8 +115,8 @@ def test_a_cache_smaller_than_the_set_keeps_its_limit_and_the_data(server: BadSe
         assert sum(path.stat().st_size for path in kept(small)) <= 1.5 * largest
     index = manifest.index("train", "val", "test")
     images, local = (ShardImages(each, index, TRANSFORM) for each in (manifest, shard_set))
-    for place in np.random.default_rng(0).permutation(len(index))[:20]:
-        assert images.jpeg(place) == local.jpeg(place)
+    for position in np.random.default_rng(0).permutation(len(index))[:20]:
+        assert images.jpeg(position) == local.jpeg(position)
     assert_same_batches(batches(manifest, workers=2), batches(shard_set, workers=0))
 
 

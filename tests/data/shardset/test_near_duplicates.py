@@ -91,9 +91,9 @@ def test_search_equals_brute_force() -> None:
     bits_N32[500:600] = bits_N32[:100]  # ties
     bits_M32 = np.concatenate([rng.integers(0, 256, (300, 32), dtype=np.uint8), bits_N32[490:510]])
     every_MN = np.unpackbits(bits_M32[:, None] ^ bits_N32, axis=2).sum(axis=2, dtype=np.int64)
-    distance_M, place_M = nearest(bits_M32, bits_N32)
+    distance_M, position_M = nearest(bits_M32, bits_N32)
     assert (distance_M == every_MN.min(axis=1)).all()
-    assert (place_M == every_MN.argmin(axis=1)).all()
+    assert (position_M == every_MN.argmin(axis=1)).all()
 
 
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def rewrite(manifest: Manifest, change: Callable[[list[tuple[str, bytes]]], None
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     with tarfile.open(path) as tar:
-        places = {member.name: (member.offset_data, member.size) for member in tar}
-    found = [places.get(f"{key}.jpg", (0, 512)) for key in shard.keys]
+        span_of = {member.name: (member.offset_data, member.size) for member in tar}
+    found = [span_of.get(f"{key}.jpg", (0, 512)) for key in shard.keys]
     return with_shard(manifest, number, offsets=tuple(at for at, _ in found), lengths=tuple(size for _, size in found))
 
 
@@ -115,8 +115,8 @@ def test_two_exchanged_images_are_noticed(own_shard_set: Manifest) -> None:
     """Both ranges hold whole images, so only the tar's headers can tell."""
     shard = own_shard_set.shards[0]
     swapped = [1, 0, *range(2, len(shard.keys))]
-    changed = with_shard(own_shard_set, 0, offsets=tuple(shard.offsets[place] for place in swapped),
-                         lengths=tuple(shard.lengths[place] for place in swapped))
+    changed = with_shard(own_shard_set, 0, offsets=tuple(shard.offsets[position] for position in swapped),
+                         lengths=tuple(shard.lengths[position] for position in swapped))
     found = verify(changed).problems
     assert len(found) == 2 and all("is at byte" in line for line in found)
     assert str(shard.offsets[0]) in found[0] and str(shard.offsets[1]) in found[0]
@@ -134,8 +134,8 @@ def test_what_is_no_tar_is_named(own_shard_set: Manifest) -> None:
 def test_an_image_in_two_splits_is_named(own_shard_set: Manifest) -> None:
     own, first = own_shard_set.shards[4], own_shard_set.shards[0]  # of test and of train
     stolen = (own_shard_set.folder / first.file).read_bytes()[first.offsets[2] : first.offsets[2] + first.lengths[2]]
-    samples = [Sample(key=key, label=label, jpeg=simplejpeg.encode_jpeg(picture(label, place + 100)))
-               for place, (key, label) in enumerate(zip(own.keys, own.labels, strict=True))]
+    samples = [Sample(key=key, label=label, jpeg=simplejpeg.encode_jpeg(picture(label, position + 100)))
+               for position, (key, label) in enumerate(zip(own.keys, own.labels, strict=True))]
     samples[3] = dataclasses.replace(samples[3], jpeg=stolen)
     again = write_shard(own_shard_set.folder, own.file, own.split, samples, own_shard_set.class_by_label)
     changed = dataclasses.replace(own_shard_set, shards=(*own_shard_set.shards[:4], again, own_shard_set.shards[5]))

@@ -43,14 +43,14 @@ def read(source: Path) -> Listing:
         if label is None:
             raise InputError(f"{line.where}: image {image_id} is listed twice or has no class in "
                              "image_class_labels.txt; unpack the download again")
-        place = relative_path(file, line.where)
-        number, _, name = place.parts[0].partition(".")
+        relative = relative_path(file, line.where)
+        number, _, name = relative.parts[0].partition(".")
         if line.integer("the number of the class folder", number) != label:
-            raise InputError(f"{line.where}: image {image_id} lies in {place.parts[0]!r}, but image_class_labels.txt "
-                             f"gives it class {label}; unpack the download again")
+            raise InputError(f"{line.where}: image {image_id} lies in {relative.parts[0]!r}, but "
+                             f"image_class_labels.txt gives it class {label}; unpack the download again")
         split = "train" if label <= _LAST_TRAIN_CLASS else "test"
         classes.setdefault(label, ImageClass(label=label, name=name, category="", split=split))
-        images.append(SourceImage(path=root / "images" / place, key=image_key(place), label=label, split=split))
+        images.append(SourceImage(path=root / "images" / relative, key=image_key(relative), label=label, split=split))
     if label_of:
         raise InputError(f"{root / 'image_class_labels.txt'} gives a class to image {min(label_of)}, which images.txt "
                          "does not list; unpack the download again")

@@ -90,8 +90,8 @@ def _read_folders(root: Path) -> tuple[list[Entry], str]:
         return entries, f"class folders in {', '.join(tops)}"
     classes = class_images(root)
     half = (len(classes) + 1) // 2
-    entries = [_entry(root, path, name, split="train" if place < half else "test")
-               for place, (name, paths) in enumerate(classes.items()) for path in paths]
+    entries = [_entry(root, path, name, split="train" if position < half else "test")
+               for position, (name, paths) in enumerate(classes.items()) for path in paths]
     return entries, f"class folders: of {len(classes)} sorted classes the first {half} train, the others test"
 
 

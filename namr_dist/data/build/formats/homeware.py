@@ -23,14 +23,14 @@ _DESCRIPTION = (
 )
 
 
-def split_of(place: int, place_in_training: int) -> str:
-    """Split of the product at `place` within its category, ordered by id.
+def split_of(position: int, position_in_training: int) -> str:
+    """Split of the product at `position` within its category, ordered by id.
 
-    Even places train and odd ones test; of the products that train, every fifth is for validation.
+    Even positions train and odd ones test; of the products that train, every fifth is for validation.
     """
-    if place % 2:
+    if position % 2:
         return "test"
-    return "val" if place_in_training % 5 == 4 else "train"
+    return "val" if position_in_training % 5 == 4 else "train"
 
 
 def build(images: Path, out: Path) -> Manifest:
@@ -43,12 +43,12 @@ def build(images: Path, out: Path) -> Manifest:
     if len(products) != PRODUCTS:
         raise InputError(f"{images / 'products.csv'} lists {len(products)} products, expected {PRODUCTS}; render again")
     classes: dict[int, ImageClass] = {}
-    place_in_category: dict[str, int] = {}
+    position_in_category: dict[str, int] = {}
     in_training = 0
     for label, row in enumerate(products):
-        place = place_in_category.get(row["category"], 0)
-        place_in_category[row["category"]] = place + 1
-        split = split_of(place, in_training)
+        position = position_in_category.get(row["category"], 0)
+        position_in_category[row["category"]] = position + 1
+        split = split_of(position, in_training)
         in_training += split != "test"
         classes[label] = ImageClass(label=label, name=row["name"], category=row["category"], split=split)
     out.mkdir(parents=True, exist_ok=True)

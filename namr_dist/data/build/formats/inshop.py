@@ -38,19 +38,19 @@ def read(source: Path, *, highres: bool = False) -> Listing:
     images = []
     for line in _image_lines(path):
         image_name, item_id, status = line.columns(_HEADER, path_first=True)
-        place = relative_path(image_name, line.where)
+        relative = relative_path(image_name, line.where)
         label = line.integer("item_id", item_id.removeprefix("id_"))
         if status not in _ROLE_OF:
             raise InputError(f"{line.where}: evaluation_status is {status!r}, not train, query or gallery; "
                              "unpack the download again")
-        if place.parts[0] != "img" or len(place.parts) != 5 or place.parts[3] != item_id:
+        if relative.parts[0] != "img" or len(relative.parts) != 5 or relative.parts[3] != item_id:
             raise InputError(f"{line.where}: {image_name!r} is not img/…/…/{item_id}/….jpg; unpack the download again")
         split = "train" if status == "train" else "test"
         splits.setdefault(label, split)
-        categories.setdefault(label, Counter())["/".join(place.parts[1:3])] += 1
-        inside = place.relative_to("img")
+        categories.setdefault(label, Counter())["/".join(relative.parts[1:3])] += 1
+        inside = relative.relative_to("img")
         images.append(SourceImage(path=tree / inside, key=image_key(inside), label=label, split=split,
-                                  role=_ROLE_OF[status], group=place.name.split("_")[0]))
+                                  role=_ROLE_OF[status], group=relative.name.split("_")[0]))
     classes = tuple(ImageClass(label=label, name=f"id_{label:08d}", category=_most_common(categories[label]),
                                split=splits[label]) for label in sorted(splits))
     listing = Listing(name="inshop", description=f"DeepFashion In-Shop Clothes Retrieval, image tree {tree.name}",
@@ -60,10 +60,10 @@ def read(source: Path, *, highres: bool = False) -> Listing:
 
 
 def _image_tree(root: Path, highres: bool) -> Path:
-    places = [folder / name for name in ("img", "img_highres") for folder in (root / "Img", root)]
-    there = [place for place in places if place.is_dir() and not (highres and place.name == "img")]
+    trees = [folder / name for name in ("img", "img_highres") for folder in (root / "Img", root)]
+    there = [tree for tree in trees if tree.is_dir() and not (highres and tree.name == "img")]
     if not there:
-        wanted = [str(place) for place in places if not (highres and place.name == "img")]
+        wanted = [str(tree) for tree in trees if not (highres and tree.name == "img")]
         raise InputError(f"no image tree in {root}: none of {', '.join(wanted)} is a folder; unpack "
                          f"{'img_highres.zip' if highres else 'img.zip or img_highres.zip'} there")
     return there[0]

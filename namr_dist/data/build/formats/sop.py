@@ -34,13 +34,13 @@ def read(source: Path) -> Listing:
             line.integer("image_id", image_id)
             line.integer("super_class_id", super_class_id)
             label = line.integer("class_id", class_id)
-            place = relative_path(file, line.where)
-            category = place.parts[0].removesuffix("_final")
+            relative = relative_path(file, line.where)
+            category = relative.parts[0].removesuffix("_final")
             known = classes.setdefault(label, ImageClass(label=label, name=str(label), category=category, split=split))
             if known.category != category:
                 raise InputError(f"{line.where}: class {label} lies in {category!r}, and in {known.category!r} before; "
                                  "unpack the download again")
-            images.append(SourceImage(path=root / place, key=image_key(place), label=label, split=split))
+            images.append(SourceImage(path=root / relative, key=image_key(relative), label=label, split=split))
     listing = Listing(name="sop", description="Stanford Online Products, original images",
                       root=root, classes=tuple(classes[label] for label in sorted(classes)), images=tuple(images),
                       expected=_EXPECTED)

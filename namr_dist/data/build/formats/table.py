@@ -38,17 +38,17 @@ def read_table(path: Path) -> list[Entry]:
     entries = []
     line_of: dict[PurePosixPath, str] = {}
     for where, row in _rows(path):
-        place = relative_path(row["path"], where)
-        if place.suffix.lower() not in ENDINGS:
+        relative = relative_path(row["path"], where)
+        if relative.suffix.lower() not in ENDINGS:
             raise InputError(f"{where}: {row['path']!r} is no image; its ending should be one of {', '.join(ENDINGS)}")
-        if line_of.setdefault(place, where) != where:
-            raise InputError(f"{where} lists {row['path']!r} a second time, after {line_of[place]}; remove one")
+        if line_of.setdefault(relative, where) != where:
+            raise InputError(f"{where} lists {row['path']!r} a second time, after {line_of[relative]}; remove one")
         if not row["label"]:
             raise InputError(f"{where} has no label; give each image the name or number of its class")
         if row["split"] not in _SPLITS:
             raise InputError(f"{where}: split is {row['split']!r}; set it to {', '.join(_SPLITS[:-1])} or "
                              f"{_SPLITS[-1]}")
-        entries.append(Entry(path=place, label=row["label"], split=row["split"], where=where,
+        entries.append(Entry(path=relative, label=row["label"], split=row["split"], where=where,
                              role=_role(row, where), category=row.get("category", ""), group=row.get("group", "")))
     if not entries:
         raise InputError(f"{path} lists no image; add a line for each")
