@@ -254,7 +254,7 @@ _POINTEES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16
 
 def variants(archs: Sequence[int], dtypes: Sequence[str], widths: Sequence[int]) -> list[Variant]:
     """What all CASES launch, each kernel once a specialisation and tile."""
-    found: dict[str, Variant] = {}
+    variant_of: dict[str, Variant] = {}
     for arch in archs:
         for dtype in dtypes:
             for width in widths:
@@ -263,10 +263,10 @@ def variants(archs: Sequence[int], dtypes: Sequence[str], widths: Sequence[int])
                         case(Inputs(width, DTYPES[dtype]))
                 for launch in seen.launches:
                     key = repr((arch, dtype, kernel_name(launch.kernel), specialised(launch), launch.config))
-                    variant = found.setdefault(key, Variant(arch, dtype, launch))
+                    variant = variant_of.setdefault(key, Variant(arch, dtype, launch))
                     if width not in variant.widths:
                         variant.widths.append(width)
-    return list(found.values())
+    return list(variant_of.values())
 
 
 def tile_text(config: Config) -> str:

@@ -54,18 +54,18 @@ def load(name: str, *, use: str) -> Any:
     module_name, _, path = name.partition(":")
     try:
         with _working_folder():
-            found: Any = importlib.import_module(module_name)
+            target: Any = importlib.import_module(module_name)
     except Exception as error:  # another's module may raise anything
         raise InputError(f"{use} is {name}, but {module_name} cannot be imported ({type(error).__name__}: {error}); "
                          "install it, or start where its file lies") from error
     for part in path.split("."):
         try:
-            found = getattr(found, part)
+            target = getattr(target, part)
         except AttributeError:
-            near = difflib.get_close_matches(part, dir(found), n=1)
+            near = difflib.get_close_matches(part, dir(target), n=1)
             raise InputError(f"{use} is {name}, but {module_name} has no {path}"
                              + (f"; did you mean {near[0]}?" if near else "")) from None
-    return found
+    return target
 
 
 @contextmanager

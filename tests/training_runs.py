@@ -124,11 +124,11 @@ def start_parent() -> None:
 
 def losses(run: Path) -> dict[int, list[float]]:
     """Step → every loss that metrics.jsonl has for it."""
-    found: dict[int, list[float]] = {}
+    by_step: dict[int, list[float]] = {}
     for entry in entries(run):
         if "loss" in entry:
-            found.setdefault(entry["step"], []).append(entry["loss"])
-    return found
+            by_step.setdefault(entry["step"], []).append(entry["loss"])
+    return by_step
 
 
 def entries(run: Path) -> Iterator[dict]:

@@ -72,9 +72,9 @@ def main() -> None:
             changed = hash_split(dataclasses.replace(manifest, shards=(shard,), folder=Path(folder)), "train")
         moved_M = np.unpackbits(changed.bits_N32 ^ original.bits_N32[positions], axis=1).sum(1)
         print(f"  {name:<33}{100 * (moved_M[kept_M] <= NEAR_BITS).mean():6.1f} %")
-    found = near_duplicates(manifest)["splits"]["val"]
-    print(f"validation images near a training image, all of other products: {found['against']['train']['near']} of "
-          f"{found['images']}, {found['flat']} of which are flat")
+    audit = near_duplicates(manifest)["splits"]["val"]
+    print(f"validation images near a training image, all of other products: {audit['against']['train']['near']} of "
+          f"{audit['images']}, {audit['flat']} of which are flat")
 
 
 if __name__ == "__main__":

@@ -128,17 +128,17 @@ def equality(folder: Path) -> list[dict[str, float | str]]:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=f"timm:{SMALL}",
                                                                    weights=weights))
     manifest = Manifest.load(folder)
-    found: list[dict[str, float | str]] = []
+    comparisons: list[dict[str, float | str]] = []
     # In float64 all activations of 4,096 images need more memory than many machines have.
     for images, dtype in ((CLASSES * EACH, torch.float32), (CLASSES * EACH // 4, torch.float64)):
         whole, whole_s = gradients(config, manifest, images=images, pieces=1, dtype=dtype)
         cached, cached_s = gradients(config, manifest, images=images, pieces=images // 64, dtype=dtype)
         norm = torch.stack([value.norm() for value in whole.values()]).norm().item()
         worst = max((cached[name] - value).norm().item() for name, value in whole.items())
-        found.append({"backbone": SMALL, "images": images, "pieces": images // 64, "dtype": str(dtype),
-                      "gradient_difference": worst / norm, "whole_s": round(whole_s, 1),
-                      "cached_s": round(cached_s, 1)})
-    return found
+        comparisons.append({"backbone": SMALL, "images": images, "pieces": images // 64, "dtype": str(dtype),
+                            "gradient_difference": worst / norm, "whole_s": round(whole_s, 1),
+                            "cached_s": round(cached_s, 1)})
+    return comparisons
 
 
 if __name__ == "__main__":

@@ -83,9 +83,9 @@ class Replay:
         return whole
 
 
-def largest_error(found: Tensor, wanted: Tensor) -> float:
+def largest_error(actual: Tensor, wanted: Tensor) -> float:
     """Largest difference, relative to the largest number."""
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+    return float((actual - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def compare(case: Case, batch: Batch, exchanged: list[Tensor]) -> dict[str, float | int]:
@@ -99,11 +99,11 @@ def compare(case: Case, batch: Batch, exchanged: list[Tensor]) -> dict[str, floa
     errors, apart = [0.0], 0
     for leaf, wanted in zip(batch.leaves, gradients, strict=True):
         assert leaf.grad is not None and wanted is not None
-        found = leaf.grad[rows].double()
-        near = (found - wanted).abs().amax(1) <= GRADIENT_BOUND[case.dtype] * wanted.abs().max()
+        gradient = leaf.grad[rows].double()
+        near = (gradient - wanted).abs().amax(1) <= GRADIENT_BOUND[case.dtype] * wanted.abs().max()
         apart += int((~near).sum())
         if near.any():
-            errors.append(largest_error(found[near], wanted[near]))
+            errors.append(largest_error(gradient[near], wanted[near]))
     return {"gradient_error": max(errors), "exchanged_error": replay.error, "rows_apart": apart,
             "rows_compared": len(batch.leaves) * (rows.stop - rows.start)}
 
@@ -137,19 +137,19 @@ def double(loss: str, *, width: int, dtype: str, rows: int, most_rows: int, limi
     while rows <= most_rows:
         case = Case(loss=loss, rows=rows, width=width, dtype=dtype, device=device)
         try:
-            found = measure(case)
+            measured = measure(case)
         except torch.OutOfMemoryError:
-            found = Measured(loss, dtype, rows, width, note="out of memory")
+            measured = Measured(loss, dtype, rows, width, note="out of memory")
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
         rows *= 2
-        if found.seconds is not None and 4 * found.seconds > limit_s:  # four times the pairs
-            found = replace(found, note=f"{rows:,} rows would take some {4 * found.seconds:.0f} s")
-        elif found.seconds is not None and rows > most_rows:
-            found = replace(found, note="more not tried")
-        keep(found)
-        if found.note:
+        if measured.seconds is not None and 4 * measured.seconds > limit_s:  # four times the pairs
+            measured = replace(measured, note=f"{rows:,} rows would take some {4 * measured.seconds:.0f} s")
+        elif measured.seconds is not None and rows > most_rows:
+            measured = replace(measured, note="more not tried")
+        keep(measured)
+        if measured.note:
             return
 
 
@@ -169,14 +169,14 @@ def main() -> None:
     where = describe(torch.device(options.device))
     options.csv.parent.mkdir(parents=True, exist_ok=True)
 
-    def keep(found: Measured) -> None:
-        line = where | {name: "" if value is None else value for name, value in asdict(found).items()}
+    def keep(measured: Measured) -> None:
+        line = where | {name: "" if value is None else value for name, value in asdict(measured).items()}
         with options.csv.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, line, lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(line)
-        print(found, flush=True)
+        print(measured, flush=True)
 
     for loss in options.losses:
         double(loss, width=options.width, dtype=options.dtype, rows=options.rows, most_rows=options.most_rows,

@@ -34,18 +34,18 @@ def gather_table() -> str:
 
 def caching_text() -> str:
     """What the large batch took, and how equal it is."""
-    found = json.loads((DOCS / "results" / "large-batch.json").read_text())
-    run = found["run"]
+    record = json.loads((DOCS / "results" / "large-batch.json").read_text())
+    run = record["run"]
     lines = [f"Measured by `tools/large_batch.py` ([results/large-batch.json](results/large-batch.json)) on "
-             f"{found['machine']}: a global batch of {found['batch']:,} images of {found['image_size']} px on "
-             f"{found['ranks']} ranks, {found['backbone']}, {found['micro_batch']} at a time, ZeRO "
-             f"{found['zero_stage']}. All processes together, loader workers included, held at most "
+             f"{record['machine']}: a global batch of {record['batch']:,} images of {record['image_size']} px on "
+             f"{record['ranks']} ranks, {record['backbone']}, {record['micro_batch']} at a time, ZeRO "
+             f"{record['zero_stage']}. All processes together, loader workers included, held at most "
              f"{run['peak_mib'] / 1024:.2f} GiB, looked at five times a second; a step took {run['step_s']:.0f} s.", "",
              "| images | type | largest difference of a parameter's gradient, of the whole gradient's norm |",
              "| ---: | --- | ---: |"]
     lines += [f"| {one['images']:,} in {one['pieces']} pieces, and all at once | "
               f"{one['dtype'].removeprefix('torch.')} | {one['gradient_difference']:.0e} |"
-              for one in found["equality"]]
+              for one in record["equality"]]
     lines += ["", "float64 shows that both are the same sum; in float32 it depends on the order of its "
               "summands, most of which cancel."]
     return "\n".join(lines)

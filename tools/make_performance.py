@@ -177,15 +177,15 @@ def beyond_gradients(figures: Figures) -> list[str]:
     size = max(figures.sizes(), key=lambda size: (size[1] * size[2], size[0]))
     dtype, B, D = size
     width = 4 if dtype == "float32" else 2
-    found = []
+    extras = []
     for name, loss in LOSSES.items():
         row = figures.get("ours", name, size)
         if row and row["peak_extra_mib"]:
             rows = B + {"weights": B, "proxies": B // 4}.get(loss.second, 0)
-            found.append((float(row["peak_extra_mib"]) - rows * D * width / 2**20, NAMES.get(name, name)))
-    if not found:
+            extras.append((float(row["peak_extra_mib"]) - rows * D * width / 2**20, NAMES.get(name, name)))
+    if not extras:
         return []
-    most, where = max(found)
+    most, where = max(extras)
     return [f"Beyond the gradients that it returns, a pass at {B:,} × {D} in {dtype} takes at most {number(most)} MiB "
             f"({where}).", ""]
 
@@ -248,8 +248,8 @@ def readme() -> str:
     figures = Figures(path)
 
     def measured(size: Size) -> tuple[int, int, bool]:
-        found = [name for name in ("ours", *OTHERS) for loss in LOSSES if figures.get(name, loss, size)]
-        return len(found), size[1] * size[2], size[0] == "float32"
+        pairs = [name for name in ("ours", *OTHERS) for loss in LOSSES if figures.get(name, loss, size)]
+        return len(pairs), size[1] * size[2], size[0] == "float32"
 
     size = max(figures.sizes(), key=measured)
     return "\n".join([f"A batch of {size[1]:,} rows, D = {size[2]}, {size[0]}; {figures.any['device']}, "
@@ -263,7 +263,7 @@ def put(page: Path, content: str) -> None:
     """Replace what stands between the page's marks."""
     text = page.read_text(encoding="utf-8")
     page.write_text(re.sub(r"(<!-- performance:begin -->\n).*?(\n<!-- performance:end -->)",
-                           lambda found: found[1] + content + found[2], text, flags=re.DOTALL), encoding="utf-8")
+                           lambda match: match[1] + content + match[2], text, flags=re.DOTALL), encoding="utf-8")
 
 
 def main() -> None:

@@ -60,11 +60,11 @@ def picture(run: Path) -> Image.Image:
     images = ShardImages(manifest, index, TestTransform(size=SIDE, crop_share=1.0))
     tensors = safetensors.numpy.load_file(run / "embeddings.safetensors")
     chosen = np.random.default_rng(0).choice(len(index), QUERIES, replace=False)
-    _, found = search_excluding_self(tensors["z"][chosen], tensors["z"], NEIGHBOURS, query_ids_Q=chosen)
+    _, nearest = search_excluding_self(tensors["z"][chosen], tensors["z"], NEIGHBOURS, query_ids_Q=chosen)
     cell = SIDE + 2 * EDGE + GAP
     sheet = Image.new("RGB", (cell * (NEIGHBOURS + 1) + 3 * GAP, cell * QUERIES + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (query, neighbours) in enumerate(zip(chosen, found, strict=True)):
+    for row, (query, neighbours) in enumerate(zip(chosen, nearest, strict=True)):
         for column, position in enumerate([query, *neighbours]):
             right = index.label_N[position] == index.label_N[query]
             colour = GREY if column == 0 else GREEN if right else RED

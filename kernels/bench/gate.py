@@ -81,17 +81,17 @@ def yardsticks(case: Case, batch: Batch) -> list[Yardstick]:
     """The true answers for a case."""
     exact = batch.leaf_copy(torch.float64)
     rows = min(case.rows, GATE_ROWS)
-    found = [Yardstick(rows=rows, answer=answer(REFERENCE[case.loss], exact.head(rows)), name="reference")]
+    sticks = [Yardstick(rows=rows, answer=answer(REFERENCE[case.loss], exact.head(rows)), name="reference")]
     kind = torch.device(case.device).type
     if rows == case.rows or case.rows > BLOCKED_ROWS[kind]:
-        return found
+        return sticks
     if case.rows <= EAGER_ROWS[kind] and case.loss in eager.FORMS and not LOSSES[case.loss].sampled:
         form, name = eager.FORMS[case.loss], "eager float64"
     else:
         form, name = OURS[case.loss], "blocked float64"
     with contextlib.suppress(torch.OutOfMemoryError):  # the comparison on few rows remains
-        found.append(Yardstick(rows=case.rows, answer=answer(form, exact), name=name))
-    return found
+        sticks.append(Yardstick(rows=case.rows, answer=answer(form, exact), name=name))
+    return sticks
 
 
 def judge(form: Form, case: Case, batch: Batch, against: list[Yardstick]) -> Verdict:

@@ -32,8 +32,8 @@ def _platform(device: torch.device) -> str:
         threads = torch.get_num_threads()
         return f"{threads} thread{'s' if threads > 1 else ''}"
     table = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", table.read_text()) if table.is_file() else None
-    return f"driver {found.group() if found else 'unknown'}, CUDA {torch.version.cuda}"
+    version = re.search(r"\b\d+\.\d+(\.\d+)?\b", table.read_text()) if table.is_file() else None
+    return f"driver {version.group() if version else 'unknown'}, CUDA {torch.version.cuda}"
 
 
 def _triton_version() -> str:
@@ -45,11 +45,11 @@ def _commit() -> str:
     folder = str(Path(__file__).parent)
     try:
         # No optional locks: a benchmark must not get in the way of whoever works in the tree.
-        found = subprocess.run(["git", "--no-optional-locks", "-C", folder, "describe", "--always", "--dirty",
-                                "--abbrev=12"], capture_output=True, text=True, check=False)
+        process = subprocess.run(["git", "--no-optional-locks", "-C", folder, "describe", "--always", "--dirty",
+                                  "--abbrev=12"], capture_output=True, text=True, check=False)
     except OSError:  # no git here
         return _package_version()
-    return found.stdout.strip() if found.returncode == 0 else _package_version()
+    return process.stdout.strip() if process.returncode == 0 else _package_version()
 
 
 def _package_version() -> str:

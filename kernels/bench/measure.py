@@ -132,25 +132,25 @@ def sample(part: str, form: Form, batch: Batch, watch: Stopwatch) -> Timing:
 def interleave(forms: Mapping[str, Form], witness: Form, batch: Batch, watch: Stopwatch, *, rounds: int,
                shares: Mapping[str, int], passes: Sequence[str] = PASSES) -> Rounds:
     """Time every pass of every provider in its share of the rounds, and the witness's forward pass in each."""
-    found = Rounds({(name, part): [] for name in forms for part in passes})
+    record = Rounds({(name, part): [] for name in forms for part in passes})
     names = [*forms, None]
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if name is None:
-                found.witnessed.append(sample("forward", witness, batch, watch))
-            elif name not in found.failures and (turn + 1) * shares[name] // rounds > turn * shares[name] // rounds:
+                record.witnessed.append(sample("forward", witness, batch, watch))
+            elif name not in record.failures and (turn + 1) * shares[name] // rounds > turn * shares[name] // rounds:
                 try:
                     for part in passes:
-                        found.timings[name, part].append(sample(part, forms[name], batch, watch))
+                        record.timings[name, part].append(sample(part, forms[name], batch, watch))
                 except Exception as error:  # out of memory, most likely
-                    found.failures[name] = told(error)
-                if name in found.failures:  # not in the handler, where the error still holds the broken pass
+                    record.failures[name] = told(error)
+                if name in record.failures:  # not in the handler, where the error still holds the broken pass
                     release(batch)
                     for part in passes:
-                        del found.timings[name, part]
+                        del record.timings[name, part]
     clear_gradients(batch)
-    return found
+    return record
 
 
 def cold_start(form: Form, batch: Batch, device: torch.device, passes: Sequence[str]) -> float:

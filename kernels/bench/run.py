@@ -61,10 +61,10 @@ def run(cases: Sequence[Case], providers: Sequence[str], *, passes: Sequence[str
         began = time.perf_counter()
         constant["timestamp"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         with _exact_products(case):
-            found, remarks = measure(case, providers, passes=passes, samples=samples, budget_s=budget_s)
-        found = [{**constant, **row} for row in found]
-        append(csv, found)
-        rows += found
+            case_rows, remarks = measure(case, providers, passes=passes, samples=samples, budget_s=budget_s)
+        case_rows = [{**constant, **row} for row in case_rows]
+        append(csv, case_rows)
+        rows += case_rows
         print(f"[{number}/{len(cases)}] {case}: {'; '.join([f'{time.perf_counter() - began:.0f} s', *remarks])}",
               file=sys.stderr, flush=True)
     return rows

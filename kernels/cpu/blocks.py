@@ -99,17 +99,17 @@ class SquaredDistances:
         limit_r, norm_r = self.limit_b[rows], self.norm_b[rows]
         # One cheap pass finds the rows that may have any; mostly there is none.
         suspect_S = (squared_rB.amin(1) < limit_r * (norm_r + self.largest)).nonzero().squeeze(1)
-        found = []
+        pairs = []
         B = self.candidates_BD.shape[0]
         for part in row_blocks(suspect_S.shape[0], B):
             row_S = suspect_S[part]
             limit_SB = (norm_r[row_S, None] + self.norm_B).mul_(limit_r[row_S, None])
             at_S, column_P = torch.le(squared_rB[row_S], limit_SB).nonzero(as_tuple=True)
-            found.append((row_S[at_S], column_P))
-        if not found:
+            pairs.append((row_S[at_S], column_P))
+        if not pairs:
             return suspect_S, suspect_S
-        row_P = torch.cat([row for row, _ in found])
-        column_P = torch.cat([column for _, column in found])
+        row_P = torch.cat([row for row, _ in pairs])
+        column_P = torch.cat([column for _, column in pairs])
         squared_rB[row_P, column_P] = self.exact(row_P + rows.start, column_P)
         return row_P, column_P
 

@@ -47,11 +47,11 @@ def _inverse_lengths(rows: Tensor) -> Tensor:
     return torch.where(norm == 0, 0.0, 1 / norm)
 
 
-def _least_of_parts(key_PX: Tensor, found_PX: Tensor) -> Tensor:
+def _least_of_parts(key_PX: Tensor, chosen_PX: Tensor) -> Tensor:
     """Row number with the least key over the parts, int64, NOBODY turned into -1; the first part wins ties."""
     part_X = key_PX.argmin(0, keepdim=True)
-    found_X = found_PX.gather(0, part_X).squeeze(0).to(torch.int64)
-    return found_X.masked_fill(found_X == NOBODY.value, -1)
+    chosen_X = chosen_PX.gather(0, part_X).squeeze(0).to(torch.int64)
+    return chosen_X.masked_fill(chosen_X == NOBODY.value, -1)
 
 
 @triton.jit
@@ -75,15 +75,15 @@ def _least_of_columns(key, wanted, rows):
 
 
 @triton.jit
-def _offer(best, anchors, key, found):
-    """best[anchors] = the lesser of itself and (key, found) in 64 bits, key first; nothing where NOBODY was found.
+def _offer(best, anchors, key, chosen):
+    """best[anchors] = the lesser of itself and (key, chosen) in 64 bits, key first; nothing where NOBODY was chosen.
 
     The one thing programs do to each other's results: a minimum, which is the same in whatever order it is taken.
     """
     bits = (key + 0.0).to(tl.int32, bitcast=True)  # + 0.0: −0 and 0 are a tie
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
-    offered = (order.to(tl.int64) << 32) | found.to(tl.int64)
-    tl.atomic_min(best + anchors, offered, mask=found != NOBODY, sem="relaxed")
+    offered = (order.to(tl.int64) << 32) | chosen.to(tl.int64)
+    tl.atomic_min(best + anchors, offered, mask=chosen != NOBODY, sem="relaxed")
 
 
 @triton.jit
@@ -146,8 +146,8 @@ def hardest_pairs(
            labels=labels_b.contiguous(), all_z=z_BD, all_norms=squared_norms(z_BD), all_labels=labels_B.contiguous(),
            best=best, b=b, B=B, width=D, offset=offset, tiles_per_split=tiles_per_split, SYMMETRIC=symmetric,
            **operands(z_BD))  # fmt: skip
-    found = best & NOBODY.value
-    positive_b, negative_b = found.masked_fill_(found == NOBODY.value, -1)
+    chosen = best & NOBODY.value
+    positive_b, negative_b = chosen.masked_fill_(chosen == NOBODY.value, -1)
     return positive_b, negative_b
 
 
@@ -190,7 +190,7 @@ def _reaches(
 
 @triton.jit
 def _semihard(
-    z, norms, labels, all_z, all_norms, all_labels, reaches, keys, found, b, B, width, slots, tiles_per_split,
+    z, norms, labels, all_z, all_norms, all_labels, reaches, keys, chosen, b, B, width, slots, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -236,7 +236,7 @@ def _semihard(
             nearest = tl.where(better, at[:, None], nearest)
     part = tl.program_id(1).to(tl.int64) * b * slots
     tl.store(keys + part + positions, least, mask=exist)
-    tl.store(found + part + positions, nearest, mask=exist)
+    tl.store(chosen + part + positions, nearest, mask=exist)
 
 
 def semihard_negatives(
@@ -261,18 +261,18 @@ def semihard_negatives(
            b=b, width=D, slots=R, SIDE=side, **operands(z_BD))  # fmt: skip
     parts, tiles_per_split = splits(b, B, size)
     keys = torch.empty(parts, b, S, dtype=torch.float32, device=z_BD.device)
-    found = torch.empty_like(keys, dtype=torch.int32)
+    chosen = torch.empty_like(keys, dtype=torch.int32)
     launch(_semihard, (triton.cdiv(b, size.block_m), parts, triton.cdiv(S, SLOTS)), size, **rows,
-           labels=labels_b.contiguous(), all_labels=labels_B.contiguous(), reaches=reach_bS, keys=keys, found=found,
+           labels=labels_b.contiguous(), all_labels=labels_B.contiguous(), reaches=reach_bS, keys=keys, chosen=chosen,
            b=b, B=B, width=D, slots=S, tiles_per_split=tiles_per_split, SLOTS=SLOTS, **operands(z_BD))  # fmt: skip
-    found_bS = _least_of_parts(keys, found)
-    nearest_b1, beyond_bR = found_bS[:, :1], found_bS[:, 1:]
+    chosen_bS = _least_of_parts(keys, chosen)
+    nearest_b1, beyond_bR = chosen_bS[:, :1], chosen_bS[:, 1:]
     return torch.where(beyond_bR < 0, nearest_b1, beyond_bR).masked_fill(positive_bR < 0, -1)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def _sampled(
-    z, inverses, labels, all_z, all_inverses, all_labels, positives, keys, found, seed_low, seed_high, b, B, width,
+    z, inverses, labels, all_z, all_inverses, all_labels, positives, keys, chosen, seed_low, seed_high, b, B, width,
     slots, offset, dimensions, tiles_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
@@ -318,7 +318,7 @@ def _sampled(
             drawn = tl.where(better, at[:, None], drawn)
     part = tl.program_id(1).to(tl.int64) * b * slots
     tl.store(keys + part + positions, least, mask=exist)
-    tl.store(found + part + positions, drawn, mask=exist)
+    tl.store(chosen + part + positions, drawn, mask=exist)
 
 
 def sampled_negatives(
@@ -345,10 +345,10 @@ def sampled_negatives(
     size = config("mine", architecture(z_BD.device), D, z_BD.dtype)
     parts, tiles_per_split = splits(b, B, size)
     keys = torch.empty(parts, b, R, dtype=torch.float32, device=z_BD.device)
-    found = torch.empty_like(keys, dtype=torch.int32)
+    chosen = torch.empty_like(keys, dtype=torch.int32)
     launch(_sampled, (triton.cdiv(b, size.block_m), parts, triton.cdiv(R, SLOTS)), size, z=z_bD,
            inverses=_inverse_lengths(z_bD), labels=labels_b.contiguous(), all_z=z_BD,
            all_inverses=_inverse_lengths(z_BD), all_labels=labels_B.contiguous(), positives=positive_bR.contiguous(),
-           keys=keys, found=found, seed_low=seed_low, seed_high=seed_high, b=b, B=B, width=D, slots=R, offset=offset,
+           keys=keys, chosen=chosen, seed_low=seed_low, seed_high=seed_high, b=b, B=B, width=D, slots=R, offset=offset,
            dimensions=float(dimensions), tiles_per_split=tiles_per_split, SLOTS=SLOTS, **operands(z_BD))  # fmt: skip
-    return _least_of_parts(keys, found).masked_fill(positive_bR < 0, -1)
+    return _least_of_parts(keys, chosen).masked_fill(positive_bR < 0, -1)

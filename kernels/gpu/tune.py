@@ -203,13 +203,13 @@ def run(case: str, inputs: aot.Inputs, watch: Stopwatch) -> tuple[float, list[Te
     """Milliseconds of one call, and its results."""
     results: list[Any] = []
     elapsed = watch(lambda: results.append(aot.CASES[case](inputs))).ms
-    found = results[0] if isinstance(results[0], tuple) else (results[0],)
-    return elapsed, [part for part in found if part is not None]
+    outputs = results[0] if isinstance(results[0], tuple) else (results[0],)
+    return elapsed, [part for part in outputs if part is not None]
 
 
-def agree(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+def agree(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
     """Whether results are the table's: floats to a share of their norm, row numbers but for one in a hundred."""
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(results, wanted, strict=True):
         if not one.is_floating_point():
             if (one != other).double().mean() > 0.01:
                 return False
@@ -229,13 +229,13 @@ def measure(tried: Sequence[Candidate], task: Task, watch: Stopwatch, rounds: in
                     continue
                 try:
                     with trial(candidate.row):
-                        elapsed, found = run(case, inputs, watch)
+                        elapsed, results = run(case, inputs, watch)
                 except Exception as error:  # out of some resource of the chip
                     candidate.fault = told(error)
                     continue
                 if turn:
                     candidate.times.setdefault(case, []).append(elapsed)
-                elif not agree(found, wanted):  # the first turn loads, warms and checks
+                elif not agree(results, wanted):  # the first turn loads, warms and checks
                     candidate.fault = f"{case}: other results than the table's tiles"
 
 
@@ -277,12 +277,12 @@ def log(path: Path, task: Task, chosen: Row, tried: Sequence[Candidate]) -> None
 
 def tasks(kinds: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], arch: int) -> list[Task]:
     """The rows to find; not those for which there is no kernel of that kind at that width."""
-    found = []
+    work = []
     for dtype, width, kind in itertools.product(dtypes, widths, kinds):
         fused = width <= configs.widest_gather(2 if kind.endswith("2") else 1, aot.DTYPES[dtype])
         if not kind.startswith(("gather", "weights")) or kind.startswith("gather") == fused:
-            found.append(Task(kind, arch, dtype, width))
-    return found
+            work.append(Task(kind, arch, dtype, width))
+    return work
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

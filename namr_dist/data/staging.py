@@ -118,15 +118,15 @@ def _whole(folder: Path, shards: Sequence[Shard]) -> set[str]:
         except OSError:  # a bad block
             return False
 
-    found = set()
+    intact = set()
     images, size = sum(len(shard.keys) for shard in there), sum(shard.bytes for shard in there)
     with BuildProgress(f"check {folder.name}", images=images, size=size) as progress, \
             ThreadPoolExecutor(_AT_ONCE) as pool:
         for shard, whole in zip(there, pool.map(is_whole, there), strict=True):
             progress.advance(len(shard.keys), shard.bytes)
             if whole:
-                found.add(shard.file)
-    return found
+                intact.add(shard.file)
+    return intact
 
 
 def _copy(origin: Origin, folder: Path, shards: Sequence[Shard]) -> None:

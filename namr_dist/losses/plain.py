@@ -39,10 +39,10 @@ class PlainRows(RowsLoss):
         super().__init__()
         self.loss = loss
         if isinstance(loss, nn.Module):
-            for owner in loss.modules():
-                for name, parameter in owner.named_parameters(recurse=False):
+            for module in loss.modules():
+                for name, parameter in module.named_parameters(recurse=False):
                     if parameter.dim() == 0:
-                        setattr(owner, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+                        setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
 
     @classmethod
     def configured(cls, settings: MetricLossConfig, batches: Batches) -> PlainRows:

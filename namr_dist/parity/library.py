@@ -86,9 +86,9 @@ def gradients(way: str, loss: str) -> dict[str, Tensor]:
     value = criterion(z_bD, torch.ones_like(z_bD), labels_B[own]).total if way == "ours" \
         else criterion(z_bD, labels_B[own])
     value.backward()
-    found: dict[str, nn.Module] = {"network": network, "loss": criterion}
+    modules: dict[str, nn.Module] = {"network": network, "loss": criterion}
     return {part: _average([_gradient(parameter) for parameter in module.parameters()], world)
-            for part, module in found.items() if list(module.parameters())}
+            for part, module in modules.items() if list(module.parameters())}
 
 
 def _library_loss(name: str, *, efficient: bool, wrapped: bool) -> nn.Module:

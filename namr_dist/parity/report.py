@@ -138,10 +138,10 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
         cells = {(row.loss, row.namr, row.way, row.ranks): row for row in ours if row.dtype == dtype}
         lines = []
         for loss, namr in dict.fromkeys((row.loss, row.namr) for row in ours):
-            found = [cells.get((loss, namr, *column)) for column in columns]
-            line = [loss, namr, *("–" if row is None else _cell(row) for row in found)]
+            across = [cells.get((loss, namr, *column)) for column in columns]
+            line = [loss, namr, *("–" if row is None else _cell(row) for row in across)]
             if dtype == "float32":
-                line.append(next(_short(row.gradient_rounding or 0.0) for row in found if row))
+                line.append(next(_short(row.gradient_rounding or 0.0) for row in across if row))
             lines.append(line)
         made.append((f"{dtype}: largest relative error of a gradient, ×W on W ranks",
                      heading + ["rounding"] * (dtype == "float32"), lines))
@@ -150,15 +150,15 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
 
 def library_table(rows: Sequence[Row]) -> tuple[str, list[str], list[list[str]]] | None:
     """Likewise ‖g‖ / ‖g₁‖ of the library's wrapper and ours; None if the library was not there."""
-    found = [row for row in rows if row.norm_ratio is not None]
-    if not found:
+    compared = [row for row in rows if row.norm_ratio is not None]
+    if not compared:
         return None
     columns = [(way, ranks) for way in library.WAYS for ranks in WORLD_SIZES if ranks > 1]
-    cells = {(row.loss, row.worst_parameter, row.way, row.ranks): f"{row.norm_ratio:.3f}" for row in found}
+    cells = {(row.loss, row.worst_parameter, row.way, row.ranks): f"{row.norm_ratio:.3f}" for row in compared}
     lines = [[loss, {"network": "network", "loss": "β or proxies"}[part],
               *(cells.get((loss, part, *column), "refused") for column in columns)]
-             for loss, part in dict.fromkeys((row.loss, row.worst_parameter) for row in found)]
-    packages = sorted({row.provider for row in found if row.way != library.WAYS[0]})
+             for loss, part in dict.fromkeys((row.loss, row.worst_parameter) for row in compared)]
+    packages = sorted({row.provider for row in compared if row.way != library.WAYS[0]})
     return (f"gradient norm over that of one process; wrapper: DistributedLossWrapper of {', '.join(packages)}",
             ["loss", "gradient of", *(f"{way} ×{ranks}" for way, ranks in columns)], lines)
 

@@ -31,19 +31,19 @@ def test_all_ways_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = tmp_path / "figures.csv"
     words = ["bench", "data", "--images", "24", "--size", "64", "--repeats", "1", "--json", "--csv", str(path)]
     assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["images"] == 24 and found["size"] == 64 and found["left_out"] == ""
-    assert [row["provider"] for row in found["rows"]] == ["namr", "WebDataset", "WebDataset, torchvision",
-                                                          "ImageFolder, torchvision"]
-    ours = found["rows"][0]
+    output = json.loads(capsys.readouterr().out)
+    assert output["images"] == 24 and output["size"] == 64 and output["left_out"] == ""
+    assert [row["provider"] for row in output["rows"]] == ["namr", "WebDataset", "WebDataset, torchvision",
+                                                           "ImageFolder, torchvision"]
+    ours = output["rows"][0]
     assert ours["ratio"] == 1
-    for row in found["rows"]:
+    for row in output["rows"]:
         stages_us = sum(row[f"{stage}_us"] for stage in STAGES)
         assert stages_us == pytest.approx(1e6 / row["images_per_s"], rel=0.1), "a stage is missing"
         assert row["ratio"] == pytest.approx(ours["images_per_s"] / row["images_per_s"])
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["provider"] for line in lines] == [row["provider"] for row in found["rows"]]
+    assert [line["provider"] for line in lines] == [row["provider"] for row in output["rows"]]
     assert all(line["machine"] and line["commit"] and "Pillow" in line["libraries"] for line in lines)
 
 

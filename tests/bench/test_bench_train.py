@@ -54,9 +54,9 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(shard_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Two batch sizes, the larger in two pieces, and a trace."""
-    found = Bench(folder=tmp_path_factory.mktemp("bench"))
+    record = Bench(folder=tmp_path_factory.mktemp("bench"))
     words = ["bench", "train", "homeware", "--shards", shard_set.folder, "--batch", 16, 32, "--steps", 5,
-             "--csv", found.folder / "figures.csv", "--trace", found.folder / "trace.json.gz", "--json",
+             "--csv", record.folder / "figures.csv", "--trace", record.folder / "trace.json.gz", "--json",
              "--set.data.image_size", 32, "--set.data.workers", 1, "--set.model.width", 16,
              "--set.model.structure_hidden", 16]
     measure = bench_train.measure
@@ -65,23 +65,23 @@ def bench(shard_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Benc
         """The same; each run's folder is looked into before it goes."""
         for one in measure(work):
             if isinstance(one, Measured):
-                run, = found.folder.glob(f"namr-bench-*/{one.batch}-{one.precision}")
-                found.measured.append(one)
-                found.logs.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
-                found.configs.append(Config.load(run / "config.json"))
+                run, = record.folder.glob(f"namr-bench-*/{one.batch}-{one.precision}")
+                record.measured.append(one)
+                record.logs.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+                record.configs.append(Config.load(run / "config.json"))
             yield one
 
     printed: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_train, "measure", watched)
-        patch.setattr(tempfile, "tempdir", str(found.folder))
+        patch.setattr(tempfile, "tempdir", str(record.folder))
         patch.setattr("builtins.print", lambda *words: printed.extend(words))
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("TRITON_INTERPRET", raising=False)
         assert main([str(word) for word in words]) == 0
-    found.printed = json.loads("".join(printed))
-    return found
+    record.printed = json.loads("".join(printed))
+    return record
 
 
 def test_figures_are_the_medians_of_the_log_behind_the_warm_up(bench: Bench) -> None:

@@ -211,18 +211,18 @@ def test_passes_are_turned_and_counted() -> None:
 
     batch = make_batch(_case("triplet-hardest", rows=8))
     watch = measure.Stopwatch(torch.device("cpu"))
-    found = measure.interleave({"a": form("a"), "b": form("b")}, form("w"), batch, watch, rounds=3,
+    timed = measure.interleave({"a": form("a"), "b": form("b")}, form("w"), batch, watch, rounds=3,
                                shares={"a": 3, "b": 3})
     # Each provider: forward without gradients, forward before backward, forward and backward.
     assert " ".join(called) == "a' a a b' b b w' b' b b w' a' a a w' a' a a b' b b"
-    assert {key: len(values) for key, values in found.timings.items()} == {(n, p): 3 for n in "ab" for p in PASSES}
-    assert len(found.witnessed) == 3 and all(leaf.grad is None for leaf in batch.leaves)
+    assert {key: len(values) for key, values in timed.timings.items()} == {(n, p): 3 for n in "ab" for p in PASSES}
+    assert len(timed.witnessed) == 3 and all(leaf.grad is None for leaf in batch.leaves)
     called.clear()
-    found = measure.interleave({"a": form("a"), "b": form("b")}, form("w"), batch, watch, rounds=4,
+    timed = measure.interleave({"a": form("a"), "b": form("b")}, form("w"), batch, watch, rounds=4,
                                shares={"a": 4, "b": 2}, passes=["forward+backward"])
     # Fewer rounds are spread over all of them.
     assert " ".join(called) == "a w' b w' a w' a a b w'"
-    assert {key: len(values) for key, values in found.timings.items()} == {
+    assert {key: len(values) for key, values in timed.timings.items()} == {
         ("a", "forward+backward"): 4, ("b", "forward+backward"): 2}
 
 
@@ -237,11 +237,11 @@ def test_one_that_breaks_in_the_rounds_falls_out_alone() -> None:
         return z_BD.sum()
 
     batch = make_batch(_case("triplet-hardest", rows=8))
-    found = measure.interleave({"a": lambda labels_B, z_BD: z_BD.sum(), "b": breaks}, lambda labels_B, z_BD: z_BD.sum(),
+    timed = measure.interleave({"a": lambda labels_B, z_BD: z_BD.sum(), "b": breaks}, lambda labels_B, z_BD: z_BD.sum(),
                                batch, measure.Stopwatch(torch.device("cpu")), rounds=5, shares={"a": 5, "b": 5},
                                passes=["forward+backward"])
-    assert called == 3 and found.failures == {"b": "OutOfMemoryError: full"}
-    assert set(found.timings) == {("a", "forward+backward")} and len(found.witnessed) == 5
+    assert called == 3 and timed.failures == {"b": "OutOfMemoryError: full"}
+    assert set(timed.timings) == {("a", "forward+backward")} and len(timed.witnessed) == 5
 
 
 def test_rounds_that_a_slow_provider_can_afford() -> None:
@@ -261,8 +261,8 @@ def test_slow_provider_is_measured_in_fewer_rounds_and_says_so(monkeypatch: pyte
 
 
 def test_quantiles() -> None:
-    found = measure.spread([float(value) for value in range(11)])
-    assert (found.p20, found.median, found.p80) == pytest.approx((2, 5, 8))
+    spread = measure.spread([float(value) for value in range(11)])
+    assert (spread.p20, spread.median, spread.p80) == pytest.approx((2, 5, 8))
 
 
 def test_memory_sees_a_known_allocation() -> None:
@@ -277,8 +277,8 @@ def test_memory_sees_a_known_allocation() -> None:
 
 def test_memory_of_a_pass_in_a_fresh_process() -> None:
     case = _case("triplet-hardest", rows=1024, width=8)
-    found = memory.peak_extra_mib(case, "eager", eager.triplet_hardest, make_batch(case))
-    assert 3 * 4 < found < providers._PAIR_TENSORS * 4  # (B, B) float32 is 4 MiB; distances, slopes and masks
+    extra_mib = memory.peak_extra_mib(case, "eager", eager.triplet_hardest, make_batch(case))
+    assert 3 * 4 < extra_mib < providers._PAIR_TENSORS * 4  # (B, B) float32 is 4 MiB; distances, slopes and masks
 
 
 @pytest.mark.slow

@@ -335,11 +335,11 @@ def test_a_row_of_nan_is_found(dtype: torch.dtype) -> None:
     semihard_BR = semihard_negatives(z_BD, z_BD, labels_B, labels_B, _positives(labels_B))
     positive_B, _ = hardest_pairs(z_BD[66:], z_BD, labels_B[66:], labels_B, offset=66)
     assert positive_B.tolist() == [67, 66, 69, 68]
-    for found_B in (negative_B, semihard_BR[:, 0]):
-        assert ((found_B >= 0) & (found_B < 70)).all()
-        assert (labels_B[found_B] != labels_B).all()
+    for chosen_B in (negative_B, semihard_BR[:, 0]):
+        assert ((chosen_B >= 0) & (chosen_B < 70)).all()
+        assert (labels_B[chosen_B] != labels_B).all()
         if dtype != torch.float32:  # centring spreads NaN over all float32 rows: then any row may be found
-            assert (found_B[:66] == 67).all()
+            assert (chosen_B[:66] == 67).all()
     drawn_BR = sampled_negatives(z_BD, z_BD, labels_B, labels_B, _positives(labels_B), offset=0, seed=1)
     assert ((drawn_BR >= 0) & (drawn_BR < 70)).all()
 

@@ -60,10 +60,10 @@ def test_mean_and_deviation_over_seeds_are_numpys(sweep: Path) -> None:
     assert [(one.values["loss.metric"], one.values["loss.ranking.weight"], one.seeds) for one in comparison.settings] \
         == [("margin", 0.0, (0,)), ("triplet", 0.0, (0, 1, 2)), ("triplet", 2.0, (0, 1, 2))]
     for setting, values in zip(comparison.settings, ([73.0], BEFORE, AFTER), strict=True):
-        found = setting.figures["sample"]["R@1"]
-        assert found.mean == pytest.approx(np.mean(values))
-        assert found.deviation == (pytest.approx(np.std(values, ddof=1)) if len(values) > 1 else None)
-        assert setting.figures["adaptive"]["R@1"].mean == pytest.approx(found.mean + 1)
+        recall = setting.figures["sample"]["R@1"]
+        assert recall.mean == pytest.approx(np.mean(values))
+        assert recall.deviation == (pytest.approx(np.std(values, ddof=1)) if len(values) > 1 else None)
+        assert setting.figures["adaptive"]["R@1"].mean == pytest.approx(recall.mean + 1)
         assert set(setting.figures) == {"sample", "adaptive"} and "NMI" not in setting.figures["sample"]
     assert cells(comparison, "Results")[1] == [
         "triplet", "0", "3", "70.80 ± 0.75", "80.80 ± 0.75", "35.40 ± 0.38"]

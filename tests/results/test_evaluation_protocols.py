@@ -51,17 +51,17 @@ def test_figures_follow_from_the_embeddings(evaluated: Path, queries_and_gallery
     z, labels, roles = tensors["z"].astype(np.float64), tensors["labels"], tensors["roles"]
     assert roles.dtype == np.int8 and np.bincount(roles).tolist() == [6, 12, 18]
     queries, items = np.flatnonzero(roles != 2), np.flatnonzero(roles != 1)
-    found = {f"R@{k}": 0.0 for k in KS} | {"R-precision": 0.0}
+    expected = {f"R@{k}": 0.0 for k in KS} | {"R-precision": 0.0}
     for query in queries:
         others = items[items != query]
         ranked = labels[others[np.argsort(((z[query] - z[others]) ** 2).sum(1), kind="stable")]]
         relevant = int((labels[others] == labels[query]).sum())
         assert relevant == (3 if roles[query] == 0 else 4)
         for k in KS:
-            found[f"R@{k}"] += 100 / len(queries) * bool((ranked[:k] == labels[query]).any())
-        found["R-precision"] += 100 / len(queries) * (ranked[:relevant] == labels[query]).mean()
+            expected[f"R@{k}"] += 100 / len(queries) * bool((ranked[:k] == labels[query]).any())
+        expected["R-precision"] += 100 / len(queries) * (ranked[:relevant] == labels[query]).mean()
     metrics = json.loads((evaluated / "metrics.json").read_text())
-    assert {name: metrics["test"]["sample"][name] for name in found} == pytest.approx(found)
+    assert {name: metrics["test"]["sample"][name] for name in expected} == pytest.approx(expected)
     assert metrics["test"]["sample"]["R@40"] == 100
     counts = metrics["test_counts"]
     assert (counts["queries"], counts["left_out"], counts["items"]) == (18, 0, 24)

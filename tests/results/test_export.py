@@ -132,8 +132,8 @@ assert not {{{absent!r}, "deepspeed"}} & sys.modules.keys()
     assert done.returncode == 0, done.stderr
     evaluated = safetensors.torch.load_file(run / "embeddings.safetensors")
     for line, count in zip(done.stdout.splitlines(), (4, 1), strict=True):
-        for found, right in zip(json.loads(line), (evaluated["z"], evaluated["s"]), strict=True):
-            np.testing.assert_allclose(found, right[list(positions[:count])], rtol=1e-4, atol=1e-5)
+        for vectors, right in zip(json.loads(line), (evaluated["z"], evaluated["s"]), strict=True):
+            np.testing.assert_allclose(vectors, right[list(positions[:count])], rtol=1e-4, atol=1e-5)
 
 
 def test_loading_leaves_the_generator_alone(exported: Path) -> None:

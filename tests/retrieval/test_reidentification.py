@@ -22,8 +22,8 @@ def by_loops(z, s, labels, draws, mode):
                 continue
             squares = (z[query] - z[gallery]) ** 2
             weights = {"sample": np.ones_like(squares), "adaptive": s[query], "symmetric": s[query] + s[gallery]}[mode]
-            found = labels[gallery][np.argsort((weights * squares).sum(-1), kind="stable")].tolist()
-            ranks.append(found.index(labels[query]) + 1)
+            ranked = labels[gallery][np.argsort((weights * squares).sum(-1), kind="stable")].tolist()
+            ranks.append(ranked.index(labels[query]) + 1)
         rows.append([100 * np.mean([rank <= 1 for rank in ranks]), 100 * np.mean([rank <= 5 for rank in ranks]),
                      100 * np.mean([1 / rank for rank in ranks])])
     figures = dict(zip(METRICS, np.mean(rows, axis=0), strict=True))

@@ -93,8 +93,8 @@ def test_weights_of_one_change_nothing():
     ones = np.ones_like(z)
     plain = search_excluding_self(*_vectors(sample_vectors(z, z)), 20)[1]
     for vectors in (adaptive_vectors(z, ones, z), symmetric_vectors(z, ones, z, ones)):
-        found = search_excluding_self(*_vectors(vectors), 20, metric=vectors.metric)[1]
-        np.testing.assert_array_equal(found, plain)
+        ids = search_excluding_self(*_vectors(vectors), 20, metric=vectors.metric)[1]
+        np.testing.assert_array_equal(ids, plain)
     result = rerank(z, ones, z, k=20, delta=DELTA, candidates=60)
     np.testing.assert_array_equal(result.ids_QK, plain)
 

@@ -57,9 +57,9 @@ def test_equals_a_full_sort(kind, metric, backend, rng):
     queries, items = clumsy_sets(kind, rng)
     values, order = full_sort(queries, items, metric)
     for k in (1, 3, 7, 74, 89, 90):  # 3 and 7 cut through groups of six duplicates
-        found_values, found = search(queries, items, k, metric=metric, backend=backend)
-        assert found_values.dtype == np.float32 and found.dtype == np.int64
-        np.testing.assert_array_equal(found, order[:, :k])
+        found_values, found_ids = search(queries, items, k, metric=metric, backend=backend)
+        assert found_values.dtype == np.float32 and found_ids.dtype == np.int64
+        np.testing.assert_array_equal(found_ids, order[:, :k])
         np.testing.assert_array_equal(found_values, values[:, :k])
 
 
@@ -74,8 +74,8 @@ def test_back_ends_agree_beyond_the_spare_candidates(metric, rng):
     items = np.repeat(rng.standard_normal((30, 8)), 40, axis=0)[rng.permutation(1200)].astype(np.float32)
     values, order = full_sort(items[:50], items, metric)
     for backend in BACKENDS:
-        found_values, found = search(items[:50], items, 10, metric=metric, backend=backend)
-        np.testing.assert_array_equal(found, order[:, :10])
+        found_values, found_ids = search(items[:50], items, 10, metric=metric, backend=backend)
+        np.testing.assert_array_equal(found_ids, order[:, :10])
         np.testing.assert_array_equal(found_values, values[:, :10])
 
 
@@ -113,8 +113,8 @@ def test_a_sloppy_library_changes_nothing(backend, monkeypatch, rng):
     monkeypatch.setattr(search_module, "_faiss_index", lambda items_ND, metric, *, gpu: Sloppy())
     monkeypatch.setattr(Keys, "error", error)
     monkeypatch.setattr(Keys, "by_product", by_product)
-    _, found = search(queries, items, 5, backend=backend)
-    np.testing.assert_array_equal(found, order[:, :5])
+    _, found_ids = search(queries, items, 5, backend=backend)
+    np.testing.assert_array_equal(found_ids, order[:, :5])
     for position in (0, 6, 200):
         np.testing.assert_array_equal(
             ranks_of(queries, items, order[:, position], query_ids_Q=np.full(40, -1)), position + 1
@@ -185,9 +185,9 @@ def test_gpu_equals_cpu(metric, rng):
     items = rng.standard_normal((3000, 32))
     expected = search(items[:200], items, 50, metric=metric, backend="torch-cpu")
     for backend in {"torch-gpu", search_backend().name}:
-        found = search(items[:200], items, 50, metric=metric, backend=backend)
-        np.testing.assert_array_equal(found[1], expected[1])
-        np.testing.assert_array_equal(found[0], expected[0])
+        result = search(items[:200], items, 50, metric=metric, backend=backend)
+        np.testing.assert_array_equal(result[1], expected[1])
+        np.testing.assert_array_equal(result[0], expected[0])
 
 
 @pytest.mark.parametrize(

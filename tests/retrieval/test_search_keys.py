@@ -85,8 +85,8 @@ def test_all_back_ends_return_the_same_bits_whatever_the_blocks(metric, monkeypa
     monkeypatch.setitem(keys_module._TERM_NUMBERS, "cpu", 24 * 1000)
     for backend in BACKENDS:
         for k in (1, 4, 32, 200):
-            found_values, found = search_excluding_self(rows, rows, k, metric=metric, backend=backend)
-            np.testing.assert_array_equal(found, ids[:, :k])
+            found_values, found_ids = search_excluding_self(rows, rows, k, metric=metric, backend=backend)
+            np.testing.assert_array_equal(found_ids, ids[:, :k])
             np.testing.assert_array_equal(found_values.view(np.int32), values[:, :k].view(np.int32))
     for position in (0, 3, 60, 199):
         np.testing.assert_array_equal(ranks_of(rows, rows, ids[:, position], metric=metric), position + 1)
@@ -130,8 +130,8 @@ def test_a_gpu_returns_the_bits_of_the_cpu(metric, monkeypatch):
     for numbers in (keys_module._BLOCK_NUMBERS["cuda"], 100 * len(rows)):
         monkeypatch.setitem(keys_module._BLOCK_NUMBERS, "cuda", numbers)
         for k in (1, 32, 1000):
-            found_values, found = search_excluding_self(rows, rows, k, metric=metric, backend="torch-gpu")
-            np.testing.assert_array_equal(found, ids[:, :k])
+            found_values, found_ids = search_excluding_self(rows, rows, k, metric=metric, backend="torch-gpu")
+            np.testing.assert_array_equal(found_ids, ids[:, :k])
             np.testing.assert_array_equal(found_values.view(np.int32), values[:, :k].view(np.int32))
     for position in (0, 999):
         np.testing.assert_array_equal(ranks_of(rows, rows, ids[:, position], metric=metric), position + 1)

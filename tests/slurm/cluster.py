@@ -85,13 +85,13 @@ class Job:
 
     def starts(self, restarts: int) -> None:
         """Wait until it has been started again so often."""
-        self.until(lambda: (found := self.fields())["JobState"] == "RUNNING" and int(found["Restarts"]) == restarts)
+        self.until(lambda: (fields := self.fields())["JobState"] == "RUNNING" and int(fields["Restarts"]) == restarts)
 
     def ends(self, state: str, *, code: int = 0) -> None:
         """Wait for its end, and see that Slurm calls it that."""
         self.until(lambda: self.fields()["JobState"] in _ENDS)
-        found = self.fields()
-        assert (found["JobState"], found["ExitCode"].split(":")[0]) == (state, str(code)), f"{found}\n{self.log()}"
+        fields = self.fields()
+        assert (fields["JobState"], fields["ExitCode"].split(":")[0]) == (state, str(code)), f"{fields}\n{self.log()}"
 
 
 def _three_ports() -> int:

@@ -35,8 +35,8 @@ def test_a_run_over_a_bad_network_has_the_losses_of_a_local_one(shard_set: Manif
         assert remote.wait() == [0], remote.said()
     local = train(shard_set, tmp_path / "local")
     assert local.wait() == [0], local.said()
-    found = losses(tmp_path / "remote")
-    assert found == losses(tmp_path / "local") and len(found) == 6
+    remote_losses = losses(tmp_path / "remote")
+    assert remote_losses == losses(tmp_path / "local") and len(remote_losses) == 6
     fetched = server.completed
     assert {fetched[shard.file] for shard in shard_set.shards_of("train", "val")} == {1}, fetched
 

@@ -59,9 +59,9 @@ def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[int
 
 def same(run: Path, other: Path) -> None:
     """The same losses, one for each step, and the same network, bit for bit."""
-    found = losses(run)
-    assert found == losses(other)
-    assert list(found) == list(range(1, len(found) + 1)) and {len(values) for values in found.values()} == {1}
+    by_step = losses(run)
+    assert by_step == losses(other)
+    assert list(by_step) == list(range(1, len(by_step) + 1)) and {len(values) for values in by_step.values()} == {1}
     assert network(run) == network(other)
 
 
@@ -299,10 +299,10 @@ def test_other_number_of_ranks(start: Start, tmp_path: Path, before: int, after:
     run = start(folder, *words, "--resume", ranks=after, steps=12)
     assert run.wait() == [0] * after, run.said()
     assert "resumed   at step 4 from" in run.said()  # epochs have three steps
-    found = losses(folder)
-    assert [found[step] for step in range(1, 5)] == [expected[step] for step in range(1, 5)]
-    assert [found[step][0] for step in range(5, 13)] == pytest.approx([expected[step][0] for step in range(5, 13)],
-                                                                      rel=1e-6)
+    by_step = losses(folder)
+    assert [by_step[step] for step in range(1, 5)] == [expected[step] for step in range(1, 5)]
+    assert [by_step[step][0] for step in range(5, 13)] == pytest.approx([expected[step][0] for step in range(5, 13)],
+                                                                        rel=1e-6)
 
 
 def test_the_memory_goes_on(start: Start, tmp_path: Path) -> None:

@@ -241,10 +241,10 @@ def test_foreign_files(tmp_path: Path) -> None:
 def test_file_is_plain_safetensors(tmp_path: Path) -> None:
     path = small_file(tmp_path / "step.safetensors")
     expected = Oddities(dropout=0.0).state_dict()
-    found = tensors(path)
-    assert {f"model/{name}" for name in expected} == found.keys()
+    stored = tensors(path)
+    assert {f"model/{name}" for name in expected} == stored.keys()
     for name, value in expected.items():
-        assert torch.equal(found[f"model/{name}"], value)
+        assert torch.equal(stored[f"model/{name}"], value)
     assert list(tmp_path.iterdir()) == [path], "a temporary file stayed"
 
 

@@ -62,8 +62,8 @@ def network(run: Path) -> dict[str, bytes]:
 def test_says_what_serves_it_and_learns(trained: tuple[Path, str], precision: str) -> None:
     run, said = trained
     assert "1 × NVIDIA" in said and f"{precision} (asked for)" in said and "Triton kernels for sm_" in said
-    found = [loss for (loss,) in losses(run).values()]
-    assert len(found) == STEPS and sum(found[-6:]) < sum(found[:6])
+    values = [loss for (loss,) in losses(run).values()]
+    assert len(values) == STEPS and sum(values[-6:]) < sum(values[:6])
     (validated,) = [entry["val"] for entry in entries(run) if "val" in entry]
     assert 0 < validated["R@1"] <= 100
 

@@ -132,13 +132,13 @@ def started(folder: Path, world_size: int, *words: object) -> Iterator[Group]:
 
 
 def children(process: subprocess.Popen[bytes]) -> list[int]:
-    found: list[int] = []
+    pids: list[int] = []
     if process.poll() is not None:  # its number may be another's by now
-        return found
+        return pids
     for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
         with suppress(OSError):  # the thread has ended
-            found += map(int, task.read_text().split())
-    return found
+            pids += map(int, task.read_text().split())
+    return pids
 
 
 def kill(processes: list[int]) -> None:

@@ -72,9 +72,9 @@ def load_model(
     materials: dict[str, Material] = {}
     # Besides the named libraries, the one that bears the model's own name: one OBJ names a wrong file.
     for library in [*libraries, posixpath.splitext(member)[0] + ".mtl"]:
-        found = members.get(f"{folder}/{_base_name(library)}".lower())
-        if found is not None:
-            materials = {**_parse_mtl(_text(archive, found), folder, members), **materials}
+        file = members.get(f"{folder}/{_base_name(library)}".lower())
+        if file is not None:
+            materials = {**_parse_mtl(_text(archive, file), folder, members), **materials}
 
     matrix = np.array(rotation).reshape(3, 3)
     vertices = vertices @ matrix.T
@@ -202,8 +202,8 @@ def _parse_mtl(text: str, folder: str, members: dict[str, str]) -> dict[str, Mat
             current.opacity = 1.0 - float(words[0])
         elif key in ("map_Kd", "map_d"):
             # Paths of the modeller's own computer are common; the file itself lies beside the model.
-            found = members.get(f"{folder}/{_base_name(rest)}".lower())
-            setattr(current, "texture" if key == "map_Kd" else "mask", found)
+            file = members.get(f"{folder}/{_base_name(rest)}".lower())
+            setattr(current, "texture" if key == "map_Kd" else "mask", file)
     return materials
 
 

@@ -122,8 +122,8 @@ def build(listing: Listing, out: Path, options: BuildOptions, *, workers: int = 
         _remove(out, _TEMPORARY, _FINISHED_SHARD)
         return Built(manifest=manifest, treated=there["treated"], skipped=there["skipped"],
                      lost=tuple(there["lost"]), was_there=True)
-    finished = {task.plan.file: found for task in tasks
-                if (found := _read_finished(out, task, skip_broken=skip_broken))}
+    finished = {task.plan.file: finished_shard for task in tasks
+                if (finished_shard := _read_finished(out, task, skip_broken=skip_broken))}
     waiting = [task for task in tasks if task.plan.file not in finished]
     if options.encoding.size is None:  # else nobody knows what the smaller images will take
         _check_space(out, waiting)
@@ -167,8 +167,8 @@ def _check_tars(manifest: Manifest) -> None:
         path = manifest.folder / shard.file
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
-            found = "is missing" if size is None else f"has {size} bytes, its manifest says {shard.bytes}"
-            raise InputError(f"{manifest.folder} is a finished set, but {shard.file} {found}; remove the folder and "
+            state = "is missing" if size is None else f"has {size} bytes, its manifest says {shard.bytes}"
+            raise InputError(f"{manifest.folder} is a finished set, but {shard.file} {state}; remove the folder and "
                              "build again")
 
 
@@ -224,19 +224,19 @@ def _read_record(out: Path, record: dict[str, Any]) -> dict[str, Any]:
     if not out.exists() or (out.is_dir() and all(_TEMPORARY.fullmatch(path.name) for path in out.iterdir())):
         return {}
     try:
-        found = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        existing = json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        existing = None
+    if not isinstance(existing, dict) or existing.get("format") != _FORMAT:
         raise InputError(f"{out} is there and not from a build; give a new folder")
     for option, value in record["options"].items():
-        if found["options"].get(option) != value:
-            raise InputError(f"{out} is of a build with other options ({option} {found['options'].get(option)}, here "
-                             f"{value}); give the same, or a new folder")
-    if any(found[key] != record[key] for key in ("name", "description", "listing")):
-        raise InputError(f"{out} is of a build from another listing ({found['name']}: {found['description']}); give a "
-                         "new folder")
-    return found
+        if existing["options"].get(option) != value:
+            raise InputError(f"{out} is of a build with other options ({option} {existing['options'].get(option)}, "
+                             f"here {value}); give the same, or a new folder")
+    if any(existing[key] != record[key] for key in ("name", "description", "listing")):
+        raise InputError(f"{out} is of a build from another listing ({existing['name']}: {existing['description']}); "
+                         "give a new folder")
+    return existing
 
 
 def _finished_path(out: Path, file: str) -> Path:

@@ -135,19 +135,19 @@ def _without_stray_end(jpeg: bytes, said: str) -> bytes:
 
     Some writers leave them. After lost data there are more of them, or what comes before does not decode either.
     """
-    found = _STRAY_END.search(said)
+    match = _STRAY_END.search(said)
     at = next((start for code, start, _ in _segments(jpeg) if code == _END), 0)
-    return jpeg[: at - int(found[1])] + jpeg[at:] if found and int(found[1]) <= _MOST_STRAY else jpeg
+    return jpeg[: at - int(match[1])] + jpeg[at:] if match and int(match[1]) <= _MOST_STRAY else jpeg
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
     """Marker code, first byte and end of each segment of the first image. What lies between them, such as the
     entropy-coded data behind a scan's header, is of none."""
     end = 2
-    while found := _MARKER.search(jpeg, end):
-        code, at = found[0][1], found.end()
+    while match := _MARKER.search(jpeg, end):
+        code, at = match[0][1], match.end()
         end = at if code == _END else at + int.from_bytes(jpeg[at : at + 2], "big")
-        yield code, found.start(), end
+        yield code, match.start(), end
         if code == _END:
             return
 

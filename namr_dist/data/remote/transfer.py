@@ -238,10 +238,10 @@ class _HttpBody:
 
     def _extent(self) -> tuple[int, int | None]:
         if self._response.status == 206:
-            found = re.match(r"bytes (\d+)-\d+/(\d+|\*)", self._response.headers.get("Content-Range", ""))
-            if not found:
+            match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", self._response.headers.get("Content-Range", ""))
+            if not match:
                 raise TransferError("the server answers with a range and does not say which", afresh=True)
-            return int(found[1]), None if found[2] == "*" else int(found[2])
+            return int(match[1]), None if match[2] == "*" else int(match[2])
         return 0, self._response.length
 
     @contextlib.contextmanager

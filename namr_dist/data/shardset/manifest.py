@@ -140,8 +140,8 @@ class Manifest:
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read as a manifest: {error}; rebuild the shard set") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise InputError(f"{path} has format {found!r}, expected {FORMAT!r}; rebuild the shard set")
+            actual = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise InputError(f"{path} has format {actual!r}, expected {FORMAT!r}; rebuild the shard set")
         try:
             manifest = cls(
                 name=data["name"],

@@ -37,16 +37,16 @@ def near_duplicate_tables(audit: dict[str, Any]) -> Iterator[Table]:
     table = _table(f"Images within {audit['near_bits']} bits of an image of another split", "split", "images",
                    "flat, not compared", *(f"near {other}" for other in others))
     for split, row in audit["splits"].items():
-        near = [_number(found["near"]) for found in row["against"].values()]
+        near = [_number(comparison["near"]) for comparison in row["against"].values()]
         table.add_row(Text(split), _number(row["images"]), _number(row["flat"]), *near)
     yield table
     for split, row in audit["splits"].items():
-        for other, found in row["against"].items():
+        for other, comparison in row["against"].items():
             table = Table(title=Text(f"Nearest pairs of {split} and {other}"), title_justify="left")
             for column in (split, other):
                 table.add_column(Text(column), overflow="fold")
             table.add_column("bits", justify="right")
-            for pair in found["nearest"]:
+            for pair in comparison["nearest"]:
                 table.add_row(Text(pair["key"]), Text(pair["other_key"]), _number(pair["bits"]))
             yield table
 

@@ -42,8 +42,8 @@ def verify(manifest: Manifest, *, decode: bool = True, advance: Callable[[int], 
     first_by_split: dict[bytes, dict[str, str]] = {}
     # Threads: hashing and decoding, nearly all of the work, let others run meanwhile.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for shard, (found, digests) in zip(manifest.shards, pool.map(of_shard, manifest.shards), strict=True):
-            lines += found
+        for shard, (problems, digests) in zip(manifest.shards, pool.map(of_shard, manifest.shards), strict=True):
+            lines += problems
             for key, digest in zip(shard.keys, digests, strict=False):
                 first_by_split.setdefault(digest, {}).setdefault(shard.split, key)
             advance(len(shard.keys))

@@ -36,5 +36,5 @@ def test_pictures_are_shown_as_shards_would_show_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xd8\xff\xe0 half a JPEG"])
 def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.jpg").write_bytes(content)
-    found = FolderImages(tmp_path, WHOLE).__getitems__([(0, 0)])
-    assert isinstance(found, InputError) and f"{tmp_path / 'bad.jpg'} cannot be decoded" in str(found)
+    result = FolderImages(tmp_path, WHOLE).__getitems__([(0, 0)])
+    assert isinstance(result, InputError) and f"{tmp_path / 'bad.jpg'} cannot be decoded" in str(result)

@@ -35,8 +35,8 @@ def rewrite(manifest: Manifest, change: Callable[[list[tuple[str, bytes]]], None
             tar.addfile(entry, io.BytesIO(data))
     with tarfile.open(path) as tar:
         span_of = {member.name: (member.offset_data, member.size) for member in tar}
-    found = [span_of.get(f"{key}.jpg", (0, 512)) for key in shard.keys]
-    return with_shard(manifest, number, offsets=tuple(at for at, _ in found), lengths=tuple(size for _, size in found))
+    spans = [span_of.get(f"{key}.jpg", (0, 512)) for key in shard.keys]
+    return with_shard(manifest, number, offsets=tuple(at for at, _ in spans), lengths=tuple(size for _, size in spans))
 
 
 def with_shard(manifest: Manifest, number: int, **changes: object) -> Manifest:
@@ -62,11 +62,11 @@ def test_all_problems_are_told_together(own_shard_set: Manifest) -> None:
     content = bytearray(paths[2].read_bytes())
     content[end - 300 : end - 2] = bytes(298)
     paths[2].write_bytes(content)
-    found = verify(own_shard_set).problems
-    assert [line.split(";")[0].split(" ")[1] for line in found[:3]] == [str(path) for path in paths[:3]]
-    assert "is missing" in found[0] and "bytes, its manifest says" in found[1] and "has sha256" in found[2]
-    assert len(found) == 4 and found[3].startswith(f"{own_shard_set.shards[2].keys[1]}.jpg in ")
-    assert "cannot be decoded" in found[3]
+    problems = verify(own_shard_set).problems
+    assert [line.split(";")[0].split(" ")[1] for line in problems[:3]] == [str(path) for path in paths[:3]]
+    assert "is missing" in problems[0] and "bytes, its manifest says" in problems[1] and "has sha256" in problems[2]
+    assert len(problems) == 4 and problems[3].startswith(f"{own_shard_set.shards[2].keys[1]}.jpg in ")
+    assert "cannot be decoded" in problems[3]
     assert len(verify(own_shard_set, decode=False).problems) == 3
 
 
@@ -105,9 +105,9 @@ def repeat(members: list[tuple[str, bytes]]) -> None:
 def test_the_tar_itself_is_compared(own_shard_set: Manifest, change: Callable, named: list[str]) -> None:
     changed = rewrite(own_shard_set, change)
     expected = [text.format(path=own_shard_set.folder / own_shard_set.shards[0].file) for text in named]
-    found = verify(changed).problems
-    assert len(found) == len(expected)
-    for line, text in zip(found, expected, strict=True):
+    problems = verify(changed).problems
+    assert len(problems) == len(expected)
+    for line, text in zip(problems, expected, strict=True):
         assert line.startswith(text)
 
 
@@ -117,9 +117,9 @@ def test_two_exchanged_images_are_noticed(own_shard_set: Manifest) -> None:
     swapped = [1, 0, *range(2, len(shard.keys))]
     changed = with_shard(own_shard_set, 0, offsets=tuple(shard.offsets[position] for position in swapped),
                          lengths=tuple(shard.lengths[position] for position in swapped))
-    found = verify(changed).problems
-    assert len(found) == 2 and all("is at byte" in line for line in found)
-    assert str(shard.offsets[0]) in found[0] and str(shard.offsets[1]) in found[0]
+    problems = verify(changed).problems
+    assert len(problems) == 2 and all("is at byte" in line for line in problems)
+    assert str(shard.offsets[0]) in problems[0] and str(shard.offsets[1]) in problems[0]
 
 
 def test_what_is_no_tar_is_named(own_shard_set: Manifest) -> None:
@@ -127,8 +127,8 @@ def test_what_is_no_tar_is_named(own_shard_set: Manifest) -> None:
     content = bytearray(path.read_bytes())
     content[:512] = b"x" * 512
     path.write_bytes(content)
-    found = verify(with_shard(own_shard_set, 0)).problems
-    assert len(found) == 1 and f"{path} cannot be read as a tar" in found[0]
+    problems = verify(with_shard(own_shard_set, 0)).problems
+    assert len(problems) == 1 and f"{path} cannot be read as a tar" in problems[0]
 
 
 def test_an_image_in_two_splits_is_named(own_shard_set: Manifest) -> None:
@@ -139,9 +139,9 @@ def test_an_image_in_two_splits_is_named(own_shard_set: Manifest) -> None:
     samples[3] = dataclasses.replace(samples[3], jpeg=stolen)
     again = write_shard(own_shard_set.folder, own.file, own.split, samples, own_shard_set.class_by_label)
     changed = dataclasses.replace(own_shard_set, shards=(*own_shard_set.shards[:4], again, own_shard_set.shards[5]))
-    found = verify(changed)
-    assert found.shared == [f"{first.keys[2]}.jpg of train and {own.keys[3]}.jpg of test are the same image"]
-    assert not found.problems
+    verified = verify(changed)
+    assert verified.shared == [f"{first.keys[2]}.jpg of train and {own.keys[3]}.jpg of test are the same image"]
+    assert not verified.problems
 
 
 def test_the_command_tells_twenty_and_the_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,10 +97,10 @@ def _read_folders(root: Path) -> tuple[list[Entry], str]:
 
 def _other_images(root: Path, entries: list[Entry]) -> tuple[str, ...]:
     """A line for each ending of images that lie beside the listed ones and are not read."""
-    found = Counter(path.suffix.lower() for folder in {root / entry.path.parent for entry in entries}
-                    for path in _entries(folder) if path.suffix.lower() in OTHER_ENDINGS)
+    counts = Counter(path.suffix.lower() for folder in {root / entry.path.parent for entry in entries}
+                     for path in _entries(folder) if path.suffix.lower() in OTHER_ENDINGS)
     return tuple(f"{number:,} {ending} files in {root} are not read; convert them to JPEG or PNG to have them in"
-                 for ending, number in sorted(found.items()))
+                 for ending, number in sorted(counts.items()))
 
 
 def _entry(root: Path, path: Path, label: str, *, split: str, role: str = "") -> Entry:

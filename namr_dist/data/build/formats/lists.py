@@ -54,11 +54,11 @@ def find_root(source: Path, *names: str) -> Path | None:
     if not source.is_dir():
         raise InputError(f"{source} is no folder; unpack the download and give the folder that it makes")
     for folders in ([source], sorted(entry for entry in source.iterdir() if entry.is_dir())):
-        found = [folder for folder in folders if any((folder / name).exists() for name in names)]
-        if len(found) > 1:
-            raise InputError(f"both {found[0]} and {found[1]} hold {' or '.join(names)}; give one of them")
-        if found:
-            return found[0]
+        roots = [folder for folder in folders if any((folder / name).exists() for name in names)]
+        if len(roots) > 1:
+            raise InputError(f"both {roots[0]} and {roots[1]} hold {' or '.join(names)}; give one of them")
+        if roots:
+            return roots[0]
     return None
 
 
@@ -108,8 +108,8 @@ def read_labels(path: Path, header: str) -> dict[int, int]:
 def after_header(path: Path, lines: list[Line], header: str) -> list[Line]:
     """The lines behind the header, which is the first. Raises InputError if it is another, or if nothing follows."""
     if not lines or lines[0].text.split() != header.split():
-        where, found = (lines[0].where, lines[0].text) if lines else (str(path), "")
-        raise InputError(f"{where} is {found!r}, not the header {header!r}; give the original list")
+        where, text = (lines[0].where, lines[0].text) if lines else (str(path), "")
+        raise InputError(f"{where} is {text!r}, not the header {header!r}; give the original list")
     if len(lines) == 1:
         raise InputError(f"{path} lists no image; unpack the download again")
     return lines[1:]
