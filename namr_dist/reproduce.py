@@ -29,6 +29,7 @@ from rich.progress import Progress
 
 from namr_dist.config import Config
 from namr_dist.errors import InputError
+from namr_dist.losses import registry
 from namr_dist.run.folder import RunFolder
 from namr_dist.run.state import RunReader
 from namr_dist.text import duration, transient_bar
@@ -93,7 +94,7 @@ def plan(recipe: str, base: Config, overrides: Sequence[str], folder: Path, *, l
                          train=replace(base.train, seed=seed))
         words = (recipe, "--run-dir", str(run), "--resume", *overrides, "--set.loss.metric", loss,
                  "--set.loss.ranking.weight", str(weight), "--set.train.seed", str(seed))
-        config.check()
+        registry.find(loss)
         if run in (other.folder for other in runs):
             raise InputError(f"{run.name} is asked for twice; give each loss, weight and seed once")
         runs.append(PlannedRun(folder=run, config=config, words=words))
