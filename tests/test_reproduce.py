@@ -49,6 +49,9 @@ class Held:
         listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         self.run_pid, = map(int, listed)
         os.kill(self.run_pid, signal.SIGSTOP)
+        # Until then, a SIGTERM would still be heard, and never be seen to wait.
+        status = Path(f"/proc/{self.run_pid}/status")
+        self.until(lambda: "State:\tT" in status.read_text())
 
     def until(self, condition: Callable[[], bool], *, gone: bool = False) -> None:
         give_up = time.monotonic() + 240
