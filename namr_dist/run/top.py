@@ -98,7 +98,8 @@ def _rows(state: RunState) -> Iterator[tuple[str, RenderableType]]:
         yield "damaged", Text(f"{state.damaged_images:,} images, replaced {state.replacements or 0:,} times",
                               style="yellow")
     if state.unreadable_lines:
-        yield "log", Text(f"{state.unreadable_lines:,} lines cannot be read", style="yellow")
+        lines = "lines" if state.unreadable_lines > 1 else "line"
+        yield "log", Text(f"{state.unreadable_lines:,} {lines} cannot be read", style="yellow")
 
 
 def _times(state: RunState) -> str:
