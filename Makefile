@@ -52,6 +52,7 @@ test-gpu: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x launchers/*.sh slurm/*.sh slurm/lab/*.sh tools/*.sh .ci/run
 

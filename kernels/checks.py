@@ -17,7 +17,9 @@ STATISTICS = ("batch", "anchor")
 def check_rows(name: str, rows_BD: Tensor) -> None:
     """`rows_BD` must be a floating (B, D) tensor with B >= 2 and D >= 1."""
     if not rows_BD.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {rows_BD.dtype}; convert it with .float()")
+        raise ValueError(
+            f"{name} must be floating point, got {rows_BD.dtype}; convert it with .float()"
+        )
     if rows_BD.dim() != 2 or rows_BD.shape[1] < 1:
         raise ValueError(f"{name} must have shape (B, D) with D >= 1, got {tuple(rows_BD.shape)}")
     if rows_BD.shape[0] < 2:
@@ -38,7 +40,9 @@ def check_same_shape(name: str, rows: Tensor, other_name: str, other: Tensor) ->
 def check_labels(labels_B: Tensor, rows_BD: Tensor) -> None:
     """`labels_B` must hold one integer for each row of `rows_BD`, on the same device."""
     if labels_B.is_floating_point() or labels_B.is_complex() or labels_B.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels_B.dtype}; convert them with .long()")
+        raise ValueError(
+            f"labels must be integers, got {labels_B.dtype}; convert them with .long()"
+        )
     if labels_B.dim() != 1 or labels_B.shape[0] != rows_BD.shape[0]:
         raise ValueError(
             f"labels must have shape ({rows_BD.shape[0]},), one per row, got {tuple(labels_B.shape)}"
@@ -49,13 +53,19 @@ def check_labels(labels_B: Tensor, rows_BD: Tensor) -> None:
         )
 
 
-def check_memory(rows_BD: Tensor, memory_QD: Tensor | None, *memory_labels_Q: Tensor | None) -> None:
+def check_memory(
+    rows_BD: Tensor, memory_QD: Tensor | None, *memory_labels_Q: Tensor | None
+) -> None:
     """Memory rows must be as wide as the batch's and come with a label each, where the loss reads labels."""
     if any((memory_QD is None) != (labels_Q is None) for labels_Q in memory_labels_Q):
         raise ValueError("memory rows and memory labels belong together; pass both or neither")
     if memory_QD is None:
         return
-    if not memory_QD.is_floating_point() or memory_QD.dim() != 2 or memory_QD.shape[1] != rows_BD.shape[1]:
+    if (
+        not memory_QD.is_floating_point()
+        or memory_QD.dim() != 2
+        or memory_QD.shape[1] != rows_BD.shape[1]
+    ):
         raise ValueError(
             f"memory must be floating (Q, {rows_BD.shape[1]}), as wide as the rows, "
             f"got {memory_QD.dtype} {tuple(memory_QD.shape)}"
@@ -76,7 +86,9 @@ def check_clusters(*, clusters: int, floor: float, statistics: str) -> None:
     if clusters < 2:
         raise ValueError(f"clusters must be at least 2 (a near and a far one), got {clusters}")
     if not 0.0 <= floor <= 1.0:
-        raise ValueError(f"floor is a fraction of the mean distance and must lie in [0, 1], got {floor}")
+        raise ValueError(
+            f"floor is a fraction of the mean distance and must lie in [0, 1], got {floor}"
+        )
     if statistics not in STATISTICS:
         raise ValueError(f"unknown statistics {statistics!r}; use one of {', '.join(STATISTICS)}")
 
@@ -90,7 +102,9 @@ def check_single(name: str, value: Tensor) -> None:
 def check_proxies(proxies_CD: Tensor, rows_BD: Tensor) -> None:
     """`proxies_CD` must be floating (C, D), C >= 1, as wide as the rows."""
     if not proxies_CD.is_floating_point():
-        raise ValueError(f"proxies must be floating point, got {proxies_CD.dtype}; convert them with .float()")
+        raise ValueError(
+            f"proxies must be floating point, got {proxies_CD.dtype}; convert them with .float()"
+        )
     if proxies_CD.dim() != 2 or proxies_CD.shape[0] < 1 or proxies_CD.shape[1] != rows_BD.shape[1]:
         raise ValueError(
             f"proxies must have shape (C, {rows_BD.shape[1]}), C >= 1, as wide as the embeddings, "
@@ -115,7 +129,11 @@ def check_finite(name: str, rows: Tensor) -> None:
     finite = torch.isfinite(rows)
     if not finite.all():
         where = tuple((~finite).nonzero()[0].tolist())
-        position = f"row {where[0]}" + (f", column {where[1]}" if len(where) > 1 else "") if where else "its only entry"
+        position = (
+            f"row {where[0]}" + (f", column {where[1]}" if len(where) > 1 else "")
+            if where
+            else "its only entry"
+        )
         raise ValueError(
             f"{name} is not finite: {float(rows[where])} at {position}; "
             "look at the learning rate, the data of that row, or a division by a zero norm"

@@ -28,8 +28,10 @@ class Primitives:
             if hasattr(package, name):
                 return getattr(package, name)
         looked = " or ".join(package.__name__ for package in self._packages)
-        raise AttributeError(f"there is no primitive {name!r} in {looked}; write it in kernels/cpu, which serves every "
-                             "device")
+        raise AttributeError(
+            f"there is no primitive {name!r} in {looked}; write it in kernels/cpu, which serves every "
+            "device"
+        )
 
 
 def implementation(rows: Tensor) -> Primitives:

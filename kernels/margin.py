@@ -36,7 +36,9 @@ def margin_loss(
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
     check_single("beta", beta)
-    loss, _, _ = _margin_loss(x_BD, beta, labels_B, alpha, seed_64(seed), most_positives, needs_grad(x_BD, beta))
+    loss, _, _ = _margin_loss(
+        x_BD, beta, labels_B, alpha, seed_64(seed), most_positives, needs_grad(x_BD, beta)
+    )
     return loss
 
 
@@ -62,15 +64,22 @@ def margin_of_rows(
     Ranks exchange two numbers a row for the loss, and the mined pairs with their weights, 4·R numbers a row.
     """
     primitives = implementation(x_ND)
-    slots = count_most_positives(labels_b, labels_N, gather=gather) if most_positives is None else most_positives
+    slots = (
+        count_most_positives(labels_b, labels_N, gather=gather)
+        if most_positives is None
+        else most_positives
+    )
     positive_bR = positives(labels_b, labels_N, offset=offset, slots=slots)
     negative_bR = primitives.sampled_negatives(
-        x_bD, x_ND, labels_b, labels_N, positive_bR, offset=offset, seed=seed)
+        x_bD, x_ND, labels_b, labels_N, positive_bR, offset=offset, seed=seed
+    )
     valid_bR = positive_bR >= 0
     to_positive_bR = primitives.pair_distance(x_bD, x_ND, positive_bR)
     boundary = beta.reshape(()).to(to_positive_bR.dtype)
     too_far_bR = torch.relu(to_positive_bR - boundary + alpha).where(valid_bR, 0.0)
-    too_near_bR = torch.relu(boundary - primitives.pair_distance(x_bD, x_ND, negative_bR) + alpha).where(valid_bR, 0.0)
+    too_near_bR = torch.relu(
+        boundary - primitives.pair_distance(x_bD, x_ND, negative_bR) + alpha
+    ).where(valid_bR, 0.0)
     far_bR, near_bR = ((hinge_bR > 0).to(boundary.dtype) for hinge_bR in (too_far_bR, too_near_bR))
     # Counted per row and summed as integers: float32 counts no further than 2^24.
     active = gather((far_bR + near_bR).sum(1).long()).sum().clamp_min(1)
@@ -79,13 +88,21 @@ def margin_of_rows(
         return loss, None, None
     index_BS = gather(torch.cat([positive_bR, negative_bR], 1).int()).long()
     weight_BS = gather(torch.cat([far_bR, -near_bR], 1) / active)
-    grad_x_bD = primitives.pair_gradient(x_ND, index_BS, weight_BS, first=offset, rows=x_bD.shape[0])
+    grad_x_bD = primitives.pair_gradient(
+        x_ND, index_BS, weight_BS, first=offset, rows=x_bD.shape[0]
+    )
     return loss, grad_x_bD, ((near_bR.sum() - far_bR.sum()) / active).reshape(beta.shape)
 
 
 @loss_op("margin_loss", differentiable=2)
 def _margin_loss(
-    x_BD: Tensor, beta: Tensor, labels_B: Tensor, alpha: float, seed: int, most_positives: int | None, with_grad: bool
+    x_BD: Tensor,
+    beta: Tensor,
+    labels_B: Tensor,
+    alpha: float,
+    seed: int,
+    most_positives: int | None,
+    with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return margin_of_rows(  # type: ignore[return-value]
         x_BD, labels_B, x_BD, labels_B, beta, offset=0, gather=alone, alpha=alpha, seed=seed,

@@ -43,7 +43,14 @@ def multi_cluster_ranking(
 
 
 def centres(
-    mean_B: Tensor, scatter_B: Tensor, *, candidates: int, clusters: int, spread: float, floor: float, statistics: str
+    mean_B: Tensor,
+    scatter_B: Tensor,
+    *,
+    candidates: int,
+    clusters: int,
+    spread: float,
+    floor: float,
+    statistics: str,
 ) -> tuple[Tensor, Tensor]:
     """η_m = far − m·step, m = 0..M−1, for each anchor: (B,) and (B,), from `row_moments` of all rows."""
     B, N = mean_B.shape[0], candidates

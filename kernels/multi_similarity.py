@@ -60,7 +60,16 @@ def multi_similarity_of_rows(
     """
     primitives = implementation(x_ND)
     statistics_b4 = primitives.similarity_statistics(
-        x_bD, x_ND, labels_b, labels_N, offset=offset, alpha=alpha, beta=beta, base=base, epsilon=epsilon)
+        x_bD,
+        x_ND,
+        labels_b,
+        labels_N,
+        offset=offset,
+        alpha=alpha,
+        beta=beta,
+        base=base,
+        epsilon=epsilon,
+    )
     statistics_B4 = gather(statistics_b4)
     _, _, attract_B, repel_B = statistics_B4.unbind(1)
     loss = (attract_B / alpha + repel_B / beta).mean()
@@ -83,7 +92,13 @@ def _and_unmined(statistics_B4: Tensor, rows: int) -> Tensor:
 
 @loss_op("multi_similarity_loss", differentiable=1)
 def _multi_similarity_loss(
-    x_BD: Tensor, labels_B: Tensor, alpha: float, beta: float, base: float, epsilon: float, with_grad: bool
+    x_BD: Tensor,
+    labels_B: Tensor,
+    alpha: float,
+    beta: float,
+    base: float,
+    epsilon: float,
+    with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     return multi_similarity_of_rows(  # type: ignore[return-value]
         x_BD, labels_B, x_BD, labels_B, offset=0, gather=alone, alpha=alpha, beta=beta, base=base, epsilon=epsilon,

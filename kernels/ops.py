@@ -62,7 +62,9 @@ def exactly(function: Function) -> Function:
     return wrapped  # type: ignore[return-value]
 
 
-def loss_op(name: str, *, differentiable: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def loss_op(
+    name: str, *, differentiable: int
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function of tensors and numbers the operator `namr::name`.
 
     The function's first `differentiable` arguments are tensors that receive gradients, its last is `with_grad`; it
@@ -80,12 +82,18 @@ def loss_op(name: str, *, differentiable: int) -> Callable[[Callable[..., Any]],
                     check_finite(f"{name}: argument {position}", tensor)
             rows = [tensor.contiguous() for tensor in leading]
             # What else is a tensor is labels.
-            others = [other.long() if isinstance(other, Tensor) else other for other in arguments[differentiable:]]
+            others = [
+                other.long() if isinstance(other, Tensor) else other
+                for other in arguments[differentiable:]
+            ]
             loss, *gradients = function(*rows, *others)
             # An operator's results have fixed positions; a gradient nobody asked for is an empty tensor.
             return loss.to(compute_dtype(*leading)), *(
-                _kept(tensor, 0) if gradient is None else gradient.to(compute_dtype(tensor)).contiguous()
-                for tensor, gradient in zip(leading, gradients, strict=True))
+                _kept(tensor, 0)
+                if gradient is None
+                else gradient.to(compute_dtype(tensor)).contiguous()
+                for tensor, gradient in zip(leading, gradients, strict=True)
+            )
 
         schema = torch.library.infer_schema(function, mutates_args=())
         op = torch.library.custom_op(f"namr::{name}", run, mutates_args=(), schema=schema)
@@ -105,11 +113,15 @@ def loss_op(name: str, *, differentiable: int) -> Callable[[Callable[..., Any]],
 
         def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
             if torch.is_grad_enabled():  # create_graph=True
-                raise RuntimeError(f"{name} has first derivatives only; use kernels.reference for anything beyond")
+                raise RuntimeError(
+                    f"{name} has first derivatives only; use kernels.reference for anything beyond"
+                )
             if grad_loss is None:
                 return (None,) * (differentiable + ctx.others)
-            return *(_scaled(gradient, grad_loss, dtype)
-                     for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), *(None,) * ctx.others
+            return *(
+                _scaled(gradient, grad_loss, dtype)
+                for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            ), *(None,) * ctx.others
 
         op.register_autograd(backward, setup_context=setup_context)
         return op

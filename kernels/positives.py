@@ -14,7 +14,9 @@ def most_positives(labels_b: Tensor, labels_N: Tensor, *, gather: Gather) -> int
     """The most positives any row of the batch has among the candidates; on a GPU this waits for the device."""
     labels_b = labels_b.contiguous()
     ordered_N = labels_N.sort().values
-    size_b = torch.searchsorted(ordered_N, labels_b, right=True) - torch.searchsorted(ordered_N, labels_b)
+    size_b = torch.searchsorted(ordered_N, labels_b, right=True) - torch.searchsorted(
+        ordered_N, labels_b
+    )
     return int(gather(size_b).max()) - 1
 
 
@@ -36,9 +38,13 @@ def positives(labels_b: Tensor, labels_N: Tensor, *, offset: int, slots: int) ->
                 f"{int(size_b.max()) - 1} positives each; pass that, or None to have it counted"
             )
     else:
-        torch._assert_async(fits, "a class has more positives in the batch than most_positives says")
+        torch._assert_async(
+            fits, "a class has more positives in the batch than most_positives says"
+        )
     # Where the row itself stands in its class's list: it is left out.
-    position_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
+    position_N = torch.empty_like(order_N).scatter_(
+        0, order_N, torch.arange(order_N.numel(), device=order_N.device)
+    )
     itself_b = position_N[offset : offset + labels_b.shape[0]] - start_b
     slot_R = torch.arange(slots, device=labels_N.device)
     member_bR = start_b[:, None] + slot_R + (slot_R >= itself_b[:, None])

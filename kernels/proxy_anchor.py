@@ -29,7 +29,9 @@ def proxy_anchor_loss(
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
     check_proxies(proxies_CD, x_BD)
-    loss, _, _ = _proxy_anchor_loss(x_BD, proxies_CD, labels_B, alpha, margin, needs_grad(x_BD, proxies_CD))
+    loss, _, _ = _proxy_anchor_loss(
+        x_BD, proxies_CD, labels_B, alpha, margin, needs_grad(x_BD, proxies_CD)
+    )
     return loss
 
 
@@ -61,7 +63,9 @@ def proxy_anchor_of_rows(
     own_weight_C = present_C / present_C.sum()
     other_weight = own_C.new_ones(()) / C
     # log(1 + Σ exp): the 1 enters as one more exponent 0.
-    own_log_C, other_log_C = (torch.logaddexp(sum_C, torch.zeros_like(sum_C)) for sum_C in (own_C, other_C))
+    own_log_C, other_log_C = (
+        torch.logaddexp(sum_C, torch.zeros_like(sum_C)) for sum_C in (own_C, other_C)
+    )
     loss = (own_weight_C * own_log_C).sum() + other_weight * other_log_C.sum()
     if not with_grad:
         return loss, None, None
@@ -76,4 +80,5 @@ def _proxy_anchor_loss(
     x_BD: Tensor, proxies_CD: Tensor, labels_B: Tensor, alpha: float, margin: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return proxy_anchor_of_rows(  # type: ignore[return-value]
-        x_BD, labels_B, proxies_CD, gather=alone, alpha=alpha, margin=margin, with_grad=with_grad)
+        x_BD, labels_B, proxies_CD, gather=alone, alpha=alpha, margin=margin, with_grad=with_grad
+    )

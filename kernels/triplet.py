@@ -41,24 +41,41 @@ def triplet_loss(
     check_rows("z", z_BD)
     check_labels(labels_B, z_BD)
     check_mining(mining)
-    loss, _ = _triplet_loss(z_BD, labels_B, margin, mining, seed_64(seed), most_positives, needs_grad(z_BD))
+    loss, _ = _triplet_loss(
+        z_BD, labels_B, margin, mining, seed_64(seed), most_positives, needs_grad(z_BD)
+    )
     return loss
 
 
 def mined_triplets(
-    z_bD: Tensor, labels_b: Tensor, z_ND: Tensor, labels_N: Tensor, *, offset: int, mining: str, seed: int, slots: int
+    z_bD: Tensor,
+    labels_b: Tensor,
+    z_ND: Tensor,
+    labels_N: Tensor,
+    *,
+    offset: int,
+    mining: str,
+    seed: int,
+    slots: int,
 ) -> tuple[Tensor, Tensor]:
     """Candidate numbers of the local anchors' positives and negatives, int64 (b, R) each; -1 where there is none."""
     primitives = implementation(z_ND)
     if mining == "hardest":
-        positive_b, negative_b = primitives.hardest_pairs(z_bD, z_ND, labels_b, labels_N, offset=offset)
+        positive_b, negative_b = primitives.hardest_pairs(
+            z_bD, z_ND, labels_b, labels_N, offset=offset
+        )
         none_b = (positive_b < 0) | (negative_b < 0)
-        return positive_b.masked_fill(none_b, -1)[:, None], negative_b.masked_fill(none_b, -1)[:, None]
+        return positive_b.masked_fill(none_b, -1)[:, None], negative_b.masked_fill(none_b, -1)[
+            :, None
+        ]
     positive_bR = positives(labels_b, labels_N, offset=offset, slots=slots)
     if mining == "semihard":
-        return positive_bR, primitives.semihard_negatives(z_bD, z_ND, labels_b, labels_N, positive_bR)
+        return positive_bR, primitives.semihard_negatives(
+            z_bD, z_ND, labels_b, labels_N, positive_bR
+        )
     return positive_bR, primitives.sampled_negatives(
-        z_bD, z_ND, labels_b, labels_N, positive_bR, offset=offset, seed=seed)
+        z_bD, z_ND, labels_b, labels_N, positive_bR, offset=offset, seed=seed
+    )
 
 
 @exactly
@@ -87,7 +104,8 @@ def triplet_of_rows(
     if most_positives is None and mining != "hardest":
         slots = count_most_positives(labels_b, labels_N, gather=gather)
     positive_bR, negative_bR = mined_triplets(
-        z_bD, labels_b, z_ND, labels_N, offset=offset, mining=mining, seed=seed, slots=slots)
+        z_bD, labels_b, z_ND, labels_N, offset=offset, mining=mining, seed=seed, slots=slots
+    )
     valid_bR = positive_bR >= 0
     to_positive_bR = primitives.pair_distance(z_bD, z_ND, positive_bR)
     to_negative_bR = primitives.pair_distance(z_bD, z_ND, negative_bR)
@@ -99,12 +117,20 @@ def triplet_of_rows(
     pull_bR = (violation_bR > 0).to(loss.dtype) / triplets
     index_BS = gather(torch.cat([positive_bR, negative_bR], 1).int()).long()
     weight_BS = gather(torch.cat([pull_bR, -pull_bR], 1))
-    return loss, primitives.pair_gradient(z_ND, index_BS, weight_BS, first=offset, rows=z_bD.shape[0])
+    return loss, primitives.pair_gradient(
+        z_ND, index_BS, weight_BS, first=offset, rows=z_bD.shape[0]
+    )
 
 
 @loss_op("triplet_loss", differentiable=1)
 def _triplet_loss(
-    z_BD: Tensor, labels_B: Tensor, margin: float, mining: str, seed: int, most_positives: int | None, with_grad: bool
+    z_BD: Tensor,
+    labels_B: Tensor,
+    margin: float,
+    mining: str,
+    seed: int,
+    most_positives: int | None,
+    with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     return triplet_of_rows(  # type: ignore[return-value]
         z_BD, labels_B, z_BD, labels_B, offset=0, gather=alone, margin=margin, mining=mining, seed=seed,

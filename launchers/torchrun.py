@@ -31,11 +31,15 @@ def main() -> int:
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode  # as a shell counts signals
+        code = (
+            failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        )  # as a shell counts signals
         print(f"torchrun: rank {rank} was the first to end, with code {code}", file=sys.stderr)
         return code
     finally:
-        for number in _PASSED_ON:  # Python's own end would set back a handler, and die of the next one
+        for (
+            number
+        ) in _PASSED_ON:  # Python's own end would set back a handler, and die of the next one
             signal.signal(number, signal.SIG_IGN)
     return 0
 

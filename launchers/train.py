@@ -1,7 +1,7 @@
 """What deepspeed and torchrun start on every rank: `namr train`, and nothing else.
 
-    torchrun --nproc-per-node 2 launchers/train.py homeware --run-dir runs/two
-    deepspeed --num_accelerators 2 launchers/train.py homeware --run-dir runs/two
+torchrun --nproc-per-node 2 launchers/train.py homeware --run-dir runs/two
+deepspeed --num_accelerators 2 launchers/train.py homeware --run-dir runs/two
 """
 
 from __future__ import annotations

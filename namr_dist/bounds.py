@@ -42,7 +42,9 @@ def between(least: float, most: float) -> Bounds:
 
 def strictly_between(above: float, below: float) -> Bounds:
     """Both excluded."""
-    return Bounds(above=above, below=below, words=f"between {_text(above)} and {_text(below)}, both excluded")
+    return Bounds(
+        above=above, below=below, words=f"between {_text(above)} and {_text(below)}, both excluded"
+    )
 
 
 def above_up_to(above: float, most: float) -> Bounds:

@@ -58,9 +58,13 @@ class DataConfig:
     """Split that may choose things; None: no validation."""
     test_split: str = "test"
     """Split that `namr evaluate` measures."""
-    classes_per_batch: Annotated[int, at_least(2, ", for a batch of one class has no negatives")] = 32
+    classes_per_batch: Annotated[
+        int, at_least(2, ", for a batch of one class has no negatives")
+    ] = 32
     """P: classes in the global batch, over all ranks; a multiple of the number of ranks."""
-    images_per_class: Annotated[int, at_least(2, ", for a batch without two images of a class has no positives")] = 4
+    images_per_class: Annotated[
+        int, at_least(2, ", for a batch without two images of a class has no positives")
+    ] = 4
     """K: images of each of those classes."""
     sampling: Literal["uniform", "proportional", "category"] = "uniform"
     """uniform: an epoch meets every class once. proportional: as often as shows each of its images once. category: as
@@ -106,18 +110,28 @@ class DataConfig:
     def check(self) -> None:
         """Raise InputError for settings that do not go together."""
         if self.images_per_class % self.views:
-            raise InputError(f"data.views is {self.views}, which does not divide data.images_per_class "
-                             f"({self.images_per_class}); set it to a divisor")
+            raise InputError(
+                f"data.views is {self.views}, which does not divide data.images_per_class "
+                f"({self.images_per_class}); set it to a divisor"
+            )
         if self.sampling == "category" and self.classes_per_batch % self.categories_per_batch:
-            raise InputError(f"data.categories_per_batch is {self.categories_per_batch}, which does not divide "
-                             f"data.classes_per_batch ({self.classes_per_batch}); set it to a divisor")
+            raise InputError(
+                f"data.categories_per_batch is {self.categories_per_batch}, which does not divide "
+                f"data.classes_per_batch ({self.classes_per_batch}); set it to a divisor"
+            )
         if self.sampling == "category" and self.shuffle == "shards":
-            raise InputError("data.sampling category picks classes from all shards at once, which data.shuffle shards "
-                             "cannot; set data.shuffle to classes")
+            raise InputError(
+                "data.sampling category picks classes from all shards at once, which data.shuffle shards "
+                "cannot; set data.shuffle to classes"
+            )
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise InputError(f"data.crop_scale is {self.crop_scale}; give two shares in order, above 0 and at most 1")
+            raise InputError(
+                f"data.crop_scale is {self.crop_scale}; give two shares in order, above 0 and at most 1"
+            )
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise InputError(f"data.crop_ratio is {self.crop_ratio}; give two ratios in order, above 0")
+            raise InputError(
+                f"data.crop_ratio is {self.crop_ratio}; give two ratios in order, above 0"
+            )
         self._check_roles()
 
     def _check_roles(self) -> None:
@@ -125,11 +139,15 @@ class DataConfig:
         if not self.train_splits:
             raise InputError("data.train_splits is empty; name at least one split")
         roles: dict[str, set[str | None]] = {
-            "data.train_splits": {*self.train_splits}, "data.validation_split": {self.validation_split},
-            "data.test_split": {self.test_split}}
+            "data.train_splits": {*self.train_splits},
+            "data.validation_split": {self.validation_split},
+            "data.test_split": {self.test_split},
+        }
         for (name, splits), (other, others) in itertools.combinations(roles.items(), 2):
             if shared := sorted(filter(None, splits & others)):
-                raise InputError(f"split {shared[0]!r} is both in {name} and in {other}; give each its own")
+                raise InputError(
+                    f"split {shared[0]!r} is both in {name} and in {other}; give each its own"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +173,10 @@ class ModelConfig:
         """Raise InputError for settings that do not go together."""
         from_scratch = self.backbone == "conv4" or (not self.pretrained and self.weights is None)
         if from_scratch and self.batchnorm == "frozen":
-            raise InputError(f"model.backbone {self.backbone} starts from scratch, so its batch norm cannot be frozen; "
-                             "set model.batchnorm to train")
+            raise InputError(
+                f"model.backbone {self.backbone} starts from scratch, so its batch norm cannot be frozen; "
+                "set model.batchnorm to train"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +219,15 @@ class LossConfig(MetricLossConfig):
         """Raise InputError for a loss that is not known, and settings that do not go together."""
         known = registry.find(self.metric)
         if self.options and known:
-            raise InputError(f"loss.options is {self.options!r}, which goes with a loss that is given as module:NAME; "
-                             f"the settings of {known.name} are loss.{known.name}.…")
+            raise InputError(
+                f"loss.options is {self.options!r}, which goes with a loss that is given as module:NAME; "
+                f"the settings of {known.name} are loss.{known.name}.…"
+            )
         if self.memory.rows and not (known and known.memory):
-            raise InputError(f"loss.memory.rows is {self.memory.rows}, but {self.metric} meets no rows of earlier "
-                             "batches; set it to 0, or loss.metric to another")
+            raise InputError(
+                f"loss.memory.rows is {self.memory.rows}, but {self.metric} meets no rows of earlier "
+                "batches; set it to 0, or loss.metric to another"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +257,10 @@ class OptimConfig:
     def check(self) -> None:
         """Raise InputError for settings that do not go together."""
         if self.warmup_steps > self.steps:
-            raise InputError(f"optim.warmup_steps is {self.warmup_steps}; set it between 0 and optim.steps "
-                             f"({self.steps})")
+            raise InputError(
+                f"optim.warmup_steps is {self.warmup_steps}; set it between 0 and optim.steps "
+                f"({self.steps})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,10 +338,14 @@ class Config:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError(f"{path} is missing: {path.parent} is not the folder of a run") from None
+            raise InputError(
+                f"{path} is missing: {path.parent} is not the folder of a run"
+            ) from None
         except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}); copy it again: the metadata of every checkpoint holds it "
-                             "too") from None
+            raise InputError(
+                f"{path} is not JSON ({error}); copy it again: the metadata of every checkpoint holds it "
+                "too"
+            ) from None
         return cls.from_object(value, str(path))
 
     @classmethod
@@ -344,8 +374,12 @@ class Config:
         self.evaluation.check()
         memory, steps = self.loss.memory, self.optim.steps
         if memory.rows and memory.start_step >= steps:
-            raise InputError(f"loss.memory.start_step is {memory.start_step}, so the memory would not be met in "
-                             f"{steps} steps; set it below optim.steps, or loss.memory.rows to 0")
+            raise InputError(
+                f"loss.memory.start_step is {memory.start_step}, so the memory would not be met in "
+                f"{steps} steps; set it below optim.steps, or loss.memory.rows to 0"
+            )
         if self.train.micro_batch is not None and self.model.batchnorm != "frozen":
-            raise InputError("train.micro_batch embeds a batch in pieces, and batch norm of a piece is not that of the "
-                             "batch; set model.batchnorm to frozen, or leave train.micro_batch out")
+            raise InputError(
+                "train.micro_batch embeds a batch in pieces, and batch norm of a piece is not that of the "
+                "batch; set model.batchnorm to frozen, or leave train.micro_batch out"
+            )

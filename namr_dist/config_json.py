@@ -21,9 +21,16 @@ def from_object(kind: Any, value: Any, where: str) -> Any:
             raise InputError(f"{where} should be an object with fields, not {value!r}")
         hints = typing.get_type_hints(kind)
         if unknown := sorted(value.keys() - hints.keys()):
-            raise InputError(f"{where} has the unknown field {unknown[0]!r}: it was written by another version")
+            raise InputError(
+                f"{where} has the unknown field {unknown[0]!r}: it was written by another version"
+            )
         try:
-            return kind(**{name: from_object(hints[name], entry, f"{where}: {name}") for name, entry in value.items()})
+            return kind(
+                **{
+                    name: from_object(hints[name], entry, f"{where}: {name}")
+                    for name, entry in value.items()
+                }
+            )
         except TypeError as error:
             raise InputError(f"{where} is incomplete: {error}") from None
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

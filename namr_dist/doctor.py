@@ -36,16 +36,35 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything; never raises for what it finds."""
-    findings = [Finding(what="namr-dist", status="ok",
-                        found=f"{__version__}, Python {platform.python_version()}, {Path(__file__).parent}")]
+    findings = [
+        Finding(
+            what="namr-dist",
+            status="ok",
+            found=f"{__version__}, Python {platform.python_version()}, {Path(__file__).parent}",
+        )
+    ]
     findings += [_package(name) for name in _PACKAGES]
-    checks: tuple[Callable[[], Finding], ...] = (_device, _precision, _kernels, _search, _zero, _data, _space)
+    checks: tuple[Callable[[], Finding], ...] = (
+        _device,
+        _precision,
+        _kernels,
+        _search,
+        _zero,
+        _data,
+        _space,
+    )
     for check in checks:
         try:
             findings.append(check())
         except Exception as error:  # a doctor that falls over its patient is of no use
-            findings.append(Finding(what=check.__name__.strip("_"), status="missing",
-                                    found=f"{type(error).__name__}: {error}", remedy="run make setup again"))
+            findings.append(
+                Finding(
+                    what=check.__name__.strip("_"),
+                    status="missing",
+                    found=f"{type(error).__name__}: {error}",
+                    remedy="run make setup again",
+                )
+            )
     return findings
 
 
@@ -78,7 +97,11 @@ def parity(*, as_json: bool, csv: Path | None) -> int:
         report.write_csv(csv, rows, made)
     failures = report.failures(rows)
     if as_json:
-        print(json.dumps({**made, "failures": failures, "rows": [asdict(row) for row in rows]}, indent=2))
+        print(
+            json.dumps(
+                {**made, "failures": failures, "rows": [asdict(row) for row in rows]}, indent=2
+            )
+        )
         return int(bool(failures))
     # Seventeen columns: a narrower terminal breaks the lines, and no figure is cut.
     console = Console(width=max(120, Console().width))
@@ -86,14 +109,18 @@ def parity(*, as_json: bool, csv: Path | None) -> int:
     for title, heading, lines in [*report.tables(rows), *([library] if library else [])]:
         table = Table(title=title, title_justify="left", box=None, padding=(0, 0, 0, 1))
         for number, column in enumerate(heading):
-            table.add_column(column.replace(" ", "\n"), justify="left" if number < 2 else "right", no_wrap=True)
+            table.add_column(
+                column.replace(" ", "\n"), justify="left" if number < 2 else "right", no_wrap=True
+            )
         for line in lines:
             table.add_row(*line)
         console.print(table)
     for failure in failures:
         console.print(f"[red]above its bound[/] {failure}")
     if not failures:
-        console.print(f"all {sum(row.good == 'yes' for row in rows)} cases within their bounds (docs/parity.md)")
+        console.print(
+            f"all {sum(row.good == 'yes' for row in rows)} cases within their bounds (docs/parity.md)"
+        )
     return int(bool(failures))
 
 
@@ -109,12 +136,23 @@ def _device() -> Finding:
 
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
-        return Finding(what="device", status="ok", found=f"{torch.cuda.device_count()} × {', '.join(sorted(names))}")
+        return Finding(
+            what="device",
+            status="ok",
+            found=f"{torch.cuda.device_count()} × {', '.join(sorted(names))}",
+        )
     driver = shutil.which("nvidia-smi") is not None
-    remedy = ("a driver is here, but this torch sees no GPU: remove .venv and run make setup" if driver
-              else "none, if this machine has no GPU")
-    return Finding(what="device", status="slow", found=f"CPU, {os.cpu_count()} cores, torch {torch.__version__}",
-                   remedy=remedy)
+    remedy = (
+        "a driver is here, but this torch sees no GPU: remove .venv and run make setup"
+        if driver
+        else "none, if this machine has no GPU"
+    )
+    return Finding(
+        what="device",
+        status="slow",
+        found=f"CPU, {os.cpu_count()} cores, torch {torch.__version__}",
+        remedy=remedy,
+    )
 
 
 def _precision() -> Finding:
@@ -122,7 +160,9 @@ def _precision() -> Finding:
 
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return Finding(what="precision", status="ok", found="bf16 on the GPU")
-    return Finding(what="precision", status="slow", found="fp32", remedy="bf16 needs a GPU of sm_80 or later")
+    return Finding(
+        what="precision", status="slow", found="fp32", remedy="bf16 needs a GPU of sm_80 or later"
+    )
 
 
 def _kernels() -> Finding:
@@ -132,8 +172,12 @@ def _kernels() -> Finding:
 
     if torch.cuda.is_available():
         return Finding(what="losses", status="ok", found=kernels.describe(torch.device("cuda")))
-    return Finding(what="losses", status="slow", found=kernels.describe(torch.device("cpu")),
-                   remedy="an NVIDIA GPU of sm_80 or later, with its driver")
+    return Finding(
+        what="losses",
+        status="slow",
+        found=kernels.describe(torch.device("cpu")),
+        remedy="an NVIDIA GPU of sm_80 or later, with its driver",
+    )
 
 
 def _search() -> Finding:
@@ -141,15 +185,27 @@ def _search() -> Finding:
 
     backend = search_backend()
     remedy = "pip install faiss-cpu" if backend.name == "torch-cpu" else ""
-    return Finding(what="search", status="slow" if remedy else "ok", found=f"{backend.name}: {backend.reason}",
-                   remedy=remedy)
+    return Finding(
+        what="search",
+        status="slow" if remedy else "ok",
+        found=f"{backend.name}: {backend.reason}",
+        remedy=remedy,
+    )
 
 
 def _zero() -> Finding:
     import torch.distributed as dist
 
-    backends = [name for name, have in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if have]
-    return Finding(what="ranks", status="ok" if backends else "missing", found=", ".join(backends) or "no backend")
+    backends = [
+        name
+        for name, have in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available()))
+        if have
+    ]
+    return Finding(
+        what="ranks",
+        status="ok" if backends else "missing",
+        found=", ".join(backends) or "no backend",
+    )
 
 
 def _data() -> Finding:
@@ -158,7 +214,9 @@ def _data() -> Finding:
 
     manifest = open_shards(None)
     images = verify_shards(manifest, manifest.splits)
-    return Finding(what="homeware", status="ok", found=f"{images} images, hashes as the manifest says")
+    return Finding(
+        what="homeware", status="ok", found=f"{images} images, hashes as the manifest says"
+    )
 
 
 def _space() -> Finding:
@@ -166,6 +224,9 @@ def _space() -> Finding:
     shm = Path("/dev/shm")
     shm_mib = shutil.disk_usage(shm).free / 2**20 if shm.is_dir() else 0.0
     small = shm_mib < 64
-    return Finding(what="space", status="slow" if small else "ok",
-                   found=f"{free_mib:,.0f} MiB here, {shm_mib:,.0f} MiB shared memory",
-                   remedy="give the container more shared memory, or set data.workers 0" if small else "")
+    return Finding(
+        what="space",
+        status="slow" if small else "ok",
+        found=f"{free_mib:,.0f} MiB here, {shm_mib:,.0f} MiB shared memory",
+        remedy="give the container more shared memory, or set data.workers 0" if small else "",
+    )

@@ -39,7 +39,9 @@ def check_allowed(names: Mapping[str, str], where: str) -> None:
     if refused := {use: name for use, name in names.items() if name not in _allowed}:
         told = ", ".join(f"{use} is {name}" for use, name in refused.items())
         flags = " ".join(f"--allow-code {name}" for name in dict.fromkeys(refused.values()))
-        raise InputError(f"{where} names code to be imported: {told}; if you trust whoever made it, add {flags}")
+        raise InputError(
+            f"{where} names code to be imported: {told}; if you trust whoever made it, add {flags}"
+        )
 
 
 def load(name: str, *, use: str) -> Any:
@@ -49,22 +51,28 @@ def load(name: str, *, use: str) -> Any:
     not allowed, and one that cannot be imported.
     """
     if not is_named_code(name):
-        raise InputError(f"{use} is {name!r}; to use code of your own, give it as module:NAME, such as losses:MyLoss")
+        raise InputError(
+            f"{use} is {name!r}; to use code of your own, give it as module:NAME, such as losses:MyLoss"
+        )
     check_allowed({use: name}, "this run")
     module_name, _, path = name.partition(":")
     try:
         with _working_folder():
             target: Any = importlib.import_module(module_name)
     except Exception as error:  # another's module may raise anything
-        raise InputError(f"{use} is {name}, but {module_name} cannot be imported ({type(error).__name__}: {error}); "
-                         "install it, or start where its file lies") from error
+        raise InputError(
+            f"{use} is {name}, but {module_name} cannot be imported ({type(error).__name__}: {error}); "
+            "install it, or start where its file lies"
+        ) from error
     for part in path.split("."):
         try:
             target = getattr(target, part)
         except AttributeError:
             near = difflib.get_close_matches(part, dir(target), n=1)
-            raise InputError(f"{use} is {name}, but {module_name} has no {path}"
-                             + (f"; did you mean {near[0]}?" if near else "")) from None
+            raise InputError(
+                f"{use} is {name}, but {module_name} has no {path}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            ) from None
     return target
 
 

@@ -79,8 +79,16 @@ class PlannedRun:
         return self.files.final.exists() and self.files.metrics.exists()
 
 
-def plan(recipe: str, base: Config, overrides: Sequence[str], folder: Path, *, losses: Sequence[str],
-         weights: Sequence[float], seeds: Sequence[int]) -> list[PlannedRun]:
+def plan(
+    recipe: str,
+    base: Config,
+    overrides: Sequence[str],
+    folder: Path,
+    *,
+    losses: Sequence[str],
+    weights: Sequence[float],
+    seeds: Sequence[int],
+) -> list[PlannedRun]:
     """The runs of the grid, seed by seed, so that each seed adds to every row of the table.
 
     base: the recipe with its overrides. folder: holds a folder LOSS-WEIGHT-SEED a run, as those of slurm/sweep.sh.
@@ -88,12 +96,28 @@ def plan(recipe: str, base: Config, overrides: Sequence[str], folder: Path, *, l
     """
     runs: list[PlannedRun] = []
     for seed, weight, loss in itertools.product(seeds, weights, losses):
-        run = folder / f"{loss.replace(':', '.')}-{weight:g}-{seed}"  # a colon would be a host's to scp and rsync
+        run = (
+            folder / f"{loss.replace(':', '.')}-{weight:g}-{seed}"
+        )  # a colon would be a host's to scp and rsync
         ranking = replace(base.loss.ranking, weight=weight)
-        config = replace(base, loss=replace(base.loss, metric=loss, ranking=ranking),
-                         train=replace(base.train, seed=seed))
-        words = (recipe, "--run-dir", str(run), "--resume", *overrides, "--set.loss.metric", loss,
-                 "--set.loss.ranking.weight", str(weight), "--set.train.seed", str(seed))
+        config = replace(
+            base,
+            loss=replace(base.loss, metric=loss, ranking=ranking),
+            train=replace(base.train, seed=seed),
+        )
+        words = (
+            recipe,
+            "--run-dir",
+            str(run),
+            "--resume",
+            *overrides,
+            "--set.loss.metric",
+            loss,
+            "--set.loss.ranking.weight",
+            str(weight),
+            "--set.train.seed",
+            str(seed),
+        )
         registry.find(loss)
         if run in (other.folder for other in runs):
             raise InputError(f"{run.name} is asked for twice; give each loss, weight and seed once")
@@ -147,11 +171,18 @@ def reproduce(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> int:
                 said = f"FAILED: {error}"
                 failed.append(run.folder.name)
             except _StoppedError:
-                _say(bar, f"stopped at {run.folder.name}, as a signal asked for; the same command goes on, and `namr "
-                          f"report {folder}` shows what is there")
+                _say(
+                    bar,
+                    f"stopped at {run.folder.name}, as a signal asked for; the same command goes on, and `namr "
+                    f"report {folder}` shows what is there",
+                )
                 return EXIT_CODE
             left = sum(not other.evaluated for other in runs[number:])
-            rest = f"; {left} left, about {duration(left * sum(took_s) / len(took_s))}" if left and took_s else ""
+            rest = (
+                f"; {left} left, about {duration(left * sum(took_s) / len(took_s))}"
+                if left and took_s
+                else ""
+            )
             _say(bar, f"{number:>3}/{len(runs)}  {run.folder.name:<22} {said}{rest}")
     if failed:
         _say(bar, f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
@@ -170,8 +201,13 @@ class _Grid:
         self._bar.update(self._task, description=run.folder.name, completed=done)
         run.folder.mkdir(exist_ok=True)
         where = run.config.data.path
-        evaluate = [*_NAMR, "evaluate", str(run.folder), *(["--shards", where] if where else []),
-                    *(word for name in run.config.code_names().values() for word in ("--allow-code", name))]
+        evaluate = [
+            *_NAMR,
+            "evaluate",
+            str(run.folder),
+            *(["--shards", where] if where else []),
+            *(word for name in run.config.code_names().values() for word in ("--allow-code", name)),
+        ]
         for what, command in (("training", _train_command(run, ranks)), ("evaluation", evaluate)):
             log_bytes = _size(run.files.output)
             code = self._end_of(command, run, ranks, done=done)
@@ -180,7 +216,9 @@ class _Grid:
             if code:
                 end = f"code {code}" if code > 0 else signal.Signals(-code).name
                 said = _last_line(run.files.output, after_bytes=log_bytes)
-                raise _FailedError(f"{what} ended with {end}: {said} (all of it: {run.files.output})")
+                raise _FailedError(
+                    f"{what} ended with {end}: {said} (all of it: {run.files.output})"
+                )
 
     def _end_of(self, command: Sequence[str], run: PlannedRun, ranks: int, *, done: int) -> int:
         """The exit code of a command."""
@@ -188,9 +226,16 @@ class _Grid:
             raise _StoppedError
         with open(run.files.output, "ab") as log:
             # A session of its own: Ctrl-C on the terminal reaches only this process, which asks for a checkpoint.
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                                     env=_environment(ranks), pass_fds=[self._lock.fileno()],
-                                     preexec_fn=_end_with_parent)
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=_environment(ranks),
+                pass_fds=[self._lock.fileno()],
+                preexec_fn=_end_with_parent,
+            )
         told, reader = False, RunReader(run.folder)
         while child.poll() is None:
             if self._noted and not told:
@@ -214,7 +259,9 @@ def _environment(ranks: int) -> dict[str, str]:
     """As launchers/single_node.sh shares cores among ranks."""
     environment = dict(os.environ)
     if ranks > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+        environment.setdefault(
+            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks))
+        )
     return environment
 
 
@@ -231,8 +278,11 @@ def _only_one(folder: Path) -> Iterator[BinaryIO]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{folder} is in use by another `namr reproduce`; waiting until it has ended", file=sys.stderr,
-                  flush=True)
+            print(
+                f"{folder} is in use by another `namr reproduce`; waiting until it has ended",
+                file=sys.stderr,
+                flush=True,
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks
@@ -243,8 +293,10 @@ def _only_one(folder: Path) -> Iterator[BinaryIO]:
 def _noted_signals() -> Iterator[list[int]]:
     """Signals that ask for an end, as they come."""
     noted: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: noted.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {
+        number: signal.signal(number, lambda number, frame: noted.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         yield noted
     finally:
@@ -258,18 +310,27 @@ def _say(bar: Progress, text: str) -> None:
 
 def _summary(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> str:
     kept = sum(run.evaluated for run in runs)
-    return (f"{runs[0].words[0]} → {folder}: {len(runs)} runs of {runs[0].config.optim.steps:,} steps on {ranks} "
-            f"rank(s), {kept} of them there already")
+    return (
+        f"{runs[0].words[0]} → {folder}: {len(runs)} runs of {runs[0].config.optim.steps:,} steps on {ranks} "
+        f"rank(s), {kept} of them there already"
+    )
 
 
 def _figures(run: PlannedRun) -> str:
     """The last validation's figures, and those of the test split, in percent."""
     validation = RunReader(run.folder).look().validation
     test = json.loads(run.files.metrics.read_text(encoding="utf-8"))["test"]["sample"]
-    return "".join(f"  {name} " + " ".join(f"{figure} {figures[figure]:.1f}" for figure in _SHOWN_FIGURES
-                                           if figure in figures)
-                   for name, figures in (("validation", validation.figures if validation else {}), ("test", test))
-                   if figures)
+    return "".join(
+        f"  {name} "
+        + " ".join(
+            f"{figure} {figures[figure]:.1f}" for figure in _SHOWN_FIGURES if figure in figures
+        )
+        for name, figures in (
+            ("validation", validation.figures if validation else {}),
+            ("test", test),
+        )
+        if figures
+    )
 
 
 def _size(path: Path) -> int:

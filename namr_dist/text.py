@@ -26,5 +26,10 @@ def transient_bar() -> Progress:
     from rich.progress import MofNCompleteColumn, Progress
 
     console = Console(stderr=True)
-    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console, transient=True,
-                    disable=not console.is_terminal)
+    return Progress(
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -58,7 +58,9 @@ class BadServer:
         return [asked.start for asked in self.asked if asked.file == file]
 
     def __enter__(self) -> BadServer:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -102,7 +104,11 @@ class Answer:
         end = len(body) if until is None else until
         length = (say or len(body)) - self.start
         if self.start:
-            self.head(206, Content_Length=length, Content_Range=f"bytes {self.start}-{len(body) - 1}/{len(body)}")
+            self.head(
+                206,
+                Content_Length=length,
+                Content_Range=f"bytes {self.start}-{len(body) - 1}/{len(body)}",
+            )
         else:
             self.head(200, Content_Length=length)
         for first in range(self.start, end, _BLOCK_BYTES):

@@ -26,8 +26,15 @@ from namr_dist.parallel.pool import Ranks
 
 REPOSITORY = Path(__file__).parent.parent
 
-TRANSFORM = TrainTransform(size=32, crop_scale=(0.3, 1.0), crop_ratio=(0.75, 1.33), flip=True, brightness=0.2,
-                           contrast=0.2, saturation=0.2)
+TRANSFORM = TrainTransform(
+    size=32,
+    crop_scale=(0.3, 1.0),
+    crop_ratio=(0.75, 1.33),
+    flip=True,
+    brightness=0.2,
+    contrast=0.2,
+    saturation=0.2,
+)
 SAMPLING = Sampling(classes_per_batch=4, images_per_class=3)
 
 # One thread a process: tests start several at a time on few cores, and results then never depend on how many.
@@ -35,8 +42,14 @@ torch.set_num_threads(1)
 # The tests' servers are on this machine, where no proxy finds them.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 # Without torch.compile, which training has no use for: DeepSpeed imports a compiled function, and that takes seconds.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1",
-               "TORCHDYNAMO_DISABLE": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "COLUMNS": "160",
+    "NO_COLOR": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
 ON_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 """What tests marked gpu change of it: one GPU."""
 
@@ -75,12 +88,19 @@ def picture(label: int, view: int, *, size: int = 48) -> np.ndarray:
     rng = np.random.default_rng([label, view])
     base, stripe = np.random.default_rng(label).uniform(30, 225, (2, 3))
     rows, columns = np.mgrid[:size, :size]
-    wave = np.sin((rows * (1 + label % 5) + columns * (1 + label % 3) + 9 * view) * 2 * np.pi / size) > 0
-    image = np.where(wave[..., None], stripe, base) * rng.uniform(0.7, 1.2) + rng.normal(0, 12, (size, size, 3))
+    wave = (
+        np.sin((rows * (1 + label % 5) + columns * (1 + label % 3) + 9 * view) * 2 * np.pi / size)
+        > 0
+    )
+    image = np.where(wave[..., None], stripe, base) * rng.uniform(0.7, 1.2) + rng.normal(
+        0, 12, (size, size, 3)
+    )
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def make_shards(folder: Path, *, classes: dict[str, int], images: int = 6, size: int = 48) -> Manifest:
+def make_shards(
+    folder: Path, *, classes: dict[str, int], images: int = 6, size: int = 48
+) -> Manifest:
     """A shard set of synthetic pictures with so many classes in each split."""
     folder.mkdir(parents=True, exist_ok=True)
     entries: dict[int, ImageClass] = {}
@@ -88,15 +108,28 @@ def make_shards(folder: Path, *, classes: dict[str, int], images: int = 6, size:
     for split, count in classes.items():
         first = len(entries)
         for label in range(first, first + count):
-            entries[label] = ImageClass(label=label, name=f"thing {label}", category=f"kind {label % 3}", split=split)
-        samples = [Sample(key=f"{label:03d}_{view}", label=label,
-                          jpeg=simplejpeg.encode_jpeg(picture(label, view, size=size), quality=90))
-                   for label in range(first, first + count) for view in range(images)]
+            entries[label] = ImageClass(
+                label=label, name=f"thing {label}", category=f"kind {label % 3}", split=split
+            )
+        samples = [
+            Sample(
+                key=f"{label:03d}_{view}",
+                label=label,
+                jpeg=simplejpeg.encode_jpeg(picture(label, view, size=size), quality=90),
+            )
+            for label in range(first, first + count)
+            for view in range(images)
+        ]
         half = len(samples) // images // 2 * images
         for number, part in enumerate((samples[:half], samples[half:])):
             shards.append(write_shard(folder, f"{split}-{number}.tar", split, part, entries))
-    manifest = Manifest(name="synthetic", description="stripes", classes=tuple(entries.values()),
-                        shards=tuple(shards), folder=folder)
+    manifest = Manifest(
+        name="synthetic",
+        description="stripes",
+        classes=tuple(entries.values()),
+        shards=tuple(shards),
+        folder=folder,
+    )
     manifest.save()
     return manifest
 
@@ -104,7 +137,9 @@ def make_shards(folder: Path, *, classes: dict[str, int], images: int = 6, size:
 @pytest.fixture(scope="session")
 def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """12 training, 4 validation and 6 test classes of six 48 px images each. Not to be changed."""
-    return make_shards(tmp_path_factory.mktemp("shards"), classes={"train": 12, "val": 4, "test": 6})
+    return make_shards(
+        tmp_path_factory.mktemp("shards"), classes={"train": 12, "val": 4, "test": 6}
+    )
 
 
 @pytest.fixture
@@ -155,7 +190,9 @@ def namr() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def forked_namr(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+def forked_namr(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The same in a fork of a process that has imported all, which saves the seconds that a start takes. For tests of
     what a command does; that it starts, the others show."""
     start_parent()
@@ -163,11 +200,19 @@ def forked_namr(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpr
     return lambda *words: fork_namr(folder / str(next(counter)), *words)
 
 
-def launch(*words: object, timeout: float = 240, cwd: Path | None = None,
-           env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def launch(
+    *words: object, timeout: float = 240, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run any program with the tests' environment and return what it said."""
-    return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=timeout, cwd=cwd,
-                          env={**ENVIRONMENT, **(env or {})}, check=False)
+    return subprocess.run(
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env={**ENVIRONMENT, **(env or {})},
+        check=False,
+    )
 
 
 def alive(pid: int) -> bool:
@@ -180,7 +225,25 @@ def alive(pid: int) -> bool:
 
 def small_run(manifest: Manifest, *, steps: int = 6) -> list[object]:
     """Overrides that make homeware_conv4 a matter of seconds on the synthetic shard set."""
-    return ["--set.data.path", manifest.folder, "--set.data.classes_per_batch", 6, "--set.data.images_per_class", 3,
-            "--set.data.image_size", 32, "--set.data.workers", 1, "--set.model.width", 16,
-            "--set.model.structure_hidden", 24, "--set.optim.steps", steps, "--set.optim.warmup_steps", 2,
-            "--set.train.validate_every", 1000]
+    return [
+        "--set.data.path",
+        manifest.folder,
+        "--set.data.classes_per_batch",
+        6,
+        "--set.data.images_per_class",
+        3,
+        "--set.data.image_size",
+        32,
+        "--set.data.workers",
+        1,
+        "--set.model.width",
+        16,
+        "--set.model.structure_hidden",
+        24,
+        "--set.optim.steps",
+        steps,
+        "--set.optim.warmup_steps",
+        2,
+        "--set.train.validate_every",
+        1000,
+    ]

@@ -20,12 +20,17 @@ def edit(manifest: Manifest, change: Callable[[dict], object]) -> None:
 
 def with_images(manifest: Manifest, jpegs: dict[str, bytes]) -> Manifest:
     """The set built anew with these bytes in the place of the images of these keys: all sizes and hashes are right."""
+
     def rebuilt(shard: Shard) -> Shard:
         tar = (manifest.folder / shard.file).read_bytes()
         images = zip(shard.keys, shard.labels, shard.offsets, shard.lengths, strict=True)
-        samples = [Sample(key=key, label=label, jpeg=jpegs.get(key, tar[offset : offset + length]))
-                   for key, label, offset, length in images]
-        return write_shard(manifest.folder, shard.file, shard.split, samples, manifest.class_by_label)
+        samples = [
+            Sample(key=key, label=label, jpeg=jpegs.get(key, tar[offset : offset + length]))
+            for key, label, offset, length in images
+        ]
+        return write_shard(
+            manifest.folder, shard.file, shard.split, samples, manifest.class_by_label
+        )
 
     built = replace(manifest, shards=tuple(map(rebuilt, manifest.shards)))
     built.save()

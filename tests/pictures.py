@@ -21,5 +21,5 @@ def jpeg_claiming(width: int, height: int) -> bytes:
     """A small JPEG whose header claims so many pixels."""
     data = bytearray(simplejpeg.encode_jpeg(picture(0, 0)))
     at = data.index(b"\xff\xc0") + 5
-    data[at:at + 4] = struct.pack(">HH", height, width)
+    data[at : at + 4] = struct.pack(">HH", height, width)
     return bytes(data)

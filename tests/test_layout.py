@@ -47,7 +47,11 @@ ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.spl
 def _files() -> dict[str, Path]:
     """Module → file, kernels/ and launchers/ by the names under which they are installed."""
     files = {}
-    for folder, prefix in (("namr_dist", ""), ("kernels", "namr_dist."), ("launchers", "namr_dist.")):
+    for folder, prefix in (
+        ("namr_dist", ""),
+        ("kernels", "namr_dist."),
+        ("launchers", "namr_dist."),
+    ):
         for path in (REPOSITORY / folder).rglob("*.py"):
             module = prefix + ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
             files[module.removesuffix(".__init__")] = path
@@ -65,24 +69,37 @@ def _imports(module: str) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            above = (
+                package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            )
             source = ".".join([*above, *([node.module] if node.module else [])])
-            names |= {f"{source}.{alias.name}" if f"{source}.{alias.name}" in FILES else source for alias in node.names}
+            names |= {
+                f"{source}.{alias.name}" if f"{source}.{alias.name}" in FILES else source
+                for alias in node.names
+            }
     return (names & FILES.keys()) - {module}
 
 
 def _room(module: str) -> str:
     """The room of the longest name that a module's name begins with."""
     name = module.removeprefix("namr_dist.")
-    return max((room for room in ROOMS if name == room or name.startswith(f"{room}.")), key=len, default=name)
+    return max(
+        (room for room in ROOMS if name == room or name.startswith(f"{room}.")),
+        key=len,
+        default=name,
+    )
 
 
 IMPORTS = {module: _imports(module) for module in FILES}
 
 
 def test_nothing_imports_upwards() -> None:
-    upwards = {f"{module} → {other}" for module, others in IMPORTS.items() for other in others - {"namr_dist"}
-               if _room(other) != _room(module) and ROOMS[_room(other)] >= ROOMS[_room(module)]}
+    upwards = {
+        f"{module} → {other}"
+        for module, others in IMPORTS.items()
+        for other in others - {"namr_dist"}
+        if _room(other) != _room(module) and ROOMS[_room(other)] >= ROOMS[_room(module)]
+    }
     assert not upwards
 
 
@@ -93,7 +110,7 @@ def test_every_file_has_a_room() -> None:
 
 def test_the_design_page_knows_every_room_and_no_file_that_is_gone() -> None:
     page = (REPOSITORY / "docs" / "design.md").read_text()
-    table = page[:page.index("## What is added")]
+    table = page[: page.index("## What is added")]
     named = set(re.findall(r"`([\w/.]+?)/?`", table))
     rooms = {room.removeprefix("train.").replace(".", "/") for room in ROOMS}
     assert not {room for room in rooms if not {room, f"{room}.py"} & named}
@@ -115,4 +132,7 @@ def test_no_import_comes_back() -> None:
 def test_the_checks_see_what_they_should() -> None:
     assert "namr_dist.kernels.dispatch" in IMPORTS["namr_dist.kernels.triplet"]  # relative
     assert "namr_dist.train.signals" in IMPORTS["namr_dist.cli.main"]  # within a function
-    assert _room("namr_dist.data.build.formats.sop") == "data.build" and _room("namr_dist.train.state") == "train"
+    assert (
+        _room("namr_dist.data.build.formats.sop") == "data.build"
+        and _room("namr_dist.train.state") == "train"
+    )

@@ -19,7 +19,9 @@ def nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A module in the working folder that leaves a mark when it is imported."""
-    (tmp_path / "trap.py").write_text("from pathlib import Path\nPath('sprung').touch()\nclass Thing:\n    part = 7\n")
+    (tmp_path / "trap.py").write_text(
+        "from pathlib import Path\nPath('sprung').touch()\nclass Thing:\n    part = 7\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "trap", raising=False)
     return tmp_path / "sprung"
@@ -41,7 +43,9 @@ def test_what_was_allowed_is_found_in_the_working_folder(trap: Path) -> None:
     assert trap.exists() and sys.path == path
 
 
-def test_nothing_in_the_working_folder_shadows_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_in_the_working_folder_shadows_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "colorsys.py").write_text("rgb_to_hls = 'mine'\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
@@ -49,10 +53,16 @@ def test_nothing_in_the_working_folder_shadows_a_module(tmp_path: Path, monkeypa
     assert callable(named_code.load("colorsys:rgb_to_hls", use="loss.metric"))
 
 
-@pytest.mark.parametrize(("name", "told"), [
-    ("trap:Thong", "did you mean Thing"), ("no_such_module:A", "cannot be imported"), ("triplet", "module:NAME"),
-    ("os;x:y", "module:NAME"), ("../trap:Thing", "module:NAME"),
-])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("trap:Thong", "did you mean Thing"),
+        ("no_such_module:A", "cannot be imported"),
+        ("triplet", "module:NAME"),
+        ("os;x:y", "module:NAME"),
+        ("../trap:Thing", "module:NAME"),
+    ],
+)
 def test_names_that_lead_nowhere(trap: Path, name: str, told: str) -> None:
     named_code.allow([name])
     with pytest.raises(InputError, match=told):
@@ -61,5 +71,9 @@ def test_names_that_lead_nowhere(trap: Path, name: str, told: str) -> None:
 
 def test_every_name_that_is_refused_is_shown() -> None:
     named_code.allow(["fine:A"])
-    with pytest.raises(InputError, match=r"^run/config.json names .* loss.metric is evil:B; .*--allow-code evil:B$"):
-        named_code.check_allowed({"model.backbone": "fine:A", "loss.metric": "evil:B"}, "run/config.json")
+    with pytest.raises(
+        InputError, match=r"^run/config.json names .* loss.metric is evil:B; .*--allow-code evil:B$"
+    ):
+        named_code.check_allowed(
+            {"model.backbone": "fine:A", "loss.metric": "evil:B"}, "run/config.json"
+        )

@@ -19,10 +19,21 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 _TIMEOUT_S = 120.0
-_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "160"}
+_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "NO_COLOR": "1",
+    "COLUMNS": "160",
+}
 # The last one is what DeepSpeed imports when it is given an optimizer, and half of all time.
-_IMPORTS = ["namr_dist.train.trainer", "namr_dist.results.evaluate_run", "sklearn.cluster", "tyro", "deepspeed",
-            "deepspeed.runtime.zero.muon.original_muon"]
+_IMPORTS = [
+    "namr_dist.train.trainer",
+    "namr_dist.results.evaluate_run",
+    "sklearn.cluster",
+    "tyro",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",
+]
 
 
 class Run:
@@ -35,10 +46,22 @@ class Run:
             port = probe.getsockname()[1]
         self._output = output
         output.write_text("")
-        launched = [{"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} for rank in range(world_size)]
-        self.ranks = [context.Process(target=_namr, args=(_texts("train", *words), environment, output, output))
-                      for environment in launched]
+        launched = [
+            {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            for rank in range(world_size)
+        ]
+        self.ranks = [
+            context.Process(
+                target=_namr, args=(_texts("train", *words), environment, output, output)
+            )
+            for environment in launched
+        ]
         for process in self.ranks:
             process.start()
 
@@ -59,7 +82,9 @@ class Run:
         """Wait for something that the run does; it must not end before."""
         give_up = time.monotonic() + _TIMEOUT_S
         while not condition():
-            assert all(process.is_alive() for process in self.ranks) and time.monotonic() < give_up, self.said()
+            assert (
+                all(process.is_alive() for process in self.ranks) and time.monotonic() < give_up
+            ), self.said()
             time.sleep(0.0005)
 
     def kill(self, *ranks: int) -> None:
@@ -85,7 +110,9 @@ def fork_namr(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     if process.exitcode is None:
         process.kill()
         raise TimeoutError(f"it went on for {_TIMEOUT_S} s:\n{stderr.read_text()}")
-    return subprocess.CompletedProcess(_texts(*words), process.exitcode, stdout.read_text(), stderr.read_text())
+    return subprocess.CompletedProcess(
+        _texts(*words), process.exitcode, stdout.read_text(), stderr.read_text()
+    )
 
 
 def _texts(*words: object) -> list[str]:

@@ -26,8 +26,12 @@ from full_size import full_size_sop
 def timed(text: str, *words: str) -> str:
     """Run `namr shards` with these words, print what it took, and return what it printed."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "namr_dist.cli", "shards", *words], check=True, text=True,
-                          stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "namr_dist.cli", "shards", *words],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     print(f"{text:<20} {time.perf_counter() - began:6.1f} s  {cpu_s:6.1f} CPU-s", flush=True)
@@ -41,10 +45,24 @@ def main() -> None:
     source = full_size_sop(folder / "source")
     print(f"load at the start: {os.getloadavg()[0]:.1f}")
     out = str(folder / "shards")
-    built = json.loads(timed("build, 2 workers", "build", "sop", str(source), "--out", out, "--workers", "2", "--json"))
+    built = json.loads(
+        timed(
+            "build, 2 workers",
+            "build",
+            "sop",
+            str(source),
+            "--out",
+            out,
+            "--workers",
+            "2",
+            "--json",
+        )
+    )
     for split, row in built["splits"].items():
-        print(f"  {split:<5} {row['images']:,} images  {row['classes']:,} classes  {row['shards']} shards  "
-              f"{row['mib']:.0f} MiB")
+        print(
+            f"  {split:<5} {row['images']:,} images  {row['classes']:,} classes  {row['shards']} shards  "
+            f"{row['mib']:.0f} MiB"
+        )
     timed("build again, finished", "build", "sop", str(source), "--out", out, "--workers", "2")
     print(timed("verify", "verify", out).strip())
 

@@ -28,7 +28,9 @@ IMAGES = 600
 
 def scaled(image: Image.Image, factor: float) -> Image.Image:
     """The image with both sides times `factor`."""
-    return image.resize((round(factor * image.width), round(factor * image.height)), Image.Resampling.BICUBIC)
+    return image.resize(
+        (round(factor * image.width), round(factor * image.height)), Image.Resampling.BICUBIC
+    )
 
 
 def cropped(image: Image.Image, share: float) -> Image.Image:
@@ -56,25 +58,41 @@ def main() -> None:
     whole = manifest.index("train")
     chosen = whole.only(np.linspace(0, len(whole) - 1, IMAGES).astype(int))
     source = ShardImages(manifest, chosen, TestTransform(size=1, crop_share=1.0))
-    pictures = [Image.fromarray(decode_rgb(source.jpeg(position), key)) for position, key in enumerate(chosen.keys)]
+    pictures = [
+        Image.fromarray(decode_rgb(source.jpeg(position), key))
+        for position, key in enumerate(chosen.keys)
+    ]
     original = hash_split(manifest, "train")
     position_of = {key: position for position, key in enumerate(original.keys)}
     positions = np.array([position_of[key] for key in chosen.keys])
     kept_M = ~original.flat_N[positions]
     print(f"{here['machine']}; {here['versions']}; commit {here['commit']}")
-    print(f"{IMAGES} training images of homeware, {kept_M.sum()} of them not flat; within {NEAR_BITS} bits of 256:")
+    print(
+        f"{IMAGES} training images of homeware, {kept_M.sum()} of them not flat; within {NEAR_BITS} bits of 256:"
+    )
     for name, (change, quality) in CHANGES.items():
         with tempfile.TemporaryDirectory() as folder:
-            samples = [Sample(key=key, label=int(label),
-                              jpeg=simplejpeg.encode_jpeg(np.ascontiguousarray(change(picture)), quality))
-                       for key, label, picture in zip(chosen.keys, chosen.label_N, pictures, strict=True)]
-            shard = write_shard(Path(folder), "changed.tar", "train", samples, manifest.class_by_label)
-            changed = hash_split(dataclasses.replace(manifest, shards=(shard,), folder=Path(folder)), "train")
+            samples = [
+                Sample(
+                    key=key,
+                    label=int(label),
+                    jpeg=simplejpeg.encode_jpeg(np.ascontiguousarray(change(picture)), quality),
+                )
+                for key, label, picture in zip(chosen.keys, chosen.label_N, pictures, strict=True)
+            ]
+            shard = write_shard(
+                Path(folder), "changed.tar", "train", samples, manifest.class_by_label
+            )
+            changed = hash_split(
+                dataclasses.replace(manifest, shards=(shard,), folder=Path(folder)), "train"
+            )
         moved_M = np.unpackbits(changed.bits_N32 ^ original.bits_N32[positions], axis=1).sum(1)
         print(f"  {name:<33}{100 * (moved_M[kept_M] <= NEAR_BITS).mean():6.1f} %")
     audit = near_duplicates(manifest)["splits"]["val"]
-    print(f"validation images near a training image, all of other products: {audit['against']['train']['near']} of "
-          f"{audit['images']}, {audit['flat']} of which are flat")
+    print(
+        f"validation images near a training image, all of other products: {audit['against']['train']['near']} of "
+        f"{audit['images']}, {audit['flat']} of which are flat"
+    )
 
 
 if __name__ == "__main__":

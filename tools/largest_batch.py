@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from namr_dist import kernels
-from namr_dist.kernels.bench.cases import CLUSTERS, DTYPES, PER_CLASS, POSITIVES, Batch, Case, make_batch
+from namr_dist.kernels.bench.cases import (
+    CLUSTERS,
+    DTYPES,
+    PER_CLASS,
+    POSITIVES,
+    Batch,
+    Case,
+    make_batch,
+)
 from namr_dist.kernels.bench.gate import GRADIENT_BOUND
 from namr_dist.kernels.bench.machine import describe
 from namr_dist.kernels.bench.measure import Stopwatch, clear_gradients, run_pass
@@ -38,14 +46,43 @@ OfRows = Callable[[Batch, Batch, int, kernels.Gather], tuple[Tensor | None, ...]
 
 OF_ROWS: dict[str, OfRows] = {
     "triplet-hardest": lambda some, all_, offset, gather: kernels.triplet_of_rows(
-        *some.leaves, some.labels_B, *all_.leaves, all_.labels_B, offset=offset, gather=gather, margin=0.2,
-        mining="hardest", seed=0, most_positives=POSITIVES, with_grad=True),
+        *some.leaves,
+        some.labels_B,
+        *all_.leaves,
+        all_.labels_B,
+        offset=offset,
+        gather=gather,
+        margin=0.2,
+        mining="hardest",
+        seed=0,
+        most_positives=POSITIVES,
+        with_grad=True,
+    ),
     "multi-similarity": lambda some, all_, offset, gather: kernels.multi_similarity_of_rows(
-        *some.leaves, some.labels_B, *all_.leaves, all_.labels_B, offset=offset, gather=gather, alpha=2.0, beta=50.0,
-        base=0.5, epsilon=0.1, with_grad=True),
+        *some.leaves,
+        some.labels_B,
+        *all_.leaves,
+        all_.labels_B,
+        offset=offset,
+        gather=gather,
+        alpha=2.0,
+        beta=50.0,
+        base=0.5,
+        epsilon=0.1,
+        with_grad=True,
+    ),
     "multi-cluster-ranking": lambda some, all_, offset, gather: kernels.ranking_of_rows(
-        *some.leaves, *all_.leaves, offset=offset, gather=gather, clusters=CLUSTERS, spread=3.0, floor=0.2,
-        sharpness=10.0, statistics="batch", with_grad=True),
+        *some.leaves,
+        *all_.leaves,
+        offset=offset,
+        gather=gather,
+        clusters=CLUSTERS,
+        spread=3.0,
+        floor=0.2,
+        sharpness=10.0,
+        statistics="batch",
+        with_grad=True,
+    ),
 }
 """The losses, from the cheapest; with the defaults of the ops."""
 
@@ -85,14 +122,19 @@ class Replay:
 
 def largest_error(actual: Tensor, wanted: Tensor) -> float:
     """Largest difference, relative to the largest number."""
-    return float((actual - wanted).abs().max() / wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+    return float(
+        (actual - wanted).abs().max()
+        / wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    )
 
 
 def compare(case: Case, batch: Batch, exchanged: list[Tensor]) -> dict[str, float | int]:
     """The gradients in the batch's leaves beside float64, for SAMPLED rows."""
     first = case.rows // 2
     rows = slice(first, first + min(SAMPLED, case.rows - first))
-    exact = Batch(labels_B=batch.labels_B, leaves=tuple(leaf.detach().double() for leaf in batch.leaves))
+    exact = Batch(
+        labels_B=batch.labels_B, leaves=tuple(leaf.detach().double() for leaf in batch.leaves)
+    )
     some = Batch(labels_B=exact.labels_B[rows], leaves=tuple(leaf[rows] for leaf in exact.leaves))
     replay = Replay(exchanged, rows)
     _, *gradients = OF_ROWS[case.loss](some, exact, first, replay)
@@ -104,8 +146,12 @@ def compare(case: Case, batch: Batch, exchanged: list[Tensor]) -> dict[str, floa
         apart += int((~near).sum())
         if near.any():
             errors.append(largest_error(gradient[near], wanted[near]))
-    return {"gradient_error": max(errors), "exchanged_error": replay.error, "rows_apart": apart,
-            "rows_compared": len(batch.leaves) * (rows.stop - rows.start)}
+    return {
+        "gradient_error": max(errors),
+        "exchanged_error": replay.error,
+        "rows_apart": apart,
+        "rows_compared": len(batch.leaves) * (rows.stop - rows.start),
+    }
 
 
 def measure(case: Case) -> Measured:
@@ -119,7 +165,9 @@ def measure(case: Case) -> Measured:
         return local
 
     detached = Batch(labels_B=batch.labels_B, leaves=tuple(leaf.detach() for leaf in batch.leaves))
-    run_pass(OURS[case.loss], batch.head(min(case.rows, 8 * PER_CLASS)).leaf_copy())  # loads libraries
+    run_pass(
+        OURS[case.loss], batch.head(min(case.rows, 8 * PER_CLASS)).leaf_copy()
+    )  # loads libraries
     OF_ROWS[case.loss](detached, detached, 0, recorded)  # also compiles
     timed: list[float] = []
 
@@ -128,11 +176,28 @@ def measure(case: Case) -> Measured:
 
     clear_gradients(batch)
     peak = cuda_peak_mib(one_pass, device) if device.type == "cuda" else resident_peak_mib(one_pass)
-    return Measured(case.loss, case.dtype, case.rows, case.width, timed[0], peak, **compare(case, batch, exchanged))
+    return Measured(
+        case.loss,
+        case.dtype,
+        case.rows,
+        case.width,
+        timed[0],
+        peak,
+        **compare(case, batch, exchanged),
+    )
 
 
-def double(loss: str, *, width: int, dtype: str, rows: int, most_rows: int, limit_s: float, device: str,
-           keep: Callable[[Measured], None]) -> None:
+def double(
+    loss: str,
+    *,
+    width: int,
+    dtype: str,
+    rows: int,
+    most_rows: int,
+    limit_s: float,
+    device: str,
+    keep: Callable[[Measured], None],
+) -> None:
     """Measure a loss at B = rows, 2·rows, …; `keep` gets each size as it is done."""
     while rows <= most_rows:
         case = Case(loss=loss, rows=rows, width=width, dtype=dtype, device=device)
@@ -145,7 +210,9 @@ def double(loss: str, *, width: int, dtype: str, rows: int, most_rows: int, limi
             torch.cuda.empty_cache()
         rows *= 2
         if measured.seconds is not None and 4 * measured.seconds > limit_s:  # four times the pairs
-            measured = replace(measured, note=f"{rows:,} rows would take some {4 * measured.seconds:.0f} s")
+            measured = replace(
+                measured, note=f"{rows:,} rows would take some {4 * measured.seconds:.0f} s"
+            )
         elif measured.seconds is not None and rows > most_rows:
             measured = replace(measured, note="more not tried")
         keep(measured)
@@ -159,18 +226,30 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=OF_ROWS, default=list(OF_ROWS), help="(all)")
     parser.add_argument("--width", type=int, default=512, metavar="D", help="(%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(%(default)s)")
-    parser.add_argument("--rows", type=int, default=65536, metavar="B", help="to begin with (%(default)s)")
-    parser.add_argument("--most-rows", type=int, default=2**22, metavar="B", help="to end with (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=60, help="a pass that would take longer is not tried "
-                        "(%(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=65536, metavar="B", help="to begin with (%(default)s)"
+    )
+    parser.add_argument(
+        "--most-rows", type=int, default=2**22, metavar="B", help="to end with (%(default)s)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60,
+        help="a pass that would take longer is not tried (%(default)s)",
+    )
     parser.add_argument("--device", default="cuda", help="(%(default)s)")
-    parser.add_argument("--csv", type=Path, required=True, metavar="FILE", help="where rows are appended")
+    parser.add_argument(
+        "--csv", type=Path, required=True, metavar="FILE", help="where rows are appended"
+    )
     options = parser.parse_args()
     where = describe(torch.device(options.device))
     options.csv.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(measured: Measured) -> None:
-        line = where | {name: "" if value is None else value for name, value in asdict(measured).items()}
+        line = where | {
+            name: "" if value is None else value for name, value in asdict(measured).items()
+        }
         with options.csv.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, line, lineterminator="\n")
             if file.tell() == 0:
@@ -179,8 +258,16 @@ def main() -> None:
         print(measured, flush=True)
 
     for loss in options.losses:
-        double(loss, width=options.width, dtype=options.dtype, rows=options.rows, most_rows=options.most_rows,
-               limit_s=options.seconds, device=options.device, keep=keep)
+        double(
+            loss,
+            width=options.width,
+            dtype=options.dtype,
+            rows=options.rows,
+            most_rows=options.most_rows,
+            limit_s=options.seconds,
+            device=options.device,
+            keep=keep,
+        )
 
 
 if __name__ == "__main__":

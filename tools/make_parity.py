@@ -1,6 +1,6 @@
 """Put the figures of `namr doctor --parity --csv FILE` into docs/results/parity.csv and docs/parity.md.
 
-    python tools/make_parity.py FILE
+python tools/make_parity.py FILE
 """
 
 from __future__ import annotations
@@ -29,17 +29,27 @@ def main(source: Path) -> None:
         shutil.copy(source, target)
     judged = [row for row in rows if row.good]
     good = sum(row.good == "yes" for row in judged)
-    text = [f"{good} of {len(judged)} cases are within their bounds. {made['machine']}; {made['versions']}; commit "
-            f"{made['commit']}; figures with losses and bounds: [results/parity.csv](results/parity.csv).", ""]
+    text = [
+        f"{good} of {len(judged)} cases are within their bounds. {made['machine']}; {made['versions']}; commit "
+        f"{made['commit']}; figures with losses and bounds: [results/parity.csv](results/parity.csv).",
+        "",
+    ]
     for title, heading, lines in tables(rows):
         text += [f"{title}:", "", *markdown(heading, lines, words=2), ""]
     if library := library_table(rows):
         title, heading, lines = library
-        text += [f"For comparison, not judged: {title}, without and with `efficient=True`. A linear map in float64, "
-                 "gradients averaged over ranks as DDP does; 1 is right:", "", *markdown(heading, lines, words=2), ""]
+        text += [
+            f"For comparison, not judged: {title}, without and with `efficient=True`. A linear map in float64, "
+            "gradients averaged over ranks as DDP does; 1 is right:",
+            "",
+            *markdown(heading, lines, words=2),
+            "",
+        ]
     page = DOCS / "parity.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n" + "\n".join(text) + END + rest.split(END)[1], encoding="utf-8")
+    page.write_text(
+        f"{before}{BEGIN}\n" + "\n".join(text) + END + rest.split(END)[1], encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

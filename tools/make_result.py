@@ -33,22 +33,35 @@ GREEN, RED, GREY = (22, 122, 72), (190, 38, 38), (160, 160, 160)
 def table(metrics: dict) -> str:
     """README's lines: what was run, on what, and the figures."""
     protocol, train = metrics["protocol"], metrics["train"]
-    rows = {**metrics["baselines"], "**trained**": metrics["test"]["sample"],
-            f"trained, {CALIBRATED.name} (looks at the gallery)": metrics["test"][CALIBRATED.name]}
+    rows = {
+        **metrics["baselines"],
+        "**trained**": metrics["test"]["sample"],
+        f"trained, {CALIBRATED.name} (looks at the gallery)": metrics["test"][CALIBRATED.name],
+    }
     lines = [
         f"`make demo`: {protocol['backbone']}, {protocol['metric loss']} loss with multi-cluster ranking "
         f"({protocol['ranking']}), {train['steps']} steps of {protocol['batch']} in {train['seconds']:.0f} s on "
         f"{protocol['trained on']}. Test: {metrics['test_counts']['queries']:,} rendered views of "
         f"{metrics['test_counts']['classes']} household products that training never saw, leave one out, "
-        f"Euclidean; one run, seed {protocol['seed']}.", "",
-        "| embedding | R@1 | R@8 | MAP@R |", "| --- | ---: | ---: | ---: |",
+        f"Euclidean; one run, seed {protocol['seed']}.",
+        "",
+        "| embedding | R@1 | R@8 | MAP@R |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    lines += [f"| {name} | {row['R@1']:.1f} | {row['R@8']:.1f} | {row['MAP@R']:.1f} |" for name, row in rows.items()]
-    learnt, one, shuffled = (metrics["test"][row_name(SYMMETRIC.name, control)]["R@1"]
-                             for control in ("", *SYMMETRIC.controls))
-    lines += ["", f"What the learnt structure embedding is worth at retrieval: R@1 by the symmetric distance is "
-              f"{learnt:.1f} %, {one:.1f} % with s = 1 and {shuffled:.1f} % with s shuffled between images. "
-              "Protocol and log: [docs/results/homeware](docs/results/homeware), written by `tools/make_result.py`."]
+    lines += [
+        f"| {name} | {row['R@1']:.1f} | {row['R@8']:.1f} | {row['MAP@R']:.1f} |"
+        for name, row in rows.items()
+    ]
+    learnt, one, shuffled = (
+        metrics["test"][row_name(SYMMETRIC.name, control)]["R@1"]
+        for control in ("", *SYMMETRIC.controls)
+    )
+    lines += [
+        "",
+        f"What the learnt structure embedding is worth at retrieval: R@1 by the symmetric distance is "
+        f"{learnt:.1f} %, {one:.1f} % with s = 1 and {shuffled:.1f} % with s shuffled between images. "
+        "Protocol and log: [docs/results/homeware](docs/results/homeware), written by `tools/make_result.py`.",
+    ]
     return "\n".join(lines)
 
 
@@ -60,7 +73,9 @@ def picture(run: Path) -> Image.Image:
     images = ShardImages(manifest, index, TestTransform(size=SIDE, crop_share=1.0))
     tensors = safetensors.numpy.load_file(run / "embeddings.safetensors")
     chosen = np.random.default_rng(0).choice(len(index), QUERIES, replace=False)
-    _, nearest = search_excluding_self(tensors["z"][chosen], tensors["z"], NEIGHBOURS, query_ids_Q=chosen)
+    _, nearest = search_excluding_self(
+        tensors["z"][chosen], tensors["z"], NEIGHBOURS, query_ids_Q=chosen
+    )
     cell = SIDE + 2 * EDGE + GAP
     sheet = Image.new("RGB", (cell * (NEIGHBOURS + 1) + 3 * GAP, cell * QUERIES + GAP), "white")
     draw = ImageDraw.Draw(sheet)
@@ -69,8 +84,12 @@ def picture(run: Path) -> Image.Image:
             right = index.label_N[position] == index.label_N[query]
             colour = GREY if column == 0 else GREEN if right else RED
             left, top = GAP + column * cell + (2 * GAP if column else 0), GAP + row * cell
-            draw.rectangle((left, top, left + SIDE + 2 * EDGE - 1, top + SIDE + 2 * EDGE - 1), fill=colour)
-            sheet.paste(Image.open(io.BytesIO(images.jpeg(int(position)))), (left + EDGE, top + EDGE))
+            draw.rectangle(
+                (left, top, left + SIDE + 2 * EDGE - 1, top + SIDE + 2 * EDGE - 1), fill=colour
+            )
+            sheet.paste(
+                Image.open(io.BytesIO(images.jpeg(int(position)))), (left + EDGE, top + EDGE)
+            )
             if column and not right:  # not by colour alone
                 draw.line((left, top, left + 18, top + 18), fill=RED, width=4)
     return sheet
@@ -87,7 +106,9 @@ def main(run: Path) -> None:
     before, rest = readme.read_text(encoding="utf-8").split("<!-- result:begin -->")
     after = rest.split("<!-- result:end -->")[1]
     text = table(json.loads((run / "metrics.json").read_text(encoding="utf-8")))
-    readme.write_text(f"{before}<!-- result:begin -->\n{text}\n<!-- result:end -->{after}", encoding="utf-8")
+    readme.write_text(
+        f"{before}<!-- result:begin -->\n{text}\n<!-- result:end -->{after}", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

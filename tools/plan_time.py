@@ -21,8 +21,12 @@ from namr_dist.provenance import provenance
 
 RANKS, REPEATS = 64, 5
 BASE = Sampling(classes_per_batch=128, images_per_class=4)
-WAYS = (BASE, replace(BASE, shuffle="shards"), replace(BASE, sampling="proportional"),
-        replace(BASE, sampling="category", categories_per_batch=4))
+WAYS = (
+    BASE,
+    replace(BASE, shuffle="shards"),
+    replace(BASE, sampling="proportional"),
+    replace(BASE, sampling="category", categories_per_batch=4),
+)
 
 
 def measure(index: SplitIndex, sampling: Sampling) -> str:
@@ -38,13 +42,22 @@ def measure(index: SplitIndex, sampling: Sampling) -> str:
     tracemalloc.stop()
     draw, resume_s = random.Random(0), []
     for _ in range(REPEATS):
-        plan = TrainPlan(index=index, sampling=sampling, seed=0, rank=RANKS // 2, world_size=RANKS, steps=10**7,
-                         first_step=draw.randrange(10**7))
+        plan = TrainPlan(
+            index=index,
+            sampling=sampling,
+            seed=0,
+            rank=RANKS // 2,
+            world_size=RANKS,
+            steps=10**7,
+            first_step=draw.randrange(10**7),
+        )
         began = time.perf_counter()
         next(iter(plan))
         resume_s.append(time.perf_counter() - began)
-    return (f"{sampling.sampling:<14}{sampling.shuffle:<10}{steps_per_epoch(index, sampling):>6}"
-            f"{min(plan_s):>10.3f}{mib:>8.1f}{max(resume_s):>11.3f}")
+    return (
+        f"{sampling.sampling:<14}{sampling.shuffle:<10}{steps_per_epoch(index, sampling):>6}"
+        f"{min(plan_s):>10.3f}{mib:>8.1f}{max(resume_s):>11.3f}"
+    )
 
 
 def whole_plan(index: SplitIndex, sampling: Sampling) -> None:
@@ -61,8 +74,12 @@ def main() -> None:
     manifest = Manifest.load(Path(sys.argv[1]))
     index = manifest.index("train")
     print(f"{here['machine']}; {here['versions']}; commit {here['commit']}")
-    print(f"{manifest.name}: {len(index):,} training images; manifest read in {time.perf_counter() - began:.2f} s")
-    print(f"plan of one epoch for {RANKS} ranks, P = {BASE.classes_per_batch}, K = {BASE.images_per_class}\n")
+    print(
+        f"{manifest.name}: {len(index):,} training images; manifest read in {time.perf_counter() - began:.2f} s"
+    )
+    print(
+        f"plan of one epoch for {RANKS} ranks, P = {BASE.classes_per_batch}, K = {BASE.images_per_class}\n"
+    )
     print(f"{'sampling':<14}{'shuffle':<10}{'steps':>6}{'plan, s':>10}{'MiB':>8}{'resume, s':>11}")
     for sampling in WAYS:
         print(measure(index, sampling))

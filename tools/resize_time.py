@@ -27,17 +27,25 @@ def main() -> None:
     crop_hw3 = np.asarray(grain.resize((300, 270), Image.Resampling.BICUBIC)).copy()
 
     def by_torch() -> torch.Tensor:
-        return interpolate(torch.from_numpy(crop_hw3.copy()).permute(2, 0, 1)[None], (SIDE, SIDE), mode="bicubic",
-                           antialias=True)[0]
+        return interpolate(
+            torch.from_numpy(crop_hw3.copy()).permute(2, 0, 1)[None],
+            (SIDE, SIDE),
+            mode="bicubic",
+            antialias=True,
+        )[0]
 
     def by_pillow() -> np.ndarray:
         return np.asarray(Image.fromarray(crop_hw3).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
     planes_3SS = by_torch()
     ways: dict[str, Callable[[], object]] = {
-        "resize, Pillow": by_pillow, "resize, torch": by_torch,
-        "planes to pixels, numpy copy": lambda: np.ascontiguousarray(planes_3SS.permute(1, 2, 0).numpy()),
-        "planes to pixels, torch.stack": lambda: torch.stack(tuple(planes_3SS), dim=-1).numpy()}
+        "resize, Pillow": by_pillow,
+        "resize, torch": by_torch,
+        "planes to pixels, numpy copy": lambda: np.ascontiguousarray(
+            planes_3SS.permute(1, 2, 0).numpy()
+        ),
+        "planes to pixels, torch.stack": lambda: torch.stack(tuple(planes_3SS), dim=-1).numpy(),
+    }
     taken_ms: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
@@ -45,13 +53,17 @@ def main() -> None:
             for _ in range(CALLS):
                 way()
             taken_ms[name].append(1e3 * (time.thread_time() - began) / CALLS)
-    print(f"crop of 300 × 270 px → {SIDE} px; torch {torch.__version__}, Pillow {PIL.__version__}, "
-          f"numpy {np.__version__}, {platform.machine()}, one thread; ms, median [p20–p80] of {ROUNDS} rounds")
+    print(
+        f"crop of 300 × 270 px → {SIDE} px; torch {torch.__version__}, Pillow {PIL.__version__}, "
+        f"numpy {np.__version__}, {platform.machine()}, one thread; ms, median [p20–p80] of {ROUNDS} rounds"
+    )
     for name, values in taken_ms.items():
         low, middle, high = np.percentile(values, (20, 50, 80))
         print(f"{name:<31}{middle:.2f} [{low:.2f}–{high:.2f}]")
     differing = np.abs(by_pillow().astype(int) - planes_3SS.permute(1, 2, 0).numpy())
-    print(f"largest difference {differing.max()} levels, {100 * (differing > 0).mean():.1f} % of values differ")
+    print(
+        f"largest difference {differing.max()} levels, {100 * (differing > 0).mean():.1f} % of values differ"
+    )
 
 
 if __name__ == "__main__":

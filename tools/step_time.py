@@ -37,17 +37,22 @@ def measure(kept: bool) -> None:
         seconds.append(time.perf_counter() - began)
     low, middle, high = torch.tensor(seconds[1:]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
     used = resource.getrusage(resource.RUSAGE_SELF)
-    print(f"memory {'kept    ' if kept else 'returned'}  step {middle:.3f} s [{low:.3f}–{high:.3f}]  "
-          f"system time {used.ru_stime:.1f} s  page faults {used.ru_minflt:,}  peak {used.ru_maxrss >> 10} MiB",
-          flush=True)
+    print(
+        f"memory {'kept    ' if kept else 'returned'}  step {middle:.3f} s [{low:.3f}–{high:.3f}]  "
+        f"system time {used.ru_stime:.1f} s  page faults {used.ru_minflt:,}  peak {used.ru_maxrss >> 10} MiB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         measure(sys.argv[1] == "kept")
     else:
-        print(f"80 images of 96 px, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-              f"{platform.machine()}; median [p20–p80] of {STEPS - 1} steps", flush=True)
+        print(
+            f"80 images of 96 px, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+            f"{platform.machine()}; median [p20–p80] of {STEPS - 1} steps",
+            flush=True,
+        )
         for _ in range(ROUNDS):
             for way in ("returned", "kept"):
                 subprocess.run([sys.executable, __file__, way], check=True)

@@ -1,6 +1,6 @@
 """Validation figures of one trained run at several test sizes, a JSON line each.
 
-    python tools/validate_sizes.py RUN 96 128 160 > docs/results/test-size/RUN.jsonl
+python tools/validate_sizes.py RUN 96 128 160 > docs/results/test-size/RUN.jsonl
 """
 
 from __future__ import annotations
@@ -27,11 +27,23 @@ def main(run: Path, sizes: list[int]) -> None:
     manifest = open_shards(config.data.path, config.data.remote)
     index = manifest.index("val")
     for size in sizes:
-        images = ShardImages(manifest, index, TestTransform(size=size, crop_share=config.data.test_crop))
+        images = ShardImages(
+            manifest, index, TestTransform(size=size, crop_share=config.data.test_crop)
+        )
         z_ND, _ = embed(network, images, rank=rank, batch_size=128, workers=config.data.workers)
-        print(json.dumps({"steps": trained["steps"], "backbone_lr": config.optim.backbone_lr,
-                          "crop_scale": config.data.crop_scale, "image_size": config.data.image_size,
-                          "test_size": size, "val": evaluate_sample(z_ND, index.label_N)}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "steps": trained["steps"],
+                    "backbone_lr": config.optim.backbone_lr,
+                    "crop_scale": config.data.crop_scale,
+                    "image_size": config.data.image_size,
+                    "test_size": size,
+                    "val": evaluate_sample(z_ND, index.label_N),
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno is None:
             raise
-        print(f"bench: error: {error.strerror}: {error.filename or 'no file named'}; give another path",
-              file=sys.stderr)
+        print(
+            f"bench: error: {error.strerror}: {error.filename or 'no file named'}; give another path",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -79,13 +79,23 @@ class Batch:
     def head(self, rows: int) -> Batch:
         """The first rows with all that belongs to them; whole classes."""
         share = rows / self.labels_B.shape[0]
-        return Batch(labels_B=self.labels_B[:rows], leaves=tuple(
-            leaf if leaf.dim() == 1 else leaf[: round(leaf.shape[0] * share)] for leaf in self.leaves))
+        return Batch(
+            labels_B=self.labels_B[:rows],
+            leaves=tuple(
+                leaf if leaf.dim() == 1 else leaf[: round(leaf.shape[0] * share)]
+                for leaf in self.leaves
+            ),
+        )
 
     def leaf_copy(self, dtype: torch.dtype | None = None) -> Batch:
         """The same values as fresh leaves, in another dtype if one is given."""
-        return Batch(labels_B=self.labels_B, leaves=tuple(
-            leaf.detach().to(dtype or leaf.dtype, copy=True).requires_grad_() for leaf in self.leaves))
+        return Batch(
+            labels_B=self.labels_B,
+            leaves=tuple(
+                leaf.detach().to(dtype or leaf.dtype, copy=True).requires_grad_()
+                for leaf in self.leaves
+            ),
+        )
 
 
 def make_batch(case: Case) -> Batch:
@@ -113,5 +123,9 @@ def make_batch(case: Case) -> Batch:
     elif loss.second == "proxies":
         leaves.append(torch.nn.functional.normalize(normal(C)))
     # The boundary is a parameter of the model and stays in float32.
-    return Batch(labels_B=labels_B, leaves=tuple(
-        leaf.to(torch.float32 if leaf.dim() == 1 else dtype).requires_grad_() for leaf in leaves))
+    return Batch(
+        labels_B=labels_B,
+        leaves=tuple(
+            leaf.to(torch.float32 if leaf.dim() == 1 else dtype).requires_grad_() for leaf in leaves
+        ),
+    )

@@ -63,7 +63,9 @@ def multi_cluster_ranking(labels_B: Tensor, z_BD: Tensor, s_BD: Tensor) -> Tenso
     square_BB = (sz_BD * z_BD).sum(1)[:, None] - 2 * sz_BD @ z_BD.T + s_BD @ z_BD.square().T
     D_BB = square_BB.clamp_min(1e-12).sqrt()
     from_far_BB, from_near_BB = (D_BB - far).abs(), (D_BB - near).abs()
-    loss_BB = from_far_BB + torch.sigmoid(10 * (from_far_BB - from_near_BB)) * (from_near_BB - from_far_BB)
+    loss_BB = from_far_BB + torch.sigmoid(10 * (from_far_BB - from_near_BB)) * (
+        from_near_BB - from_far_BB
+    )
     return (loss_BB.sum() - loss_BB.diagonal().sum()) / (B * (B - 1))
 
 

@@ -81,7 +81,11 @@ def yardsticks(case: Case, batch: Batch) -> list[Yardstick]:
     """The true answers for a case."""
     exact = batch.leaf_copy(torch.float64)
     rows = min(case.rows, GATE_ROWS)
-    sticks = [Yardstick(rows=rows, answer=answer(REFERENCE[case.loss], exact.head(rows)), name="reference")]
+    sticks = [
+        Yardstick(
+            rows=rows, answer=answer(REFERENCE[case.loss], exact.head(rows)), name="reference"
+        )
+    ]
     kind = torch.device(case.device).type
     if rows == case.rows or case.rows > BLOCKED_ROWS[kind]:
         return sticks
@@ -112,8 +116,12 @@ def judge(form: Form, case: Case, batch: Batch, against: list[Yardstick]) -> Ver
             gradient_errors.append(_relative((g - g_true).norm(), g_true.norm()))
             gradient_errors.append(_relative((g - g_true).abs().max(), g_true.abs().max()))
     worst_loss, worst_gradient = _worst(loss_errors), _worst(gradient_errors)
-    return Verdict(agrees=worst_loss <= loss_bound and worst_gradient <= gradient_bound,
-                   loss_error=worst_loss, gradient_error=worst_gradient, apart=apart)
+    return Verdict(
+        agrees=worst_loss <= loss_bound and worst_gradient <= gradient_bound,
+        loss_error=worst_loss,
+        gradient_error=worst_gradient,
+        apart=apart,
+    )
 
 
 def _keep(got_BD: Tensor, want_BD: Tensor, *, bound: float, spare: int) -> Tensor:

@@ -51,7 +51,9 @@ def forms() -> dict[str, Form]:
     def proxy_anchor(labels_B: Tensor, x_BD: Tensor, proxies_CD: Tensor) -> Tensor:
         # The module holds proxies of its own; the given ones stand in for them.
         shell = proxy_shell(*proxies_CD.shape)
-        return torch.func.functional_call(shell, {"proxies": wide(proxies_CD)}, (wide(x_BD), labels_B))
+        return torch.func.functional_call(
+            shell, {"proxies": wide(proxies_CD)}, (wide(x_BD), labels_B)
+        )
 
     @cache
     def proxy_shell(classes: int, width: int) -> nn.Module:
@@ -61,7 +63,9 @@ def forms() -> dict[str, Form]:
     margin_loss = losses.MarginLoss(margin=ALPHA, beta=1.2, learn_beta=True, distance=euclidean())
     similarity_miner = miners.MultiSimilarityMiner(epsilon=0.1, distance=dot())
     similarity_loss = losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5, distance=dot())
-    semihard = miners.BatchEasyHardMiner(pos_strategy="hard", neg_strategy="semihard", distance=euclidean())
+    semihard = miners.BatchEasyHardMiner(
+        pos_strategy="hard", neg_strategy="semihard", distance=euclidean()
+    )
     return {
         "triplet-hardest": triplets(miners.BatchHardMiner(distance=euclidean())),
         "triplet-semihard": triplets(semihard),

@@ -14,8 +14,13 @@ import torch
 
 def describe(device: torch.device) -> dict[str, str]:
     """The columns that are the same in every row of a run."""
-    return {"device": device_name(device), "platform": _platform(device), "torch": torch.__version__,
-            "triton": _triton_version(), "commit": _commit()}
+    return {
+        "device": device_name(device),
+        "platform": _platform(device),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "commit": _commit(),
+    }
 
 
 def device_name(device: torch.device) -> str:
@@ -23,7 +28,9 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     table = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*:\s*(.+)$", table.read_text(), re.M) if table.is_file() else []
+    models = (
+        re.findall(r"^model name\s*:\s*(.+)$", table.read_text(), re.M) if table.is_file() else []
+    )
     return models[0].strip() if models else platform.machine()
 
 
@@ -45,8 +52,21 @@ def _commit() -> str:
     folder = str(Path(__file__).parent)
     try:
         # No optional locks: a benchmark must not get in the way of whoever works in the tree.
-        process = subprocess.run(["git", "--no-optional-locks", "-C", folder, "describe", "--always", "--dirty",
-                                  "--abbrev=12"], capture_output=True, text=True, check=False)
+        process = subprocess.run(
+            [
+                "git",
+                "--no-optional-locks",
+                "-C",
+                folder,
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=12",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     except OSError:  # no git here
         return _package_version()
     return process.stdout.strip() if process.returncode == 0 else _package_version()

@@ -54,8 +54,11 @@ class Spread:
 
 def spread(samples_ms: Sequence[float]) -> Spread:
     """The quantiles of some samples."""
-    low, middle, high = torch.tensor(samples_ms, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    low, middle, high = (
+        torch.tensor(samples_ms, dtype=torch.float64)
+        .quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+        .tolist()
+    )
     return Spread(middle, low, high)
 
 
@@ -129,8 +132,16 @@ def sample(part: str, form: Form, batch: Batch, watch: Stopwatch) -> Timing:
     return watch(lambda: run_pass(form, batch))
 
 
-def interleave(forms: Mapping[str, Form], witness: Form, batch: Batch, watch: Stopwatch, *, rounds: int,
-               shares: Mapping[str, int], passes: Sequence[str] = PASSES) -> Rounds:
+def interleave(
+    forms: Mapping[str, Form],
+    witness: Form,
+    batch: Batch,
+    watch: Stopwatch,
+    *,
+    rounds: int,
+    shares: Mapping[str, int],
+    passes: Sequence[str] = PASSES,
+) -> Rounds:
     """Time every pass of every provider in its share of the rounds, and the witness's forward pass in each."""
     record = Rounds({(name, part): [] for name in forms for part in passes})
     names = [*forms, None]
@@ -139,13 +150,18 @@ def interleave(forms: Mapping[str, Form], witness: Form, batch: Batch, watch: St
         for name in names[first:] + names[:first]:
             if name is None:
                 record.witnessed.append(sample("forward", witness, batch, watch))
-            elif name not in record.failures and (turn + 1) * shares[name] // rounds > turn * shares[name] // rounds:
+            elif (
+                name not in record.failures
+                and (turn + 1) * shares[name] // rounds > turn * shares[name] // rounds
+            ):
                 try:
                     for part in passes:
                         record.timings[name, part].append(sample(part, forms[name], batch, watch))
                 except Exception as error:  # out of memory, most likely
                     record.failures[name] = told(error)
-                if name in record.failures:  # not in the handler, where the error still holds the broken pass
+                if (
+                    name in record.failures
+                ):  # not in the handler, where the error still holds the broken pass
                     release(batch)
                     for part in passes:
                         del record.timings[name, part]

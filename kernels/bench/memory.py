@@ -41,7 +41,9 @@ def peak_extra_mib(case: Case, provider: str, form: Form, batch: Batch) -> float
 def _fresh() -> BaseContext:
     # The server imports once and has never run an op: a process forked from it is as good as a new one.
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, "pytorch_metric_learning.losses", "pytorch_metric_learning.miners"])
+    context.set_forkserver_preload(
+        [__name__, "pytorch_metric_learning.losses", "pytorch_metric_learning.miners"]
+    )
     return context
 
 
@@ -71,7 +73,9 @@ def resident_peak_mib(call: Callable[[], object]) -> float:
     """
     gc.collect()
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator kept would hide as much growth
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # freed memory that the allocator kept would hide as much growth
     before = _forget_peak()
     call()
     return (_peak() - before) / MIB
@@ -88,7 +92,9 @@ def _forget_peak() -> int:
 def _peak() -> int:
     if _STATUS.is_file():
         return _resident("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _resident(field: str) -> int:

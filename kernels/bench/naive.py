@@ -20,7 +20,9 @@ def _distance(z_BD: Tensor, s_BD: Tensor | None = None) -> Tensor:
     lines = []
     for i in range(z_BD.shape[0]):
         square_BD = (z_BD[i] - z_BD).square()
-        lines.append((square_BD if s_BD is None else s_BD[i] * square_BD).sum(1).clamp_min(1e-12).sqrt())
+        lines.append(
+            (square_BD if s_BD is None else s_BD[i] * square_BD).sum(1).clamp_min(1e-12).sqrt()
+        )
     return torch.stack(lines)
 
 
@@ -64,27 +66,38 @@ def triplet_semihard(labels_B: Tensor, z_BD: Tensor) -> Tensor:
         negatives = d_B[differ_B]
         for reach in d_B[same_B]:
             beyond = negatives.masked_fill(negatives <= reach, math.inf).min()
-            terms.append(torch.relu(reach - torch.where(beyond.isfinite(), beyond, negatives.min()) + MARGIN))
+            terms.append(
+                torch.relu(reach - torch.where(beyond.isfinite(), beyond, negatives.min()) + MARGIN)
+            )
     return torch.stack(terms).mean()
 
 
-def _terms(labels_B: Tensor, d_BB: Tensor, negative_BR: Tensor,
-           term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    return torch.cat([term(d_B[_others(labels_B, i)[0]], d_B[negative_BR[i]]) for i, d_B in enumerate(d_BB)])
+def _terms(
+    labels_B: Tensor, d_BB: Tensor, negative_BR: Tensor, term: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    return torch.cat(
+        [term(d_B[_others(labels_B, i)[0]], d_B[negative_BR[i]]) for i, d_B in enumerate(d_BB)]
+    )
 
 
 def triplet_distance_weighted(labels_B: Tensor, z_BD: Tensor) -> Tensor:
     """One term a positive; negatives are drawn as in the eager form."""
     z_BD = wide(z_BD)
     negative_BR = sample_negatives(torch.nn.functional.normalize(z_BD.detach()), labels_B)
-    return _terms(labels_B, _distance(z_BD), negative_BR, lambda p, n: torch.relu(p - n + MARGIN)).mean()
+    return _terms(
+        labels_B, _distance(z_BD), negative_BR, lambda p, n: torch.relu(p - n + MARGIN)
+    ).mean()
 
 
 def margin(labels_B: Tensor, x_BD: Tensor, beta: Tensor) -> Tensor:
     """The mean over pairs whose term is above 0.  Negatives are drawn as in the eager form; rows have length 1."""
     x_BD = wide(x_BD)
-    terms = _terms(labels_B, _distance(x_BD), sample_negatives(x_BD, labels_B), lambda p, n: torch.cat(
-        [torch.relu(p - beta + ALPHA), torch.relu(beta - n + ALPHA)]))
+    terms = _terms(
+        labels_B,
+        _distance(x_BD),
+        sample_negatives(x_BD, labels_B),
+        lambda p, n: torch.cat([torch.relu(p - beta + ALPHA), torch.relu(beta - n + ALPHA)]),
+    )
     return terms.sum() / (terms > 0).sum().clamp_min(1)
 
 
@@ -111,7 +124,9 @@ def proxy_anchor(labels_B: Tensor, x_BD: Tensor, proxies_CD: Tensor) -> Tensor:
         own_B = labels_B == c
         attract.append(torch.log1p(torch.exp(-32 * (S_B[own_B] - 0.1)).sum()))
         repel.append(torch.log1p(torch.exp(32 * (S_B[~own_B] + 0.1)).sum()))
-    return torch.stack(attract).mean() + torch.stack(repel).mean()  # every class of the benchmark has rows
+    return (
+        torch.stack(attract).mean() + torch.stack(repel).mean()
+    )  # every class of the benchmark has rows
 
 
 FORMS: dict[str, Form] = {

@@ -17,10 +17,28 @@ from .providers import PROVIDERS
 from .table import DIFFERS, WRONG, RefusedError, read
 
 # Okabe and Ito's palette, distinct to colour-blind eyes; the markers say it again.
-_STYLES = dict(zip(PROVIDERS, (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"),
-                               ("#E69F00", "v"), ("#000000", "x")), strict=True))
-_LABELS = {"ours": "NAMR-dist", "eager": "PyTorch, matmuls", "compile": "torch.compile", "naive": "PyTorch, loops",
-           "pml": "pytorch-metric-learning", "matmul": "bare X·Xᵀ"}
+_STYLES = dict(
+    zip(
+        PROVIDERS,
+        (
+            ("#D55E00", "o"),
+            ("#0072B2", "s"),
+            ("#009E73", "^"),
+            ("#CC79A7", "D"),
+            ("#E69F00", "v"),
+            ("#000000", "x"),
+        ),
+        strict=True,
+    )
+)
+_LABELS = {
+    "ours": "NAMR-dist",
+    "eager": "PyTorch, matmuls",
+    "compile": "torch.compile",
+    "naive": "PyTorch, loops",
+    "pml": "pytorch-metric-learning",
+    "matmul": "bare X·Xᵀ",
+}
 _COLUMNS = 4
 
 
@@ -51,25 +69,40 @@ def draw(csv: Path, out: Path) -> list[Path]:
     figures: dict[_Figure, dict[tuple[str, str, int], dict[str, str]]] = {}
     for row in read(csv):
         if row["median_ms"] and row["agrees"] != WRONG and row["pass"] in (PASSES[-1], "forward"):
-            key = _Figure(row["device"], row["platform"], row["torch"], row["triton"], row["dtype"], row["D"])
+            key = _Figure(
+                row["device"], row["platform"], row["torch"], row["triton"], row["dtype"], row["D"]
+            )
             # The witness has a forward pass only; of the others the whole pass is drawn.
             if (row["pass"] == "forward") == (row["provider"] == "matmul"):
                 figures.setdefault(key, {})[row["loss"], row["provider"], int(row["B"])] = row
     if not figures:
-        raise RefusedError(f"{csv} holds no figures that agree with the definition; run the benchmark first")
+        raise RefusedError(
+            f"{csv} holds no figures that agree with the definition; run the benchmark first"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    return [_draw(figure, points, quantity, out / f"{quantity}-{figure.slug}.png")
-            for figure, points in figures.items() for quantity in ("time", "memory")]
+    return [
+        _draw(figure, points, quantity, out / f"{quantity}-{figure.slug}.png")
+        for figure, points in figures.items()
+        for quantity in ("time", "memory")
+    ]
 
 
-def _draw(figure: _Figure, points: dict[tuple[str, str, int], dict[str, str]], quantity: str, path: Path) -> Path:
+def _draw(
+    figure: _Figure, points: dict[tuple[str, str, int], dict[str, str]], quantity: str, path: Path
+) -> Path:
     from matplotlib import pyplot
 
     losses = [loss for loss in LOSSES if any(key[0] == loss for key in points)]
     columns = min(_COLUMNS, len(losses))
     lines = -(-len(losses) // columns)
-    canvas, grid = pyplot.subplots(lines, columns, figsize=(3.6 * columns + 0.6, 3.1 * lines + 1.5), squeeze=False,
-                                   sharex=True, layout="constrained")
+    canvas, grid = pyplot.subplots(
+        lines,
+        columns,
+        figsize=(3.6 * columns + 0.6, 3.1 * lines + 1.5),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
     panels = grid.flatten()
     handles: dict[str, Any] = {}
     sizes = sorted({rows for _, _, rows in points})
@@ -79,22 +112,40 @@ def _draw(figure: _Figure, points: dict[tuple[str, str, int], dict[str, str]], q
             line = _line(panel, provider, rows, quantity)
             if line is not None:
                 handles.setdefault(provider, line)
-        panel.set_title(loss.replace("-", " ").replace("multi ", "multi-").replace("proxy ", "proxy-"), fontsize=10)
+        panel.set_title(
+            loss.replace("-", " ").replace("multi ", "multi-").replace("proxy ", "proxy-"),
+            fontsize=10,
+        )
         _scale(panel, sizes)
-    for panel in panels[len(losses):]:
+    for panel in panels[len(losses) :]:
         panel.set_visible(False)
-    for panel in panels[max(0, len(losses) - columns):len(losses)]:
+    for panel in panels[max(0, len(losses) - columns) : len(losses)]:
         panel.tick_params(labelbottom=True)
         panel.set_xlabel("batch size B (rows)")
     for row_panels in grid:
-        row_panels[0].set_ylabel("forward + backward (ms)" if quantity == "time" else "extra memory (MiB)")
-    what = ("Time, median with p20–p80" if quantity == "time" else "Peak extra memory of forward + backward")
+        row_panels[0].set_ylabel(
+            "forward + backward (ms)" if quantity == "time" else "extra memory (MiB)"
+        )
+    what = (
+        "Time, median with p20–p80"
+        if quantity == "time"
+        else "Peak extra memory of forward + backward"
+    )
     commits = " ".join(_unique(row["commit"] for row in points.values()))
-    canvas.suptitle(f"{what}; {figure.dtype}, D = {figure.width}\n{figure.device}, {figure.platform}, "
-                    f"torch {figure.torch}, triton {figure.triton}, commit {commits}", fontsize=10)
+    canvas.suptitle(
+        f"{what}; {figure.dtype}, D = {figure.width}\n{figure.device}, {figure.platform}, "
+        f"torch {figure.torch}, triton {figure.triton}, commit {commits}",
+        fontsize=10,
+    )
     names = [name for name in PROVIDERS if name in handles]
-    canvas.legend([handles[name] for name in names], [_legend(name) for name in names], ncols=min(6, len(names)),
-                  loc="outside lower center", frameon=False, fontsize=9)
+    canvas.legend(
+        [handles[name] for name in names],
+        [_legend(name) for name in names],
+        ncols=min(6, len(names)),
+        loc="outside lower center",
+        frameon=False,
+        fontsize=9,
+    )
     canvas.savefig(path, dpi=130)
     pyplot.close(canvas)
     return path
@@ -113,8 +164,15 @@ def _line(panel: Any, provider: str, rows: list[dict[str, str]], quantity: str) 
     colour, marker = _STYLES[provider]
     sizes = [int(row["B"]) for row in rows]
     style = "--" if rows[-1]["agrees"] == DIFFERS else ":" if provider == "matmul" else "-"
-    line, = panel.plot(sizes, [float(row[column]) for row in rows], color=colour, marker=marker, markersize=5,
-                       linewidth=1.5, linestyle=style)
+    (line,) = panel.plot(
+        sizes,
+        [float(row[column]) for row in rows],
+        color=colour,
+        marker=marker,
+        markersize=5,
+        linewidth=1.5,
+        linestyle=style,
+    )
     if quantity == "time":
         low, high = ([float(row[name]) for row in rows] for name in ("p20_ms", "p80_ms"))
         panel.fill_between(sizes, low, high, color=colour, alpha=0.2, linewidth=0)

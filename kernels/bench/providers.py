@@ -33,9 +33,13 @@ _PAIR_TENSORS = 16
 def _form(function: Callable[..., Tensor], options: Mapping[str, Any]) -> Form:
     """A loss of an op or of its definition: what it must be given is the labels, if it reads them, and the leaves."""
     parameters = signature(function).parameters
-    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    needed = [
+        name for name, parameter in parameters.items() if parameter.default is parameter.empty
+    ]
     leaves = [name for name in needed if name != "labels_B"]
-    known = {"most_positives": POSITIVES} if "most_positives" in parameters else {}  # else an op counts them
+    known = (
+        {"most_positives": POSITIVES} if "most_positives" in parameters else {}
+    )  # else an op counts them
 
     def form(labels_B: Tensor, *given: Tensor) -> Tensor:
         labels = {"labels_B": labels_B} if "labels_B" in needed else {}
@@ -46,11 +50,16 @@ def _form(function: Callable[..., Tensor], options: Mapping[str, Any]) -> Form:
 
 def _forms(functions: ModuleType) -> dict[str, Form]:
     """Every loss by the functions of a module that are called as the ops are."""
-    return {loss.name: _form(getattr(functions, op.name), loss.options)
-            for op in OPS.values() for loss in op.benchmarks}
+    return {
+        loss.name: _form(getattr(functions, op.name), loss.options)
+        for op in OPS.values()
+        for loss in op.benchmarks
+    }
 
 
-OURS = _forms(import_module("..", __package__))  # the package of the ops, by which they are found by name
+OURS = _forms(
+    import_module("..", __package__)
+)  # the package of the ops, by which they are found by name
 REFERENCE = _forms(reference)
 
 
@@ -100,7 +109,12 @@ def obstacle(provider: str, case: Case) -> str | None:
         return f"the loop form is measured up to B {NAIVE_ROWS[kind]}"
     # A GPU says itself that its memory is full; on a CPU the system would end the process.
     needed, free = 4 * _PAIR_TENSORS * case.rows**2, _free_bytes()
-    if provider in ("eager", "compile", "pml") and kind == "cpu" and free is not None and needed > free:
+    if (
+        provider in ("eager", "compile", "pml")
+        and kind == "cpu"
+        and free is not None
+        and needed > free
+    ):
         return f"needs up to {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
     return None
 

@@ -17,7 +17,18 @@ import torch
 from .cases import PASSES, Batch, Case, Form, make_batch
 from .gate import Verdict, Yardstick, judge, yardsticks
 from .machine import describe
-from .measure import Rounds, Stopwatch, Timing, affordable, cold_start, interleave, release, sample, spread, told
+from .measure import (
+    Rounds,
+    Stopwatch,
+    Timing,
+    affordable,
+    cold_start,
+    interleave,
+    release,
+    sample,
+    spread,
+    told,
+)
 from .memory import peak_extra_mib
 from .providers import GRADIENT_IN_FORWARD, bare_product, difference, find_form, obstacle
 from .table import AGREES, COLUMNS, DIFFERS, WITNESS, WRONG, Row, append
@@ -52,34 +63,58 @@ def _exact_products(case: Case) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def run(cases: Sequence[Case], providers: Sequence[str], *, passes: Sequence[str], samples: int, budget_s: float,
-        csv: Path) -> list[Row]:
+def run(
+    cases: Sequence[Case],
+    providers: Sequence[str],
+    *,
+    passes: Sequence[str],
+    samples: int,
+    budget_s: float,
+    csv: Path,
+) -> list[Row]:
     """Measure every case; its rows are in the file before the next one starts.  Progress goes to stderr."""
     rows: list[Row] = []
     constant: Row = {**describe(torch.device(cases[0].device))}
     for number, case in enumerate(cases, 1):
         began = time.perf_counter()
-        constant["timestamp"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        constant["timestamp"] = datetime.datetime.now(datetime.timezone.utc).isoformat(
+            timespec="seconds"
+        )
         with _exact_products(case):
-            case_rows, remarks = measure(case, providers, passes=passes, samples=samples, budget_s=budget_s)
+            case_rows, remarks = measure(
+                case, providers, passes=passes, samples=samples, budget_s=budget_s
+            )
         case_rows = [{**constant, **row} for row in case_rows]
         append(csv, case_rows)
         rows += case_rows
-        print(f"[{number}/{len(cases)}] {case}: {'; '.join([f'{time.perf_counter() - began:.0f} s', *remarks])}",
-              file=sys.stderr, flush=True)
+        print(
+            f"[{number}/{len(cases)}] {case}: {'; '.join([f'{time.perf_counter() - began:.0f} s', *remarks])}",
+            file=sys.stderr,
+            flush=True,
+        )
     return rows
 
 
-def measure(case: Case, providers: Sequence[str], *, passes: Sequence[str] = PASSES, samples: int,
-            budget_s: float = 10.0) -> tuple[list[Row], list[str]]:
+def measure(
+    case: Case,
+    providers: Sequence[str],
+    *,
+    passes: Sequence[str] = PASSES,
+    samples: int,
+    budget_s: float = 10.0,
+) -> tuple[list[Row], list[str]]:
     """The rows of one case without the machine's columns, and what a reader of the progress should know.
 
     samples: rounds.  budget_s: seconds that the rounds of one provider may take; a slower one takes part in fewer.
     """
     device = torch.device(case.device)
     batch, watch = make_batch(case), Stopwatch(device)
-    remarks = [f"without {name} ({reason})" for name in providers if (reason := obstacle(name, case))]
-    entries = [_Entry(provider=name) for name in providers if name != "matmul" and not obstacle(name, case)]
+    remarks = [
+        f"without {name} ({reason})" for name in providers if (reason := obstacle(name, case))
+    ]
+    entries = [
+        _Entry(provider=name) for name in providers if name != "matmul" and not obstacle(name, case)
+    ]
     for entry in entries:
         # Before the gate, which would warm it up.
         _attempt(entry, "first call", batch, partial(_start, entry, case, batch, passes))
@@ -91,11 +126,26 @@ def measure(case: Case, providers: Sequence[str], *, passes: Sequence[str] = PAS
     longest = PASSES[-1] if set(passes) != {"forward"} else "forward"
     for entry in entries:
         if entry.form is not None:
-            once = _attempt(entry, "second call", batch, partial(sample, longest, entry.form, batch, watch))
-            entry.share = affordable(once.ms, passes=len(passes), rounds=samples, budget_s=budget_s) if once else 0
-    forms = {entry.provider: entry.form for entry in entries if entry.form is not None and entry.share}
-    timed = interleave(forms, bare_product, batch, watch, rounds=samples, passes=passes,
-                       shares={entry.provider: entry.share for entry in entries})
+            once = _attempt(
+                entry, "second call", batch, partial(sample, longest, entry.form, batch, watch)
+            )
+            entry.share = (
+                affordable(once.ms, passes=len(passes), rounds=samples, budget_s=budget_s)
+                if once
+                else 0
+            )
+    forms = {
+        entry.provider: entry.form for entry in entries if entry.form is not None and entry.share
+    }
+    timed = interleave(
+        forms,
+        bare_product,
+        batch,
+        watch,
+        rounds=samples,
+        passes=passes,
+        shares={entry.provider: entry.share for entry in entries},
+    )
     for entry in entries:
         if entry.provider in timed.failures:
             entry.notes.append(f"rounds failed: {timed.failures[entry.provider]}")
@@ -103,8 +153,11 @@ def measure(case: Case, providers: Sequence[str], *, passes: Sequence[str] = PAS
             peak = partial(peak_extra_mib, case, entry.provider, forms[entry.provider], batch)
             entry.peak_mib = _attempt(entry, "memory", batch, peak)
     release(batch)
-    remarks += [f"{entry.provider}: {entry.notes[-1]}" for entry in entries if (entry.provider, passes[-1])
-                not in timed.timings]
+    remarks += [
+        f"{entry.provider}: {entry.notes[-1]}"
+        for entry in entries
+        if (entry.provider, passes[-1]) not in timed.timings
+    ]
     remarks += [f"{entry.provider} does NOT agree" for entry in entries if entry.agrees == WRONG]
     return _rows(case, entries, timed, passes=passes, witness="matmul" in providers), remarks
 
@@ -144,9 +197,14 @@ def _examine(entry: _Entry, form: Form, case: Case, batch: Batch, against: list[
         entry.notes.append(f"{entry.verdict.apart} rows apart beside near ties")
 
 
-def _rows(case: Case, entries: Sequence[_Entry], timed: Rounds, *, passes: Sequence[str], witness: bool) -> list[Row]:
+def _rows(
+    case: Case, entries: Sequence[_Entry], timed: Rounds, *, passes: Sequence[str], witness: bool
+) -> list[Row]:
     matmul_ms = spread([timing.ms for timing in timed.witnessed]).median
-    median_ms = {key: spread([timing.ms for timing in timings]).median for key, timings in timed.timings.items()}
+    median_ms = {
+        key: spread([timing.ms for timing in timings]).median
+        for key, timings in timed.timings.items()
+    }
     ours = any(entry.provider == "ours" and entry.agrees == AGREES for entry in entries)
     rows = []
     for part in passes:
@@ -155,10 +213,14 @@ def _rows(case: Case, entries: Sequence[_Entry], timed: Rounds, *, passes: Seque
             if timings is None and part != passes[-1]:
                 continue  # a failure is told once
             verdict, row = entry.verdict, _row(case, entry.provider, part, matmul_ms, timings or [])
-            row.update(agrees=entry.agrees, cold_start_s=entry.cold_s, gate=entry.gate,
-                       loss_error=verdict.loss_error if verdict else None,
-                       gradient_error=verdict.gradient_error if verdict else None,
-                       peak_extra_mib=entry.peak_mib if part == PASSES[-1] else None)
+            row.update(
+                agrees=entry.agrees,
+                cold_start_s=entry.cold_s,
+                gate=entry.gate,
+                loss_error=verdict.loss_error if verdict else None,
+                gradient_error=verdict.gradient_error if verdict else None,
+                peak_extra_mib=entry.peak_mib if part == PASSES[-1] else None,
+            )
             notes = list(entry.notes)
             if timings:
                 if part == "backward" and entry.provider in GRADIENT_IN_FORWARD:
@@ -166,7 +228,12 @@ def _rows(case: Case, entries: Sequence[_Entry], timed: Rounds, *, passes: Seque
                 elif case.floor_flops(part):
                     floor_ms = matmul_ms * case.floor_flops(part) / case.matmul_flops()
                     row["floor_share"] = floor_ms / median_ms[entry.provider, part]
-                if ours and entry.agrees != WRONG and part != "backward" and ("ours", part) in median_ms:
+                if (
+                    ours
+                    and entry.agrees != WRONG
+                    and part != "backward"
+                    and ("ours", part) in median_ms
+                ):
                     row["ratio_to_ours"] = median_ms[entry.provider, part] / median_ms["ours", part]
             rows.append({**row, "note": "; ".join(notes)})
     if witness:
@@ -180,9 +247,20 @@ def _rows(case: Case, entries: Sequence[_Entry], timed: Rounds, *, passes: Seque
 
 def _row(case: Case, provider: str, part: str, matmul_ms: float, timings: Sequence[Timing]) -> Row:
     """A row with its case and its times, the rest empty."""
-    row: Row = {**dict.fromkeys(COLUMNS[6:]), "dtype": case.dtype, "loss": case.loss, "provider": provider,
-                "B": case.rows, "D": case.width, "pass": part, "samples": len(timings), "matmul_ms": matmul_ms,
-                "agrees": "", "gate": "", "note": ""}
+    row: Row = {
+        **dict.fromkeys(COLUMNS[6:]),
+        "dtype": case.dtype,
+        "loss": case.loss,
+        "provider": provider,
+        "B": case.rows,
+        "D": case.width,
+        "pass": part,
+        "samples": len(timings),
+        "matmul_ms": matmul_ms,
+        "agrees": "",
+        "gate": "",
+        "note": "",
+    }
     if timings:
         times = spread([timing.ms for timing in timings])
         row.update(median_ms=times.median, p20_ms=times.p20, p80_ms=times.p80)

@@ -26,9 +26,35 @@ from pathlib import Path
 Value = str | int | float | None
 Row = dict[str, Value]
 
-COLUMNS = ("timestamp", "device", "platform", "torch", "triton", "commit", "dtype", "loss", "provider", "B", "D",
-           "pass", "samples", "median_ms", "p20_ms", "p80_ms", "host_ms", "matmul_ms", "ratio_to_ours",
-           "peak_extra_mib", "floor_share", "agrees", "loss_error", "gradient_error", "gate", "cold_start_s", "note")
+COLUMNS = (
+    "timestamp",
+    "device",
+    "platform",
+    "torch",
+    "triton",
+    "commit",
+    "dtype",
+    "loss",
+    "provider",
+    "B",
+    "D",
+    "pass",
+    "samples",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "host_ms",
+    "matmul_ms",
+    "ratio_to_ours",
+    "peak_extra_mib",
+    "floor_share",
+    "agrees",
+    "loss_error",
+    "gradient_error",
+    "gate",
+    "cold_start_s",
+    "note",
+)
 AGREES, WRONG, DIFFERS, WITNESS = "yes", "no", "differs by definition", "witness"
 
 
@@ -44,7 +70,9 @@ def check_csv(path: Path) -> None:
         return
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         if next(csv.reader(file), None) != list(COLUMNS):
-            raise RefusedError(f"{path} has other columns than this version writes; move it away or give another --csv")
+            raise RefusedError(
+                f"{path} has other columns than this version writes; move it away or give another --csv"
+            )
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -73,22 +101,31 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 def read(path: Path) -> list[dict[str, str]]:
     """The complete rows of a file; a torn line is passed over.  Raises RefusedError for any other file."""
     if not path.is_file():
-        raise RefusedError(f"there is no file {path}; run the benchmark first, or give the file it wrote")
+        raise RefusedError(
+            f"there is no file {path}; run the benchmark first, or give the file it wrote"
+        )
     check_csv(path)
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.reader(file)
-        return [dict(zip(COLUMNS, line, strict=True)) for line in lines
-                if len(line) == len(COLUMNS) and line[0] != COLUMNS[0]]
+        return [
+            dict(zip(COLUMNS, line, strict=True))
+            for line in lines
+            if len(line) == len(COLUMNS) and line[0] != COLUMNS[0]
+        ]
 
 
 def _number(value: Value, spec: str = "") -> str:
     if not isinstance(value, int | float):
         return "–"
-    return format(value, spec or (".0f" if abs(value) >= 1000 else ".1f" if abs(value) >= 10 else ".3g"))
+    return format(
+        value, spec or (".0f" if abs(value) >= 1000 else ".1f" if abs(value) >= 10 else ".3g")
+    )
 
 
-_HEAD = (f"  {'provider':8} {'pass':16} {'ms':>7} {'[p20–p80]':14} {'÷ ours':>7} {'floor':>6} {'MiB':>6}  "
-         "agrees (errors of loss, gradient)")
+_HEAD = (
+    f"  {'provider':8} {'pass':16} {'ms':>7} {'[p20–p80]':14} {'÷ ours':>7} {'floor':>6} {'MiB':>6}  "
+    "agrees (errors of loss, gradient)"
+)
 
 
 def _line(row: Row) -> str:
@@ -99,8 +136,10 @@ def _line(row: Row) -> str:
     if row["loss_error"] is not None:
         said[0] += f" ({_number(row['loss_error'], '.0e')} {_number(row['gradient_error'], '.0e')})"
     said += [str(row["note"])] if row["note"] else []
-    text = (f"  {row['provider']:8} {row['pass']:16} {_number(row['median_ms']):>7} {quantiles:14} "
-            f"{_number(row['ratio_to_ours']):>7} {percent:>6} {_number(row['peak_extra_mib']):>6}  {': '.join(said)}")
+    text = (
+        f"  {row['provider']:8} {row['pass']:16} {_number(row['median_ms']):>7} {quantiles:14} "
+        f"{_number(row['ratio_to_ours']):>7} {percent:>6} {_number(row['peak_extra_mib']):>6}  {': '.join(said)}"
+    )
     return text if len(text) <= 120 else text[:119] + "…"
 
 
@@ -113,8 +152,19 @@ def render(rows: Sequence[Row]) -> str:
         if case != shown:
             shown = case
             loss, B, D, dtype = case
-            lines += ["", f"{loss}  B {B}  D {D}  {dtype}  (X·Xᵀ {_number(row['matmul_ms'])} ms)", _HEAD]
+            lines += [
+                "",
+                f"{loss}  B {B}  D {D}  {dtype}  (X·Xᵀ {_number(row['matmul_ms'])} ms)",
+                _HEAD,
+            ]
         lines.append(_line(row))
-    return "\n".join([*lines, "", "÷ ours: how many times faster ours is. MiB: extra memory of forward and backward. "
-                      "floor: least possible time", "over measured time. errors: relative to the float64 definition. "
-                      "differs: by definition, see the note."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "÷ ours: how many times faster ours is. MiB: extra memory of forward and backward. "
+            "floor: least possible time",
+            "over measured time. errors: relative to the float64 definition. "
+            "differs: by definition, see the note.",
+        ]
+    )

@@ -59,7 +59,14 @@ class SquaredDistances:
     z_bD, z_BD: the centred rows.
     """
 
-    def __init__(self, anchors_bD: Tensor, candidates_BD: Tensor, weights_bD: Tensor | None, *, centre_D: Tensor):
+    def __init__(
+        self,
+        anchors_bD: Tensor,
+        candidates_BD: Tensor,
+        weights_bD: Tensor | None,
+        *,
+        centre_D: Tensor,
+    ):
         self.anchors_bD, self.candidates_BD, self.weights_bD = anchors_bD, candidates_BD, weights_bD
         self.z_BD = candidates_BD - centre_D
         self.z_bD = self.z_BD if anchors_bD is candidates_BD else anchors_bD - centre_D
@@ -89,7 +96,9 @@ class SquaredDistances:
         if self.weights_bD is None:
             torch.addmm(self.norm_B, self.left_bK[rows], self.right_BK.T, out=out_rB)
             return out_rB.add_(self.norm_b[rows, None])
-        return torch.addmm(self.own_term_b[rows, None], self.left_bK[rows], self.right_BK.T, out=out_rB)
+        return torch.addmm(
+            self.own_term_b[rows, None], self.left_bK[rows], self.right_BK.T, out=out_rB
+        )
 
     def mend(self, rows: slice, squared_rB: Tensor) -> tuple[Tensor, Tensor]:
         """Replaces what has cancelled in the block by exact values; returns those pairs (row in block, column).
@@ -117,7 +126,9 @@ class SquaredDistances:
         """D² of a few columns for each row, (r, S), mended; the block itself stays as it is."""
         picked_rS = squared_rB.gather(1, column_rS)
         if self.largest > 0:
-            limit_rS = (self.norm_b[rows, None] + self.norm_B[column_rS]).mul_(self.limit_b[rows, None])
+            limit_rS = (self.norm_b[rows, None] + self.norm_B[column_rS]).mul_(
+                self.limit_b[rows, None]
+            )
             row_P, s_P = torch.le(picked_rS, limit_rS).nonzero(as_tuple=True)
             picked_rS[row_P, s_P] = self.exact(row_P + rows.start, column_rS[row_P, s_P])
         return picked_rS
@@ -159,4 +170,6 @@ class Classes:
         """Row numbers of the anchors' classes, themselves included, ascending; the last one repeats as padding."""
         first_r1, last_r1 = self.first_b[rows, None], self.last_b[rows, None]
         most = int((last_r1 - first_r1).max()) + 1
-        return self.order_B[torch.minimum(first_r1 + torch.arange(most, device=first_r1.device), last_r1)]
+        return self.order_B[
+            torch.minimum(first_r1 + torch.arange(most, device=first_r1.device), last_r1)
+        ]

@@ -19,7 +19,11 @@ def row_moments(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> tuple[Tensor, Ten
     distances = SquaredDistances(z_bD, z_BD, None, centre_D=centre_of(z_BD))
     B = z_BD.shape[0]
     mean_D = distances.z_BD.mean(0)
-    pivot_b = (distances.norm_b + distances.norm_B.mean() - 2 * distances.z_bD @ mean_D).clamp_min_(0.0).sqrt_()
+    pivot_b = (
+        (distances.norm_b + distances.norm_B.mean() - 2 * distances.z_bD @ mean_D)
+        .clamp_min_(0.0)
+        .sqrt_()
+    )
     first_b, second_b = torch.empty_like(pivot_b), torch.empty_like(pivot_b)
     for rows in distances.blocks():
         d_rB, _ = distances.squared(rows, offset=offset)
@@ -45,7 +49,12 @@ def distance_sum_gradient(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> Tensor:
         inverse_P.masked_fill_(inverse_P.isinf(), 0.0)
         inverse_rB[row_P, column_P] = 0.0
         grad_rD = grad_bD[rows]
-        torch.addcmul(-inverse_rB @ distances.z_BD, inverse_rB.sum(1, keepdim=True), distances.z_bD[rows], out=grad_rD)
+        torch.addcmul(
+            -inverse_rB @ distances.z_BD,
+            inverse_rB.sum(1, keepdim=True),
+            distances.z_bD[rows],
+            out=grad_rD,
+        )
         for part, diff_PD in distances.differences(row_P + rows.start, column_P):
             grad_rD.index_add_(0, row_P[part], diff_PD.mul_(inverse_P[part, None]))
     return grad_bD.mul_(2.0)

@@ -30,7 +30,10 @@ def hardest_pairs(
         squared_rB = distances.product(rows)
         member_rS = classes.members(rows)
         # -1 lies below every squared distance, inf above.
-        itself_rS = member_rS == torch.arange(rows.start, rows.stop, device=member_rS.device)[:, None] + offset
+        itself_rS = (
+            member_rS
+            == torch.arange(rows.start, rows.stop, device=member_rS.device)[:, None] + offset
+        )
         within_rS = distances.picked(rows, squared_rB, member_rS).masked_fill_(itself_rS, -1.0)
         farthest = within_rS.max(1)
         positive_r = member_rS.gather(1, farthest.indices[:, None]).squeeze(1)
@@ -107,7 +110,9 @@ def sampled_negatives(
             inverse_weight_rB[unreached_r] = squared_rB.new_ones(()).where(negative_SB, math.inf)
         anchor_r1 = (row_B[: x_bD.shape[0]] + offset)[rows, None]
         for r in range(positive_bR.shape[1]):
-            noise_rB = exponential(seed, anchor_r1, positive_bR[rows, r, None], row_B, dtype=x_BD.dtype)
+            noise_rB = exponential(
+                seed, anchor_r1, positive_bR[rows, r, None], row_B, dtype=x_BD.dtype
+            )
             negative_bR[rows, r] = noise_rB.mul_(inverse_weight_rB).min(1).indices
     return negative_bR.masked_fill_(positive_bR < 0, -1)
 

@@ -31,7 +31,9 @@ def ranking(
     z_ND: the B anchors first; what follows is constant.
     """
     dtype = computed(z_ND, s_BD)[0].dtype
-    z_bD, s_bD, z_ND, s_BD, far_B, step_B = (t.to(dtype) for t in (z_bD, s_bD, z_ND, s_BD, far_B, step_B))
+    z_bD, s_bD, z_ND, s_BD, far_B, step_B = (
+        t.to(dtype) for t in (z_bD, s_bD, z_ND, s_BD, far_B, step_B)
+    )
     b, B = z_bD.shape[0], s_BD.shape[0]
     centre_D = centre_of(z_ND)
     local = slice(offset, offset + b)
@@ -49,7 +51,16 @@ def ranking(
         return loss_b, grad_z_bD, grad_s_bD
     # The local rows as candidates of everybody.
     distances = SquaredDistances(z_ND[:B], z_bD, s_BD, centre_D=centre_D)
-    sweep = _Sweep(distances, s_BD, far_B, step_B, offset=-offset, clusters=clusters, kappa=kappa, same_rows=False)
+    sweep = _Sweep(
+        distances,
+        s_BD,
+        far_B,
+        step_B,
+        offset=-offset,
+        clusters=clusters,
+        kappa=kappa,
+        same_rows=False,
+    )
     sweep.run(anchors=False, candidates=True)
     return loss_b, grad_z_bD.add_(sweep.grad_candidates_CD), grad_s_bD
 
@@ -75,7 +86,9 @@ class _Sweep:
         self.offset, self.clusters, self.kappa = offset, clusters, kappa
         self.grad_anchors_bD = torch.zeros_like(distances.z_bD)
         self.grad_weights_bD = torch.zeros_like(distances.z_bD)
-        self.grad_candidates_CD = self.grad_anchors_bD if same_rows else torch.zeros_like(distances.z_BD)
+        self.grad_candidates_CD = (
+            self.grad_anchors_bD if same_rows else torch.zeros_like(distances.z_BD)
+        )
 
     def run(self, *, anchors: bool, candidates: bool) -> Tensor:
         """loss_b; fills grad_anchors and grad_weights, or grad_candidates, or both."""
@@ -84,7 +97,9 @@ class _Sweep:
         C, D = self.grad_candidates_CD.shape
         pulled_CK = torch.zeros_like(distances.right_BK[:C])
         form = _two_clusters if self.clusters == 2 else _clusters
-        buffers = [torch.empty_like(distances._buffer_rB) for _ in range(4 if self.clusters == 2 else 8)]
+        buffers = [
+            torch.empty_like(distances._buffer_rB) for _ in range(4 if self.clusters == 2 else 8)
+        ]
         for rows in distances.blocks():
             squared_rN, (row_P, column_P) = distances.squared(rows, offset=self.offset)
             D_rN = squared_rN.sqrt_()
@@ -110,14 +125,18 @@ class _Sweep:
             if row_P.numel():
                 W_P = W_rN[row_P, column_P].masked_fill_(D_rN[row_P, column_P] == 0, 0.0)
                 W_rN[row_P, column_P] = 0.0
-                self._add_near(row_P + rows.start, column_P, W_P, anchors=anchors, candidates=candidates)
+                self._add_near(
+                    row_P + rows.start, column_P, W_P, anchors=anchors, candidates=candidates
+                )
             if anchors:
                 self._add_anchors(rows, W_rN)
             if candidates:
                 pulled_CK.addmm_(W_rN[:, :C].T, distances.left_bK[rows])
         if candidates:
             # left is [s, -2 s∘z]: Σ W s beside -2 Σ W s∘z
-            self.grad_candidates_CD.addcmul_(distances.z_BD[:C], pulled_CK[:, :D]).add_(pulled_CK[:, D:], alpha=0.5)
+            self.grad_candidates_CD.addcmul_(distances.z_BD[:C], pulled_CK[:, :D]).add_(
+                pulled_CK[:, D:], alpha=0.5
+            )
         return loss_b
 
     def _add_anchors(self, rows: slice, W_rN: Tensor) -> None:
@@ -130,7 +149,9 @@ class _Sweep:
         self.grad_anchors_bD[rows].addcmul_(self.s_bD[rows], apart_rD)
         self.grad_weights_bD[rows].add_(z_rD * (apart_rD - linear_rD) + square_rD, alpha=0.5)
 
-    def _add_near(self, anchor_P: Tensor, candidate_P: Tensor, W_P: Tensor, *, anchors: bool, candidates: bool) -> None:
+    def _add_near(
+        self, anchor_P: Tensor, candidate_P: Tensor, W_P: Tensor, *, anchors: bool, candidates: bool
+    ) -> None:
         """Near-duplicates would cancel in the products over W; they come from the differences instead."""
         for part, diff_PD in self.distances.differences(anchor_P, candidate_P):
             pull_PD = diff_PD * W_P[part, None]
@@ -148,7 +169,14 @@ class _Sweep:
 
 
 def _two_clusters(
-    D_rN: Tensor, far_r1: Tensor, step_r1: Tensor, buffers: list[Tensor], *, own: int, clusters: int, kappa: float
+    D_rN: Tensor,
+    far_r1: Tensor,
+    step_r1: Tensor,
+    buffers: list[Tensor],
+    *,
+    own: int,
+    clusters: int,
+    kappa: float,
 ) -> tuple[Tensor, Tensor]:
     """Σ_j loss_ij (r,) and d loss / dD (r, N) for M = 2.
 
@@ -181,11 +209,18 @@ def _two_clusters(
 
 
 def _clusters(
-    D_rN: Tensor, far_r1: Tensor, step_r1: Tensor, buffers: list[Tensor], *, own: int, clusters: int, kappa: float
+    D_rN: Tensor,
+    far_r1: Tensor,
+    step_r1: Tensor,
+    buffers: list[Tensor],
+    *,
+    own: int,
+    clusters: int,
+    kappa: float,
 ) -> tuple[Tensor, Tensor]:
     """The same for any M: with e_m = exp(-κ (r_m - min r)), y_m = D - η_m, r_m = |y_m|,
 
-        f = Σ e r / Σ e = loss,        d loss / dD = Σ p sign(y) (1 + κ f) - κ Σ p y
+    f = Σ e r / Σ e = loss,        d loss / dD = Σ p sign(y) (1 + κ f) - κ Σ p y
     """
     nearest_rN, total_rN, loss_rN, sign_rN, signed_rN, y_rN, e_rN, r_rN = buffers
     nearest_rN.fill_(torch.inf)
@@ -203,6 +238,8 @@ def _clusters(
         signed_rN.addcmul_(e_rN, y_rN)
         sign_rN.addcmul_(e_rN, y_rN.sign_())
     loss_rN /= total_rN
-    sign_rN.mul_(torch.mul(loss_rN, kappa, out=e_rN).add_(1.0)).sub_(signed_rN, alpha=kappa).div_(total_rN)
+    sign_rN.mul_(torch.mul(loss_rN, kappa, out=e_rN).add_(1.0)).sub_(signed_rN, alpha=kappa).div_(
+        total_rN
+    )
     loss_rN.diagonal(own).zero_()
     return loss_rN.sum(1), sign_rN

@@ -44,7 +44,9 @@ def similarity_statistics(
         # The last member repeats as padding, and must count once.
         positive_rS[:, 1:] &= member_rS[:, 1:] != member_rS[:, :-1]
         mined_rS = positive_rS & (S_rS - epsilon < nearest_r1)
-        attract_r = torch.logsumexp((S_rS - base).mul_(-alpha).masked_fill_(~mined_rS, -math.inf), 1)
+        attract_r = torch.logsumexp(
+            (S_rS - base).mul_(-alpha).masked_fill_(~mined_rS, -math.inf), 1
+        )
 
         # Shifted by the largest, so that no β overflows; threshold_ is far cheaper than a mask.
         reach_r1 = _reach(farthest_r1, epsilon)
@@ -96,9 +98,14 @@ def similarity_gradient(
         W_rB += S_rB.mul_(beta).add_(level_B).exp_()
 
         attract_rS = torch.zeros_like(S_rS)
-        for _, nearest_rS, log_rS, _ in (statistics_b4[rows, None].unbind(2), statistics_B4[member_rS].unbind(2)):
+        for _, nearest_rS, log_rS, _ in (
+            statistics_b4[rows, None].unbind(2),
+            statistics_B4[member_rS].unbind(2),
+        ):
             mined_rS = positive_rS & (S_rS - epsilon < nearest_rS)
-            attract_rS -= ((S_rS - base) * -alpha - log_rS).masked_fill_(~mined_rS, -math.inf).exp_()
+            attract_rS -= (
+                ((S_rS - base) * -alpha - log_rS).masked_fill_(~mined_rS, -math.inf).exp_()
+            )
         W_rB.scatter_(1, member_rS, attract_rS)
         torch.mm(W_rB, x_BD, out=grad_bD[rows])
     return grad_bD
@@ -106,7 +113,9 @@ def similarity_gradient(
 
 def _others(member_rS: Tensor, rows: slice, offset: int) -> Tensor:
     """Which members are not the anchor itself, (r, S)."""
-    return member_rS != torch.arange(rows.start, rows.stop, device=member_rS.device)[:, None] + offset
+    return (
+        member_rS != torch.arange(rows.start, rows.stop, device=member_rS.device)[:, None] + offset
+    )
 
 
 def _reach(farthest: Tensor, epsilon: float) -> Tensor:
@@ -114,7 +123,9 @@ def _reach(farthest: Tensor, epsilon: float) -> Tensor:
     return (farthest - epsilon).clamp_max(torch.finfo(farthest.dtype).max)
 
 
-def _repulsion(statistics_n4: Tensor, *, beta: float, base: float, epsilon: float) -> tuple[Tensor, Tensor]:
+def _repulsion(
+    statistics_n4: Tensor, *, beta: float, base: float, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """With T = S - reach, a mined negative's weight is exp(β T + level): (reach, level), each (n,)."""
     farthest_n, _, _, log_n = statistics_n4.unbind(1)
     level_n = beta * (farthest_n - epsilon - base) - log_n

@@ -20,7 +20,9 @@ def pair_distance(z_bD: Tensor, z_BD: Tensor, index_bS: Tensor) -> Tensor:
     return distance_bS
 
 
-def pair_gradient(z_BD: Tensor, index_BS: Tensor, weight_BS: Tensor, *, first: int, rows: int) -> Tensor:
+def pair_gradient(
+    z_BD: Tensor, index_BS: Tensor, weight_BS: Tensor, *, first: int, rows: int
+) -> Tensor:
     """Rows first..first+rows of the gradient of Σ_is weight_is ‖z_i - z_index_is‖, (rows, D).
 
     weight_BS: d loss / d distance.  Each row receives its own pairs and those in which it is the other one.
@@ -39,5 +41,7 @@ def pair_gradient(z_BD: Tensor, index_BS: Tensor, weight_BS: Tensor, *, first: i
             diff_QD = z_BD[anchor_P[pair_Q]].sub_(z_BD[other_P[pair_Q]])
             distance_Q = torch.linalg.vector_norm(diff_QD, 2, 1)
             pull_Q = (weight_P[pair_Q] / distance_Q).masked_fill_(distance_Q == 0, 0.0)
-            grad_rD.index_add_(0, ends_P[pair_Q] - first, diff_QD.mul_(pull_Q[:, None]), alpha=towards)
+            grad_rD.index_add_(
+                0, ends_P[pair_Q] - first, diff_QD.mul_(pull_Q[:, None]), alpha=towards
+            )
     return grad_rD

@@ -29,7 +29,9 @@ def proxy_sums(
         return own_C, other_C
     exponent_b = (_own_similarity(x_bD, labels_b, proxies_CD) - margin).mul_(-alpha)
     largest_C = own_C.scatter_reduce(0, labels_b, exponent_b, "amax")
-    total_C = torch.zeros_like(own_C).index_add_(0, labels_b, exponent_b.sub_(largest_C[labels_b]).exp_())
+    total_C = torch.zeros_like(own_C).index_add_(
+        0, labels_b, exponent_b.sub_(largest_C[labels_b]).exp_()
+    )
     # Shifting by the largest exponent leaves absent classes at log 0 - inf.
     own_C = total_C.log_().add_(largest_C)
 
@@ -73,7 +75,11 @@ def proxy_gradient(
     grad_x_bD *= factor
     grad_proxies_CD *= factor
 
-    exponent_b = (_own_similarity(x_bD, labels_b, proxies_CD) - margin).mul_(-alpha).sub_(own_log_C.to(dtype)[labels_b])
+    exponent_b = (
+        (_own_similarity(x_bD, labels_b, proxies_CD) - margin)
+        .mul_(-alpha)
+        .sub_(own_log_C.to(dtype)[labels_b])
+    )
     weight_b1 = exponent_b.exp_().mul_(own_weight_C.to(dtype)[labels_b]).mul_(-alpha)[:, None]
     grad_x_bD.addcmul_(weight_b1, proxies_CD[labels_b])
     grad_proxies_CD.index_add_(0, labels_b, weight_b1 * x_bD)
@@ -97,6 +103,8 @@ def _blocks(
     buffer_pb = x_bD.new_empty(block_rows(C, b), b)
     for block in row_blocks(C, b):
         S_pb = torch.mm(proxies_CD[block], scaled_bD.T, out=buffer_pb[: block.stop - block.start])
-        ends = torch.searchsorted(sorted_b, torch.tensor([block.start, block.stop], device=sorted_b.device))
+        ends = torch.searchsorted(
+            sorted_b, torch.tensor([block.start, block.stop], device=sorted_b.device)
+        )
         column_P = order_b[ends[0] : ends[1]]
         yield block, S_pb, labels_b[column_P] - block.start, column_P

@@ -112,7 +112,11 @@ def config(kind: str, arch: int, width: int, dtype: torch.dtype) -> Config:
     """
     if arch == 0:  # the interpreter: any size will do, small ones reach more tiles
         return Config(32, 64, 64, 4, 1)
-    fitting = [row for row in TABLE if row.kind == kind and row.bits == 8 * dtype.itemsize and width <= row.width]
+    fitting = [
+        row
+        for row in TABLE
+        if row.kind == kind and row.bits == 8 * dtype.itemsize and width <= row.width
+    ]
     if not fitting:
         raise KeyError(f"no tile sizes for kind {kind}, {dtype}, width {width}")
     known = [row.arch for row in fitting if row.arch <= arch] or [min(row.arch for row in fitting)]

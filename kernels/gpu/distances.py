@@ -60,7 +60,11 @@ def _spreads(z, mean, out, b, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexp
     for k0 in range(0, width, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         middle = tl.load(mean + k, mask=k < width, other=0.0)
-        apart = tl.where((k < width)[None, :], load_rows(z, rows, rows_exist, k, width).to(tl.float32) - middle, 0.0)
+        apart = tl.where(
+            (k < width)[None, :],
+            load_rows(z, rows, rows_exist, k, width).to(tl.float32) - middle,
+            0.0,
+        )
         total += tl.sum(apart * apart, 1)
     tl.store(out + rows, total, mask=rows_exist)
 
@@ -117,9 +121,23 @@ def row_moments(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> tuple[Tensor, Ten
     size = config("scan", architecture(z_BD.device), D, z_BD.dtype)
     parts, tiles_per_split = splits(b, B, size)
     moments = pivot_b.new_empty(2, parts, b)
-    launch(_row_moments, (triton.cdiv(b, size.block_m), parts), size, z=z_bD, norms=norms_b, pivots=pivot_b,
-           all_z=z_BD, all_norms=norms_B, moments=moments, b=b, B=B, width=D, offset=offset,
-           tiles_per_split=tiles_per_split, **operands(z_BD))
+    launch(
+        _row_moments,
+        (triton.cdiv(b, size.block_m), parts),
+        size,
+        z=z_bD,
+        norms=norms_b,
+        pivots=pivot_b,
+        all_z=z_BD,
+        all_norms=norms_B,
+        moments=moments,
+        b=b,
+        B=B,
+        width=D,
+        offset=offset,
+        tiles_per_split=tiles_per_split,
+        **operands(z_BD),
+    )
     sum_b, square_b = moments.sum(1)
     return pivot_b + sum_b / B, (square_b - sum_b.square() / B).clamp_min(0)
 

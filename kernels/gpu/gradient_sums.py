@@ -91,7 +91,11 @@ def owner_sums(
             totals += _start(kernel, size, lines | fixed, R, C, numbers, first.device, weights=weights, sums=None,
                              BLOCK_D=16, CHUNKED=True)  # fmt: skip
             y = values(window)
-            sums += product(weights, y[0] if len(y) == 1 else torch.cat(y, 1)).view(R, accumulators, D).movedim(1, 0)
+            sums += (
+                product(weights, y[0] if len(y) == 1 else torch.cat(y, 1))
+                .view(R, accumulators, D)
+                .movedim(1, 0)
+            )
             if transposed is not None:
                 transposed(some, window, weights)
             del weights  # before there are those of the next
@@ -100,6 +104,7 @@ def owner_sums(
 
 def _chunk(b: int, N: int, pairs: int, size: Config) -> tuple[int, int]:
     """Rows and columns of a chunk of so many pairs: square, or longer where the batch is narrow."""
+
     def whole_tiles(rows: int) -> int:
         return max(1, rows // size.block_m) * size.block_m
 
@@ -141,6 +146,10 @@ def product(weights_PRC: Tensor, value_CX: Tensor) -> Tensor:
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
-        return (rounded_RC @ (value_CX - rounded_CX)).addmm_(rest_RC, rounded_CX).addmm_(rounded_RC, rounded_CX)
+        return (
+            (rounded_RC @ (value_CX - rounded_CX))
+            .addmm_(rest_RC, rounded_CX)
+            .addmm_(rounded_RC, rounded_CX)
+        )
     finally:
         matmul.fp32_precision = before

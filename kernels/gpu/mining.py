@@ -111,7 +111,9 @@ def _hardest(
             z, norms, rows, rows_exist, offset, all_z, all_norms, columns, columns_exist, width,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
         )  # fmt: skip
-        same, differ = same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, offset)
+        same, differ = same_class(
+            labels, rows, rows_exist, all_labels, columns, columns_exist, offset
+        )
         keys = _keyed(-squared, same)
         key, at = _least(keys, same, columns)
         # Rows are walked upwards: an equal key later on has a higher number. One that is found beats none.
@@ -167,21 +169,29 @@ def _reaches(
     rows_exist = (tl.arange(0, BLOCK_M) < SIDE) & (rows < b)
     lane = tl.program_id(0) * SIDE + tl.arange(0, BLOCK_N)
     lane_exist = (tl.arange(0, BLOCK_N) < SIDE) & (lane < b)
-    columns = tl.load(positives + lane.to(tl.int64) * slots + tl.program_id(1), mask=lane_exist, other=-1)
+    columns = tl.load(
+        positives + lane.to(tl.int64) * slots + tl.program_id(1), mask=lane_exist, other=-1
+    )
     product = inner_products(
         z, rows, rows_exist, all_z, columns, columns >= 0, width,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
     )  # fmt: skip
     product = tl.sum(tl.where(rows[:, None] == lane[None, :], product, 0.0), 1)
-    positive = tl.load(positives + rows.to(tl.int64) * slots + tl.program_id(1), mask=rows_exist, other=-1)
+    positive = tl.load(
+        positives + rows.to(tl.int64) * slots + tl.program_id(1), mask=rows_exist, other=-1
+    )
     exist = positive >= 0
-    scale = tl.load(norms + rows, mask=exist, other=0.0) + tl.load(all_norms + positive, mask=exist, other=0.0)
+    scale = tl.load(norms + rows, mask=exist, other=0.0) + tl.load(
+        all_norms + positive, mask=exist, other=0.0
+    )
     squared = scale - 2 * product
     close = exist & (squared < scale * CLOSE)
     if tl.max(close.to(tl.int32)) > 0:
         exact = tl.zeros((BLOCK_M,), tl.float32)
         for k in range(0, width):
-            difference = load_column(z, rows, exist, k, width) - load_column(all_z, positive, exist, k, width)
+            difference = load_column(z, rows, exist, k, width) - load_column(
+                all_z, positive, exist, k, width
+            )
             exact += difference * difference
         squared = tl.where(close, exact, squared)
     positions = rows.to(tl.int64) * (slots + 1) + tl.program_id(1) + 1
@@ -212,7 +222,9 @@ def _semihard(
             z, rows, rows_exist, all_z, columns, columns_exist, width,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
         )  # fmt: skip
-        scale = row_norm[:, None] + tl.load(all_norms + columns, mask=columns_exist, other=0.0)[None, :]
+        scale = (
+            row_norm[:, None] + tl.load(all_norms + columns, mask=columns_exist, other=0.0)[None, :]
+        )
         squared = scale - 2 * product
         _, differ = same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, 0)
         # Not tiles.squared_distances: that would take near-duplicates of the same class again too, often, in vain.
@@ -251,7 +263,12 @@ def semihard_negatives(
         return positive_bR
     z_bD, z_BD = centred(z_bD, z_BD)
     (b, D), B = z_bD.shape, z_BD.shape[0]
-    rows = {"z": z_bD, "norms": squared_norms(z_bD), "all_z": z_BD, "all_norms": squared_norms(z_BD)}
+    rows = {
+        "z": z_bD,
+        "norms": squared_norms(z_bD),
+        "all_z": z_BD,
+        "all_norms": squared_norms(z_BD),
+    }
     size = config("mine", architecture(z_BD.device), D, z_BD.dtype)
     # The first slot's reach lies below every distance: beyond it is the nearest negative of all.
     S = R + 1
@@ -301,10 +318,15 @@ def _sampled(
         )  # fmt: skip
         # Unit rows at a distance of at least NEAREST: nothing cancels, nothing need be mended.
         column_inverse = tl.load(all_inverses + columns, mask=columns_exist, other=0.0)
-        lengths = tl.where(inverse > 0, 1.0, 0.0)[:, None] + tl.where(column_inverse > 0, 1.0, 0.0)[None, :]
+        lengths = (
+            tl.where(inverse > 0, 1.0, 0.0)[:, None]
+            + tl.where(column_inverse > 0, 1.0, 0.0)[None, :]
+        )
         squared = lengths - 2 * product * inverse[:, None] * column_inverse[None, :]
         clamped = tl.minimum(tl.maximum(squared, NEAREST_SQUARE), FARTHEST_SQUARE)
-        log_q = tl.log(clamped) * ((dimensions - 2) * 0.5) + tl.log(1.0 - clamped * 0.25) * ((dimensions - 3) * 0.5)
+        log_q = tl.log(clamped) * ((dimensions - 2) * 0.5) + tl.log(1.0 - clamped * 0.25) * (
+            (dimensions - 3) * 0.5
+        )
         _, differ = same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, 0)
         weight = tl.where(differ, tl.where(squared <= FARTHEST_SQUARE, log_q, FAR), INF)
         for s in range(tl.program_id(2) * SLOTS, last_slot):

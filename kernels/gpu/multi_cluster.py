@@ -126,7 +126,9 @@ def _weighted_norms(z, s, out, b, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.cons
     for k0 in range(0, width, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         z_tile = load_rows(z, rows, rows_exist, k, width).to(tl.float32)
-        total += tl.sum(load_rows(s, rows, rows_exist, k, width).to(tl.float32) * z_tile * z_tile, 1)
+        total += tl.sum(
+            load_rows(s, rows, rows_exist, k, width).to(tl.float32) * z_tile * z_tile, 1
+        )
     tl.store(out + rows, total, mask=rows_exist)
 
 
@@ -179,16 +181,22 @@ def _anchors(
         )  # fmt: skip
         loss, slope = _rank(distance, row_far, row_step, sharpness, CLUSTERS=CLUSTERS)
         loss_sum += tl.sum(tl.where(counts, loss, 0.0), 1)
-        weight = tl.where(counts & (distance != 0), slope * one / tl.maximum(distance, NEAREST * one), 0.0)
+        weight = tl.where(
+            counts & (distance != 0), slope * one / tl.maximum(distance, NEAREST * one), 0.0
+        )
         if CHUNKED:
             total += store_weights(weights, weight, rows, rows_exist, columns, columns_exist, b, B)
         else:
             # The total is taken of the rounded weights, which are what the products see.
             weight = weight.to(OPERAND)
             total += tl.sum(weight.to(tl.float32), 1)
-            y = load_rows(all_z, columns, columns_exist, tl.arange(0, BLOCK_D), width).to(tl.float32)
+            y = load_rows(all_z, columns, columns_exist, tl.arange(0, BLOCK_D), width).to(
+                tl.float32
+            )
             pulled = tl.dot(weight, y.to(OPERAND), pulled, input_precision=PRECISION)
-            pulled_square = tl.dot(weight, (y * y).to(OPERAND), pulled_square, input_precision=PRECISION)
+            pulled_square = tl.dot(
+                weight, (y * y).to(OPERAND), pulled_square, input_precision=PRECISION
+            )
     store_number(totals, 0, total, rows, rows_exist, b)
     store_number(totals, 1, loss_sum, rows, rows_exist, b)
     if not CHUNKED:
@@ -219,7 +227,9 @@ def _candidates(
         far = tl.load(all_far + anchors, mask=anchors_exist, other=0.0)[:, None]
         step = tl.load(all_step + anchors, mask=anchors_exist, other=0.0)[:, None]
         _, slope = _rank(distance, far, step, sharpness, CLUSTERS=CLUSTERS)
-        weight = tl.where(counts & (distance != 0), slope * one / tl.maximum(distance, NEAREST * one), 0.0)
+        weight = tl.where(
+            counts & (distance != 0), slope * one / tl.maximum(distance, NEAREST * one), 0.0
+        )
         weight = tl.trans(weight)
         if CHUNKED:
             store_weights(weights, weight, rows, rows_exist, anchors, anchors_exist, b, B)
@@ -229,7 +239,9 @@ def _candidates(
             z_tile = load_rows(all_z, anchors, anchors_exist, k, width).to(tl.float32)
             s_tile = load_rows(all_s, anchors, anchors_exist, k, width).to(tl.float32)
             pulled = tl.dot(weight, s_tile.to(OPERAND), pulled, input_precision=PRECISION)
-            pulled_z = tl.dot(weight, (s_tile * z_tile).to(OPERAND), pulled_z, input_precision=PRECISION)
+            pulled_z = tl.dot(
+                weight, (s_tile * z_tile).to(OPERAND), pulled_z, input_precision=PRECISION
+            )
     if not CHUNKED:
         store_sums(sums, 0, pulled, rows, rows_exist, b, width, BLOCK_D=BLOCK_D)
         store_sums(sums, 1, pulled_z, rows, rows_exist, b, width, BLOCK_D=BLOCK_D)
@@ -270,7 +282,13 @@ def ranking(
     (b, D), B, N = z_bD.shape, s_BD.shape[0], z_ND.shape[0]
     z_BD = z_ND[:B]
     here = slice(offset, offset + b)
-    anchors = {"z": z_bD, "s": s_bD, "constants": _constants(z_bD, s_bD), "far": far_B[here], "step": step_B[here]}
+    anchors = {
+        "z": z_bD,
+        "s": s_bD,
+        "constants": _constants(z_bD, s_bD),
+        "far": far_B[here],
+        "step": step_B[here],
+    }
     fixed: dict[str, Any] = {"sharpness": float(sharpness * (clusters - 1)), "CLUSTERS": clusters}
     if not with_grad:
         size = config("rank", architecture(z_BD.device), D, z_BD.dtype)
@@ -308,7 +326,9 @@ def ranking(
         loss_b[some] = loss_R
         z_RD, total_R1 = z_bD[some].float(), total_R[:, None]
         grad_z_bD[some] += (per_unit * (s_bD[some] * (z_RD * total_R1 - pulled_RD)))[:, :given]
-        grad_s_bD[some] = (per_unit / 2 * (z_RD * (z_RD * total_R1 - 2 * pulled_RD) + pulled_square_RD))[:, :given]
+        grad_s_bD[some] = (
+            per_unit / 2 * (z_RD * (z_RD * total_R1 - 2 * pulled_RD) + pulled_square_RD)
+        )[:, :given]
     if not once:
         for some, (weight_RD, weight_z_RD), _ in owner_sums(
             _candidates, rows={"z": z_bD},

@@ -37,7 +37,9 @@ from .tiles import (
 @triton.jit
 def _mined(similarity, positive, negative, farthest, nearest, epsilon):
     """Which pairs count for the anchors with these extremes. Written so that NaN counts: it must reach the loss."""
-    return (positive & ~(similarity - epsilon >= nearest)) | (negative & ~(similarity + epsilon <= farthest))
+    return (positive & ~(similarity - epsilon >= nearest)) | (
+        negative & ~(similarity + epsilon <= farthest)
+    )
 
 
 @triton.jit
@@ -63,7 +65,9 @@ def _extremes(
             x, rows, rows_exist, all_x, columns, columns_exist, width,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
         )  # fmt: skip
-        positive, negative = same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, offset)
+        positive, negative = same_class(
+            labels, rows, rows_exist, all_labels, columns, columns_exist, offset
+        )
         farthest = tl.minimum(farthest, tl.min(tl.where(positive, similarity, float("inf")), 1))
         nearest = tl.maximum(nearest, tl.max(tl.where(negative, similarity, float("-inf")), 1))
     store_number(extremes, 0, farthest, rows, rows_exist, b)
@@ -92,10 +96,14 @@ def _exponential_sums(
             x, rows, rows_exist, all_x, columns, columns_exist, width,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
         )  # fmt: skip
-        positive, negative = same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, offset)
+        positive, negative = same_class(
+            labels, rows, rows_exist, all_labels, columns, columns_exist, offset
+        )
         exponent = _exponents(similarity, positive, alpha, beta, base)
         term = tl.exp(exponent - tl.where(positive, largest_attract, largest_repel))
-        term = tl.where(_mined(similarity, positive, negative, farthest, nearest, epsilon), term, 0.0)
+        term = tl.where(
+            _mined(similarity, positive, negative, farthest, nearest, epsilon), term, 0.0
+        )
         attract += tl.sum(tl.where(positive, term, 0.0), 1)
         repel += tl.sum(tl.where(positive, 0.0, term), 1)
     store_number(sums, 0, attract, rows, rows_exist, b)
@@ -138,7 +146,9 @@ def similarity_statistics(
            sums=sums, alpha=float(alpha), beta=float(beta), base=float(base), epsilon=float(epsilon))  # fmt: skip
     sums_2b = sums.sum(1)
     # Nothing mined is told by the sum, whatever the largest exponent would have been.
-    logs_2b = torch.where(sums_2b == 0, 0.0, largest_2b + torch.log1p(torch.expm1(-largest_2b) + sums_2b))
+    logs_2b = torch.where(
+        sums_2b == 0, 0.0, largest_2b + torch.log1p(torch.expm1(-largest_2b) + sums_2b)
+    )
     return torch.stack([farthest_b, nearest_b, *logs_2b], 1)
 
 
@@ -181,13 +191,21 @@ def _pair_weights(
             x, rows, rows_exist, all_x, columns, columns_exist, width,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
         )  # fmt: skip
-        positive, negative = same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, offset)
+        positive, negative = same_class(
+            labels, rows, rows_exist, all_labels, columns, columns_exist, offset
+        )
         exponent = _exponents(similarity, positive, alpha, beta, base)
-        by_row = _mined(similarity, positive, negative, farthest[:, None], nearest[:, None], epsilon)
-        weight = tl.where(by_row, tl.exp(exponent - tl.where(positive, attract[:, None], repel[:, None])), 0.0)
+        by_row = _mined(
+            similarity, positive, negative, farthest[:, None], nearest[:, None], epsilon
+        )
+        weight = tl.where(
+            by_row, tl.exp(exponent - tl.where(positive, attract[:, None], repel[:, None])), 0.0
+        )
         far, near, pos, neg = _load_statistics(all_statistics, columns, columns_exist)
         by_column = _mined(similarity, positive, negative, far[None, :], near[None, :], epsilon)
-        weight += tl.where(by_column, tl.exp(exponent - tl.where(positive, pos[None, :], neg[None, :])), 0.0)
+        weight += tl.where(
+            by_column, tl.exp(exponent - tl.where(positive, pos[None, :], neg[None, :])), 0.0
+        )
         weight = tl.where(positive, -weight, weight) * WEIGHT_SCALE
         if CHUNKED:
             store_weights(weights, weight, rows, rows_exist, columns, columns_exist, b, B)

@@ -19,7 +19,9 @@ SEGMENT = Config(block_m=1, block_n=16, block_k=128, warps=4, stages=1)
 
 
 @triton.jit
-def _pair_distances(z, all_z, index, distances, pairs, slots, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def _pair_distances(
+    z, all_z, index, distances, pairs, slots, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """‖z_i − z_j‖ of the pairs (i, j = index[i, s]), i being pair // slots; 0 where the index is -1."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     listed = pair < pairs
@@ -57,7 +59,17 @@ def _pull(z, mine, other, exist, coefficients, pair, k, width, total):
 
 @triton.jit
 def _pair_sums(
-    z, index, coefficients, order, bounds, sums, slots, first, width, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    z,
+    index,
+    coefficients,
+    order,
+    bounds,
+    sums,
+    slots,
+    first,
+    width,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Σ coefficient·(z_i − z_other) over all pairs of a row i: those it is the anchor of, then those it is chosen in.
 
@@ -81,7 +93,9 @@ def _pair_sums(
     tl.store(sums + row * width + k, tl.sum(total, 0), mask=k < width)
 
 
-def pair_gradient(z_BD: Tensor, index_BS: Tensor, weight_BS: Tensor, *, first: int, rows: int) -> Tensor:
+def pair_gradient(
+    z_BD: Tensor, index_BS: Tensor, weight_BS: Tensor, *, first: int, rows: int
+) -> Tensor:
     """Rows first..first+rows of the gradient of Σ_is weight_is ‖z_i − z_index_is‖, float32 (rows, D).
 
     weight_BS: d loss / d distance.  Pairs at distance 0 and those with index -1 give nothing.  One program owns a row

@@ -65,14 +65,18 @@ def _proxy_sums(
         )  # fmt: skip
         label = tl.load(labels + columns, mask=columns_exist, other=-1)
         own = rows[:, None] == label[None, :]
-        exponent = tl.where(columns_exist[None, :], _exponents(similarity, own, alpha, margin), float("-inf"))
+        exponent = tl.where(
+            columns_exist[None, :], _exponents(similarity, own, alpha, margin), float("-inf")
+        )
         own_before, other_before = own_largest, other_largest
         own_largest = tl.maximum(own_largest, tl.max(tl.where(own, exponent, float("-inf")), 1))
         other_largest = tl.maximum(other_largest, tl.max(tl.where(own, float("-inf"), exponent), 1))
         own_shift, other_shift = _shift(own_largest), _shift(other_largest)
         term = tl.exp(exponent - tl.where(own, own_shift[:, None], other_shift[:, None]))
         own_total = own_total * tl.exp(own_before - own_shift) + tl.sum(tl.where(own, term, 0.0), 1)
-        other_total = other_total * tl.exp(other_before - other_shift) + tl.sum(tl.where(own, 0.0, term), 1)
+        other_total = other_total * tl.exp(other_before - other_shift) + tl.sum(
+            tl.where(own, 0.0, term), 1
+        )
     # Nothing added up: −inf and the logarithm of 0.
     store_number(log_sums, 0, own_largest + tl.log(own_total), rows, rows_exist, b)
     store_number(log_sums, 1, other_largest + tl.log(other_total), rows, rows_exist, b)
@@ -198,7 +202,9 @@ def proxy_gradient(
     Returns the local rows' gradient (b, D) and their share of the proxies' gradient (C, D).
     """
     D = x_bD.shape[1]
-    grad_x_bD, grad_proxies_CD = (torch.empty_like(rows, dtype=torch.float32) for rows in (x_bD, proxies_CD))
+    grad_x_bD, grad_proxies_CD = (
+        torch.empty_like(rows, dtype=torch.float32) for rows in (x_bD, proxies_CD)
+    )
     x_bD, proxies_CD = _alike(x_bD, proxies_CD)
     labels_b = labels_b.contiguous()
     # In units of the largest, so that the weights of pairs lie within ±1 whatever the loss is scaled by.
@@ -209,7 +215,11 @@ def proxy_gradient(
                   "other_log": other_log_C.contiguous(),
                   "classes": torch.arange(proxies_CD.shape[0], device=labels_b.device)}  # fmt: skip
     of_rows = {"x": x_bD, "labels": labels_b}
-    fixed = {"other_weight": other_weight * per_unit, "alpha": float(alpha), "margin": float(margin)}
+    fixed = {
+        "other_weight": other_weight * per_unit,
+        "alpha": float(alpha),
+        "margin": float(margin),
+    }
     back = unit * (alpha / WEIGHT_SCALE.value)
     for some, (pulled_RD,), _ in owner_sums(
         _rows, rows=of_rows, columns=of_proxies, fixed=fixed, values=lambda window: [proxies_CD[window]],

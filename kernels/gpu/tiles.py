@@ -138,7 +138,9 @@ def pull(
     """
     weight = weight.to(OPERAND)
     y_tile = load_rows(y, columns, columns_exist, tl.arange(0, BLOCK_D), width).to(OPERAND)
-    return tl.dot(weight, y_tile, pulled, input_precision=PRECISION), tl.sum(weight.to(tl.float32), 1)
+    return tl.dot(weight, y_tile, pulled, input_precision=PRECISION), tl.sum(
+        weight.to(tl.float32), 1
+    )
 
 
 @triton.jit

@@ -35,8 +35,10 @@ from . import configs
 from .configs import ANY, Config, Row, config
 from .launch import architecture
 
-KINDS = {kind: tuple(name for name, case in aot.CASES.items() if kind in case.tunes)
-         for kind in dict.fromkeys(row.kind for row in configs.TABLE)}
+KINDS = {
+    kind: tuple(name for name, case in aot.CASES.items() if kind in case.tunes)
+    for kind in dict.fromkeys(row.kind for row in configs.TABLE)
+}
 """Names of the cases that a kind is tuned on."""
 TOLERANCE = 1e-3
 FIRST_ROUNDS, FINALISTS = 3, 6
@@ -77,9 +79,19 @@ class RealInputs(MetaInputs):
 def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if dtype == torch.int64:
         labels_B = torch.arange(shape[0], device="cuda") // 4
-        return labels_B if len(shape) == 1 else labels_B[:, None] * 4 + torch.arange(shape[1], device="cuda")
-    values = torch.randn(shape, generator=torch.Generator("cuda").manual_seed(len(shape)), device="cuda")
-    return torch.nn.functional.normalize(values, dim=-1).to(dtype) if len(shape) == 2 else values.abs().to(dtype)
+        return (
+            labels_B
+            if len(shape) == 1
+            else labels_B[:, None] * 4 + torch.arange(shape[1], device="cuda")
+        )
+    values = torch.randn(
+        shape, generator=torch.Generator("cuda").manual_seed(len(shape)), device="cuda"
+    )
+    return (
+        torch.nn.functional.normalize(values, dim=-1).to(dtype)
+        if len(shape) == 2
+        else values.abs().to(dtype)
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,10 @@ class Task:
     def rows(self) -> list[Row]:
         """The table's row, then the candidates."""
         table = self.table
-        return [table._replace(config=size) for size in dict.fromkeys([table.config, *candidates(table.bits)])]
+        return [
+            table._replace(config=size)
+            for size in dict.fromkeys([table.config, *candidates(table.bits)])
+        ]
 
 
 @dataclass
@@ -190,8 +205,13 @@ def compile_ahead(row: Row, dtype: str) -> str:
             if launch.config != row.config:
                 continue
             try:
-                kernel = launch.kernel.run(grid=(1,), warmup=True, **launch.arguments, num_warps=row.config.warps,
-                                           num_stages=row.config.stages)
+                kernel = launch.kernel.run(
+                    grid=(1,),
+                    warmup=True,
+                    **launch.arguments,
+                    num_warps=row.config.warps,
+                    num_stages=row.config.stages,
+                )
             except Exception as error:  # whatever the compiler throws is this candidate's fault
                 return f"does not compile: {told(error)}"
             if kernel.metadata.shared > aot.LIMITS[row.arch].shared:
@@ -239,25 +259,42 @@ def measure(tried: Sequence[Candidate], task: Task, watch: Stopwatch, rounds: in
                     candidate.fault = f"{case}: other results than the table's tiles"
 
 
-def search(task: Task, compiled: Sequence[Future[str]], pool: Executor, rounds: int) -> tuple[Row, list[Candidate]]:
+def search(
+    task: Task, compiled: Sequence[Future[str]], pool: Executor, rounds: int
+) -> tuple[Row, list[Candidate]]:
     """The fastest row that is within the limits, and all that were tried; the table's own takes part."""
     watch = Stopwatch(torch.device("cuda"))
-    tried = [Candidate(row, future.result()) for row, future in zip(task.rows, compiled, strict=True)]
+    tried = [
+        Candidate(row, future.result()) for row, future in zip(task.rows, compiled, strict=True)
+    ]
     measure(tried, task, watch, FIRST_ROUNDS)
     sound = sorted((one for one in tried if not one.fault), key=lambda one: one.total)
     finalists = [*sound[:FINALISTS], *(one for one in sound[FINALISTS:] if one.row == task.table)]
     measure(finalists, task, watch, rounds)
     finalists.sort(key=lambda one: one.total)
-    within = {one.row: [pool.submit(fits, one.row, case, task.dtype) for case in KINDS[task.kind]]
-              for one in finalists}
+    within = {
+        one.row: [pool.submit(fits, one.row, case, task.dtype) for case in KINDS[task.kind]]
+        for one in finalists
+    }
     for one in finalists:
         if not all(future.result() for future in within[one.row]):
             one.fault = "beyond a limit of kernels/aot.py"
     return next((one.row for one in finalists if not one.fault), task.table), tried
 
 
-COLUMNS = ("kind", "arch", "dtype", "width", "rows", "case", *Config.__dataclass_fields__, "samples", "median_ms",
-           "chosen", "note")
+COLUMNS = (
+    "kind",
+    "arch",
+    "dtype",
+    "width",
+    "rows",
+    "case",
+    *Config.__dataclass_fields__,
+    "samples",
+    "median_ms",
+    "chosen",
+    "note",
+)
 
 
 def log(path: Path, task: Task, chosen: Row, tried: Sequence[Candidate]) -> None:
@@ -269,13 +306,23 @@ def log(path: Path, task: Task, chosen: Row, tried: Sequence[Candidate]) -> None
             writer.writeheader()
         for one, case in itertools.product(tried, KINDS[task.kind]):
             times = one.times.get(case, [])
-            writer.writerow(asdict(task) | asdict(one.row.config) | {
-                "rows": MetaInputs(task.width, torch.float32).B, "case": case, "samples": len(times),
-                "median_ms": statistics.median(times) if times else "", "chosen": "yes" if one.row == chosen else "",
-                "note": one.fault})
+            writer.writerow(
+                asdict(task)
+                | asdict(one.row.config)
+                | {
+                    "rows": MetaInputs(task.width, torch.float32).B,
+                    "case": case,
+                    "samples": len(times),
+                    "median_ms": statistics.median(times) if times else "",
+                    "chosen": "yes" if one.row == chosen else "",
+                    "note": one.fault,
+                }
+            )
 
 
-def tasks(kinds: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], arch: int) -> list[Task]:
+def tasks(
+    kinds: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], arch: int
+) -> list[Task]:
     """The rows to find; not those for which there is no kernel of that kind at that width."""
     work = []
     for dtype, width, kind in itertools.product(dtypes, widths, kinds):
@@ -287,35 +334,61 @@ def tasks(kinds: Sequence[str], dtypes: Sequence[str], widths: Sequence[int], ar
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0, or 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m namr_dist.kernels.gpu.tune", description="Measure tile sizes.")
+    parser = argparse.ArgumentParser(
+        prog="python -m namr_dist.kernels.gpu.tune", description="Measure tile sizes."
+    )
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--dtype", nargs="+", choices=aot.DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--width", type=int, nargs="+", default=[128, 512], metavar="D", help="embedding widths")
-    parser.add_argument("--rounds", type=int, default=20, help="timed runs of each finalist (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2),
-                        help="processes that compile (all cores but two, which launch)")
-    parser.add_argument("--csv", type=Path, default=Path("runs/bench/tune.csv"), metavar="FILE",
-                        help="where all candidates are appended (%(default)s)")
+    parser.add_argument(
+        "--width", type=int, nargs="+", default=[128, 512], metavar="D", help="embedding widths"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="timed runs of each finalist (%(default)s)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 1) - 2),
+        help="processes that compile (all cores but two, which launch)",
+    )
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=Path("runs/bench/tune.csv"),
+        metavar="FILE",
+        help="where all candidates are appended (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("tune: error: needs an NVIDIA GPU; without one the table stays as it is", file=sys.stderr)
+        print(
+            "tune: error: needs an NVIDIA GPU; without one the table stays as it is",
+            file=sys.stderr,
+        )
         return 2
     arch = architecture(torch.device("cuda"))
     if arch not in aot.LIMITS:
-        print(f"tune: error: no limits are known for sm_{arch}; add them to LIMITS in kernels/aot.py", file=sys.stderr)
+        print(
+            f"tune: error: no limits are known for sm_{arch}; add them to LIMITS in kernels/aot.py",
+            file=sys.stderr,
+        )
         return 2
     work = tasks(options.kind, options.dtype, options.width, arch)
     if not work:
-        print("tune: error: there are no such kernels at these widths; give others", file=sys.stderr)
+        print(
+            "tune: error: there are no such kernels at these widths; give others", file=sys.stderr
+        )
         return 2
     # Spawned: a fork of a process that uses the GPU cannot be relied on.
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), stand_in, (arch,)) as pool:
+
         def begin(task: Task) -> list[Future[str]]:
             return [pool.submit(compile_ahead, row, task.dtype) for row in task.rows]
 
         compiled = begin(work[0])
         for number, task in enumerate(work):
-            following = begin(work[number + 1]) if number + 1 < len(work) else []  # compiles while this one is timed
+            following = (
+                begin(work[number + 1]) if number + 1 < len(work) else []
+            )  # compiles while this one is timed
             row, tried = search(task, compiled, pool, options.rounds)
             log(options.csv, task, row, tried)
             print(row_text(row), flush=True)

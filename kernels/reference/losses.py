@@ -99,7 +99,9 @@ def multi_cluster_ranking(
     z_BD, s_BD = z_BD.to(dtype), s_BD.to(dtype)
     check_memory(z_BD, memory_QD)
     z_ND = _with_memory(z_BD, memory_QD)
-    centres = _cluster_centres(z_BD, z_ND, clusters=clusters, spread=spread, floor=floor, statistics=statistics)
+    centres = _cluster_centres(
+        z_BD, z_ND, clusters=clusters, spread=spread, floor=floor, statistics=statistics
+    )
     D_BN = pairwise_distance(z_BD, z_ND, s_BD)
     r_MBN = (D_BN - centres).abs()
     p_MBN = torch.softmax(-sharpness * (clusters - 1) * r_MBN, dim=0)
@@ -182,7 +184,9 @@ def margin_loss(
     beta = beta.reshape(()).to(d_BN.dtype)
     pairs = pairs_of(labels_B, _with_memory(labels_B, memory_labels_Q))
     negative_BR = distance_weighted_negatives(x_BD, pairs, x_ND, seed=seed)
-    too_far_BR = torch.relu(d_BN.gather(1, pairs.positive_BR) - beta + alpha).where(pairs.valid_BR, 0.0)
+    too_far_BR = torch.relu(d_BN.gather(1, pairs.positive_BR) - beta + alpha).where(
+        pairs.valid_BR, 0.0
+    )
     too_near_BR = torch.relu(beta - d_BN.gather(1, negative_BR) + alpha).where(pairs.valid_BR, 0.0)
     active = (too_far_BR > 0).sum() + (too_near_BR > 0).sum()
     return (too_far_BR + too_near_BR).sum() / active.clamp_min(1)

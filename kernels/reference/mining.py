@@ -35,7 +35,9 @@ def pairs_of(labels_B: Tensor, labels_N: Tensor | None = None) -> Pairs:
     """Positive and negative pairs of a batch among the candidates (None: the batch).  Memory O(B·N)."""
     labels_N = labels_B if labels_N is None else labels_N
     equal_BN = labels_B[:, None] == labels_N[None, :]
-    same_BN = equal_BN & off_diagonal(labels_B.shape[0], labels_B.device, candidates=labels_N.shape[0])
+    same_BN = equal_BN & off_diagonal(
+        labels_B.shape[0], labels_B.device, candidates=labels_N.shape[0]
+    )
     differ_BN = ~equal_BN
     count_B = same_BN.sum(1) * differ_BN.any(1)
     R = int(count_B.max())
@@ -95,6 +97,8 @@ def distance_weighted_negatives(
     chosen_BR = torch.empty_like(pairs.positive_BR)
     for r in range(chosen_BR.shape[1]):
         positive_B1 = pairs.positive_BR[:, r, None]
-        noise_BN = gumbel(seed, row_N[: z_BD.shape[0], None], positive_B1, row_N, dtype=log_weight_BN.dtype)
+        noise_BN = gumbel(
+            seed, row_N[: z_BD.shape[0], None], positive_B1, row_N, dtype=log_weight_BN.dtype
+        )
         chosen_BR[:, r] = (log_weight_BN + noise_BN).argmax(1)
     return chosen_BR

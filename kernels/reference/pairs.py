@@ -27,7 +27,9 @@ class _SquaredDistance(torch.autograd.Function):
     """D²_BN for anchors_BD, candidates_ND and weights_BD (None: 1 everywhere); first derivatives only."""
 
     @staticmethod
-    def forward(ctx: Any, anchors_BD: Tensor, candidates_ND: Tensor, weights_BD: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, anchors_BD: Tensor, candidates_ND: Tensor, weights_BD: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(anchors_BD, candidates_ND, weights_BD)
         total_BN = anchors_BD.new_zeros(anchors_BD.shape[0], candidates_ND.shape[0])
         for k in range(anchors_BD.shape[1]):
@@ -68,7 +70,11 @@ def pairwise_squared_distance(
     first order only.  Memory O(B·N) forward and backward.  A difference whose square underflows counts as 0.
     Raises ValueError when the shapes do not fit.
     """
-    if anchors_BD.dim() != 2 or candidates_ND.dim() != 2 or anchors_BD.shape[1] != candidates_ND.shape[1]:
+    if (
+        anchors_BD.dim() != 2
+        or candidates_ND.dim() != 2
+        or anchors_BD.shape[1] != candidates_ND.shape[1]
+    ):
         raise ValueError(
             "anchors and candidates must be (B, D) and (N, D) with one D, "
             f"got {tuple(anchors_BD.shape)} and {tuple(candidates_ND.shape)}"
@@ -78,7 +84,11 @@ def pairwise_squared_distance(
             f"weights belong to the anchors and need their shape {tuple(anchors_BD.shape)}, "
             f"got {tuple(weights_BD.shape)}"
         )
-    given = (anchors_BD, candidates_ND) if weights_BD is None else (anchors_BD, candidates_ND, weights_BD)
+    given = (
+        (anchors_BD, candidates_ND)
+        if weights_BD is None
+        else (anchors_BD, candidates_ND, weights_BD)
+    )
     dtype = compute_dtype(*given)
     weights = None if weights_BD is None else weights_BD.to(dtype)
     result: Tensor = _SquaredDistance.apply(anchors_BD.to(dtype), candidates_ND.to(dtype), weights)
@@ -91,7 +101,9 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.sqrt(x.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
-def pairwise_distance(anchors_BD: Tensor, candidates_ND: Tensor, weights_BD: Tensor | None = None) -> Tensor:
+def pairwise_distance(
+    anchors_BD: Tensor, candidates_ND: Tensor, weights_BD: Tensor | None = None
+) -> Tensor:
     """Square root of `pairwise_squared_distance`, (B, N); a pair at distance 0 has gradient 0."""
     return safe_sqrt(pairwise_squared_distance(anchors_BD, candidates_ND, weights_BD))
 

@@ -96,15 +96,25 @@ def measure(folder: Path | None, *, images: int, size: int, repeats: int) -> Ben
         left_out = _why_no_torchvision()
         ways = {"namr": namr(work), "WebDataset": plain_webdataset(work)}
         if not left_out:
-            ways |= {"WebDataset, torchvision": webdataset_torchvision(work),
-                     "ImageFolder, torchvision": image_folder(work, files)}
+            ways |= {
+                "WebDataset, torchvision": webdataset_torchvision(work),
+                "ImageFolder, torchvision": image_folder(work, files),
+            }
         for way in ways.values():
             _seconds_per_image(way)
         # One after another within a repeat, so that what else the machine does meets all of them.
-        timed = [{name: _seconds_per_image(way) for name, way in ways.items()} for _ in range(repeats)]
+        timed = [
+            {name: _seconds_per_image(way) for name, way in ways.items()} for _ in range(repeats)
+        ]
     return Benchmark(
-        set_name=manifest.name, images=len(index), mean_kib=float(index.length_N.mean() / 1024), size=size,
-        repeats=repeats, left_out=left_out, rows=tuple(_measured(name, timed) for name in ways))
+        set_name=manifest.name,
+        images=len(index),
+        mean_kib=float(index.length_N.mean() / 1024),
+        size=size,
+        repeats=repeats,
+        left_out=left_out,
+        rows=tuple(_measured(name, timed) for name in ways),
+    )
 
 
 def _seconds_per_image(way: Provider) -> dict[str, float]:
@@ -119,9 +129,20 @@ def _seconds_per_image(way: Provider) -> dict[str, float]:
 def _measured(name: str, timed: list[dict[str, dict[str, float]]]) -> Measured:
     rates = _quartiles([1 / repeat[name]["all"] for repeat in timed])
     ratios = _quartiles([repeat[name]["all"] / repeat["namr"]["all"] for repeat in timed])
-    stage_us = {f"{stage}_us": 1e6 * statistics.median(repeat[name][stage] for repeat in timed) for stage in STAGES}
-    return Measured(provider=name, images_per_s=rates[1], images_per_s_q1=rates[0], images_per_s_q3=rates[2],
-                    ratio=ratios[1], ratio_q1=ratios[0], ratio_q3=ratios[2], **stage_us)
+    stage_us = {
+        f"{stage}_us": 1e6 * statistics.median(repeat[name][stage] for repeat in timed)
+        for stage in STAGES
+    }
+    return Measured(
+        provider=name,
+        images_per_s=rates[1],
+        images_per_s_q1=rates[0],
+        images_per_s_q3=rates[2],
+        ratio=ratios[1],
+        ratio_q1=ratios[0],
+        ratio_q3=ratios[2],
+        **stage_us,
+    )
 
 
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -149,22 +170,38 @@ def _why_no_torchvision() -> str:
 
 
 def _provenance() -> dict[str, str]:
-    installed = {entry.metadata["Name"].lower(): entry.version for entry in metadata.distributions()}
-    libraries = ", ".join(f"{name} {installed[name.lower()]}" for name in ("Pillow", "simplejpeg", "webdataset",
-                                                                       "torchvision") if name.lower() in installed)
+    installed = {
+        entry.metadata["Name"].lower(): entry.version for entry in metadata.distributions()
+    }
+    libraries = ", ".join(
+        f"{name} {installed[name.lower()]}"
+        for name in ("Pillow", "simplejpeg", "webdataset", "torchvision")
+        if name.lower() in installed
+    )
     return {**provenance(), "libraries": libraries}
 
 
 def show(benchmark: Benchmark) -> None:
     """Print the figures."""
-    table = Table(title=f"{benchmark.images} images of {benchmark.mean_kib:.0f} KiB on average ({benchmark.set_name}) "
-                  f"→ {benchmark.size} px, one core, {benchmark.repeats} repeats", title_justify="left")
-    for heading in ("provider", "images/s (quartiles)", "namr is faster by", *(f"{stage} µs" for stage in STAGES)):
+    table = Table(
+        title=f"{benchmark.images} images of {benchmark.mean_kib:.0f} KiB on average ({benchmark.set_name}) "
+        f"→ {benchmark.size} px, one core, {benchmark.repeats} repeats",
+        title_justify="left",
+    )
+    for heading in (
+        "provider",
+        "images/s (quartiles)",
+        "namr is faster by",
+        *(f"{stage} µs" for stage in STAGES),
+    ):
         table.add_column(heading, justify="left" if heading == "provider" else "right")
     for row in benchmark.rows:
-        table.add_row(row.provider, f"{row.images_per_s:.0f} ({row.images_per_s_q1:.0f}–{row.images_per_s_q3:.0f})",
-                      f"{row.ratio:.2f} ({row.ratio_q1:.2f}–{row.ratio_q3:.2f})",
-                      *(f"{getattr(row, stage + '_us'):.0f}" for stage in STAGES))
+        table.add_row(
+            row.provider,
+            f"{row.images_per_s:.0f} ({row.images_per_s_q1:.0f}–{row.images_per_s_q3:.0f})",
+            f"{row.ratio:.2f} ({row.ratio_q1:.2f}–{row.ratio_q3:.2f})",
+            *(f"{getattr(row, stage + '_us'):.0f}" for stage in STAGES),
+        )
     console = Console()
     console.print(table)
     if benchmark.left_out:
@@ -173,6 +210,12 @@ def show(benchmark: Benchmark) -> None:
 
 def to_csv(benchmark: Benchmark, path: Path) -> None:
     """Write the figures with machine, versions and commit, a line a provider."""
-    about = {"set": benchmark.set_name, "images": benchmark.images, "mean_kib": benchmark.mean_kib,
-             "size": benchmark.size, "repeats": benchmark.repeats, **_provenance()}
+    about = {
+        "set": benchmark.set_name,
+        "images": benchmark.images,
+        "mean_kib": benchmark.mean_kib,
+        "size": benchmark.size,
+        "repeats": benchmark.repeats,
+        **_provenance(),
+    }
     write_csv(path, [{**dataclasses.asdict(row), **about} for row in benchmark.rows])

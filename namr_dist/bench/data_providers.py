@@ -65,7 +65,10 @@ class Work:
 
     def urls(self) -> list[str]:
         """Paths of the tars that the images lie in, in the order of the manifest."""
-        return [str(self.manifest.path(self.manifest.shards[number])) for number in np.unique(self.index.shard_N)]
+        return [
+            str(self.manifest.path(self.manifest.shards[number]))
+            for number in np.unique(self.index.shard_N)
+        ]
 
 
 def namr(work: Work) -> Provider:
@@ -121,7 +124,9 @@ def image_folder(work: Work, folder: Path) -> Provider:
             clock.lap("augment")
             return made
 
-        for pictures, _ in DataLoader(ImageFolder(str(folder), transform=augment, loader=load), work.batch):
+        for pictures, _ in DataLoader(
+            ImageFolder(str(folder), transform=augment, loader=load), work.batch
+        ):
             clock.lap("collate")
             yield len(pictures)
 
@@ -137,11 +142,16 @@ def _webdataset(work: Work, transform: Callable[[Image.Image], Any]) -> Provider
 
             return passed
 
-        batches = (webdataset.WebDataset(work.urls(), shardshuffle=False)
-                   .slice(len(work.index)).map(after("read"))
-                   .decode("pil").map(after("decode"))
-                   .map(lambda sample: (transform(sample["jpg"]), sample["json"]["label"])).map(after("augment"))
-                   .batched(work.batch))
+        batches = (
+            webdataset.WebDataset(work.urls(), shardshuffle=False)
+            .slice(len(work.index))
+            .map(after("read"))
+            .decode("pil")
+            .map(after("decode"))
+            .map(lambda sample: (transform(sample["jpg"]), sample["json"]["label"]))
+            .map(after("augment"))
+            .batched(work.batch)
+        )
         for pictures, _ in batches:
             clock.lap("collate")
             yield len(pictures)
@@ -153,12 +163,16 @@ def _torchvision_transform(work: Work) -> Callable[[Image.Image], torch.Tensor]:
     from torchvision import transforms
 
     data = work.data
-    made: Callable[[Image.Image], torch.Tensor] = transforms.Compose([
-        transforms.RandomResizedCrop(work.size, data.crop_scale, data.crop_ratio,
-                                     transforms.InterpolationMode.BICUBIC),
-        *([transforms.RandomHorizontalFlip()] if data.flip else []),
-        transforms.ColorJitter(data.brightness, data.contrast, data.saturation),
-        transforms.PILToTensor()])  # bytes: the usual floats would take longer
+    made: Callable[[Image.Image], torch.Tensor] = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                work.size, data.crop_scale, data.crop_ratio, transforms.InterpolationMode.BICUBIC
+            ),
+            *([transforms.RandomHorizontalFlip()] if data.flip else []),
+            transforms.ColorJitter(data.brightness, data.contrast, data.saturation),
+            transforms.PILToTensor(),
+        ]
+    )  # bytes: the usual floats would take longer
     return made
 
 
@@ -166,7 +180,9 @@ class _LappedImages(ShardImages):
     """ShardImages that tells a clock when it has read, decoded and augmented an image."""
 
     def __init__(self, work: Work, clock: LapClock) -> None:
-        super().__init__(work.manifest, work.index, _LappedTransform(**vars(work.transform()), clock=clock))
+        super().__init__(
+            work.manifest, work.index, _LappedTransform(**vars(work.transform()), clock=clock)
+        )
         self._clock = clock
 
     def jpeg(self, position: int) -> bytes:

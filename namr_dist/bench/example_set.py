@@ -32,13 +32,27 @@ def make_example_set(folder: Path, *, images: int) -> Manifest:
     """
     homeware = Manifest.load(embedded_shards())
     count = max(2, -(-images // IMAGES_PER_CLASS))
-    classes = {label: ImageClass(label=label, name=f"thing {label}", category="", split="train")
-               for label in range(count)}
-    shards = [write_shard(folder, f"train-{number:06d}.tar", "train",
-                          _samples(homeware, range(first, min(first + 250, count))), classes)
-              for number, first in enumerate(range(0, count, 250))]
-    manifest = Manifest(name="example pictures", description="enlarged homeware renders with noise",
-                        classes=tuple(classes.values()), shards=tuple(shards), folder=folder)
+    classes = {
+        label: ImageClass(label=label, name=f"thing {label}", category="", split="train")
+        for label in range(count)
+    }
+    shards = [
+        write_shard(
+            folder,
+            f"train-{number:06d}.tar",
+            "train",
+            _samples(homeware, range(first, min(first + 250, count))),
+            classes,
+        )
+        for number, first in enumerate(range(0, count, 250))
+    ]
+    manifest = Manifest(
+        name="example pictures",
+        description="enlarged homeware renders with noise",
+        classes=tuple(classes.values()),
+        shards=tuple(shards),
+        folder=folder,
+    )
     manifest.save()
     return manifest
 
@@ -51,12 +65,20 @@ def _samples(homeware: Manifest, labels: range) -> Iterator[Sample]:
             number = label * IMAGES_PER_CLASS + view
             image = number % len(index)
             render = decode_rgb(renders.jpeg(image), index.keys[image])
-            yield Sample(key=f"{number:06d}", label=label, jpeg=_enlarged(render, np.random.default_rng(number)))
+            yield Sample(
+                key=f"{number:06d}",
+                label=label,
+                jpeg=_enlarged(render, np.random.default_rng(number)),
+            )
 
 
 def _enlarged(render_HW3: np.ndarray, rng: np.random.Generator) -> bytes:
     height, width = (int(side) for side in rng.integers(*_SIDES, size=2))
-    large = np.asarray(Image.fromarray(render_HW3).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    large = np.asarray(
+        Image.fromarray(render_HW3).resize((width, height), Image.Resampling.BICUBIC), np.float32
+    )
     noisy = large + _NOISE * rng.standard_normal(large.shape, np.float32)
-    jpeg: bytes = simplejpeg.encode_jpeg(np.clip(noisy, 0, 255).astype(np.uint8), _QUALITY, "RGB", "420")
+    jpeg: bytes = simplejpeg.encode_jpeg(
+        np.clip(noisy, 0, 255).astype(np.uint8), _QUALITY, "RGB", "420"
+    )
     return jpeg

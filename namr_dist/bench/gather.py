@@ -66,23 +66,42 @@ def measure(*, ranks: int, rows: int, width: int, steps: int) -> list[Measured]:
 def _largest(of_ranks: list[Measured]) -> Measured:
     """Of every figure the largest."""
     fields = ("received_bytes", "counted_bytes", "median_s", "least_s", "most_s", "gradient_error")
-    return replace(of_ranks[0], **{
-        field: max(getattr(one, field) for one in of_ranks) for field in fields
-        if getattr(of_ranks[0], field) is not None})
+    return replace(
+        of_ranks[0],
+        **{
+            field: max(getattr(one, field) for one in of_ranks)
+            for field in fields
+            if getattr(of_ranks[0], field) is not None
+        },
+    )
 
 
 def show(measured: list[Measured]) -> None:
     """Print the figures, each pair with its ratio."""
-    table = Table(title="a step of triplet + ranking loss with its gradient, a rank", title_justify="left")
-    for heading in ("ranks", "batch", "provider", "MiB received", "of the other", "ms (least to most)",
-                    "gradient error"):
+    table = Table(
+        title="a step of triplet + ranking loss with its gradient, a rank", title_justify="left"
+    )
+    for heading in (
+        "ranks",
+        "batch",
+        "provider",
+        "MiB received",
+        "of the other",
+        "ms (least to most)",
+        "gradient error",
+    ):
         table.add_column(heading, justify="left" if heading == "provider" else "right")
     for ours, other in zip(measured[::2], measured[1::2], strict=True):
         for one in (ours, other):
-            table.add_row(str(one.ranks), f"{one.rows} × {one.width}", one.provider,
-                          f"{one.received_bytes / 2**20:.2f}", f"{one.received_bytes / other.received_bytes:.3f}",
-                          f"{1e3 * one.median_s:.0f} ({1e3 * one.least_s:.0f} to {1e3 * one.most_s:.0f})",
-                          f"{one.gradient_error:.0e}")
+            table.add_row(
+                str(one.ranks),
+                f"{one.rows} × {one.width}",
+                one.provider,
+                f"{one.received_bytes / 2**20:.2f}",
+                f"{one.received_bytes / other.received_bytes:.3f}",
+                f"{1e3 * one.median_s:.0f} ({1e3 * one.least_s:.0f} to {1e3 * one.most_s:.0f})",
+                f"{one.gradient_error:.0e}",
+            )
     Console().print(table)
 
 
@@ -112,21 +131,36 @@ def measure_here(rows: int, width: int, steps: int) -> list[Measured]:
         return _whole(z, s, labels)
 
     whole_z, whole_s = z_BD.requires_grad_(), s_BD.requires_grad_()
-    want = [grad[own] for grad in torch.autograd.grad(_whole(whole_z, whole_s, labels_B), (whole_z, whole_s))]
+    want = [
+        grad[own]
+        for grad in torch.autograd.grad(_whole(whole_z, whole_s, labels_B), (whole_z, whole_s))
+    ]
     measured = []
     for name, loss in (("namr", ours), ("gather with grad", with_grad)):
         local = [part.detach()[own].clone().requires_grad_() for part in (z_BD, s_BD)]
         # The mean over ranks that an optimizer takes.
         got = [grad / world for grad in torch.autograd.grad(loss(*local), local)]
-        error = max(float((one - other).norm() / other.norm()) for one, other in zip(got, want, strict=True))
+        error = max(
+            float((one - other).norm() / other.norm()) for one, other in zip(got, want, strict=True)
+        )
         objective.traffic.take()
         before = received_bytes()
         times = [_timed(loss, local) for _ in range(steps)]
         received = (received_bytes() - before) // steps
-        measured.append(Measured(
-            provider=name, ranks=world, rows=rows, width=width, received_bytes=received,
-            counted_bytes=objective.traffic.take() // steps if name == "namr" else None,
-            median_s=statistics.median(times), least_s=min(times), most_s=max(times), gradient_error=error))
+        measured.append(
+            Measured(
+                provider=name,
+                ranks=world,
+                rows=rows,
+                width=width,
+                received_bytes=received,
+                counted_bytes=objective.traffic.take() // steps if name == "namr" else None,
+                median_s=statistics.median(times),
+                least_s=min(times),
+                most_s=max(times),
+                gradient_error=error,
+            )
+        )
         dist.barrier()
     return measured
 
@@ -134,8 +168,9 @@ def measure_here(rows: int, width: int, steps: int) -> list[Measured]:
 def _whole(z_BD: Tensor, s_BD: Tensor, labels_B: Tensor) -> Tensor:
     config = LossConfig()
     x_BD = z_BD / kernels.mean_pairwise_distance(z_BD)
-    return (kernels.triplet_loss(x_BD, labels_B, margin=config.triplet.margin, most_positives=_EACH - 1)
-            + config.ranking.weight * kernels.multi_cluster_ranking(x_BD, s_BD))
+    return kernels.triplet_loss(
+        x_BD, labels_B, margin=config.triplet.margin, most_positives=_EACH - 1
+    ) + config.ranking.weight * kernels.multi_cluster_ranking(x_BD, s_BD)
 
 
 def _gathered(local: Tensor) -> list[Tensor]:
@@ -158,7 +193,10 @@ def received_bytes() -> int:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as one:
-                if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
+                if (
+                    one.family in (socket.AF_INET, socket.AF_INET6)
+                    and one.type == socket.SOCK_STREAM
+                ):
                     info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
                     total += struct.unpack_from("<Q", info, _BYTES_RECEIVED_AT)[0]
         except OSError:  # closed meanwhile, or not such a socket

@@ -39,16 +39,30 @@ def make_large_set(folder: Path, *, images: int = IMAGES) -> Manifest:
     make_example_set(pool, images=min(images, _DISTINCT))
     classes = max(2, round(images * CLASSES / IMAGES))
     first_C = np.arange(classes + 1) * images // classes
-    tasks = [_Task(split="train", number=number, label=label,
-                   first_C=tuple(first_C[label : label + _CLASSES_PER_SHARD + 1].tolist()))
-             for number, label in enumerate(range(0, classes, _CLASSES_PER_SHARD))]
-    tasks.append(_Task(split="test", number=0, label=classes, first_C=(images, images + _TEST_IMAGES)))
+    tasks = [
+        _Task(
+            split="train",
+            number=number,
+            label=label,
+            first_C=tuple(first_C[label : label + _CLASSES_PER_SHARD + 1].tolist()),
+        )
+        for number, label in enumerate(range(0, classes, _CLASSES_PER_SHARD))
+    ]
+    tasks.append(
+        _Task(split="test", number=0, label=classes, first_C=(images, images + _TEST_IMAGES))
+    )
     # Forked, as loader workers are: importing all anew would take longer than their work.
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as processes:
+    with ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")
+    ) as processes:
         shards = tuple(processes.map(partial(_write, folder, pool), tasks))
-    manifest = Manifest(name="pictures of no meaning", description="enlarged homeware renders with noise, repeated",
-                        classes=tuple(entry for task in tasks for entry in task.classes), shards=shards,
-                        folder=folder)
+    manifest = Manifest(
+        name="pictures of no meaning",
+        description="enlarged homeware renders with noise, repeated",
+        classes=tuple(entry for task in tasks for entry in task.classes),
+        shards=shards,
+        folder=folder,
+    )
     manifest.save()
     return manifest
 
@@ -66,15 +80,19 @@ class _Task:
 
     @property
     def classes(self) -> list[ImageClass]:
-        return [ImageClass(label=label, name=f"thing {label}", category="", split=self.split)
-                for label in range(self.label, self.label + len(self.first_C) - 1)]
+        return [
+            ImageClass(label=label, name=f"thing {label}", category="", split=self.split)
+            for label in range(self.label, self.label + len(self.first_C) - 1)
+        ]
 
 
 def _write(folder: Path, pool: Path, task: _Task) -> Shard:
     manifest = Manifest.load(pool)
     images = ShardImages(manifest, manifest.index("train"), TestTransform(size=1, crop_share=1.0))
     classes = {entry.label: entry for entry in task.classes}
-    samples = (Sample(key=f"{number:08d}", label=label, jpeg=images.jpeg(number % len(images)))
-               for label, (first, end) in zip(classes, itertools.pairwise(task.first_C), strict=True)
-               for number in range(first, end))
+    samples = (
+        Sample(key=f"{number:08d}", label=label, jpeg=images.jpeg(number % len(images)))
+        for label, (first, end) in zip(classes, itertools.pairwise(task.first_C), strict=True)
+        for number in range(first, end)
+    )
     return write_shard(folder, f"{task.split}-{task.number:06d}.tar", task.split, samples, classes)

@@ -86,7 +86,9 @@ def clustered_rows(items: int, width: int, *, seed: int) -> tuple[Float32, Int64
     rng = np.random.default_rng(seed)
     labels_N = np.arange(items) // IMAGES_A_CLASS
     means_CD = rng.standard_normal((labels_N[-1] + 1, width), dtype=np.float32)
-    rows_ND = means_CD[labels_N] + np.float32(_NOISE) * rng.standard_normal((items, width), dtype=np.float32)
+    rows_ND = means_CD[labels_N] + np.float32(_NOISE) * rng.standard_normal(
+        (items, width), dtype=np.float32
+    )
     rows_ND /= np.linalg.norm(rows_ND, axis=1, keepdims=True)
     step = IMAGES_A_CLASS * _CLASSES_WITH_DUPLICATES
     copies = rows_ND[1::step]
@@ -99,8 +101,10 @@ def measure(case: Case, backends: Sequence[BackendName], *, repeats: int) -> lis
     """Every back end, the search with its metrics, and the witnesses, `repeats` times in turn after one call each
     that is not counted. Raises InputError for sizes that make no such search."""
     if not (IMAGES_A_CLASS <= case.k + 1 <= case.items and 1 <= case.queries <= case.items):
-        raise InputError(f"--queries {case.queries}, --items {case.items}, -k {case.k} is no such search; give at most "
-                         f"as many queries as items, and -k from {IMAGES_A_CLASS - 1} to {case.items - 1}")
+        raise InputError(
+            f"--queries {case.queries}, --items {case.items}, -k {case.k} is no such search; give at most "
+            f"as many queries as items, and -k from {IMAGES_A_CLASS - 1} to {case.items - 1}"
+        )
     items_ND, labels_N = clustered_rows(case.items, case.width, seed=0)
     exact: dict[str, Way] = {name: _exact(items_ND, case, name) for name in backends}
     own = search_backend().name
@@ -109,7 +113,9 @@ def measure(case: Case, backends: Sequence[BackendName], *, repeats: int) -> lis
     return timed(case, exact, witnesses, repeats=repeats)
 
 
-def timed(case: Case, exact: dict[str, Way], witnesses: dict[str, Way], *, repeats: int) -> list[Measured]:
+def timed(
+    case: Case, exact: dict[str, Way], witnesses: dict[str, Way], *, repeats: int
+) -> list[Measured]:
     """Run all ways in turn, each repeat from another one on, and compare with the first exact one."""
     ways = {**exact, **witnesses}
     expected_QK = next(iter(exact.values()))()
@@ -123,7 +129,10 @@ def timed(case: Case, exact: dict[str, Way], witnesses: dict[str, Way], *, repea
             seconds, peak = _time(ways[name])
             samples[name].append(seconds)
             peaks[name] = max(peaks[name], peak)
-    return [_measured(case, name, samples[name], same[name], peaks[name], witness=name in witnesses) for name in names]
+    return [
+        _measured(case, name, samples[name], same[name], peaks[name], witness=name in witnesses)
+        for name in names
+    ]
 
 
 def _time(way: Way) -> tuple[float, float]:
@@ -139,15 +148,28 @@ def _time(way: Way) -> tuple[float, float]:
 
 
 def _measured(
-    case: Case, name: str, samples_s: list[float], same_percent: float, peak_mib: float, *, witness: bool
+    case: Case,
+    name: str,
+    samples_s: list[float],
+    same_percent: float,
+    peak_mib: float,
+    *,
+    witness: bool,
 ) -> Measured:
     seconds = spread(samples_s)
     device = torch.device("cuda" if torch.cuda.is_available() and not _cpu_only(name) else "cpu")
     return Measured(
-        provider=name, **dataclasses.asdict(case), repeats=len(samples_s), median_s=seconds.median, p20_s=seconds.p20,
-        p80_s=seconds.p80, same_percent=same_percent,
+        provider=name,
+        **dataclasses.asdict(case),
+        repeats=len(samples_s),
+        median_s=seconds.median,
+        p20_s=seconds.p20,
+        p80_s=seconds.p80,
+        same_percent=same_percent,
         agrees="witness" if witness else "yes" if same_percent == 100 else "no",
-        gpu_mib=peak_mib if device.type == "cuda" else None, machine=_machine(device))
+        gpu_mib=peak_mib if device.type == "cuda" else None,
+        machine=_machine(device),
+    )
 
 
 def _cpu_only(name: str) -> bool:
@@ -155,14 +177,24 @@ def _cpu_only(name: str) -> bool:
 
 
 def _machine(device: torch.device) -> dict[str, str]:
-    faiss = importlib.import_module("faiss").__version__ if importlib.util.find_spec("faiss") else "none"
-    return {**describe(device), "faiss": faiss, "numpy": np.__version__, "python": platform.python_version()}
+    faiss = (
+        importlib.import_module("faiss").__version__
+        if importlib.util.find_spec("faiss")
+        else "none"
+    )
+    return {
+        **describe(device),
+        "faiss": faiss,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _exact(items_ND: Float32, case: Case, backend: BackendName) -> Way:
     own_Q = np.arange(case.queries)
-    return lambda: search_excluding_self(items_ND[: case.queries], items_ND, case.k, query_ids_Q=own_Q,
-                                         backend=backend)[1]
+    return lambda: search_excluding_self(
+        items_ND[: case.queries], items_ND, case.k, query_ids_Q=own_Q, backend=backend
+    )[1]
 
 
 def _with_metrics(items_ND: Float32, labels_N: Int64, case: Case, backend: BackendName) -> Way:
@@ -171,8 +203,13 @@ def _with_metrics(items_ND: Float32, labels_N: Int64, case: Case, backend: Backe
 
     def way() -> Int64:
         ids_QK = search()
-        retrieval_scores(ids_QK, labels_N[: case.queries], labels_N, query_ids_Q=np.arange(case.queries),
-                         ks=[k for k in _CUT_OFFS if k <= case.k])
+        retrieval_scores(
+            ids_QK,
+            labels_N[: case.queries],
+            labels_N,
+            query_ids_Q=np.arange(case.queries),
+            ks=[k for k in _CUT_OFFS if k <= case.k],
+        )
         return ids_QK
 
     return way
@@ -214,12 +251,30 @@ def _without_first(ids_QK: Int64) -> Int64:
 def show(measured: Sequence[Measured]) -> None:
     """Print the figures."""
     table = Table(title="Leave-one-out search, seconds", title_justify="left")
-    for heading in ("provider", "queries", "items", "width", "k", "median (p20–p80)", "same %", "agrees", "GPU MiB"):
+    for heading in (
+        "provider",
+        "queries",
+        "items",
+        "width",
+        "k",
+        "median (p20–p80)",
+        "same %",
+        "agrees",
+        "GPU MiB",
+    ):
         table.add_column(heading, justify="left" if heading in ("provider", "agrees") else "right")
     for row in measured:
-        table.add_row(row.provider, str(row.queries), str(row.items), str(row.width), str(row.k),
-                      f"{row.median_s:.3f} ({row.p20_s:.3f}–{row.p80_s:.3f})", f"{row.same_percent:.4f}", row.agrees,
-                      "–" if row.gpu_mib is None else f"{row.gpu_mib:.0f}")
+        table.add_row(
+            row.provider,
+            str(row.queries),
+            str(row.items),
+            str(row.width),
+            str(row.k),
+            f"{row.median_s:.3f} ({row.p20_s:.3f}–{row.p80_s:.3f})",
+            f"{row.same_percent:.4f}",
+            row.agrees,
+            "–" if row.gpu_mib is None else f"{row.gpu_mib:.0f}",
+        )
     Console().print(table)
 
 

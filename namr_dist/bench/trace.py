@@ -44,7 +44,9 @@ class Summary:
 
 def summarise(trace: Path) -> Summary:
     """What a Chrome trace of torch.profiler holds."""
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
+    events = [
+        event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"
+    ]
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep#")}
     device = [event for event in events if event.get("cat") in _ON_DEVICE]
     shown = device or [event for event in events if event.get("cat") == "cpu_op"]
@@ -55,12 +57,25 @@ def summarise(trace: Path) -> Summary:
         calls[name] += 1
         spent_us[name] += own_us
     total_us = sum(spent_us.values()) or 1.0
-    span_us = max(map(_end_us, shown), default=0.0) - min((event["ts"] for event in shown), default=0.0)
+    span_us = max(map(_end_us, shown), default=0.0) - min(
+        (event["ts"] for event in shown), default=0.0
+    )
     top = sorted(spent_us, key=lambda name: spent_us[name], reverse=True)[:_TOP]
-    return Summary(on_device=bool(device), steps=len(steps), span_ms=span_us / 1e3,
-                   busy_share=_covered_us(shown) / span_us if span_us else 0.0,
-                   top=tuple(Operation(name=name, calls=calls[name], ms=spent_us[name] / 1e3,
-                                       share=spent_us[name] / total_us) for name in top))
+    return Summary(
+        on_device=bool(device),
+        steps=len(steps),
+        span_ms=span_us / 1e3,
+        busy_share=_covered_us(shown) / span_us if span_us else 0.0,
+        top=tuple(
+            Operation(
+                name=name,
+                calls=calls[name],
+                ms=spent_us[name] / 1e3,
+                share=spent_us[name] / total_us,
+            )
+            for name in top
+        ),
+    )
 
 
 def _own_us(events: Iterable[dict[str, Any]]) -> Iterator[tuple[str, float]]:

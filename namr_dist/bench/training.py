@@ -23,7 +23,15 @@ from namr_dist.atomic import write_atomic
 from namr_dist.bench.large_set import IMAGES, make_large_set
 from namr_dist.bench.trace import Summary, summarise
 from namr_dist.bench.training_losses import LossTimes, time_losses
-from namr_dist.bench.training_run import INTERVALS, Figures, Length, command, overrides, read_figures, start
+from namr_dist.bench.training_run import (
+    INTERVALS,
+    Figures,
+    Length,
+    command,
+    overrides,
+    read_figures,
+    start,
+)
 from namr_dist.config import Config
 from namr_dist.data.read.augment import TrainTransform
 from namr_dist.data.read.stream import ShardImages, TrainPlan, batches_ahead, stream
@@ -36,9 +44,16 @@ from namr_dist.train.checks import check_run
 from namr_dist.train.phases import STEP_PHASES
 from namr_dist.train.profile import STEPS
 
-_OWN = {"data.path": "--shards", "data.classes_per_batch": "--batch", "train.precision": "--precision",
-        "optim.steps": "--steps", "optim.warmup_steps": "--steps", "train.log_every": "--steps",
-        "train.profile": "--trace", "train.profile_after": "--trace"}
+_OWN = {
+    "data.path": "--shards",
+    "data.classes_per_batch": "--batch",
+    "train.precision": "--precision",
+    "optim.steps": "--steps",
+    "optim.warmup_steps": "--steps",
+    "train.log_every": "--steps",
+    "train.profile": "--trace",
+    "train.profile_after": "--trace",
+}
 """Settings that the benchmark makes itself, each with the option that it follows."""
 _LOADER_IMAGES = 512
 """Most images of a batch when the workers are timed alone."""
@@ -91,15 +106,19 @@ class Work:
             if any(word.partition("=")[0] == f"--set.{name}" for word in self.overrides):
                 raise InputError(f"--set.{name} is the benchmark's own; give {option} instead")
         if self.steps < INTERVALS or self.steps % INTERVALS:
-            raise InputError(f"--steps is {self.steps}; set it to a multiple of {INTERVALS}, for figures are medians "
-                             f"over {INTERVALS} intervals")
+            raise InputError(
+                f"--steps is {self.steps}; set it to a multiple of {INTERVALS}, for figures are medians "
+                f"over {INTERVALS} intervals"
+            )
         if self.images < 1:
             raise InputError(f"--images is {self.images}; set it to at least 1")
         each = self.images_per_class
         for batch in self.batches:
             if batch < 2 * each or batch % each:
-                raise InputError(f"--batch {batch} is no multiple of data.images_per_class ({each}) with two classes "
-                                 f"or more; give {max(2, batch // each) * each}")
+                raise InputError(
+                    f"--batch {batch} is no multiple of data.images_per_class ({each}) with two classes "
+                    f"or more; give {max(2, batch // each) * each}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +154,42 @@ class Measured:
         config, figures, losses = self.config, self.figures, self.losses
         share, eager_share = self.loss_shares
         row: dict[str, Value] = {
-            "recipe": config.recipe, "backbone": config.model.backbone, "image_size": config.data.image_size,
-            "D": config.model.width, "precision": self.precision, "batch": self.batch,
-            "micro_batch": config.train.micro_batch, "workers": config.data.workers, "steps": self.steps}
+            "recipe": config.recipe,
+            "backbone": config.model.backbone,
+            "image_size": config.data.image_size,
+            "D": config.model.width,
+            "precision": self.precision,
+            "batch": self.batch,
+            "micro_batch": config.train.micro_batch,
+            "workers": config.data.workers,
+            "steps": self.steps,
+        }
         spreads: dict[str, Spread | None] = {
-            "img_per_s": figures and figures.img_per_s, "step_ms": figures and figures.step_ms,
-            **{f"{'optimizer' if name == 'step' else name}_ms": figures and figures.phases_ms[name]
-               for name in STEP_PHASES},
-            "loss_alone_ms": losses.ours, "eager_loss_ms": losses.eager}
+            "img_per_s": figures and figures.img_per_s,
+            "step_ms": figures and figures.step_ms,
+            **{
+                f"{'optimizer' if name == 'step' else name}_ms": figures and figures.phases_ms[name]
+                for name in STEP_PHASES
+            },
+            "loss_alone_ms": losses.ours,
+            "eager_loss_ms": losses.eager,
+        }
         for name, spread in spreads.items():
-            row |= {name: spread and spread.median, f"{name}_p20": spread and spread.p20,
-                    f"{name}_p80": spread and spread.p80}
+            row |= {
+                name: spread and spread.median,
+                f"{name}_p20": spread and spread.p20,
+                f"{name}_p80": spread and spread.p80,
+            }
         for name in ("mfu", "idle_share", "device_img_per_s", "peak_mib"):
             row[name] = getattr(figures, name) if figures else None
         return row | {
-            "workers_img_per_s": self.workers_img_per_s, "loss_share": share, "eager_loss_share": eager_share,
-            "note": "; ".join(filter(None, ("" if figures else "the run did not finish", losses.note)))}
+            "workers_img_per_s": self.workers_img_per_s,
+            "loss_share": share,
+            "eager_loss_share": eager_share,
+            "note": "; ".join(
+                filter(None, ("" if figures else "the run did not finish", losses.note))
+            ),
+        }
 
 
 def measure(work: Work) -> Iterator[Measured | Summary]:
@@ -159,24 +198,40 @@ def measure(work: Work) -> Iterator[Measured | Summary]:
     with tempfile.TemporaryDirectory(prefix="namr-bench-") as name:
         folder = Path(name)
         common = _common_words(work, folder, device)
-        words = {batch: [*common, *overrides({"data.classes_per_batch": batch // work.images_per_class})]
-                 for batch in work.batches}
+        words = {
+            batch: [*common, *overrides({"data.classes_per_batch": batch // work.images_per_class})]
+            for batch in work.batches
+        }
         configs = {batch: configure(work.recipe, own) for batch, own in words.items()}
         training_set = check_run(configs[min(configs)], world_size=1, local_rank=0)
         _check_classes(work, training_set.classes)
         workers_img_per_s = loader_img_per_s(configs[min(configs)], training_set)
-        in_flight = {batch: _in_flight(config, _source(config, training_set), batch)
-                     for batch, config in configs.items()}
+        in_flight = {
+            batch: _in_flight(config, _source(config, training_set), batch)
+            for batch, config in configs.items()
+        }
         for batch, config in configs.items():
             losses = time_losses(config, rows=batch, device=device)
             length = Length.of(work.steps, in_flight=in_flight[batch])
             for precision in work.precisions:
                 run = folder / f"{batch}-{precision}"
-                ended = start(command(work.recipe, run, [*words[batch], *overrides({"train.precision": precision})],
-                                      steps=length.steps, log_every=length.interval))
-                yield Measured(config=config, precision=precision, losses=losses, steps=work.steps,
-                               workers_img_per_s=workers_img_per_s,
-                               figures=None if ended else read_figures(run, length, batch=batch))
+                ended = start(
+                    command(
+                        work.recipe,
+                        run,
+                        [*words[batch], *overrides({"train.precision": precision})],
+                        steps=length.steps,
+                        log_every=length.interval,
+                    )
+                )
+                yield Measured(
+                    config=config,
+                    precision=precision,
+                    losses=losses,
+                    steps=work.steps,
+                    workers_img_per_s=workers_img_per_s,
+                    figures=None if ended else read_figures(run, length, batch=batch),
+                )
         if work.trace:
             batch = work.batches[0]
             traced = [*words[batch], *overrides({"train.precision": work.precisions[0]})]
@@ -211,10 +266,19 @@ def random_weights(config: Config) -> dict[str, torch.Tensor]:
     zeros take a GPU less power and time than those of a trained network.
     """
     torch.manual_seed(0)
-    backbone = build_backbone(config.model.backbone, batchnorm="frozen", pretrained=False, weights=None,
-                              image_size=config.data.image_size)
+    backbone = build_backbone(
+        config.model.backbone,
+        batchnorm="frozen",
+        pretrained=False,
+        weights=None,
+        image_size=config.data.image_size,
+    )
     for layer in backbone.layers.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine and not layer.weight.any():
+        if (
+            isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            and layer.affine
+            and not layer.weight.any()
+        ):
             nn.init.constant_(layer.weight, _SCALE)
     return backbone.layers.state_dict()
 
@@ -222,14 +286,19 @@ def random_weights(config: Config) -> dict[str, torch.Tensor]:
 def _check_classes(work: Work, classes: int) -> None:
     most = max(work.batches)
     if most > classes * work.images_per_class:
-        raise InputError(f"--batch {most} needs {most // work.images_per_class} classes, the training images are of "
-                         f"{classes}; give at most {classes * work.images_per_class}"
-                         + ("" if work.shards else ", or more --images"))
+        raise InputError(
+            f"--batch {most} needs {most // work.images_per_class} classes, the training images are of "
+            f"{classes}; give at most {classes * work.images_per_class}"
+            + ("" if work.shards else ", or more --images")
+        )
 
 
 def _source(config: Config, training_set: TrainingSet) -> ShardImages:
-    return ShardImages(training_set.manifest, training_set.index,
-                       TrainTransform.configured(config.data, size=config.data.image_size))
+    return ShardImages(
+        training_set.manifest,
+        training_set.index,
+        TrainTransform.configured(config.data, size=config.data.image_size),
+    )
 
 
 def _in_flight(config: Config, source: ShardImages, batch: int) -> int:
@@ -246,11 +315,19 @@ def loader_img_per_s(config: Config, training_set: TrainingSet) -> float:
     """
     source, sampling = _source(config, training_set), training_set.sampling
     each = config.data.images_per_class
-    sampling = replace(sampling, classes_per_batch=min(sampling.classes_per_batch, _LOADER_IMAGES // each))
+    sampling = replace(
+        sampling, classes_per_batch=min(sampling.classes_per_batch, _LOADER_IMAGES // each)
+    )
     batch = sampling.classes_per_batch * each
     in_flight = _in_flight(config, source, batch)
-    plan = TrainPlan(index=training_set.index, sampling=sampling, seed=config.train.seed, rank=0, world_size=1,
-                     steps=4 * in_flight)
+    plan = TrainPlan(
+        index=training_set.index,
+        sampling=sampling,
+        seed=config.train.seed,
+        rank=0,
+        world_size=1,
+        steps=4 * in_flight,
+    )
     arrived_s = [time.perf_counter() for _ in stream(source, plan, workers=config.data.workers)]
     return 2 * in_flight * batch / (arrived_s[3 * in_flight - 1] - arrived_s[in_flight - 1])
 
@@ -260,9 +337,19 @@ def _trace(work: Work, target: Path, words: list[str], folder: Path, *, wait: in
     # One step more, so that what a run does at its end is no part of the last that is recorded.
     made, steps = folder / "trace.json", wait + STEPS + 1
     profiling = overrides({"train.profile": made, "train.profile_after": wait})
-    if start(command(work.recipe, folder / "traced", [*words, *profiling], steps=steps, log_every=steps)) \
-            or not made.is_file():
-        raise InputError(f"--trace {target} was not written, for the traced run did not finish; see above, or leave "
-                         "--trace out")
-    write_atomic(target, gzip.compress(made.read_bytes()) if target.suffix == ".gz" else made.read_bytes())
+    if (
+        start(
+            command(
+                work.recipe, folder / "traced", [*words, *profiling], steps=steps, log_every=steps
+            )
+        )
+        or not made.is_file()
+    ):
+        raise InputError(
+            f"--trace {target} was not written, for the traced run did not finish; see above, or leave "
+            "--trace out"
+        )
+    write_atomic(
+        target, gzip.compress(made.read_bytes()) if target.suffix == ".gz" else made.read_bytes()
+    )
     return summarise(made)

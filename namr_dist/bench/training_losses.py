@@ -13,7 +13,14 @@ from torch import Tensor
 from namr_dist.config import Config
 from namr_dist.kernels.bench import eager
 from namr_dist.kernels.bench.cases import CLUSTERS, PER_CLASS, Batch, Form
-from namr_dist.kernels.bench.measure import Spread, Stopwatch, clear_gradients, run_pass, sample, spread
+from namr_dist.kernels.bench.measure import (
+    Spread,
+    Stopwatch,
+    clear_gradients,
+    run_pass,
+    sample,
+    spread,
+)
 from namr_dist.train.objective import Objective
 
 ROUNDS = 10
@@ -51,7 +58,9 @@ def time_losses(config: Config, *, rows: int, device: torch.device) -> LossTimes
             times[name].append(sample("forward+backward", form, batch, watch).ms)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return LossTimes(ours=spread(times["ours"]), eager=None if note else spread(times["eager"]), note=note)
+    return LossTimes(
+        ours=spread(times["ours"]), eager=None if note else spread(times["eager"]), note=note
+    )
 
 
 def embeddings(config: Config, *, rows: int, device: torch.device) -> Batch:
@@ -60,15 +69,18 @@ def embeddings(config: Config, *, rows: int, device: torch.device) -> Batch:
     labels_B = torch.arange(rows, device=device) // config.data.images_per_class
     z_BD, centre_BD = torch.randn(2, rows, config.model.width, generator=generator, device=device)
     s_BD = 0.5 + torch.rand(rows, config.model.width, generator=generator, device=device)
-    return Batch(labels_B=labels_B, leaves=((1.5 * z_BD + centre_BD[labels_B]).requires_grad_(),
-                                            s_BD.requires_grad_()))
+    return Batch(
+        labels_B=labels_B,
+        leaves=((1.5 * z_BD + centre_BD[labels_B]).requires_grad_(), s_BD.requires_grad_()),
+    )
 
 
 def objective_form(config: Config, *, rows: int, device: torch.device) -> Form:
     """Training's objective on one rank, with the fused kernels where the device has them: (labels, z, s) → loss."""
     each = config.data.images_per_class
-    objective = Objective(config.loss, classes=rows // each, images_per_class=each,
-                          width=config.model.width).to(device)
+    objective = Objective(
+        config.loss, classes=rows // each, images_per_class=each, width=config.model.width
+    ).to(device)
 
     def form(labels_B: Tensor, z_BD: Tensor, s_BD: Tensor) -> Tensor:
         return objective(z_BD, s_BD, labels_B, counts_W=(len(labels_B),)).total
@@ -99,6 +111,8 @@ def why_no_eager(config: Config) -> str:
         return f"no eager form of {loss.metric} with {loss.memory.rows} rows of memory is timed"
     if config.data.images_per_class != PER_CLASS:
         return f"the eager forms are for {PER_CLASS} images of a class"
-    if loss.ranking.weight and (loss.ranking.clusters != CLUSTERS or loss.ranking.statistics != "batch"):
+    if loss.ranking.weight and (
+        loss.ranking.clusters != CLUSTERS or loss.ranking.statistics != "batch"
+    ):
         return f"the eager form of multi-cluster ranking is for {CLUSTERS} clusters and the batch's statistics"
     return ""

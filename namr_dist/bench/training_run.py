@@ -59,10 +59,18 @@ class Figures:
     """The most that training held, as train/phases.py counts; largest of the intervals."""
 
 
-def command(recipe: str, run: Path, words: Sequence[str], *, steps: int, log_every: int) -> list[str]:
+def command(
+    recipe: str, run: Path, words: Sequence[str], *, steps: int, log_every: int
+) -> list[str]:
     """Words of `namr train` in the folder `run` that do nothing beside steps.  words: further overrides."""
-    settings = {"optim.steps": steps, "optim.warmup_steps": steps, "train.log_every": log_every,
-                "train.tensorboard": False, "train.checkpoint_minutes": 0, "train.checkpoint_every": 0}
+    settings = {
+        "optim.steps": steps,
+        "optim.warmup_steps": steps,
+        "train.log_every": log_every,
+        "train.tensorboard": False,
+        "train.checkpoint_minutes": 0,
+        "train.checkpoint_every": 0,
+    }
     return ["train", recipe, "--run-dir", str(run), *overrides(settings), *words]
 
 
@@ -79,17 +87,22 @@ def start(words: Sequence[str]) -> int:
 
 def read_figures(run: Path, length: Length, *, batch: int) -> Figures:
     """What the log says of the intervals after the warm-up; `batch` images a step."""
-    counted = [line for line in read_log(RunFolder(run).log).entries
-               if "img_per_s" in line and line["step"] > length.warm_up]
+    counted = [
+        line
+        for line in read_log(RunFolder(run).log).entries
+        if "img_per_s" in line and line["step"] > length.warm_up
+    ]
     assert len(counted) == INTERVALS, f"{len(counted)} lines of speed after step {length.warm_up}"
     step_s, data_s = np.array([[batch / line["img_per_s"], line["data_s"]] for line in counted]).T
     return Figures(
-        img_per_s=_spread(counted, "img_per_s", scale=1), step_ms=spread((1e3 * step_s).tolist()),
+        img_per_s=_spread(counted, "img_per_s", scale=1),
+        step_ms=spread((1e3 * step_s).tolist()),
         phases_ms={name: _spread(counted, f"{name}_s", scale=1e3) for name in STEP_PHASES},
         mfu=float(np.median([line["mfu"] for line in counted])) if "mfu" in counted[0] else None,
         idle_share=float(data_s.sum() / step_s.sum()),
         device_img_per_s=float(batch * len(counted) / (step_s - data_s).sum()),
-        peak_mib=max(line["peak_mib"] for line in counted))
+        peak_mib=max(line["peak_mib"] for line in counted),
+    )
 
 
 def _spread(lines: list[Entry], name: str, *, scale: float) -> Spread:

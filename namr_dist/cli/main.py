@@ -38,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno is None:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return _fail(f"{error.strerror}: {error.filename or 'no file named'}"
-                     + ("; free some space or give another folder" if full else "; give another path"))
+        return _fail(
+            f"{error.strerror}: {error.filename or 'no file named'}"
+            + ("; free some space or give another folder" if full else "; give another path")
+        )
     except KeyboardInterrupt:
         return 130
 
@@ -51,24 +53,40 @@ def _fail(text: str) -> int:
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="namr", description="Train, evaluate and serve image-retrieval embeddings with NAMR.")
+        prog="namr", description="Train, evaluate and serve image-retrieval embeddings with NAMR."
+    )
     parser.add_argument("--version", action="version", version=f"namr-dist {__version__}")
-    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    verbs = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True
+    )
 
     train = verbs.add_parser(
-        "train", help="train a recipe", description="Train a recipe. Any of its settings can be changed with "
-        "--set.SECTION.FIELD VALUE; --settings prints them all.")
+        "train",
+        help="train a recipe",
+        description="Train a recipe. Any of its settings can be changed with "
+        "--set.SECTION.FIELD VALUE; --settings prints them all.",
+    )
     train.add_argument("recipe", metavar="RECIPE", help="name of a recipe, such as homeware")
     # Not --run: torchrun's own parser takes that for a shortened option of its own, wherever it stands.
     train.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace the run that is there")
-    existing.add_argument("--resume", action="store_true", help="go on with the run that is there from its newest "
-                          "checkpoint; without one, begin")
-    train.add_argument("--settings", action="store_true", help="print every setting with its meaning, and stop")
-    train.add_argument("--dry-run", action="store_true", help="check what can be checked without starting, print how "
-                       "to start, and stop")
-    train.add_argument("--ranks", type=int, metavar="W", help="ranks that --dry-run checks for (as launched)")
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run that is there from its newest checkpoint; without one, begin",
+    )
+    train.add_argument(
+        "--settings", action="store_true", help="print every setting with its meaning, and stop"
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check what can be checked without starting, print how to start, and stop",
+    )
+    train.add_argument(
+        "--ranks", type=int, metavar="W", help="ranks that --dry-run checks for (as launched)"
+    )
     train.set_defaults(verb=_train)
 
     jobs.add_parser(verbs)
@@ -76,19 +94,31 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     shards.add_parser(verbs)
     bench.add_parser(verbs, words)
 
-    doctor = verbs.add_parser("doctor", help="what is installed, which fast paths are on, what to do about the rest")
+    doctor = verbs.add_parser(
+        "doctor", help="what is installed, which fast paths are on, what to do about the rest"
+    )
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.add_argument("--parity", action="store_true", help="instead, compare losses and gradients of 1, 2 and 4 CPU "
-                        "ranks under DDP and ZeRO 0 to 3 with those of one process (minutes); exit code 1 if one "
-                        "differs")
+    doctor.add_argument(
+        "--parity",
+        action="store_true",
+        help="instead, compare losses and gradients of 1, 2 and 4 CPU "
+        "ranks under DDP and ZeRO 0 to 3 with those of one process (minutes); exit code 1 if one "
+        "differs",
+    )
     doctor.add_argument("--csv", type=Path, metavar="FILE", help="write the figures of --parity")
     doctor.set_defaults(verb=_doctor)
 
     own, overrides = split_overrides(words)
     parsed = parser.parse_args(own)
-    if overrides and parsed.command not in ("train", "preflight", "reproduce") and words[:2] != ["bench", "train"]:
-        parser.error(f"{overrides[0]} goes with `namr train`, `namr preflight`, `namr reproduce` and "
-                     "`namr bench train`")
+    if (
+        overrides
+        and parsed.command not in ("train", "preflight", "reproduce")
+        and words[:2] != ["bench", "train"]
+    ):
+        parser.error(
+            f"{overrides[0]} goes with `namr train`, `namr preflight`, `namr reproduce` and "
+            "`namr bench train`"
+        )
     return parsed, overrides
 
 
@@ -98,14 +128,21 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
         _dry_run(parsed, overrides, config)
         return 0
     if parsed.ranks is not None:
-        raise InputError(f"--ranks is {parsed.ranks}, which goes with --dry-run; torchrun, deepspeed, srun or mpirun "
-                         "say how many ranks train")
+        raise InputError(
+            f"--ranks is {parsed.ranks}, which goes with --dry-run; torchrun, deepspeed, srun or mpirun "
+            "say how many ranks train"
+        )
     from namr_dist.parallel.ranks import discover, shut_down
     from namr_dist.train.signals import EXIT_CODE
     from namr_dist.train.trainer import train
 
-    finished = train(config, parsed.run_dir or Path("runs") / config.recipe, discover(), overwrite=parsed.overwrite,
-                     resume=parsed.resume)
+    finished = train(
+        config,
+        parsed.run_dir or Path("runs") / config.recipe,
+        discover(),
+        overwrite=parsed.overwrite,
+        resume=parsed.resume,
+    )
     code = 0 if finished else EXIT_CODE
     shut_down(code)
     return code
@@ -116,11 +153,21 @@ def _dry_run(parsed: argparse.Namespace, overrides: list[str], config: Config) -
     from namr_dist.train.dry_run import dry_run
 
     launch = read_launch(os.environ)
-    words = [parsed.recipe, *(["--run-dir", str(parsed.run_dir)] if parsed.run_dir else []),
-             *(["--overwrite"] if parsed.overwrite else []), *(["--resume"] if parsed.resume else []), *overrides]
-    lines = dry_run(config, parsed.run_dir or Path("runs") / config.recipe,
-                    ranks=launch.world_size if parsed.ranks is None else parsed.ranks,
-                    overwrite=parsed.overwrite, resume=parsed.resume, words=words)
+    words = [
+        parsed.recipe,
+        *(["--run-dir", str(parsed.run_dir)] if parsed.run_dir else []),
+        *(["--overwrite"] if parsed.overwrite else []),
+        *(["--resume"] if parsed.resume else []),
+        *overrides,
+    ]
+    lines = dry_run(
+        config,
+        parsed.run_dir or Path("runs") / config.recipe,
+        ranks=launch.world_size if parsed.ranks is None else parsed.ranks,
+        overwrite=parsed.overwrite,
+        resume=parsed.resume,
+        words=words,
+    )
     if launch.rank == 0:
         print("\n".join(lines))
 

@@ -16,72 +16,133 @@ from namr_dist.run.folder import EMBEDDINGS, METRICS, REPORT, RunFolder, of_spli
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `evaluate`, `report`, `embed` and `export` to the `namr` command."""
-    evaluate = verbs.add_parser("evaluate", help="measure a trained run on its test split",
-                                description=f"Measure a run on its test split: {METRICS}, {EMBEDDINGS}.")
+    evaluate = verbs.add_parser(
+        "evaluate",
+        help="measure a trained run on its test split",
+        description=f"Measure a run on its test split: {METRICS}, {EMBEDDINGS}.",
+    )
     evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     _add_shards(evaluate)
-    evaluate.add_argument("--split", metavar="NAME", help="another test split or subset; its files are "
-                          f"{of_split(METRICS, 'NAME')} and {of_split(EMBEDDINGS, 'NAME')}")
-    evaluate.add_argument("--mode", action="append", default=[], metavar="MODULE:NAME", help="measure a retrieval mode "
-                          "of your own, a Mode, beside the others; may be given again")
+    evaluate.add_argument(
+        "--split",
+        metavar="NAME",
+        help="another test split or subset; its files are "
+        f"{of_split(METRICS, 'NAME')} and {of_split(EMBEDDINGS, 'NAME')}",
+    )
+    evaluate.add_argument(
+        "--mode",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="measure a retrieval mode of your own, a Mode, beside the others; may be given again",
+    )
     _add_allow_code(evaluate)
-    evaluate.add_argument("--recall-at", type=int, nargs="+", default=[], metavar="K", help="the k of R@k (as trained)")
-    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
+    evaluate.add_argument(
+        "--recall-at",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="the k of R@k (as trained)",
+    )
+    evaluate.add_argument(
+        "--json", action="store_true", help="print the figures as JSON instead of a table"
+    )
     evaluate.set_defaults(verb=_evaluate)
 
-    report = verbs.add_parser("report", help=f"write a run's {REPORT}, or one table over many runs",
-                              description=f"Write a run's {REPORT}. Of several runs, or a folder that holds runs: "
-                              "one table with a row a setting, over its seeds, as text and as a page.")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs, or of runs")
+    report = verbs.add_parser(
+        "report",
+        help=f"write a run's {REPORT}, or one table over many runs",
+        description=f"Write a run's {REPORT}. Of several runs, or a folder that holds runs: "
+        "one table with a row a setting, over its seeds, as text and as a page.",
+    )
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs, or of runs"
+    )
     _add_shards(report)
     _add_allow_code(report)
-    report.add_argument("--out", type=Path, metavar="FILE.html", help=f"the table's page ({REPORT} in the folder "
-                        "that holds the runs)")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.html",
+        help=f"the table's page ({REPORT} in the folder that holds the runs)",
+    )
     report.add_argument("--json", action="store_true", help="print the table as JSON")
     report.set_defaults(verb=_report)
 
-    embed = verbs.add_parser("embed", help="embed images with a trained run",
-                             description="Embed a split of a shard set, or a folder of images, into a safetensors "
-                             "file with z, s (float32) and the images' names in its metadata.")
+    embed = verbs.add_parser(
+        "embed",
+        help="embed images with a trained run",
+        description="Embed a split of a shard set, or a folder of images, into a safetensors "
+        "file with z, s (float32) and the images' names in its metadata.",
+    )
     embed.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     source = embed.add_mutually_exclusive_group(required=True)
     source.add_argument("--shards", metavar="FOLDER", help="a shard set, or its URL")
-    source.add_argument("--images", type=Path, metavar="FOLDER", help="image files, searched recursively")
+    source.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="image files, searched recursively"
+    )
     embed.add_argument("--split", default="test", help="split of the shard set (%(default)s)")
-    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
+    embed.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write"
+    )
     _add_allow_code(embed)
     embed.set_defaults(verb=_embed)
 
-    export = verbs.add_parser("export", help="write a trained network as plain files that need no DeepSpeed",
-                              description="Write a trained run's network into a new folder with its configuration "
-                              "and a model card. Every file is read back and compared with the network.")
+    export = verbs.add_parser(
+        "export",
+        help="write a trained network as plain files that need no DeepSpeed",
+        description="Write a trained run's network into a new folder with its configuration "
+        "and a model card. Every file is read back and compared with the network.",
+    )
     export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="the folder to make"
+    )
     _add_shards(export)
     _add_allow_code(export)
     formats = ("safetensors", "torch", "onnx")
-    export.add_argument("--formats", nargs="+", choices=formats, default=formats, metavar="FORMAT",
-                        help="any of safetensors, torch (torch.export) and onnx; by default all")
+    export.add_argument(
+        "--formats",
+        nargs="+",
+        choices=formats,
+        default=formats,
+        metavar="FORMAT",
+        help="any of safetensors, torch (torch.export) and onnx; by default all",
+    )
     export.add_argument("--json", action="store_true", help="print JSON")
     export.set_defaults(verb=_export)
 
 
 def _add_shards(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shards", metavar="FOLDER", help="where the run's shard set is now, a folder or a URL (where "
-                        "it was trained from)")
+    parser.add_argument(
+        "--shards",
+        metavar="FOLDER",
+        help="where the run's shard set is now, a folder or a URL (where it was trained from)",
+    )
 
 
 def _add_allow_code(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--allow-code", action="append", default=[], metavar="MODULE:NAME", help="import this code, "
-                        "which the run was trained with; may be given again")
+    parser.add_argument(
+        "--allow-code",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="import this code, which the run was trained with; may be given again",
+    )
 
 
 def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.results.evaluate_run import evaluate_run
 
     named_code.allow([*parsed.allow_code, *parsed.mode])
-    metrics = evaluate_run(parsed.run, shards=parsed.shards, split=parsed.split, recall_at=tuple(parsed.recall_at),
-                           modes=parsed.mode)
+    metrics = evaluate_run(
+        parsed.run,
+        shards=parsed.shards,
+        split=parsed.split,
+        recall_at=tuple(parsed.recall_at),
+        modes=parsed.mode,
+    )
     if parsed.json:
         print(json.dumps(metrics, indent=2))
         return
@@ -93,12 +154,18 @@ def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
 
 
 def _report(parsed: argparse.Namespace, _: list[str]) -> None:
-    if len(parsed.runs) > 1 or runs_in(parsed.runs[0]) and not RunFolder(parsed.runs[0]).config.exists():
+    if (
+        len(parsed.runs) > 1
+        or runs_in(parsed.runs[0])
+        and not RunFolder(parsed.runs[0]).config.exists()
+    ):
         _compare(parsed)
         return
     if parsed.out or parsed.json:
-        raise InputError(f"{'--out' if parsed.out else '--json'} goes with several runs; {parsed.runs[0]} is one, or "
-                         "holds none: give more, or leave it out")
+        raise InputError(
+            f"{'--out' if parsed.out else '--json'} goes with several runs; {parsed.runs[0]} is one, or "
+            "holds none: give more, or leave it out"
+        )
     from namr_dist.results.evaluate_run import report_run
 
     named_code.allow(parsed.allow_code)
@@ -106,7 +173,10 @@ def _report(parsed: argparse.Namespace, _: list[str]) -> None:
 
 
 def _compare(parsed: argparse.Namespace) -> None:
-    for option, value in (("--shards", parsed.shards), ("--allow-code", " ".join(parsed.allow_code))):
+    for option, value in (
+        ("--shards", parsed.shards),
+        ("--allow-code", " ".join(parsed.allow_code)),
+    ):
         if value:
             raise InputError(f"{option} is {value}, which goes with one run; leave it out")
     if parsed.out is None and len(parsed.runs) > 1:
@@ -135,8 +205,11 @@ def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
 
     named_code.allow(parsed.allow_code)
     check_target("--out", parsed.out)
-    count = (embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out) if parsed.shards is not None
-             else embed_folder(parsed.run, parsed.images, parsed.out))
+    count = (
+        embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out)
+        if parsed.shards is not None
+        else embed_folder(parsed.run, parsed.images, parsed.out)
+    )
     print(f"{count} images → {parsed.out}")
 
 
@@ -149,6 +222,9 @@ def _export(parsed: argparse.Namespace, _: list[str]) -> None:
         print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))
         return
     for file, size in exported.size_bytes.items():
-        compared = f"  differs from the network by {exported.differences[file]:.1e} at most" \
-            if file in exported.differences else ""
+        compared = (
+            f"  differs from the network by {exported.differences[file]:.1e} at most"
+            if file in exported.differences
+            else ""
+        )
         print(f"{exported.folder / file}  {size / 2**20:.1f} MiB{compared}")

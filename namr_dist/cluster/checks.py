@@ -31,8 +31,21 @@ from namr_dist.provenance import provenance
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import initial_network
 
-_PACKAGES = ("namr-dist", "torch", "triton", "deepspeed", "numpy", "webdataset", "simplejpeg", "timm", "safetensors",
-             "faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss")
+_PACKAGES = (
+    "namr-dist",
+    "torch",
+    "triton",
+    "deepspeed",
+    "numpy",
+    "webdataset",
+    "simplejpeg",
+    "timm",
+    "safetensors",
+    "faiss-cpu",
+    "faiss-gpu",
+    "faiss-gpu-cu12",
+    "faiss",
+)
 _STAT_THREADS = 16
 _SEEN_S = 3.0
 _EXCHANGED_BYTES = 32 << 20
@@ -62,18 +75,24 @@ def gpus(environ: Mapping[str, str], ranks_per_node: int | None) -> list[str]:
             if torch.arange(1000, device=f"cuda:{number}").sum().item() != 499_500:
                 raise InputError(f"GPU {number} adds wrongly; take this node out of use")
         except RuntimeError as error:
-            raise InputError(f"GPU {number} cannot be used ({first_line(error)}); look at nvidia-smi there, or take "
-                             "this node out of use") from None
+            raise InputError(
+                f"GPU {number} cannot be used ({first_line(error)}); look at nvidia-smi there, or take "
+                "this node out of use"
+            ) from None
         names.append(torch.cuda.get_device_name(number))
     granted = _granted_gpus(environ)
     wanted = ranks_per_node or granted
     if granted and len(names) < wanted:
-        raise InputError(f"Slurm gave {granted} GPUs, torch opens {len(names)} of {wanted} ({_driver()}; torch "
-                         f"{torch.__version__} is built for {_build()}); repair the driver or install a CUDA build of "
-                         "torch; for CPU ranks ask Slurm for no GPU: --gpus-per-node=0")
+        raise InputError(
+            f"Slurm gave {granted} GPUs, torch opens {len(names)} of {wanted} ({_driver()}; torch "
+            f"{torch.__version__} is built for {_build()}); repair the driver or install a CUDA build of "
+            "torch; for CPU ranks ask Slurm for no GPU: --gpus-per-node=0"
+        )
     if names and len(names) < wanted:
-        raise InputError(f"torch opens {len(names)} GPUs for {wanted} ranks a node; set --ranks-per-node to at most "
-                         f"{len(names)}")
+        raise InputError(
+            f"torch opens {len(names)} GPUs for {wanted} ranks a node; set --ranks-per-node to at most "
+            f"{len(names)}"
+        )
     return names
 
 
@@ -86,11 +105,21 @@ def _granted_gpus(environ: Mapping[str, str]) -> int:
 
 def _driver() -> str:
     try:
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=5, check=False)
+        said = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=5, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return "nvidia-smi does not answer" if isinstance(error, subprocess.TimeoutExpired) else "no nvidia-smi"
+        return (
+            "nvidia-smi does not answer"
+            if isinstance(error, subprocess.TimeoutExpired)
+            else "no nvidia-smi"
+        )
     lines = (said.stdout or said.stderr).strip().splitlines()
-    return f"nvidia-smi: {len(lines)} GPUs" if said.returncode == 0 else f"nvidia-smi: {(lines or ['failed'])[0]}"
+    return (
+        f"nvidia-smi: {len(lines)} GPUs"
+        if said.returncode == 0
+        else f"nvidia-smi: {(lines or ['failed'])[0]}"
+    )
 
 
 def _build() -> str:
@@ -113,14 +142,20 @@ def shards(data: DataConfig) -> ShardsFound:
     digest = hashlib.sha256((manifest.folder / FILE_NAME).read_bytes()).hexdigest()
     if manifest.source is not None:
         return ShardsFound(manifest_sha256=digest, files=0, size_bytes=0)
-    used = manifest.shards_of(*data.train_splits, *filter(None, (data.validation_split, data.test_split)))
+    used = manifest.shards_of(
+        *data.train_splits, *filter(None, (data.validation_split, data.test_split))
+    )
     # Each look is a question to the server where the folder is on a network file system.
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         wrong = list(filter(None, pool.map(lambda shard: _wrong(manifest, shard), used)))
     if wrong:
-        raise InputError(f"{wrong[0]}; {len(wrong)} of {len(used)} shards are so: copy the shard set there again, or "
-                         "set data.path to where it is whole")
-    return ShardsFound(manifest_sha256=digest, files=len(used), size_bytes=sum(shard.bytes for shard in used))
+        raise InputError(
+            f"{wrong[0]}; {len(wrong)} of {len(used)} shards are so: copy the shard set there again, or "
+            "set data.path to where it is whole"
+        )
+    return ShardsFound(
+        manifest_sha256=digest, files=len(used), size_bytes=sum(shard.bytes for shard in used)
+    )
 
 
 def _wrong(manifest: Manifest, shard: Shard) -> str | None:
@@ -129,7 +164,11 @@ def _wrong(manifest: Manifest, shard: Shard) -> str | None:
         size = path.stat().st_size
     except OSError as error:
         return f"shard {path} cannot be read ({error.strerror})"
-    return None if size == shard.bytes else f"shard {path} has {size} bytes, its manifest says {shard.bytes}"
+    return (
+        None
+        if size == shard.bytes
+        else f"shard {path} has {size} bytes, its manifest says {shard.bytes}"
+    )
 
 
 def probe_path(run: Path) -> Path:
@@ -150,11 +189,15 @@ def write_probe(probe: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         if probe.read_bytes() != b"namr":
-            raise InputError(f"run folder {probe.parent} does not give back what is written; choose another with "
-                             "--run-dir")
+            raise InputError(
+                f"run folder {probe.parent} does not give back what is written; choose another with "
+                "--run-dir"
+            )
     except OSError as error:
-        raise InputError(f"run folder {probe.parent} cannot be written ({error.strerror}); choose another with "
-                         "--run-dir") from None
+        raise InputError(
+            f"run folder {probe.parent} cannot be written ({error.strerror}); choose another with "
+            "--run-dir"
+        ) from None
 
 
 def free_bytes(folder: Path) -> int:
@@ -168,8 +211,10 @@ def see_probe(probe: Path) -> None:
     # A network file system may show another node's file a little later.
     while not probe.exists():
         if time.monotonic() > until_s:
-            raise InputError(f"a file that the first node wrote into {probe.parent} is not seen: that folder is not on "
-                             "a file system that the nodes share; choose one with --run-dir")
+            raise InputError(
+                f"a file that the first node wrote into {probe.parent} is not seen: that folder is not on "
+                "a file system that the nodes share; choose one with --run-dir"
+            )
         time.sleep(0.1)
 
 
@@ -186,8 +231,10 @@ def weights(config: Config) -> str:
     except InputError as error:
         if not from_hub:
             raise
-        raise InputError(f"{str(error).rsplit('; ', 1)[0]}; compute nodes often have no internet: run namr preflight "
-                         "once where there is, with the same cache, or set model.weights to a file") from None
+        raise InputError(
+            f"{str(error).rsplit('; ', 1)[0]}; compute nodes often have no internet: run namr preflight "
+            "once where there is, with the same cache, or set model.weights to a file"
+        ) from None
     return "fetched" if from_hub else "file" if model.weights else "package"
 
 
@@ -202,7 +249,11 @@ def _in_cache(name: str) -> bool:
     source = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     if source is None or not source.hf_hub_id:
         return False
-    files = [source.hf_hub_filename] if source.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    files = (
+        [source.hf_hub_filename]
+        if source.hf_hub_filename
+        else ["model.safetensors", "pytorch_model.bin"]
+    )
     return any(isinstance(try_to_load_from_cache(source.hf_hub_id, file), str) for file in files)
 
 
@@ -214,11 +265,15 @@ def all_reduce(store: dist.Store, *, rank: int, size: int, backend: str, seconds
     # A failed collective is told here: NCCL's own thread would end the process.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+    )
     total = torch.tensor([rank + 1.0], dtype=torch.float64, device=device)
     dist.all_reduce(total)
     if total.item() != size * (size + 1) / 2:
-        raise InputError(f"{backend} adds 1 to {size} to {total.item():g}; take this node out of use")
+        raise InputError(
+            f"{backend} adds 1 to {size} to {total.item():g}; take this node out of use"
+        )
     data = torch.ones(_EXCHANGED_BYTES // 4, device=device)
     best_s = float("inf")
     for _ in range(_EXCHANGES):

@@ -62,8 +62,10 @@ class Deadline:
 
     def _end(self) -> None:
         # Not by print: a thread that was stopped within one holds its lock.
-        text = f"namr: error: preflight: {node_name()}: not done after {self._limit_s:g} s, still {self.doing} " \
-               f"{MORE_TIME}\n"
+        text = (
+            f"namr: error: preflight: {node_name()}: not done after {self._limit_s:g} s, still {self.doing} "
+            f"{MORE_TIME}\n"
+        )
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         os._exit(EXIT_CODE)
 

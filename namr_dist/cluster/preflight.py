@@ -21,7 +21,14 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from namr_dist.cluster import checks
-from namr_dist.cluster.deadline import EXIT_CODE, MORE_TIME, Deadline, TooLateError, node_name, within
+from namr_dist.cluster.deadline import (
+    EXIT_CODE,
+    MORE_TIME,
+    Deadline,
+    TooLateError,
+    node_name,
+    within,
+)
 from namr_dist.cluster.rendezvous import FirstNodeGoneError, Rendezvous
 from namr_dist.cluster.report import Report, compare, show
 from namr_dist.config import Config
@@ -50,7 +57,9 @@ class _Check:
     find: Callable[[], Any]
 
 
-def preflight(config: Config | InputError, run: Path, *, ranks_per_node: int | None, deadline: Deadline) -> int:
+def preflight(
+    config: Config | InputError, run: Path, *, ranks_per_node: int | None, deadline: Deadline
+) -> int:
     """Check all nodes for a run of `config` in the folder `run`, and print what was found.
 
     config: an InputError if the settings could not be read here.  ranks_per_node: None: one a GPU, or one. Returns the
@@ -70,8 +79,11 @@ def preflight(config: Config | InputError, run: Path, *, ranks_per_node: int | N
     except (FirstNodeGoneError, dist.DistError) as error:
         # The first node speaks for all. Where it does not, one more is enough.
         if launch.rank == 1:
-            reason = str(error) if isinstance(error, FirstNodeGoneError) else \
-                "the connection to the first node broke; see what it says"
+            reason = (
+                str(error)
+                if isinstance(error, FirstNodeGoneError)
+                else "the connection to the first node broke; see what it says"
+            )
             raise InputError(f"preflight: {node_name()}: {reason}") from None
         return EXIT_CODE
 
@@ -84,8 +96,14 @@ def _terminate(number: int, frame: object) -> NoReturn:
 class _Node:
     """This process among the nodes."""
 
-    def __init__(self, config: Config | InputError, run: Path, ranks_per_node: int | None, launch: Launch,
-                 deadline: Deadline) -> None:
+    def __init__(
+        self,
+        config: Config | InputError,
+        run: Path,
+        ranks_per_node: int | None,
+        launch: Launch,
+        deadline: Deadline,
+    ) -> None:
         self._config = _for_checks(config) if isinstance(config, Config) else config
         self._run = run
         self._ranks_per_node = ranks_per_node
@@ -107,14 +125,19 @@ class _Node:
         if backend:
             self._exchange(backend)
             reports |= {0: self._report, **self._gather("exchanged", share=_TOLD)}
-        names = _names([self._rendezvous.read(f"name/{rank}", share=0) for rank in range(size)], os.environ)
+        names = _names(
+            [self._rendezvous.read(f"name/{rank}", share=0) for rank in range(size)], os.environ
+        )
         problems = compare(reports, names, ranks_per_node=self._ranks_per_node)
         problems += [f"{names[rank]}: {self._why_silent(rank)}" for rank in sorted(silent)]
         show(reports, names)
         for problem in problems:
             print(f"namr: error: preflight: {problem}", file=sys.stderr)
         if not problems:
-            print(f"preflight: {size} node{'s' * (size > 1)} in {self._deadline.passed_s:.0f} s", file=sys.stderr)
+            print(
+                f"preflight: {size} node{'s' * (size > 1)} in {self._deadline.passed_s:.0f} s",
+                file=sys.stderr,
+            )
         code = EXIT_CODE if problems else 0
         self._rendezvous.publish("code", str(code))
         self._rendezvous.leave(size - 1 - len(silent))
@@ -143,14 +166,18 @@ class _Node:
 
     def _gather(self, kind: str, *, share: float) -> dict[int, Report]:
         keys = {f"{kind}/{rank}": rank for rank in range(1, self._launch.world_size)}
-        return {keys[key]: Report.from_json(text)
-                for key, text in self._rendezvous.gather(list(keys), share=share).items()}
+        return {
+            keys[key]: Report.from_json(text)
+            for key, text in self._rendezvous.gather(list(keys), share=share).items()
+        }
 
     def _why_silent(self, rank: int) -> str:
         doing = self._rendezvous.read(f"doing/{rank}", share=0)
         if doing is None:
-            return f"did not report; look there whether {sys.executable} starts, and reaches " \
-                   f"{self._rendezvous.address} {MORE_TIME}"
+            return (
+                f"did not report; look there whether {sys.executable} starts, and reaches "
+                f"{self._rendezvous.address} {MORE_TIME}"
+            )
         return f"has not answered for {self._deadline.passed_s:.0f} s, still {doing} {MORE_TIME}"
 
     def _check(self, plan: list[_Check]) -> bool:
@@ -163,14 +190,20 @@ class _Node:
                 if check.fact is not None:
                     setattr(self._report, check.fact, fact)
             except TooLateError:
-                problems.append(f"{check.doing} has not ended after {self._deadline.passed_s:.0f} s: {check.hint} "
-                                + MORE_TIME)
+                problems.append(
+                    f"{check.doing} has not ended after {self._deadline.passed_s:.0f} s: {check.hint} "
+                    + MORE_TIME
+                )
                 return False
             except InputError as error:
-                if str(error) not in problems:  # the configuration as a whole may meet the same mistake
+                if (
+                    str(error) not in problems
+                ):  # the configuration as a whole may meet the same mistake
                     problems.append(str(error))
             except Exception as error:  # whatever it is, ranks would meet it too
-                problems.append(f"{check.doing} failed ({type(error).__name__}: {error}); see what is wrong there")
+                problems.append(
+                    f"{check.doing} failed ({type(error).__name__}: {error}); see what is wrong there"
+                )
         return True
 
     def _checks(self) -> list[_Check]:
@@ -179,25 +212,52 @@ class _Node:
             self._report.problems.append(str(config))
             return []
         if launch.local_rank > 0:
-            self._report.problems.append(f"process {launch.rank} shares its machine with another; start one a node, as "
-                                         "srun --ntasks-per-node=1 does")
+            self._report.problems.append(
+                f"process {launch.rank} shares its machine with another; start one a node, as "
+                "srun --ntasks-per-node=1 does"
+            )
             return []
         data, environ = config.data, os.environ
         plan = [
-            _Check(fact="free_bytes", doing=f"writing to run folder {self._run}", hint=_HUNG, find=self._write_probe),
+            _Check(
+                fact="free_bytes",
+                doing=f"writing to run folder {self._run}",
+                hint=_HUNG,
+                find=self._write_probe,
+            ),
             _Check(fact="versions", doing="reading versions", hint=_HUNG, find=checks.versions),
-            _Check(fact="gpus", doing="opening GPUs", hint="does nvidia-smi answer there?",
-                   find=lambda: checks.gpus(environ, self._ranks_per_node)),
-            _Check(fact="search", doing="loading faiss", hint=_HUNG, find=lambda: search_backend().name),
-            _Check(fact="shards", doing=f"checking shards ({data.path or 'homeware'})", hint=_HUNG,
-                   find=lambda: asdict(checks.shards(data))),
-            _Check(fact="weights", doing=f"getting weights of {config.model.backbone}",
-                   hint="compute nodes often have no internet: run namr preflight once where there is, with the same "
-                   "cache, or set model.weights to a file", find=lambda: checks.weights(config)),
+            _Check(
+                fact="gpus",
+                doing="opening GPUs",
+                hint="does nvidia-smi answer there?",
+                find=lambda: checks.gpus(environ, self._ranks_per_node),
+            ),
+            _Check(
+                fact="search", doing="loading faiss", hint=_HUNG, find=lambda: search_backend().name
+            ),
+            _Check(
+                fact="shards",
+                doing=f"checking shards ({data.path or 'homeware'})",
+                hint=_HUNG,
+                find=lambda: asdict(checks.shards(data)),
+            ),
+            _Check(
+                fact="weights",
+                doing=f"getting weights of {config.model.backbone}",
+                hint="compute nodes often have no internet: run namr preflight once where there is, with the same "
+                "cache, or set model.weights to a file",
+                find=lambda: checks.weights(config),
+            ),
         ]
         if launch.rank == 0:
-            plan.append(_Check(fact=None, doing="checking the configuration for all ranks", hint=_HUNG,
-                               find=lambda: self._dry_run(config)))
+            plan.append(
+                _Check(
+                    fact=None,
+                    doing="checking the configuration for all ranks",
+                    hint=_HUNG,
+                    find=lambda: self._dry_run(config),
+                )
+            )
         return plan
 
     def _write_probe(self) -> int:
@@ -219,12 +279,24 @@ class _Node:
         self._rendezvous.begin("waiting for a file from the first node: see what it says")
         probe = self._rendezvous.read("probe", share=_CHECKED)
         if probe is not None:
-            self._check([_Check(fact=None, doing=f"looking for {probe}", hint=_HUNG,
-                                find=lambda: checks.see_probe(Path(probe)))])
+            self._check(
+                [
+                    _Check(
+                        fact=None,
+                        doing=f"looking for {probe}",
+                        hint=_HUNG,
+                        find=lambda: checks.see_probe(Path(probe)),
+                    )
+                ]
+            )
 
     def _dry_run(self, config: Config) -> list[str]:
-        ranks = self._launch.world_size * (self._ranks_per_node or len(self._report.gpus or []) or 1)
-        return dry_run(config, self._run, ranks=ranks, overwrite=False, resume=True, words=[config.recipe])
+        ranks = self._launch.world_size * (
+            self._ranks_per_node or len(self._report.gpus or []) or 1
+        )
+        return dry_run(
+            config, self._run, ranks=ranks, overwrite=False, resume=True, words=[config.recipe]
+        )
 
     def _exchange(self, backend: str) -> None:
         variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
@@ -234,23 +306,36 @@ class _Node:
         # Over a connection of its own: a call that hangs would keep this one.
         store, rank = self._rendezvous.another_connection(), self._launch.rank
         try:
-            self._report.mib_per_s = within(seconds, lambda: checks.all_reduce(
-                store, rank=rank, size=self._launch.world_size, backend=backend, seconds=seconds))
+            self._report.mib_per_s = within(
+                seconds,
+                lambda: checks.all_reduce(
+                    store, rank=rank, size=self._launch.world_size, backend=backend, seconds=seconds
+                ),
+            )
         except InputError as error:
             self._report.problems.append(str(error))
         except TooLateError:
-            self._report.problems.append(f"a sum over all nodes by {backend} has not ended after {seconds:.0f} s; "
-                                         f"{remedy} {MORE_TIME}")
+            self._report.problems.append(
+                f"a sum over all nodes by {backend} has not ended after {seconds:.0f} s; "
+                f"{remedy} {MORE_TIME}"
+            )
         except Exception as error:
-            self._report.problems.append(f"a sum over all nodes by {backend} failed ({checks.first_line(error)}); "
-                                         + remedy)
+            self._report.problems.append(
+                f"a sum over all nodes by {backend} failed ({checks.first_line(error)}); " + remedy
+            )
 
 
 def _for_checks(config: Config) -> Config:
     """No hashes, which take as long as reading all shards, and fewer tries at what does not answer."""
     data = config.data
-    return dataclasses.replace(config, data=dataclasses.replace(
-        data, verify=False, remote=dataclasses.replace(data.remote, retries=min(1, data.remote.retries))))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            data,
+            verify=False,
+            remote=dataclasses.replace(data.remote, retries=min(1, data.remote.retries)),
+        ),
+    )
 
 
 def _backend(reports: Mapping[int, Report]) -> str:
@@ -267,5 +352,10 @@ def _names(said: Sequence[str | None], environ: Mapping[str, str]) -> list[str]:
         listed = expand_hosts(environ.get("SLURM_STEP_NODELIST", ""))
     except InputError:
         listed = ()
-    names = [name or (listed[rank] if len(listed) == len(said) else f"node {rank}") for rank, name in enumerate(said)]
-    return [name if names.count(name) == 1 else f"{name} ({rank})" for rank, name in enumerate(names)]
+    names = [
+        name or (listed[rank] if len(listed) == len(said) else f"node {rank}")
+        for rank, name in enumerate(said)
+    ]
+    return [
+        name if names.count(name) == 1 else f"{name} ({rank})" for rank, name in enumerate(names)
+    ]

@@ -44,18 +44,27 @@ class Rendezvous:
     def _open(self, launch: Launch) -> dist.Store:
         if self.size == 1:
             return dist.HashStore()
-        torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it listens at that port itself
+        torchruns = (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        )  # it listens at that port itself
         if self.rank > 0 or torchruns:
             self._await_listener(launch)
 
         if not self._deadline.left_s(_CONNECTED):
-            raise InputError(f"preflight: {node_name()}: took {self._deadline.passed_s:.0f} s to start; put the Python "
-                             f"environment {sys.prefix} on a faster file system {MORE_TIME}")
+            raise InputError(
+                f"preflight: {node_name()}: took {self._deadline.passed_s:.0f} s to start; put the Python "
+                f"environment {sys.prefix} on a faster file system {MORE_TIME}"
+            )
 
         def open_store() -> dist.Store:
-            return dist.TCPStore(launch.master_addr, launch.master_port, self.size,
-                                 is_master=self.rank == 0 and not torchruns, wait_for_workers=False,
-                                 timeout=timedelta(seconds=self._deadline.left_s(_CONNECTED)))
+            return dist.TCPStore(
+                launch.master_addr,
+                launch.master_port,
+                self.size,
+                is_master=self.rank == 0 and not torchruns,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=self._deadline.left_s(_CONNECTED)),
+            )
 
         try:
             # Not by its own time-out alone, which a listener that says nothing outlasts.
@@ -63,24 +72,33 @@ class Rendezvous:
         except (TooLateError, dist.DistError) as error:
             reason = str(error).splitlines()[0] if str(error) else "no answer"
             if self.rank > 0:
-                raise FirstNodeGoneError(f"{self.address} does not speak as the first node does ({reason}); see what "
-                                         "the first node says") from None
+                raise FirstNodeGoneError(
+                    f"{self.address} does not speak as the first node does ({reason}); see what "
+                    "the first node says"
+                ) from None
             if "EADDRINUSE" in reason:
-                raise InputError(f"preflight: port {launch.master_port} of {launch.master_addr} is taken by another "
-                                 "program; set NAMR_PORT to a free port, or leave it unset") from None
-            raise InputError(f"preflight: the first node cannot listen at {self.address} ({reason}); set MASTER_ADDR "
-                             "to a name of the first node") from None
+                raise InputError(
+                    f"preflight: port {launch.master_port} of {launch.master_addr} is taken by another "
+                    "program; set NAMR_PORT to a free port, or leave it unset"
+                ) from None
+            raise InputError(
+                f"preflight: the first node cannot listen at {self.address} ({reason}); set MASTER_ADDR "
+                "to a name of the first node"
+            ) from None
 
     def _await_listener(self, launch: Launch) -> None:
         while True:
             try:
-                socket.create_connection((launch.master_addr, launch.master_port), timeout=2).close()
+                socket.create_connection(
+                    (launch.master_addr, launch.master_port), timeout=2
+                ).close()
                 return
             except OSError as error:
                 if not self._deadline.left_s(_CONNECTED):
-                    raise FirstNodeGoneError(f"the first node does not answer at {self.address} ({error}); look there "
-                                             f"whether it starts, and between the nodes for a firewall {MORE_TIME}"
-                                             ) from None
+                    raise FirstNodeGoneError(
+                        f"the first node does not answer at {self.address} ({error}); look there "
+                        f"whether it starts, and between the nodes for a firewall {MORE_TIME}"
+                    ) from None
             time.sleep(_POLL_S)
 
     def begin(self, doing: str) -> None:
@@ -102,8 +120,14 @@ class Rendezvous:
         while not self._store.check(keys) and self._deadline.left_s(share):
             time.sleep(_POLL_S)
         there = [key for key in keys if self._store.check([key])]
-        return {key: value.decode() for key, value in zip(there, self._store.multi_get(there), strict=True)} \
-            if there else {}
+        return (
+            {
+                key: value.decode()
+                for key, value in zip(there, self._store.multi_get(there), strict=True)
+            }
+            if there
+            else {}
+        )
 
     def another_connection(self) -> dist.Store:
         """The store for a process group, whose calls would keep this node's waiting."""

@@ -36,11 +36,15 @@ class Report:
         return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
-def compare(reports: Mapping[int, Report], names: Sequence[str], *, ranks_per_node: int | None) -> list[str]:
+def compare(
+    reports: Mapping[int, Report], names: Sequence[str], *, ranks_per_node: int | None
+) -> list[str]:
     """A line for each thing that is wrong: of one node, of several alike, or of nodes unlike the first."""
     nodes_of: dict[str, list[str]] = {}
     for rank, report in sorted(reports.items()):
-        problems = report.problems + (_differences(report, reports[0], names[0], ranks_per_node) if rank else [])
+        problems = report.problems + (
+            _differences(report, reports[0], names[0], ranks_per_node) if rank else []
+        )
         for problem in problems:
             nodes_of.setdefault(problem, []).append(names[rank])
     return [f"{_listed(nodes, len(reports))}: {problem}" for problem, nodes in nodes_of.items()]
@@ -50,24 +54,38 @@ def _differences(report: Report, first: Report, name: str, ranks_per_node: int |
     """What a node has otherwise than the first, called `name`."""
     problems = []
     if report.versions and first.versions:
-        problems += [f"{package} is {report.versions.get(package, 'not installed')}, on {name} "
-                     f"{first.versions.get(package, 'not installed')}; {_SAME_ENVIRONMENT}"
-                     for package in differing(report, first)]
+        problems += [
+            f"{package} is {report.versions.get(package, 'not installed')}, on {name} "
+            f"{first.versions.get(package, 'not installed')}; {_SAME_ENVIRONMENT}"
+            for package in differing(report, first)
+        ]
     if report.gpus is not None and first.gpus is not None:
         here, there = len(report.gpus), len(first.gpus)
         if bool(here) != bool(there) or here < min(there, ranks_per_node or there):
-            problems.append(f"has {here} GPUs, {name} has {there}; take nodes of one kind, or set --ranks-per-node to "
-                            "at most the fewest")
-    if report.shards and first.shards and report.shards["manifest_sha256"] != first.shards["manifest_sha256"]:
-        problems.append(f"its shard set's manifest.json is another than on {name}; copy the shard set there again")
+            problems.append(
+                f"has {here} GPUs, {name} has {there}; take nodes of one kind, or set --ranks-per-node to "
+                "at most the fewest"
+            )
+    if (
+        report.shards
+        and first.shards
+        and report.shards["manifest_sha256"] != first.shards["manifest_sha256"]
+    ):
+        problems.append(
+            f"its shard set's manifest.json is another than on {name}; copy the shard set there again"
+        )
     return problems
 
 
 def differing(report: Report, first: Report) -> list[str]:
     """Names of what has two versions. A commit counts where both nodes know it."""
     here, there = report.versions or {}, first.versions or {}
-    return [package for package in {**there, **here} if here.get(package) != there.get(package)
-            and (package != "commit" or (package in here and package in there))]
+    return [
+        package
+        for package in {**there, **here}
+        if here.get(package) != there.get(package)
+        and (package != "commit" or (package in here and package in there))
+    ]
 
 
 def _listed(nodes: Sequence[str], count: int) -> str:
@@ -83,10 +101,23 @@ def show(reports: Mapping[int, Report], names: Sequence[str]) -> None:
     # A batch job's log is no terminal and taken for 80 columns.
     console = Console(stderr=True, width=max(120, console.width))
     table = Table(title="namr preflight", title_justify="left")
-    for heading in ("node", "versions", "GPUs", "shards", "weights", "run folder", "search", "MiB/s"):
-        table.add_column(heading, overflow="fold", justify="right" if heading == "MiB/s" else "left")
+    for heading in (
+        "node",
+        "versions",
+        "GPUs",
+        "shards",
+        "weights",
+        "run folder",
+        "search",
+        "MiB/s",
+    ):
+        table.add_column(
+            heading, overflow="fold", justify="right" if heading == "MiB/s" else "left"
+        )
     for rank, name in enumerate(names):
-        table.add_row(name, *(_cells(reports[rank], reports[0]) if rank in reports else ["[red]no report[/]"]))
+        table.add_row(
+            name, *(_cells(reports[rank], reports[0]) if rank in reports else ["[red]no report[/]"])
+        )
     console.print(table)
 
 
@@ -95,9 +126,14 @@ def _cells(report: Report, first: Report) -> list[str]:
     kinds = {kind: report.gpus.count(kind) for kind in report.gpus} if report.gpus else {}
     return [
         "–" if report.versions is None else ", ".join(differing(report, first)) or "ok",
-        "–" if report.gpus is None else ", ".join(f"{number} × {kind}" for kind, number in kinds.items()) or "none",
-        "–" if shards is None else f"{shards['files']}, {shards['size_bytes'] / 2**30:.1f} GiB" if shards["files"] else
-        "remote",
+        "–"
+        if report.gpus is None
+        else ", ".join(f"{number} × {kind}" for kind, number in kinds.items()) or "none",
+        "–"
+        if shards is None
+        else f"{shards['files']}, {shards['size_bytes'] / 2**30:.1f} GiB"
+        if shards["files"]
+        else "remote",
         report.weights or "–",
         "–" if report.free_bytes is None else f"{report.free_bytes / 2**30:.0f} GiB free",
         report.search or "–",

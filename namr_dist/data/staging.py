@@ -60,7 +60,9 @@ def stage(location: str, to: Path, splits: Sequence[str] = ()) -> Staged:
     manifest = open_shards(location)
     to = to.resolve()
     if manifest.source is None and manifest.folder.resolve() in (to, *to.parents):
-        raise InputError(f"{to} is the shard set's own folder or lies in it; give a folder on this machine's own disk")
+        raise InputError(
+            f"{to} is the shard set's own folder or lies in it; give a folder on this machine's own disk"
+        )
     shards = manifest.shards_of(*splits) if splits else manifest.shards
     body = (manifest.folder / FILE_NAME).read_bytes()
     folder = to / f"{_plain(manifest.name)}-{hashlib.sha256(body).hexdigest()[:12]}"
@@ -68,18 +70,31 @@ def stage(location: str, to: Path, splits: Sequence[str] = ()) -> Staged:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             whole = _whole(folder, shards)
-            _copy(_origin(location, manifest), folder, [shard for shard in shards if shard.file not in whole])
+            _copy(
+                _origin(location, manifest),
+                folder,
+                [shard for shard in shards if shard.file not in whole],
+            )
             # Not once more: on a disk that is full by now, a set that is whole can be used.
             if _size(folder / FILE_NAME) != len(body) or (folder / FILE_NAME).read_bytes() != body:
                 write_atomic(folder / FILE_NAME, body)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{folder} is full ({error.strerror}); free some space, or stage into a folder on a "
-                             "larger disk") from None
-        raise InputError(f"{folder} cannot be used ({error.strerror}); stage into a folder on a disk of this machine "
-                         "that can be written") from None
-    return Staged(folder=folder, shards=len(shards), were_there=len(whole),
-                  images=sum(len(shard.keys) for shard in shards), bytes=sum(shard.bytes for shard in shards))
+            raise InputError(
+                f"{folder} is full ({error.strerror}); free some space, or stage into a folder on a "
+                "larger disk"
+            ) from None
+        raise InputError(
+            f"{folder} cannot be used ({error.strerror}); stage into a folder on a disk of this machine "
+            "that can be written"
+        ) from None
+    return Staged(
+        folder=folder,
+        shards=len(shards),
+        were_there=len(whole),
+        images=sum(len(shard.keys) for shard in shards),
+        bytes=sum(shard.bytes for shard in shards),
+    )
 
 
 def _plain(name: str) -> str:
@@ -101,7 +116,11 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"namr: another process stages into {folder}; waiting for it", file=sys.stderr, flush=True)
+            print(
+                f"namr: another process stages into {folder}; waiting for it",
+                file=sys.stderr,
+                flush=True,
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -114,14 +133,18 @@ def _whole(folder: Path, shards: Sequence[Shard]) -> set[str]:
 
     def is_whole(shard: Shard) -> bool:
         try:
-            return not any(shard_problems(folder / shard.file, shard, decode=False, hashes_alone=True))
+            return not any(
+                shard_problems(folder / shard.file, shard, decode=False, hashes_alone=True)
+            )
         except OSError:  # a bad block
             return False
 
     intact = set()
     images, size = sum(len(shard.keys) for shard in there), sum(shard.bytes for shard in there)
-    with BuildProgress(f"check {folder.name}", images=images, size=size) as progress, \
-            ThreadPoolExecutor(_AT_ONCE) as pool:
+    with (
+        BuildProgress(f"check {folder.name}", images=images, size=size) as progress,
+        ThreadPoolExecutor(_AT_ONCE) as pool,
+    ):
         for shard, whole in zip(there, pool.map(is_whole, there), strict=True):
             progress.advance(len(shard.keys), shard.bytes)
             if whole:
@@ -139,25 +162,37 @@ def _copy(origin: Origin, folder: Path, shards: Sequence[Shard]) -> None:
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if need > free:
-        raise InputError(f"{folder} needs {need / 2**20:,.1f} MiB more and its disk has {free / 2**20:,.1f} MiB free; "
-                         "free some space, or stage into a folder on a larger disk")
+        raise InputError(
+            f"{folder} needs {need / 2**20:,.1f} MiB more and its disk has {free / 2**20:,.1f} MiB free; "
+            "free some space, or stage into a folder on a larger disk"
+        )
     telling = threading.Lock()
 
     def copy(shard: Shard) -> None:
         def told(have: int) -> None:
             with telling:
-                progress.advance(_images(shard, have) - _images(shard, had[shard.file]), have - had[shard.file])
+                progress.advance(
+                    _images(shard, have) - _images(shard, had[shard.file]), have - had[shard.file]
+                )
                 had[shard.file] = have
 
         with open(parts[shard.file], "a+b", buffering=0) as part:
-            fetch(origin, shard, part, told=told, remedy="check the file there or rebuild the shard set; staging goes "
-                  "on with the same command")
+            fetch(
+                origin,
+                shard,
+                part,
+                told=told,
+                remedy="check the file there or rebuild the shard set; staging goes "
+                "on with the same command",
+            )
         # A damaged one is replaced and not removed before: whoever reads it still has a file until then.
         os.replace(parts[shard.file], folder / shard.file)
 
     images = sum(len(shard.keys) - _images(shard, had[shard.file]) for shard in shards)
-    with BuildProgress(f"copy {folder.name}", images=images, size=need) as progress, \
-            ThreadPoolExecutor(_AT_ONCE) as pool:
+    with (
+        BuildProgress(f"copy {folder.name}", images=images, size=need) as progress,
+        ThreadPoolExecutor(_AT_ONCE) as pool,
+    ):
         for _ in pool.map(copy, shards):
             pass
 

@@ -19,7 +19,9 @@ class MarginRows(RowsLoss):
     most_positives: as in `TripletRows`.
     """
 
-    def __init__(self, *, alpha: float = 0.2, beta: float = 1.2, most_positives: int | None = None) -> None:
+    def __init__(
+        self, *, alpha: float = 0.2, beta: float = 1.2, most_positives: int | None = None
+    ) -> None:
         super().__init__()
         self.alpha = alpha
         self.most_positives = most_positives
@@ -36,8 +38,18 @@ class MarginRows(RowsLoss):
         any length. seed: picks the sampled negatives."""
         unit = rows.unit()
         loss, grad_x_bD, grad_beta = kernels.margin_of_rows(
-            unit.z_bD, unit.labels_b, unit.z_ND, unit.labels_N, self.beta.detach(), offset=unit.offset,
-            gather=unit.gather, alpha=self.alpha, seed=seed, most_positives=self.most_positives, with_grad=True)
+            unit.z_bD,
+            unit.labels_b,
+            unit.z_ND,
+            unit.labels_N,
+            self.beta.detach(),
+            offset=unit.offset,
+            gather=unit.gather,
+            alpha=self.alpha,
+            seed=seed,
+            most_positives=self.most_positives,
+            with_grad=True,
+        )
         return with_gradients(loss, (self.beta, grad_beta)), through_unit_rows(rows.z_bD, grad_x_bD)
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:

@@ -51,7 +51,9 @@ class CrossBatchMemory(nn.Module):
         # From the oldest to the newest.
         slot_Q = torch.arange(rows - held, rows, device=z_BD.device) % self.rows
         index_Q, order_Q = self.index_R[slot_Q].sort(stable=True)
-        newest_B = torch.searchsorted(index_Q, index_B.contiguous(), right=True).sub_(1).clamp_min_(0)
+        newest_B = (
+            torch.searchsorted(index_Q, index_B.contiguous(), right=True).sub_(1).clamp_min_(0)
+        )
         found_B = index_Q[newest_B] == index_B
         distance_B = torch.linalg.vector_norm(z_BD - self.z_RD[slot_Q[order_Q[newest_B]]], dim=1)
         images = found_B.sum().to(z_BD.dtype)
@@ -64,7 +66,11 @@ class CrossBatchMemory(nn.Module):
         B = len(z_BD)
         last = slice(max(0, B - self.rows), B)
         slot_Q = torch.arange(rows + last.start, rows + B, device=z_BD.device) % self.rows
-        for ring, of_batch in ((self.z_RD, z_BD), (self.label_R, labels_B), (self.index_R, index_B)):
+        for ring, of_batch in (
+            (self.z_RD, z_BD),
+            (self.label_R, labels_B),
+            (self.index_R, index_B),
+        ):
             ring.index_copy_(0, slot_Q, of_batch[last].to(ring.dtype))
         self.taken[0] += 1
         self.taken[1] += B
@@ -73,7 +79,11 @@ class CrossBatchMemory(nn.Module):
     def _taken(self) -> tuple[int, int]:
         """Batches and rows so far. Reading them waits for a GPU, and is done only where they came from elsewhere:
         another tensor, or a change that `add` did not make."""
-        if self._read is None or self._read[0] is not self.taken or self._read[1] != self.taken._version:
+        if (
+            self._read is None
+            or self._read[0] is not self.taken
+            or self._read[1] != self.taken._version
+        ):
             batches, rows = self.taken.tolist()
             self._read = (self.taken, self.taken._version, batches, rows)
         return self._read[2:]

@@ -37,9 +37,19 @@ class MultiClusterRankingRows(nn.Module):
     def forward(self, rows: Rows, s_bD: Tensor, s_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The batch's loss and its gradients for rows.z_bD and s_bD. s: positive weights, of this rank and of all."""
         return kernels.ranking_of_rows(
-            rows.z_bD, s_bD, rows.z_ND, s_BD, offset=rows.offset, gather=rows.gather, clusters=self.clusters,
-            spread=self.spread, floor=self.floor, sharpness=self.sharpness, statistics=self.statistics,
-            with_grad=True)
+            rows.z_bD,
+            s_bD,
+            rows.z_ND,
+            s_BD,
+            offset=rows.offset,
+            gather=rows.gather,
+            clusters=self.clusters,
+            spread=self.spread,
+            floor=self.floor,
+            sharpness=self.sharpness,
+            statistics=self.statistics,
+            with_grad=True,
+        )
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""

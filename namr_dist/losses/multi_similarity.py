@@ -30,20 +30,38 @@ class MultiSimilarityRows(RowsLoss):
     @classmethod
     def configured(cls, settings: MultiSimilarityConfig, batches: Batches) -> MultiSimilarityRows:
         """From loss.multi_similarity; nothing of the batches is needed."""
-        return cls(alpha=settings.alpha, beta=settings.beta, base=settings.base, epsilon=settings.epsilon)
+        return cls(
+            alpha=settings.alpha, beta=settings.beta, base=settings.base, epsilon=settings.epsilon
+        )
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
         """The batch's loss and its gradient for rows.z_bD, of any length. seed: not used, nothing is sampled."""
         unit = rows.unit()
         loss, grad_x_bD = kernels.multi_similarity_of_rows(
-            unit.z_bD, unit.labels_b, unit.z_ND, unit.labels_N, offset=unit.offset, gather=unit.gather,
-            alpha=self.alpha, beta=self.beta, base=self.base, epsilon=self.epsilon, with_grad=True)
+            unit.z_bD,
+            unit.labels_b,
+            unit.z_ND,
+            unit.labels_N,
+            offset=unit.offset,
+            gather=unit.gather,
+            alpha=self.alpha,
+            beta=self.beta,
+            base=self.base,
+            epsilon=self.epsilon,
+            with_grad=True,
+        )
         return loss, through_unit_rows(rows.z_bD, grad_x_bD)
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
         """Of the rows at length 1. seed: not used."""
-        return reference.multi_similarity_loss(nn.functional.normalize(x_BD, dim=1), labels_B, alpha=self.alpha,
-                                               beta=self.beta, base=self.base, epsilon=self.epsilon)
+        return reference.multi_similarity_loss(
+            nn.functional.normalize(x_BD, dim=1),
+            labels_B,
+            alpha=self.alpha,
+            beta=self.beta,
+            base=self.base,
+            epsilon=self.epsilon,
+        )
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""

@@ -42,7 +42,11 @@ class PlainRows(RowsLoss):
             for module in loss.modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     if parameter.dim() == 0:
-                        setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+                        setattr(
+                            module,
+                            name,
+                            nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad),
+                        )
 
     @classmethod
     def configured(cls, settings: MetricLossConfig, batches: Batches) -> PlainRows:
@@ -67,10 +71,17 @@ class PlainRows(RowsLoss):
             value = self.definition(z_ND, rows.labels_N, seed=seed)
             gradients = torch.autograd.grad(value, (z_ND, *learnt), allow_unused=True)
         # A batch without any term, as a miner may leave one, has no gradient.
-        grad_ND, *of_learnt = (torch.zeros_like(leaf) if gradient is None else gradient
-                               for leaf, gradient in zip((z_ND, *learnt), gradients, strict=True))
-        loss = with_gradients(value.detach(), *((parameter, gradient / rows.ranks)
-                                                for parameter, gradient in zip(learnt, of_learnt, strict=True)))
+        grad_ND, *of_learnt = (
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for leaf, gradient in zip((z_ND, *learnt), gradients, strict=True)
+        )
+        loss = with_gradients(
+            value.detach(),
+            *(
+                (parameter, gradient / rows.ranks)
+                for parameter, gradient in zip(learnt, of_learnt, strict=True)
+            ),
+        )
         return loss, grad_ND[rows.offset : rows.offset + len(rows.z_bD)]
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
@@ -84,7 +95,9 @@ def _make(named: Any, settings: MetricLossConfig, batches: Batches) -> Loss:
     try:
         parameters = inspect.signature(named).parameters
     except (TypeError, ValueError):
-        raise InputError(f"{_USE} is {name}, which cannot be called; name a class or a function") from None
+        raise InputError(
+            f"{_USE} is {name}, which cannot be called; name a class or a function"
+        ) from None
     facts = {"num_classes": batches.classes, "embedding_size": batches.width}
     options = {fact: value for fact, value in facts.items() if fact in parameters} | options
     if not isinstance(named, type):
@@ -92,11 +105,14 @@ def _make(named: Any, settings: MetricLossConfig, batches: Batches) -> Loss:
     try:
         loss = named(**options)
     except Exception as error:  # another's constructor may raise anything
-        raise InputError(f"{_USE} is {name}, but {named.__name__} cannot be made with {options or 'no options'} "
-                         f"({type(error).__name__}: {error}); give its keywords by loss.options, a JSON object"
-                         ) from error
+        raise InputError(
+            f"{_USE} is {name}, but {named.__name__} cannot be made with {options or 'no options'} "
+            f"({type(error).__name__}: {error}); give its keywords by loss.options, a JSON object"
+        ) from error
     if not callable(loss):
-        raise InputError(f"{_USE} is {name}, whose instances cannot be called with (embeddings, labels)")
+        raise InputError(
+            f"{_USE} is {name}, whose instances cannot be called with (embeddings, labels)"
+        )
     return loss
 
 
@@ -104,16 +120,19 @@ def _options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text or "{}")
     except ValueError as error:
-        raise InputError(f"loss.options is {text!r}, which is not JSON ({error}); give an object, such as "
-                         '{"temperature": 0.1}') from None
+        raise InputError(
+            f"loss.options is {text!r}, which is not JSON ({error}); give an object, such as "
+            '{"temperature": 0.1}'
+        ) from None
     if not isinstance(options, dict):
-        raise InputError(f'loss.options is {text!r}; give a JSON object, such as {{"temperature": 0.1}}')
+        raise InputError(
+            f'loss.options is {text!r}; give a JSON object, such as {{"temperature": 0.1}}'
+        )
     return options
 
 
 def _try(made: PlainRows, name: str, batches: Batches) -> None:
-    """Raise InputError if the loss does not serve, before hours of training. A copy is tried: it may count its calls.
-    """
+    """Raise InputError if the loss does not serve, before hours of training. A copy is tried: it may count its calls."""
     classes = min(batches.classes, 4)
     labels_B = torch.arange(classes).repeat(2)
     with torch.enable_grad(), torch.random.fork_rng([]):
@@ -122,12 +141,18 @@ def _try(made: PlainRows, name: str, batches: Batches) -> None:
         try:
             value = copy.deepcopy(made.loss)(x_BD, labels_B)
         except Exception as error:  # another's loss may raise anything
-            raise InputError(f"{_USE} is {name}, which fails on {2 * classes} embeddings of {batches.width} numbers "
-                             f"and their labels ({type(error).__name__}: {error})") from error
+            raise InputError(
+                f"{_USE} is {name}, which fails on {2 * classes} embeddings of {batches.width} numbers "
+                f"and their labels ({type(error).__name__}: {error})"
+            ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"{_USE} is {name}, which gives {shown} for (embeddings, labels); it should give a scalar, "
-                         "such as the mean over the batch")
+        raise InputError(
+            f"{_USE} is {name}, which gives {shown} for (embeddings, labels); it should give a scalar, "
+            "such as the mean over the batch"
+        )
     if not value.requires_grad:
-        raise InputError(f"{_USE} is {name}, whose value has no gradient for the embeddings; compute it by PyTorch "
-                         "functions of them")
+        raise InputError(
+            f"{_USE} is {name}, whose value has no gradient for the embeddings; compute it by PyTorch "
+            "functions of them"
+        )

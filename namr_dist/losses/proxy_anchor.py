@@ -44,21 +44,38 @@ class ProxyAnchorRows(RowsLoss):
     @classmethod
     def configured(cls, settings: ProxyAnchorConfig, batches: Batches) -> ProxyAnchorRows:
         """From loss.proxy_anchor, with a proxy for every training class."""
-        return cls(classes=batches.classes, width=batches.width, alpha=settings.alpha, margin=settings.margin)
+        return cls(
+            classes=batches.classes,
+            width=batches.width,
+            alpha=settings.alpha,
+            margin=settings.margin,
+        )
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
         """The batch's loss, carrying this rank's share of the gradient for the proxies, and its gradient for
         rows.z_bD, of any length. rows.labels_b: 0..C-1. seed: not used."""
         x_bD, proxies_CD = kernels.unit_rows(rows.z_bD), kernels.unit_rows(self.proxies)
         loss, grad_x_bD, grad_unit_CD = kernels.proxy_anchor_of_rows(
-            x_bD, rows.labels_b, proxies_CD.detach(), gather=rows.gather_one, alpha=self.alpha, margin=self.margin,
-            with_grad=True)
-        return with_gradients(loss, (proxies_CD, grad_unit_CD)), through_unit_rows(rows.z_bD, grad_x_bD)
+            x_bD,
+            rows.labels_b,
+            proxies_CD.detach(),
+            gather=rows.gather_one,
+            alpha=self.alpha,
+            margin=self.margin,
+            with_grad=True,
+        )
+        return with_gradients(loss, (proxies_CD, grad_unit_CD)), through_unit_rows(
+            rows.z_bD, grad_x_bD
+        )
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
         """Of rows and proxies at length 1; differentiable in the proxies too. seed: not used."""
-        unit_BD, proxies_CD = (nn.functional.normalize(rows, dim=1) for rows in (x_BD, self.proxies))
-        return reference.proxy_anchor_loss(unit_BD, labels_B, proxies_CD, alpha=self.alpha, margin=self.margin)
+        unit_BD, proxies_CD = (
+            nn.functional.normalize(rows, dim=1) for rows in (x_BD, self.proxies)
+        )
+        return reference.proxy_anchor_loss(
+            unit_BD, labels_B, proxies_CD, alpha=self.alpha, margin=self.margin
+        )
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""

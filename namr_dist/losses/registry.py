@@ -104,17 +104,40 @@ class MetricLoss:
 
 
 LOSSES: tuple[MetricLoss, ...] = (
-    MetricLoss(name="triplet", title="triplet loss", module="namr_dist.losses.triplet:TripletRows", op="triplet_loss",
-               checked={"triplet semihard": TripletConfig(), "triplet hardest": TripletConfig(mining="hardest"),
-                        "triplet distance-weighted": TripletConfig(mining="distance_weighted")}),
+    MetricLoss(
+        name="triplet",
+        title="triplet loss",
+        module="namr_dist.losses.triplet:TripletRows",
+        op="triplet_loss",
+        checked={
+            "triplet semihard": TripletConfig(),
+            "triplet hardest": TripletConfig(mining="hardest"),
+            "triplet distance-weighted": TripletConfig(mining="distance_weighted"),
+        },
+    ),
     # β below its default, or as many pairs of a random batch would pull at it as push.
-    MetricLoss(name="margin", title="margin loss", module="namr_dist.losses.margin:MarginRows", op="margin_loss",
-               checked={"margin": MarginConfig(beta=1.0)}),
-    MetricLoss(name="multi_similarity", title="multi-similarity loss",
-               module="namr_dist.losses.multi_similarity:MultiSimilarityRows", op="multi_similarity_loss",
-               checked={"multi-similarity": MultiSimilarityConfig()}),
-    MetricLoss(name="proxy_anchor", title="proxy-anchor loss", module="namr_dist.losses.proxy_anchor:ProxyAnchorRows",
-               op="proxy_anchor_loss", memory=False, checked={"proxy-anchor": ProxyAnchorConfig()}),
+    MetricLoss(
+        name="margin",
+        title="margin loss",
+        module="namr_dist.losses.margin:MarginRows",
+        op="margin_loss",
+        checked={"margin": MarginConfig(beta=1.0)},
+    ),
+    MetricLoss(
+        name="multi_similarity",
+        title="multi-similarity loss",
+        module="namr_dist.losses.multi_similarity:MultiSimilarityRows",
+        op="multi_similarity_loss",
+        checked={"multi-similarity": MultiSimilarityConfig()},
+    ),
+    MetricLoss(
+        name="proxy_anchor",
+        title="proxy-anchor loss",
+        module="namr_dist.losses.proxy_anchor:ProxyAnchorRows",
+        op="proxy_anchor_loss",
+        memory=False,
+        checked={"proxy-anchor": ProxyAnchorConfig()},
+    ),
 )
 NAMES: tuple[str, ...] = tuple(loss.name for loss in LOSSES)
 
@@ -131,8 +154,10 @@ def find(name: str) -> MetricLoss | None:
         return None
     near = difflib.get_close_matches(name, NAMES, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"loss.metric is {name!r}; {hint}known are {', '.join(NAMES)}, and module:NAME for a loss of your "
-                     "own")
+    raise InputError(
+        f"loss.metric is {name!r}; {hint}known are {', '.join(NAMES)}, and module:NAME for a loss of your "
+        "own"
+    )
 
 
 def title(name: str) -> str:

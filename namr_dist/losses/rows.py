@@ -36,9 +36,16 @@ class Rows:
 
     def unit(self) -> Rows:
         """The same with rows of length 1."""
-        return Rows(z_bD=kernels.unit_rows(self.z_bD), labels_b=self.labels_b, z_ND=kernels.unit_rows(self.z_ND),
-                    labels_N=self.labels_N, offset=self.offset, gather=self.gather, gather_one=self.gather_one,
-                    ranks=self.ranks)
+        return Rows(
+            z_bD=kernels.unit_rows(self.z_bD),
+            labels_b=self.labels_b,
+            z_ND=kernels.unit_rows(self.z_ND),
+            labels_N=self.labels_N,
+            offset=self.offset,
+            gather=self.gather,
+            gather_one=self.gather_one,
+            ranks=self.ranks,
+        )
 
 
 def all_rows(z_BD: Tensor, labels_B: Tensor) -> Rows:
@@ -101,7 +108,9 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, value: Tensor, *pairs: Tensor) -> Tensor:
         tensors, gradients = pairs[::2], pairs[1::2]
-        ctx.save_for_backward(*(gradient.to(of.dtype) for of, gradient in zip(tensors, gradients, strict=True)))
+        ctx.save_for_backward(
+            *(gradient.to(of.dtype) for of, gradient in zip(tensors, gradients, strict=True))
+        )
         return value.clone()
 
     @staticmethod

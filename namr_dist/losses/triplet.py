@@ -20,7 +20,9 @@ class TripletRows(RowsLoss):
     Raises ValueError for an unknown mining.
     """
 
-    def __init__(self, *, margin: float = 0.2, mining: str = "semihard", most_positives: int | None = None) -> None:
+    def __init__(
+        self, *, margin: float = 0.2, mining: str = "semihard", most_positives: int | None = None
+    ) -> None:
         super().__init__()
         kernels.check_mining(mining)
         self.margin = margin
@@ -30,17 +32,31 @@ class TripletRows(RowsLoss):
     @classmethod
     def configured(cls, settings: TripletConfig, batches: Batches) -> TripletRows:
         """From loss.triplet; positives are counted only where a memory makes their number open."""
-        return cls(margin=settings.margin, mining=settings.mining, most_positives=batches.most_positives)
+        return cls(
+            margin=settings.margin, mining=settings.mining, most_positives=batches.most_positives
+        )
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
         """The batch's loss and its gradient for rows.z_bD. seed: picks the sampled negatives."""
         return kernels.triplet_of_rows(
-            rows.z_bD, rows.labels_b, rows.z_ND, rows.labels_N, offset=rows.offset, gather=rows.gather,
-            margin=self.margin, mining=self.mining, seed=seed, most_positives=self.most_positives, with_grad=True)
+            rows.z_bD,
+            rows.labels_b,
+            rows.z_ND,
+            rows.labels_N,
+            offset=rows.offset,
+            gather=rows.gather,
+            margin=self.margin,
+            mining=self.mining,
+            seed=seed,
+            most_positives=self.most_positives,
+            with_grad=True,
+        )
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
         """Of the rows as given. seed: picks the sampled negatives."""
-        return reference.triplet_loss(x_BD, labels_B, margin=self.margin, mining=self.mining, seed=seed)
+        return reference.triplet_loss(
+            x_BD, labels_B, margin=self.margin, mining=self.mining, seed=seed
+        )
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""

@@ -23,8 +23,12 @@ class StructureHead(nn.Module):
 
     def __init__(self, features: int, width: int, *, hidden: int, delta: float) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(features, hidden), GlobalBatchNorm(hidden),
-                                    nn.Linear(hidden, width), GlobalBatchNorm(width))
+        self.layers = nn.Sequential(
+            nn.Linear(features, hidden),
+            GlobalBatchNorm(hidden),
+            nn.Linear(hidden, width),
+            GlobalBatchNorm(width),
+        )
         self.delta = delta
 
     def forward(self, features_bF: Tensor) -> Tensor:

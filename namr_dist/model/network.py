@@ -19,13 +19,21 @@ class EmbeddingNetwork(nn.Module):
     norm, always see all rows.
     """
 
-    def __init__(self, config: ModelConfig, *, image_size: int, bf16: bool = False, pieces: int = 1) -> None:
+    def __init__(
+        self, config: ModelConfig, *, image_size: int, bf16: bool = False, pieces: int = 1
+    ) -> None:
         super().__init__()
-        self.backbone = build_backbone(config.backbone, batchnorm=config.batchnorm, pretrained=config.pretrained,
-                                       weights=config.weights, image_size=image_size)
+        self.backbone = build_backbone(
+            config.backbone,
+            batchnorm=config.batchnorm,
+            pretrained=config.pretrained,
+            weights=config.weights,
+            image_size=image_size,
+        )
         self.sample_head = SampleHead(self.backbone.features, config.width)
-        self.structure_head = StructureHead(self.backbone.features, config.width, hidden=config.structure_hidden,
-                                            delta=config.delta)
+        self.structure_head = StructureHead(
+            self.backbone.features, config.width, hidden=config.structure_hidden, delta=config.delta
+        )
         self.bf16 = bf16
         self.pieces = pieces
 

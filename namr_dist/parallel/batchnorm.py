@@ -42,7 +42,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return (normal * self.weight.view(column) + self.bias.view(column)).to(input.dtype)
 
     def _update_running(self, mean_C: Tensor, var_C: Tensor, rows: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert (
+            self.running_mean is not None
+            and self.running_var is not None
+            and self.momentum is not None
+        )
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
@@ -58,17 +62,21 @@ def use_global_batchnorm(module: nn.Module) -> None:
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.modules.batchnorm._BatchNorm) or isinstance(child, GlobalBatchNorm):
+            if not isinstance(child, nn.modules.batchnorm._BatchNorm) or isinstance(
+                child, GlobalBatchNorm
+            ):
                 continue
             made = GlobalBatchNorm(child.num_features, eps=child.eps, momentum=child.momentum)
             made.load_state_dict(child.state_dict())
             if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
                 replaced: nn.Module = made
-            elif isinstance(drop := getattr(child, "drop", None), nn.Module) and isinstance(child.act, nn.Module):
+            elif isinstance(drop := getattr(child, "drop", None), nn.Module) and isinstance(
+                child.act, nn.Module
+            ):
                 replaced = nn.Sequential(made, drop, child.act)
             else:
-                raise InputError(f"the backbone has a batch norm of type {type(child).__name__}, which cannot take "
-                                 "the global batch's statistics; set model.batchnorm to frozen")
+                raise InputError(
+                    f"the backbone has a batch norm of type {type(child).__name__}, which cannot take "
+                    "the global batch's statistics; set model.batchnorm to frozen"
+                )
             setattr(parent, name, replaced.train(child.training))
-
-

@@ -56,7 +56,9 @@ class RowGather:
         """The rows of all ranks, which call it together. Raises ValueError for another number of rows than counted."""
         world, own, most = len(self.counts_W), self.counts_W[_rank()], max(self.counts_W)
         if local.shape[0] != own:
-            raise ValueError(f"rank {_rank()} has {local.shape[0]} rows, but was counted with {own}")
+            raise ValueError(
+                f"rank {_rank()} has {local.shape[0]} rows, but was counted with {own}"
+            )
         if world == 1:
             return local
         # Collectives want equal shares: shorter ones are filled up, and the filling cut off again.
@@ -68,7 +70,9 @@ class RowGather:
         self.traffic.bytes += (world - 1) * math.prod(padded.shape) * padded.element_size()
         if min(self.counts_W) == most:
             return gathered
-        return torch.cat([part[:rows] for part, rows in zip(gathered.chunk(world), self.counts_W, strict=True)])
+        return torch.cat(
+            [part[:rows] for part, rows in zip(gathered.chunk(world), self.counts_W, strict=True)]
+        )
 
 
 def count_rows(rows: int, device: torch.device) -> tuple[int, ...]:

@@ -22,7 +22,10 @@ def expand_hosts(text: str) -> tuple[str, ...]:
     for pattern in re.findall(_HOST, text):
         # Text outside and inside brackets by turns.
         pieces = re.split(r"\[([^\[\]]+)\]", pattern)
-        choices = [_numbers(piece, text) if position % 2 else [piece] for position, piece in enumerate(pieces)]
+        choices = [
+            _numbers(piece, text) if position % 2 else [piece]
+            for position, piece in enumerate(pieces)
+        ]
         hosts += ("".join(choice) for choice in itertools.product(*choices))
     return tuple(hosts)
 
@@ -34,7 +37,9 @@ def _numbers(ranges: str, text: str) -> list[str]:
         match = _RANGE.fullmatch(entry)
         first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
         if int(first) > int(last):
-            raise InputError(f"[{ranges}] in the list of hosts {text!r} is no list of numbers; expected a form such "
-                             "as [1-2,7]")
+            raise InputError(
+                f"[{ranges}] in the list of hosts {text!r} is no list of numbers; expected a form such "
+                "as [1-2,7]"
+            )
         numbers += (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     return numbers

@@ -40,8 +40,12 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -59,7 +63,9 @@ class Ranks:
             for pipe in self._pipes:
                 pipe.send((function, arguments))
             deadline = time.monotonic() + _TIMEOUT_S
-            while waiting := {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}:
+            while waiting := {
+                pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers
+            }:
                 ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
                 if not ready:
                     break
@@ -97,7 +103,9 @@ class Ranks:
             port = probe.getsockname()[1]
         for rank in range(self.world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, port, there), daemon=True
+            )
             process.start()
             there.close()
             self._pipes.append(here)
@@ -117,13 +125,20 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     # Libraries log to stdout, which belongs to the results of whoever started the pool.
     sys.stdout.flush()
     os.dup2(2, 1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
     while True:
         function, arguments = pipe.recv()
         try:

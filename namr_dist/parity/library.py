@@ -23,8 +23,12 @@ from namr_dist.train.objective import Objective
 
 PACKAGE = "pytorch-metric-learning"
 WAYS = ("ours", "wrapper", "wrapper, efficient")
-_COUNTERPARTS = {"triplet": "TripletMarginLoss", "margin": "MarginLoss", "multi_similarity": "MultiSimilarityLoss",
-                 "proxy_anchor": "ProxyAnchorLoss"}
+_COUNTERPARTS = {
+    "triplet": "TripletMarginLoss",
+    "margin": "MarginLoss",
+    "multi_similarity": "MultiSimilarityLoss",
+    "proxy_anchor": "ProxyAnchorLoss",
+}
 """The library's loss for each of ours that it has."""
 LOSSES = tuple(name for name in registry.NAMES if name in _COUNTERPARTS)
 
@@ -48,7 +52,11 @@ class Ratio:
 
 def version() -> str | None:
     """The library's version, None where it is not installed."""
-    return importlib.metadata.version(PACKAGE) if importlib.util.find_spec("pytorch_metric_learning") else None
+    return (
+        importlib.metadata.version(PACKAGE)
+        if importlib.util.find_spec("pytorch_metric_learning")
+        else None
+    )
 
 
 def measure(pool: Ranks) -> list[Ratio]:
@@ -60,9 +68,14 @@ def measure(pool: Ranks) -> list[Ratio]:
                 continue  # the library refuses it
             alone, together = gradients(way, loss), pool(gradients, way, loss)[0]
             for part, value in alone.items():
-                norm, error = (_norm(of) / _norm(value) for of in (together[part], together[part] - value))
-                ratios.append(Ratio(way=way, loss=loss, ranks=pool.world_size, part=part, norm=norm,
-                                    error=error))
+                norm, error = (
+                    _norm(of) / _norm(value) for of in (together[part], together[part] - value)
+                )
+                ratios.append(
+                    Ratio(
+                        way=way, loss=loss, ranks=pool.world_size, part=part, norm=norm, error=error
+                    )
+                )
     return ratios
 
 
@@ -77,18 +90,26 @@ def gradients(way: str, loss: str) -> dict[str, Tensor]:
     network = nn.Linear(_FEATURES, _WIDTH, bias=False).double()
     if way == "ours":
         config = LossConfig(metric=loss, ranking=RankingConfig(weight=0.0))
-        criterion: nn.Module = Objective(config, classes=_CLASSES, images_per_class=_EACH, width=_WIDTH).double()
+        criterion: nn.Module = Objective(
+            config, classes=_CLASSES, images_per_class=_EACH, width=_WIDTH
+        ).double()
     else:
         criterion = _library_loss(loss, efficient="efficient" in way, wrapped=world > 1)
     share = len(labels_B) // world
     own = slice(rank * share, (rank + 1) * share)
     z_bD = network(features_BF[own])
-    value = criterion(z_bD, torch.ones_like(z_bD), labels_B[own]).total if way == "ours" \
+    value = (
+        criterion(z_bD, torch.ones_like(z_bD), labels_B[own]).total
+        if way == "ours"
         else criterion(z_bD, labels_B[own])
+    )
     value.backward()
     modules: dict[str, nn.Module] = {"network": network, "loss": criterion}
-    return {part: _average([_gradient(parameter) for parameter in module.parameters()], world)
-            for part, module in modules.items() if list(module.parameters())}
+    return {
+        part: _average([_gradient(parameter) for parameter in module.parameters()], world)
+        for part, module in modules.items()
+        if list(module.parameters())
+    }
 
 
 def _library_loss(name: str, *, efficient: bool, wrapped: bool) -> nn.Module:
@@ -96,7 +117,9 @@ def _library_loss(name: str, *, efficient: bool, wrapped: bool) -> nn.Module:
     from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
     options: dict[str, dict[str, Any]] = {
-        "margin": {"learn_beta": True}, "proxy_anchor": {"num_classes": _CLASSES, "embedding_size": _WIDTH}}
+        "margin": {"learn_beta": True},
+        "proxy_anchor": {"num_classes": _CLASSES, "embedding_size": _WIDTH},
+    }
     loss: nn.Module = getattr(losses, _COUNTERPARTS[name])(**options.get(name, {})).double()
     return DistributedLossWrapper(loss, efficient=efficient) if wrapped else loss
 

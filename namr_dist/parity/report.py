@@ -61,9 +61,12 @@ _COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 def origin() -> dict[str, str]:
     """When and where figures are made, and by what."""
     made = provenance()
-    return {"timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": made["machine"],
-            "versions": f"{made['versions']}, DeepSpeed {importlib.metadata.version('deepspeed')}",
-            "commit": made["commit"]}
+    return {
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": made["machine"],
+        "versions": f"{made['versions']}, DeepSpeed {importlib.metadata.version('deepspeed')}",
+        "commit": made["commit"],
+    }
 
 
 def run(progress: Callable[[int, int], None]) -> list[Row]:
@@ -85,7 +88,12 @@ def run(progress: Callable[[int, int], None]) -> list[Row]:
     ratios: list[library.Ratio] = []
     for ranks in WORLD_SIZES:
         with Ranks(ranks) as pool:
-            add(measure([case for case in cases if case.way != "definition" and case.ranks == ranks], pool))
+            add(
+                measure(
+                    [case for case in cases if case.way != "definition" and case.ranks == ranks],
+                    pool,
+                )
+            )
             if ranks > 1 and library.version():
                 ratios += library.measure(pool)
     return rows + [_library_row(ratio) for ratio in ratios]
@@ -93,9 +101,13 @@ def run(progress: Callable[[int, int], None]) -> list[Row]:
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """What is above its bound, a line each."""
-    return [f"{row.loss}, NAMR {row.namr}, {row.way}, {row.ranks} ranks, {row.dtype}: loss {row.loss_error:.1e} "
-            f"(bound {row.loss_bound:.0e}), gradient {row.gradient_error:.1e} of {row.worst_parameter} "
-            f"(bound {row.gradient_bound:.0e})" for row in rows if row.good == "no"]
+    return [
+        f"{row.loss}, NAMR {row.namr}, {row.way}, {row.ranks} ranks, {row.dtype}: loss {row.loss_error:.1e} "
+        f"(bound {row.loss_bound:.0e}), gradient {row.gradient_error:.1e} of {row.worst_parameter} "
+        f"(bound {row.gradient_bound:.0e})"
+        for row in rows
+        if row.good == "no"
+    ]
 
 
 def write_csv(path: Path, rows: Sequence[Row], made: dict[str, str]) -> None:
@@ -104,8 +116,13 @@ def write_csv(path: Path, rows: Sequence[Row], made: dict[str, str]) -> None:
     writer = csv.DictWriter(text, (*_ORIGIN, *_COLUMNS), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow(made | {name: f"{value:.3e}" if isinstance(value, float) else value
-                                for name, value in dataclasses.asdict(row).items()})
+        writer.writerow(
+            made
+            | {
+                name: f"{value:.3e}" if isinstance(value, float) else value
+                for name, value in dataclasses.asdict(row).items()
+            }
+        )
     write_atomic(path, text.getvalue())
 
 
@@ -120,22 +137,39 @@ def _read(line: dict[str, str]) -> Row:
     def number(name: str) -> float | None:
         return float(line[name]) if line[name] else None
 
-    return Row(provider=line["provider"], loss=line["loss"], namr=line["namr"], way=line["way"],
-               ranks=int(line["ranks"]), dtype=line["dtype"], loss_error=number("loss_error"),
-               gradient_error=float(line["gradient_error"]), worst_parameter=line["worst_parameter"],
-               loss_bound=number("loss_bound"), gradient_bound=number("gradient_bound"),
-               loss_rounding=number("loss_rounding"), gradient_rounding=number("gradient_rounding"),
-               norm_ratio=number("norm_ratio"), good=line["good"])
+    return Row(
+        provider=line["provider"],
+        loss=line["loss"],
+        namr=line["namr"],
+        way=line["way"],
+        ranks=int(line["ranks"]),
+        dtype=line["dtype"],
+        loss_error=number("loss_error"),
+        gradient_error=float(line["gradient_error"]),
+        worst_parameter=line["worst_parameter"],
+        loss_bound=number("loss_bound"),
+        gradient_bound=number("gradient_bound"),
+        loss_rounding=number("loss_rounding"),
+        gradient_rounding=number("gradient_rounding"),
+        norm_ratio=number("norm_ratio"),
+        good=line["good"],
+    )
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, heading and lines of each table: per dtype, rows loss × NAMR, columns way × ranks."""
     ours = [row for row in rows if row.good]
     columns = [("no ranks", 1), *((way, ranks) for way in ENGINES for ranks in WORLD_SIZES)]
-    heading = ["loss", "NAMR", *("no ranks" if way == "no ranks" else f"{way} ×{ranks}" for way, ranks in columns)]
+    heading = [
+        "loss",
+        "NAMR",
+        *("no ranks" if way == "no ranks" else f"{way} ×{ranks}" for way, ranks in columns),
+    ]
     made = []
     for dtype in dict.fromkeys(row.dtype for row in ours):
-        cells = {(row.loss, row.namr, row.way, row.ranks): row for row in ours if row.dtype == dtype}
+        cells = {
+            (row.loss, row.namr, row.way, row.ranks): row for row in ours if row.dtype == dtype
+        }
         lines = []
         for loss, namr in dict.fromkeys((row.loss, row.namr) for row in ours):
             across = [cells.get((loss, namr, *column)) for column in columns]
@@ -143,8 +177,13 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
             if dtype == "float32":
                 line.append(next(_short(row.gradient_rounding or 0.0) for row in across if row))
             lines.append(line)
-        made.append((f"{dtype}: largest relative error of a gradient, ×W on W ranks",
-                     heading + ["rounding"] * (dtype == "float32"), lines))
+        made.append(
+            (
+                f"{dtype}: largest relative error of a gradient, ×W on W ranks",
+                heading + ["rounding"] * (dtype == "float32"),
+                lines,
+            )
+        )
     return made
 
 
@@ -154,30 +193,60 @@ def library_table(rows: Sequence[Row]) -> tuple[str, list[str], list[list[str]]]
     if not compared:
         return None
     columns = [(way, ranks) for way in library.WAYS for ranks in WORLD_SIZES if ranks > 1]
-    cells = {(row.loss, row.worst_parameter, row.way, row.ranks): f"{row.norm_ratio:.3f}" for row in compared}
-    lines = [[loss, {"network": "network", "loss": "β or proxies"}[part],
-              *(cells.get((loss, part, *column), "refused") for column in columns)]
-             for loss, part in dict.fromkeys((row.loss, row.worst_parameter) for row in compared)]
+    cells = {
+        (row.loss, row.worst_parameter, row.way, row.ranks): f"{row.norm_ratio:.3f}"
+        for row in compared
+    }
+    lines = [
+        [
+            loss,
+            {"network": "network", "loss": "β or proxies"}[part],
+            *(cells.get((loss, part, *column), "refused") for column in columns),
+        ]
+        for loss, part in dict.fromkeys((row.loss, row.worst_parameter) for row in compared)
+    ]
     packages = sorted({row.provider for row in compared if row.way != library.WAYS[0]})
-    return (f"gradient norm over that of one process; wrapper: DistributedLossWrapper of {', '.join(packages)}",
-            ["loss", "gradient of", *(f"{way} ×{ranks}" for way, ranks in columns)], lines)
+    return (
+        f"gradient norm over that of one process; wrapper: DistributedLossWrapper of {', '.join(packages)}",
+        ["loss", "gradient of", *(f"{way} ×{ranks}" for way, ranks in columns)],
+        lines,
+    )
 
 
 def row(verdict: Verdict) -> Row:
     """A verdict as a line."""
     case, errors, rounding = verdict.case, verdict.errors, verdict.rounding
-    return Row(provider=_OURS, loss=case.loss, namr="on" if case.namr else "off",
-               way=_WAYS.get(case.way, case.way), ranks=case.ranks, dtype=case.dtype, loss_error=errors.loss,
-               gradient_error=errors.gradient, worst_parameter=errors.worst, loss_bound=verdict.loss_bound,
-               gradient_bound=verdict.gradient_bound, loss_rounding=rounding.loss if rounding else None,
-               gradient_rounding=rounding.gradient if rounding else None, good="yes" if verdict.good else "no")
+    return Row(
+        provider=_OURS,
+        loss=case.loss,
+        namr="on" if case.namr else "off",
+        way=_WAYS.get(case.way, case.way),
+        ranks=case.ranks,
+        dtype=case.dtype,
+        loss_error=errors.loss,
+        gradient_error=errors.gradient,
+        worst_parameter=errors.worst,
+        loss_bound=verdict.loss_bound,
+        gradient_bound=verdict.gradient_bound,
+        loss_rounding=rounding.loss if rounding else None,
+        gradient_rounding=rounding.gradient if rounding else None,
+        good="yes" if verdict.good else "no",
+    )
 
 
 def _library_row(ratio: library.Ratio) -> Row:
     ours = ratio.way == library.WAYS[0]
-    return Row(provider=_OURS if ours else f"{library.PACKAGE} {library.version()}", loss=ratio.loss,
-               namr="off", way=ratio.way, ranks=ratio.ranks, dtype="float64", gradient_error=ratio.error,
-               worst_parameter=ratio.part, norm_ratio=ratio.norm)
+    return Row(
+        provider=_OURS if ours else f"{library.PACKAGE} {library.version()}",
+        loss=ratio.loss,
+        namr="off",
+        way=ratio.way,
+        ranks=ratio.ranks,
+        dtype="float64",
+        gradient_error=ratio.error,
+        worst_parameter=ratio.part,
+        norm_ratio=ratio.norm,
+    )
 
 
 def _cell(row: Row) -> str:

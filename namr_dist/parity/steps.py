@@ -40,10 +40,15 @@ Precision = Literal["float64", "float32"]
 _Inputs = tuple[Tensor, Tensor, int, "tuple[int, ...] | None"]
 """Images, labels, seed and counts, as TrainingModule.forward takes them."""
 
-LOSSES = {name: LossConfig(metric=loss.name, **{loss.name: settings})
-          for loss in registry.LOSSES for name, settings in loss.checked.items()}
+LOSSES = {
+    name: LossConfig(metric=loss.name, **{loss.name: settings})
+    for loss in registry.LOSSES
+    for name, settings in loss.checked.items()
+}
 """Every loss of the package, in each of the ways it computes."""
-CONV4 = ModelConfig(backbone="conv4", pretrained=False, batchnorm="train", width=16, structure_hidden=16)
+CONV4 = ModelConfig(
+    backbone="conv4", pretrained=False, batchnorm="train", width=16, structure_hidden=16
+)
 
 _CLASSES, _EACH, _SIZE, _SEED = 8, 3, 16, 7
 
@@ -125,16 +130,27 @@ def _ddp_step(module: TrainingModule, inputs: _Inputs, *, unused: bool) -> Step:
     wrapped = nn.parallel.DistributedDataParallel(module, find_unused_parameters=unused)
     losses: StepLoss = wrapped(*inputs)
     losses.total.backward()
-    return Step(loss=losses.total.item(), gradients=_gradients(module) if dist.get_rank() == 0 else {})
+    return Step(
+        loss=losses.total.item(), gradients=_gradients(module) if dist.get_rank() == 0 else {}
+    )
 
 
 def zero_engine(module: TrainingModule, case: Case) -> DeepSpeedEngine:
     """The engine that training makes for a case, but without gradient clipping."""
     from namr_dist.train.engine import make_engine, start_group
 
-    rank = Rank(rank=dist.get_rank(), world_size=case.ranks, local_rank=dist.get_rank(), device=torch.device("cpu"))
-    config = Config(recipe="parity", data=DataConfig(classes_per_batch=_CLASSES, images_per_class=_EACH),
-                    optim=OptimConfig(clip=0.0), train=TrainConfig(zero_stage=int(case.way[-1])))  # type: ignore[arg-type]
+    rank = Rank(
+        rank=dist.get_rank(),
+        world_size=case.ranks,
+        local_rank=dist.get_rank(),
+        device=torch.device("cpu"),
+    )
+    config = Config(
+        recipe="parity",
+        data=DataConfig(classes_per_batch=_CLASSES, images_per_class=_EACH),
+        optim=OptimConfig(clip=0.0),
+        train=TrainConfig(zero_stage=int(case.way[-1])),
+    )  # type: ignore[arg-type]
     start_group(rank, timedelta(minutes=2))
     _settle()
     engine = make_engine(module, config, rank)
@@ -169,8 +185,12 @@ def _zero_step(engine: DeepSpeedEngine, inputs: _Inputs) -> Step:
     losses: StepLoss = engine(*inputs)
     engine.backward(losses.total)
     engine.step()
-    with deepspeed.zero.GatheredParameters(list(names.values()), enabled=engine.zero_optimization_stage() == 3):
-        gradients = {name: _array(value) for name, value in names.items()} if dist.get_rank() == 0 else {}
+    with deepspeed.zero.GatheredParameters(
+        list(names.values()), enabled=engine.zero_optimization_stage() == 3
+    ):
+        gradients = (
+            {name: _array(value) for name, value in names.items()} if dist.get_rank() == 0 else {}
+        )
     return Step(loss=losses.total.item(), gradients=gradients)
 
 
@@ -193,7 +213,9 @@ def make_batch(case: Case) -> tuple[TrainingModule, Tensor, Tensor]:
     ranks, so that every rank needs all others' rows.
     """
     generator = torch.Generator().manual_seed(0)
-    patches = torch.randint(0, 256, (_CLASSES * _EACH, 4, 4, 3), dtype=torch.uint8, generator=generator)
+    patches = torch.randint(
+        0, 256, (_CLASSES * _EACH, 4, 4, 3), dtype=torch.uint8, generator=generator
+    )
     images = patches.repeat_interleave(_SIZE // 4, 1).repeat_interleave(_SIZE // 4, 2)
     labels = torch.arange(_CLASSES).repeat(_EACH)
     torch.manual_seed(0)
@@ -208,8 +230,11 @@ def make_batch(case: Case) -> tuple[TrainingModule, Tensor, Tensor]:
 
 
 def _gradients(module: nn.Module) -> dict[str, np.ndarray]:
-    return {name: _array(torch.zeros_like(value) if value.grad is None else value.grad)
-            for name, value in module.named_parameters() if value.requires_grad}
+    return {
+        name: _array(torch.zeros_like(value) if value.grad is None else value.grad)
+        for name, value in module.named_parameters()
+        if value.requires_grad
+    }
 
 
 def _array(value: Tensor) -> np.ndarray:

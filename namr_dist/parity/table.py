@@ -85,11 +85,16 @@ class Verdict:
 
 def all_cases() -> list[Case]:
     """The whole table, by number of ranks."""
-    cases = [Case(loss=loss, namr=namr, way="definition", ranks=1, dtype=dtype)
-             for loss, namr, dtype in itertools.product(LOSSES, (True, False), PRECISIONS)]
-    cases += [Case(loss=loss, namr=namr, way=way, ranks=ranks, dtype=dtype)
-              for ranks, way, loss, namr, dtype in itertools.product(WORLD_SIZES, ENGINES, LOSSES, (True, False),
-                                                                     PRECISIONS)]
+    cases = [
+        Case(loss=loss, namr=namr, way="definition", ranks=1, dtype=dtype)
+        for loss, namr, dtype in itertools.product(LOSSES, (True, False), PRECISIONS)
+    ]
+    cases += [
+        Case(loss=loss, namr=namr, way=way, ranks=ranks, dtype=dtype)
+        for ranks, way, loss, namr, dtype in itertools.product(
+            WORLD_SIZES, ENGINES, LOSSES, (True, False), PRECISIONS
+        )
+    ]
     return cases
 
 
@@ -102,12 +107,17 @@ def measure(cases: Sequence[Case], pool: Ranks | None) -> Iterator[Verdict]:
 
 def judge(case: Case, steps: Sequence[Step]) -> Verdict:
     """The ranks' steps against one process."""
-    exact, alone = (_alone(case.loss, case.namr, dtype, case.model) for dtype in ("float64", case.dtype))
+    exact, alone = (
+        _alone(case.loss, case.namr, dtype, case.model) for dtype in ("float64", case.dtype)
+    )
     errors = compare(steps[0], alone, exact=exact)
     loss = float(np.max([abs(step.loss / alone.loss - 1) for step in steps]))  # NaN, if one is
     rounding = compare(alone, exact, exact=exact) if case.dtype == "float32" else None
-    return Verdict(case=case, errors=Errors(loss=loss, gradient=errors.gradient, worst=errors.worst),
-                   rounding=rounding)
+    return Verdict(
+        case=case,
+        errors=Errors(loss=loss, gradient=errors.gradient, worst=errors.worst),
+        rounding=rounding,
+    )
 
 
 def compare(step: Step, other: Step, *, exact: Step) -> Errors:
@@ -117,14 +127,22 @@ def compare(step: Step, other: Step, *, exact: Step) -> Errors:
     whole = float(np.sqrt(sum(np.square(value).sum() for value in exact.gradients.values())))
     errors = {}
     for name, value in other.gradients.items():
-        size = np.linalg.norm(value) if np.linalg.norm(exact.gradients[name]) > _ZERO * whole else whole
+        size = (
+            np.linalg.norm(value)
+            if np.linalg.norm(exact.gradients[name]) > _ZERO * whole
+            else whole
+        )
         errors[name] = float(np.linalg.norm(step.gradients[name] - value) / size)
     # A NaN is the worst there is, and max() would pass it over.
-    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    worst = max(
+        errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf")
+    )
     return Errors(loss=abs(step.loss / other.loss - 1), gradient=errors[worst], worst=worst)
 
 
 @cache
 def _alone(loss: str, namr: bool, dtype: Precision, model: ModelConfig) -> Step:
     """The yardstick."""
-    return step_alone(Case(loss=loss, namr=namr, way="definition", ranks=1, dtype=dtype, model=model))
+    return step_alone(
+        Case(loss=loss, namr=namr, way="definition", ranks=1, dtype=dtype, model=model)
+    )

@@ -18,7 +18,16 @@ from namr_dist.recipes.inshop import inshop
 from namr_dist.recipes.sop import sop
 from namr_dist.recipes.vehicleid import vehicleid
 
-ALL: tuple[Callable[[], Config], ...] = (homeware, homeware_conv4, sop, inshop, cub, cars, vehicleid, folder)
+ALL: tuple[Callable[[], Config], ...] = (
+    homeware,
+    homeware_conv4,
+    sop,
+    inshop,
+    cub,
+    cars,
+    vehicleid,
+    folder,
+)
 
 
 def find(name: str) -> Config:

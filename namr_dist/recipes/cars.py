@@ -9,7 +9,9 @@ def cars() -> Config:
     """ResNet-50, triplet loss with multi-cluster ranking, some 60 passes over the training images."""
     return Config(
         recipe="cars",
-        data=DataConfig(path="shards/cars", validation_split=None, classes_per_batch=32, images_per_class=4),
+        data=DataConfig(
+            path="shards/cars", validation_split=None, classes_per_batch=32, images_per_class=4
+        ),
         optim=OptimConfig(steps=4_000, backbone_lr=1e-5, head_lr=1e-4, warmup_steps=100),
         evaluation=EvaluationConfig(recall_at=(1, 2, 4, 8)),
     )

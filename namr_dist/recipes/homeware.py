@@ -9,8 +9,14 @@ def homeware() -> Config:
     """EfficientNet-Lite0 from ImageNet, triplet loss with multi-cluster ranking."""
     return Config(
         recipe="homeware",
-        data=DataConfig(classes_per_batch=20, images_per_class=4, image_size=96, test_size=128,
-                        crop_scale=(0.4, 1.0), test_crop=1.0),
+        data=DataConfig(
+            classes_per_batch=20,
+            images_per_class=4,
+            image_size=96,
+            test_size=128,
+            crop_scale=(0.4, 1.0),
+            test_crop=1.0,
+        ),
         model=ModelConfig(backbone="efficientnet_lite0", width=128),
         optim=OptimConfig(steps=120, backbone_lr=2e-4, head_lr=1e-3, warmup_steps=10),
         train=TrainConfig(validate_every=40),

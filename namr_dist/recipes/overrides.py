@@ -42,8 +42,13 @@ def configure(recipe: str, overrides: Sequence[str], *, show_help: bool = False)
 
     base = recipes.find(recipe)
     words = ["--help"] if show_help else list(overrides)
-    config = tyro.cli(Settings, args=words, default=Settings(set=base), prog=f"namr train {recipe}",
-                      config=(tyro.conf.FlagConversionOff,)).set
+    config = tyro.cli(
+        Settings,
+        args=words,
+        default=Settings(set=base),
+        prog=f"namr train {recipe}",
+        config=(tyro.conf.FlagConversionOff,),
+    ).set
     named_code.allow(config.code_names().values())  # the user typed them
     return config
 

@@ -61,7 +61,9 @@ def thinned(values: Sequence[float], most: int = 400) -> list[float]:
 
 def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that span [low, high]."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # as good as equal: ticks that near would be the same number
+    if high - low <= 1e-9 * max(
+        abs(low), abs(high)
+    ):  # as good as equal: ticks that near would be the same number
         half = abs(low) * 0.1 or 0.5
         low, high = low - half, high + half
     rough = (high - low) / count
@@ -82,17 +84,22 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> Markup:
-    return Markup('<text x="{:.0f}" y="{:.0f}" text-anchor="{}">{}</text>').format(x, y, anchor, text)
+    return Markup('<text x="{:.0f}" y="{:.0f}" text-anchor="{}">{}</text>').format(
+        x, y, anchor, text
+    )
 
 
-def line_chart(lines: Sequence[Line], *, title: str, x_label: str, allow_log: bool = False) -> Markup | None:
+def line_chart(
+    lines: Sequence[Line], *, title: str, x_label: str, allow_log: bool = False
+) -> Markup | None:
     """A chart of curves over a common x axis, or None where no point is finite.
 
     With `allow_log` the y axis is logarithmic once the values are positive and span a factor of 20;
     the axis then says so.
     """
     curves = [
-        (line, [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)]) for line in lines
+        (line, [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if math.isfinite(y)])
+        for line in lines
     ]
     values = [y for _, points in curves for _, y in points]
     if not values:
@@ -116,8 +123,11 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, allow_log: bo
     parts = []
     for tick in ticks:
         y = down(tick)
-        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
-            _LEFT, _WIDTH - right, y, y))
+        parts.append(
+            Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
+                _LEFT, _WIDTH - right, y, y
+            )
+        )
         parts.append(_text(_LEFT - 7, y + 4, f"{tick:g}", "end"))
     for tick in nice_ticks(x_low, x_high, count=6):
         if x_low <= tick <= x_high:
@@ -131,7 +141,9 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, allow_log: bo
         path = "M" + "L".join(f"{across(x):.1f} {down(y):.1f}" for x, y in points)
         parts.append(Markup('<path class="line {}" d="{}"/>').format(line.css, path))
         if line.dots:
-            dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.5"><title>{}</title></circle>'
+            dot = (
+                '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.5"><title>{}</title></circle>'
+            )
             for x, y in points:
                 hint = f"{line.name}, {x_label} {x:g}: {y:.2f}"
                 parts.append(Markup(dot).format(line.css, across(x), down(y), hint))
@@ -140,16 +152,21 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, allow_log: bo
     previous = -math.inf
     for y, line in sorted(labels, key=lambda entry: entry[0]):
         previous = max(y, previous + 14)  # names of curves that end together would overprint
-        parts.append(Markup('<text class="name {}" x="{}" y="{:.0f}">{}</text>').format(
-            line.css, _WIDTH - right + 8, previous + 4, line.name))
+        parts.append(
+            Markup('<text class="name {}" x="{}" y="{:.0f}">{}</text>').format(
+                line.css, _WIDTH - right + 8, previous + 4, line.name
+            )
+        )
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        _WIDTH, _HEIGHT, title, Markup("").join(parts))
+        _WIDTH, _HEIGHT, title, Markup("").join(parts)
+    )
 
 
 def marker(group: int) -> Markup:
     """A group's symbol alone, for a legend: hue and shape together tell the groups apart."""
     return Markup('<svg viewBox="-6 -6 12 12" class="marker" aria-hidden="true">{}</svg>').format(
-        _symbol(0, 0, group, 4.5))
+        _symbol(0, 0, group, 4.5)
+    )
 
 
 def _symbol(x: float, y: float, group: int, r: float, hint: str = "") -> Markup:
@@ -162,7 +179,9 @@ def _symbol(x: float, y: float, group: int, r: float, hint: str = "") -> Markup:
     return Markup('<path class="{}" d="{}">{}</path>').format(css, path, title)
 
 
-def scatter(points_N2: Float64, groups: Sequence[int], hints: Sequence[str], *, title: str) -> Markup:
+def scatter(
+    points_N2: Float64, groups: Sequence[int], hints: Sequence[str], *, title: str
+) -> Markup:
     """A map without axes: symbol by group, a hover title on every point, both directions at one scale."""
     low_2, high_2 = points_N2.min(axis=0), points_N2.max(axis=0)
     span = float((high_2 - low_2).max()) or 1.0
@@ -174,4 +193,5 @@ def scatter(points_N2: Float64, groups: Sequence[int], hints: Sequence[str], *, 
         for (x, y), group, hint in zip(placed_N2, groups, hints, strict=True)
     )
     return Markup('<svg viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">{}</svg>').format(
-        width, height, title, symbols)
+        width, height, title, symbols
+    )

@@ -126,8 +126,10 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         here = [folder] if RunFolder(folder).config.exists() else runs_in(folder)
         if not here:
-            raise InputError(f"{folder} neither is a run nor holds one (no {CONFIG} in it or one folder below); give "
-                             "folders of runs")
+            raise InputError(
+                f"{folder} neither is a run nor holds one (no {CONFIG} in it or one folder below); give "
+                "folders of runs"
+            )
         runs += here
     return runs
 
@@ -146,7 +148,9 @@ def compare(runs: Sequence[Path]) -> Comparison:
         except InputError as error:
             left_out.append(LeftOut(run=str(folder), why=str(error)))
     if not measured:
-        raise InputError("no run to compare: " + "; ".join(f"{one.run}: {one.why}" for one in left_out))
+        raise InputError(
+            "no run to compare: " + "; ".join(f"{one.run}: {one.why}" for one in left_out)
+        )
     # The images that most were measured on; of as many, the first.
     images = Counter(run.test_hash for run in measured).most_common(1)[0][0]
     protocol = next(run.protocol for run in measured if run.test_hash == images)
@@ -163,10 +167,18 @@ def compare(runs: Sequence[Path]) -> Comparison:
         left_out.append(LeftOut(run=str(run.folder), why=why))
     modes = _modes(run for group in groups.values() for run in group.values())
     fields = _differing([next(iter(group.values())) for group in groups.values()])
-    settings = sorted((_over_seeds(group, fields) for group in groups.values()), key=lambda one: _sort_key(one, fields))
-    return Comparison(test=f"{_test_of(protocol)}, {images}: {protocol.get('query', 'who queries whom is not said')}",
-                      fields=fields, modes=modes, settings=tuple(settings), differences=tuple(_differences(settings)),
-                      left_out=tuple(left_out))
+    settings = sorted(
+        (_over_seeds(group, fields) for group in groups.values()),
+        key=lambda one: _sort_key(one, fields),
+    )
+    return Comparison(
+        test=f"{_test_of(protocol)}, {images}: {protocol.get('query', 'who queries whom is not said')}",
+        fields=fields,
+        modes=modes,
+        settings=tuple(settings),
+        differences=tuple(_differences(settings)),
+        left_out=tuple(left_out),
+    )
 
 
 def _read(run: Path) -> _Measured:
@@ -175,49 +187,85 @@ def _read(run: Path) -> _Measured:
     config = Config.load(folder.config)
     if not folder.metrics.exists():
         state = RunReader(run).look()
-        raise InputError("not evaluated; do so by `namr evaluate`" if state.state == "finished" else
-                         f"not finished ({state.state}, step {state.step:,} of {state.steps:,}); compare it once it "
-                         "is trained and evaluated")
+        raise InputError(
+            "not evaluated; do so by `namr evaluate`"
+            if state.state == "finished"
+            else f"not finished ({state.state}, step {state.step:,} of {state.steps:,}); compare it once it "
+            "is trained and evaluated"
+        )
     try:
         metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
         test, protocol = metrics["test"], metrics["protocol"]
         if not isinstance(test["sample"], dict) or not isinstance(protocol["test hash"], str):
             raise TypeError
     except (ValueError, TypeError, KeyError):
-        raise InputError(f"{METRICS} lacks figures, or the hash of the test images; evaluate it again") from None
+        raise InputError(
+            f"{METRICS} lacks figures, or the hash of the test images; evaluate it again"
+        ) from None
     whole = json.loads(config.to_json())
-    return _Measured(folder=run, seed=config.train.seed, identity=_identity(whole, protocol),
-                     shown=_identity(shareable(whole), protocol), test=test, protocol=protocol,
-                     modes=tuple(shown_modes(metrics)))
+    return _Measured(
+        folder=run,
+        seed=config.train.seed,
+        identity=_identity(whole, protocol),
+        shown=_identity(shareable(whole), protocol),
+        test=test,
+        protocol=protocol,
+        modes=tuple(shown_modes(metrics)),
+    )
 
 
 def _test_of(protocol: Mapping[str, Any]) -> str:
-    return f"{protocol.get('data set', 'a set without a name')}, {protocol.get('test split', 'test')}"
+    return (
+        f"{protocol.get('data set', 'a set without a name')}, {protocol.get('test split', 'test')}"
+    )
 
 
 def _identity(config: dict[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
     """The fields on which a run's figures depend, its seed apart; "–" for those of a part that it does without."""
-    fields = {name: value for name, value in _flat(config) if name not in MAY_DIFFER and name != "train.seed"}
+    fields = {
+        name: value
+        for name, value in _flat(config)
+        if name not in MAY_DIFFER and name != "train.seed"
+    }
     unused = [f"loss.{loss}." for loss in registry.NAMES if loss != fields["loss.metric"]]
     if not fields[_WEIGHT]:
         unused.append(_RANKING)
     if not fields["loss.memory.rows"]:
         unused.append("loss.memory.start_step")
-    fields.update({name: _NOT_USED for name in fields if name != _WEIGHT and name.startswith(tuple(unused))})
+    fields.update(
+        {name: _NOT_USED for name in fields if name != _WEIGHT and name.startswith(tuple(unused))}
+    )
     # Where the set lies may differ, what it holds not. At most so many images of a class are drawn by the seed.
     return fields if fields["data.most_images"] else fields | {_IMAGES: protocol.get("train hash")}
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    return [pair for name, value in section.items()
-            for pair in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)])]
+    return [
+        pair
+        for name, value in section.items()
+        for pair in (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else [(prefix + name, value)]
+        )
+    ]
 
 
 def _differing(runs: Sequence[_Measured]) -> tuple[str, ...]:
     """The fields that tell these runs apart, those of the ranking last: with and without it then stand together."""
     names = {name: None for run in runs for name in run.identity}
-    differing = [name for name in names if len({json.dumps(run.identity.get(name)) for run in runs
-                                                if run.identity.get(name) != _NOT_USED}) > 1]
+    differing = [
+        name
+        for name in names
+        if len(
+            {
+                json.dumps(run.identity.get(name))
+                for run in runs
+                if run.identity.get(name) != _NOT_USED
+            }
+        )
+        > 1
+    ]
     without = [name for name in differing if name != _IMAGES]
     if len({json.dumps([run.identity.get(name) for name in without]) for run in runs}) == len(runs):
         differing = without  # other settings already say why the images differ
@@ -231,12 +279,22 @@ def _over_seeds(group: dict[int, _Measured], fields: Sequence[str]) -> Setting:
     for mode in _modes(runs):
         figures = [run.test.get(mode.name) or {} for run in runs]
         names = columns([Row(name=mode.name, figures=one) for one in figures])
-        each[mode.name] = {name: tuple(one[name] for one in figures) for name in names
-                           if all(_is_number(one.get(name)) for one in figures)}
-    return Setting(values={name: runs[0].shown.get(name) for name in fields}, seeds=seeds,
-                   runs=tuple(str(run.folder) for run in runs), each={mode: each[mode] for mode in each if each[mode]},
-                   figures={mode: {name: estimate(values) for name, values in each[mode].items()}
-                            for mode in each if each[mode]})
+        each[mode.name] = {
+            name: tuple(one[name] for one in figures)
+            for name in names
+            if all(_is_number(one.get(name)) for one in figures)
+        }
+    return Setting(
+        values={name: runs[0].shown.get(name) for name in fields},
+        seeds=seeds,
+        runs=tuple(str(run.folder) for run in runs),
+        each={mode: each[mode] for mode in each if each[mode]},
+        figures={
+            mode: {name: estimate(values) for name, values in each[mode].items()}
+            for mode in each
+            if each[mode]
+        },
+    )
 
 
 def _modes(runs: Iterable[_Measured]) -> tuple[ShownMode, ...]:
@@ -255,30 +313,46 @@ def _is_number(value: Any) -> bool:
 def _sort_key(setting: Setting, fields: Sequence[str]) -> list[tuple[int, float, str]]:
     """Sorts settings by field: numbers by size, before texts."""
     values = [setting.values[name] for name in fields]
-    return [(0, float(value), "") if _is_number(value) else (1, 0.0, str(value)) for value in values]
+    return [
+        (0, float(value), "") if _is_number(value) else (1, 0.0, str(value)) for value in values
+    ]
 
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and sample standard deviation."""
-    return Estimate(mean=statistics.fmean(values), deviation=statistics.stdev(values) if len(values) > 1 else None)
+    return Estimate(
+        mean=statistics.fmean(values),
+        deviation=statistics.stdev(values) if len(values) > 1 else None,
+    )
 
 
 def _differences(settings: Sequence[Setting]) -> list[Difference]:
     def rest(setting: Setting) -> dict[str, Any]:
-        return {name: value for name, value in setting.values.items() if not name.startswith(_RANKING)}
+        return {
+            name: value for name, value in setting.values.items() if not name.startswith(_RANKING)
+        }
 
-    return [_difference(settings, baseline, ranked)
-            for baseline in range(len(settings)) if settings[baseline].values.get(_WEIGHT) == 0
-            for ranked in range(len(settings)) if ranked != baseline and rest(settings[ranked]) == rest(
-                settings[baseline])]
+    return [
+        _difference(settings, baseline, ranked)
+        for baseline in range(len(settings))
+        if settings[baseline].values.get(_WEIGHT) == 0
+        for ranked in range(len(settings))
+        if ranked != baseline and rest(settings[ranked]) == rest(settings[baseline])
+    ]
 
 
 def _difference(settings: Sequence[Setting], baseline: int, ranked: int) -> Difference:
     without, with_ranking = settings[baseline], settings[ranked]
     paired = without.seeds == with_ranking.seeds
     before, after = without.each.get("sample", {}), with_ranking.each.get("sample", {})
-    return Difference(baseline=baseline, ranked=ranked, paired=paired,
-                      gains={name: gain(before[name], after[name], paired=paired) for name in before if name in after})
+    return Difference(
+        baseline=baseline,
+        ranked=ranked,
+        paired=paired,
+        gains={
+            name: gain(before[name], after[name], paired=paired) for name in before if name in after
+        },
+    )
 
 
 def gain(before: Sequence[float], after: Sequence[float], *, paired: bool) -> Gain:
@@ -290,4 +364,7 @@ def gain(before: Sequence[float], after: Sequence[float], *, paired: bool) -> Ga
     if paired:
         changes = [new - old for old, new in zip(before, after, strict=True)]
         return Gain(mean=mean, error=statistics.stdev(changes) / math.sqrt(len(changes)))
-    return Gain(mean=mean, error=math.sqrt(sum(statistics.variance(each) / len(each) for each in (before, after))))
+    return Gain(
+        mean=mean,
+        error=math.sqrt(sum(statistics.variance(each) / len(each) for each in (before, after))),
+    )

@@ -51,12 +51,21 @@ def print_comparison(comparison: Comparison) -> None:
     """The same tables on stdout, and the runs that are in none."""
     parts: list[RenderableType] = [Text(f"Test retrieval, %, on {comparison.test}\n")]
     for grid in grids(comparison):
-        table = Table(title=grid.title, caption=grid.note, title_justify="left", caption_justify="left",
-                      box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(
+            title=grid.title,
+            caption=grid.note,
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
         for name in grid.labels:
             table.add_column(Text(name), overflow="fold")
         for name in grid.figures:
-            table.add_column(Text(name), justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
+            table.add_column(
+                Text(name), justify="right", overflow="fold", min_width=_FIGURE_COLUMNS
+            )
         for row in grid.rows:
             table.add_row(*map(Text, row))
         parts += [table, Text()]
@@ -71,23 +80,44 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write the page `path`, with links to the runs' own reports where there are any. Folders are named as seen from
     the page."""
     headline = next(iter(_columns(comparison, "sample")), "R@1")
-    runs = [(_seen_from(path, folder), _link(path, folder), _label(setting, comparison), seed,
-             number(figure, _DIGITS))
-            for setting in comparison.settings
-            for folder, seed, figure in zip(setting.runs, setting.seeds, _each(setting, headline), strict=True)]
+    runs = [
+        (
+            _seen_from(path, folder),
+            _link(path, folder),
+            _label(setting, comparison),
+            seed,
+            number(figure, _DIGITS),
+        )
+        for setting in comparison.settings
+        for folder, seed, figure in zip(
+            setting.runs, setting.seeds, _each(setting, headline), strict=True
+        )
+    ]
     page = template("comparison.html").render(
-        title=path.parent.resolve().name, test=comparison.test, grids=grids(comparison), runs=runs, headline=headline,
-        left_out=[(_seen_from(path, one.run), one.why) for one in comparison.left_out])
+        title=path.parent.resolve().name,
+        test=comparison.test,
+        grids=grids(comparison),
+        runs=runs,
+        headline=headline,
+        left_out=[(_seen_from(path, one.run), one.why) for one in comparison.left_out],
+    )
     write_atomic(path, page)
 
 
 def _results(comparison: Comparison) -> Grid:
     names = _columns(comparison, "sample")
-    rows = [[*_values(setting, comparison), str(len(setting.seeds)),
-             *(_mean_and_deviation(setting.figures.get("sample", {}).get(name)) for name in names)]
-            for setting in comparison.settings]
+    rows = [
+        [
+            *_values(setting, comparison),
+            str(len(setting.seeds)),
+            *(_mean_and_deviation(setting.figures.get("sample", {}).get(name)) for name in names),
+        ]
+        for setting in comparison.settings
+    ]
     note = "Plain distance between sample embeddings. Mean ± sample standard deviation over seeds."
-    return Grid(title="Results", note=note, labels=[*_short(comparison), "seeds"], figures=names, rows=rows)
+    return Grid(
+        title="Results", note=note, labels=[*_short(comparison), "seeds"], figures=names, rows=rows
+    )
 
 
 def _gains(comparison: Comparison) -> Grid:
@@ -96,29 +126,61 @@ def _gains(comparison: Comparison) -> Grid:
     rows = []
     for one in comparison.differences:
         baseline, ranked = comparison.settings[one.baseline], comparison.settings[one.ranked]
-        cells = [cell for name in shown for cell in (
-            _mean_and_deviation(baseline.figures["sample"].get(name)),
-            _mean_and_deviation(ranked.figures["sample"].get(name)), _mean_and_error(one.gains.get(name)))]
-        seeds = f"{len(ranked.seeds)}, paired" if one.paired else f"{len(baseline.seeds)} and {len(ranked.seeds)}"
+        cells = [
+            cell
+            for name in shown
+            for cell in (
+                _mean_and_deviation(baseline.figures["sample"].get(name)),
+                _mean_and_deviation(ranked.figures["sample"].get(name)),
+                _mean_and_error(one.gains.get(name)),
+            )
+        ]
+        seeds = (
+            f"{len(ranked.seeds)}, paired"
+            if one.paired
+            else f"{len(baseline.seeds)} and {len(ranked.seeds)}"
+        )
         rows.append([*_values(ranked, comparison), seeds, *cells])
-    note = ("Without: the same setting with ranking.weight 0. Gain ± its standard error, seed by seed where both have "
-            "the same seeds.")
-    return Grid(title="What multi-cluster ranking adds", note=note, labels=[*_short(comparison), "seeds"], rows=rows,
-                figures=[f"{name} {part}" for name in shown for part in ("without", "with", "gain")])
+    note = (
+        "Without: the same setting with ranking.weight 0. Gain ± its standard error, seed by seed where both have "
+        "the same seeds."
+    )
+    return Grid(
+        title="What multi-cluster ranking adds",
+        note=note,
+        labels=[*_short(comparison), "seeds"],
+        rows=rows,
+        figures=[f"{name} {part}" for name in shown for part in ("without", "with", "gain")],
+    )
 
 
 def _by_mode(comparison: Comparison, name: str) -> Grid:
-    modes = [mode.name for mode in comparison.modes
-             if any(mode.name in setting.figures for setting in comparison.settings)]
-    rows = [[*_values(setting, comparison), str(len(setting.seeds)),
-             *(_mean_and_deviation(setting.figures.get(mode, {}).get(name)) for mode in modes)]
-            for setting in comparison.settings]
+    modes = [
+        mode.name
+        for mode in comparison.modes
+        if any(mode.name in setting.figures for setting in comparison.settings)
+    ]
+    rows = [
+        [
+            *_values(setting, comparison),
+            str(len(setting.seeds)),
+            *(_mean_and_deviation(setting.figures.get(mode, {}).get(name)) for mode in modes),
+        ]
+        for setting in comparison.settings
+    ]
     looking = [mode.name for mode in comparison.modes if mode.looks_at_gallery]
     names = ", ".join(looking)
-    note = ("Controls stand in each run’s own report. "
-            f"{names[0].upper()}{names[1:]} look{'s' * (len(looking) == 1)} at the whole gallery.")
-    return Grid(title=f"{name} by way of search", note=note, labels=[*_short(comparison), "seeds"], figures=modes,
-                rows=rows)
+    note = (
+        "Controls stand in each run’s own report. "
+        f"{names[0].upper()}{names[1:]} look{'s' * (len(looking) == 1)} at the whole gallery."
+    )
+    return Grid(
+        title=f"{name} by way of search",
+        note=note,
+        labels=[*_short(comparison), "seeds"],
+        figures=modes,
+        rows=rows,
+    )
 
 
 def _headlines(comparison: Comparison) -> list[str]:
@@ -128,15 +190,24 @@ def _headlines(comparison: Comparison) -> list[str]:
 
 
 def _columns(comparison: Comparison, mode: str) -> list[str]:
-    return columns([Row(name=mode, figures={name: one.mean for name, one in setting.figures.get(mode, {}).items()})
-                    for setting in comparison.settings])
+    return columns(
+        [
+            Row(
+                name=mode,
+                figures={name: one.mean for name, one in setting.figures.get(mode, {}).items()},
+            )
+            for setting in comparison.settings
+        ]
+    )
 
 
 def _short(comparison: Comparison) -> list[str]:
     """The last two parts of each field's name, or all where that is not enough; one column at least."""
     ends = [".".join(name.split(".")[-2:]) for name in comparison.fields]
-    return [end if ends.count(end) == 1 else name for end, name in zip(ends, comparison.fields, strict=True)] \
-        or ["setting"]
+    return [
+        end if ends.count(end) == 1 else name
+        for end, name in zip(ends, comparison.fields, strict=True)
+    ] or ["setting"]
 
 
 def _values(setting: Setting, comparison: Comparison) -> list[str]:
@@ -152,8 +223,10 @@ def _text(value: Any) -> str:
 
 
 def _label(setting: Setting, comparison: Comparison) -> str:
-    return ", ".join(f"{name} {value}" for name, value in zip(_short(comparison), _values(setting, comparison),
-                                                              strict=True))
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in zip(_short(comparison), _values(setting, comparison), strict=True)
+    )
 
 
 def _each(setting: Setting, name: str) -> tuple[float | None, ...]:

@@ -39,8 +39,14 @@ _BATCH = 128
 _RAW_PIXELS = 32
 
 
-def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = None,
-                 recall_at: tuple[int, ...] = (), modes: Sequence[str] = ()) -> dict:
+def evaluate_run(
+    run: Path,
+    *,
+    shards: str | None = None,
+    split: str | None = None,
+    recall_at: tuple[int, ...] = (),
+    modes: Sequence[str] = (),
+) -> dict:
     """Measure a run on its test split; write RUN/metrics.json and RUN/embeddings.safetensors; return the figures.
 
     shards: where the set is now; None: where it was trained from. split: another test split or subset, whose files are
@@ -58,17 +64,24 @@ def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = No
     names = METRICS, EMBEDDINGS
     if split and split != config.data.test_split:
         names = of_split(METRICS, split), of_split(EMBEDDINGS, split)
-    config = replace(config, data=replace(config.data, test_split=split or config.data.test_split),
-                     evaluation=replace(config.evaluation, recall_at=recall_at or config.evaluation.recall_at))
+    config = replace(
+        config,
+        data=replace(config.data, test_split=split or config.data.test_split),
+        evaluation=replace(config.evaluation, recall_at=recall_at or config.evaluation.recall_at),
+    )
     config.check()
     rank = only_rank()
     network, trained = load_network(RunFolder(run).final, config, device=rank.device)
     manifest = open_shards(config.data.path, config.data.remote)
     split = config.data.test_split
     index = manifest.index(split)
-    if shared := len(np.intersect1d(manifest.index(*config.data.train_splits).label_N, index.label_N)):
-        raise InputError(f"{shared} classes of {split!r} in {manifest.folder} are of the splits that were trained on; "
-                         "name another")
+    if shared := len(
+        np.intersect1d(manifest.index(*config.data.train_splits).label_N, index.label_N)
+    ):
+        raise InputError(
+            f"{shared} classes of {split!r} in {manifest.folder} are of the splits that were trained on; "
+            "name another"
+        )
     sides = divide(index.role_N, len(index), f"split {split!r} of {manifest.folder}")
     verify_shards(manifest, [split])
     images = ShardImages(manifest, index, test_transform(config))
@@ -76,24 +89,44 @@ def evaluate_run(run: Path, *, shards: str | None = None, split: str | None = No
 
     def forward(batch_bHW3: Tensor) -> tuple[Tensor, ...]:
         features_bF = before.features(batch_bHW3)
-        return *network(batch_bHW3), before.sample_head(features_bF), features_bF, _raw_pixels(batch_bHW3)
+        return (
+            *network(batch_bHW3),
+            before.sample_head(features_bF),
+            features_bF,
+            _raw_pixels(batch_bHW3),
+        )
 
     # All at once: each image is read and decoded a single time.
     z_ND, s_ND, start_ND, features_NF, pixels_NP = _embedded(forward, images, config, rank)
     labels_N, roles_N, ks = index.label_N, index.role_N, config.evaluation.recall_at
     seed, draws = config.train.seed, config.evaluation.reidentification_draws
-    reidentified = reidentify(z_ND, s_ND, labels_N, draws=draws, seed=seed, modes=own_modes) if draws else None
+    reidentified = (
+        reidentify(z_ND, s_ND, labels_N, draws=draws, seed=seed, modes=own_modes) if draws else None
+    )
     metrics = {
-        **evaluate(z_ND, s_ND, labels_N, delta=config.model.delta, ks=ks, seed=seed, roles_N=roles_N, modes=own_modes),
+        **evaluate(
+            z_ND,
+            s_ND,
+            labels_N,
+            delta=config.model.delta,
+            ks=ks,
+            seed=seed,
+            roles_N=roles_N,
+            modes=own_modes,
+        ),
         **({"reidentification": reidentified} if reidentified else {}),
         "baselines": {
             "raw pixels": evaluate_sample(pixels_NP, labels_N, ks=ks, roles_N=roles_N),
             "untrained model": evaluate_sample(start_ND, labels_N, ks=ks, roles_N=roles_N),
-            "frozen backbone": evaluate_sample(features_NF, labels_N, ks=ks, distance="cosine", roles_N=roles_N),
+            "frozen backbone": evaluate_sample(
+                features_NF, labels_N, ks=ks, distance="cosine", roles_N=roles_N
+            ),
         },
         "train": _training_figures(run, trained),
-        "protocol": {**_protocol(config, manifest, trained, sides, reidentified),
-                     **({"own modes": ", ".join(modes)} if modes else {})},
+        "protocol": {
+            **_protocol(config, manifest, trained, sides, reidentified),
+            **({"own modes": ", ".join(modes)} if modes else {}),
+        },
     }
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **_facts(index)}
     metrics_name, embeddings_name = names
@@ -109,7 +142,9 @@ def report_run(run: Path, *, shards: str | None = None) -> Path:
     index = manifest.index(config.data.test_split)
     images = ShardImages(manifest, index, test_transform(config))
     classes = [manifest.class_by_label[int(label)] for label in index.label_N]
-    return write_report(run, images.jpeg, [entry.name for entry in classes], [entry.category for entry in classes])
+    return write_report(
+        run, images.jpeg, [entry.name for entry in classes], [entry.category for entry in classes]
+    )
 
 
 def embed_shards(run: Path, location: str, split: str, out: Path) -> int:
@@ -118,8 +153,14 @@ def embed_shards(run: Path, location: str, split: str, out: Path) -> int:
     manifest = open_shards(location, config.data.remote)
     verify_shards(manifest, [split])
     index = manifest.index(split)
-    return _embed_to(run, config, ShardImages(manifest, index, test_transform(config)), index.keys, out,
-                     _facts(index))
+    return _embed_to(
+        run,
+        config,
+        ShardImages(manifest, index, test_transform(config)),
+        index.keys,
+        out,
+        _facts(index),
+    )
 
 
 def embed_folder(run: Path, folder: Path, out: Path) -> int:
@@ -129,10 +170,17 @@ def embed_folder(run: Path, folder: Path, out: Path) -> int:
     return _embed_to(run, config, images, images.names, out, {})
 
 
-def _embedded(forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, config: Config,
-              rank: Rank) -> tuple[np.ndarray, ...]:
-    return embed(forward, images, rank=rank, batch_size=_BATCH, workers=config.data.workers,
-                 timeout_s=60 * config.data.batch_minutes)
+def _embedded(
+    forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, config: Config, rank: Rank
+) -> tuple[np.ndarray, ...]:
+    return embed(
+        forward,
+        images,
+        rank=rank,
+        batch_size=_BATCH,
+        workers=config.data.workers,
+        timeout_s=60 * config.data.batch_minutes,
+    )
 
 
 def _facts(index: SplitIndex) -> dict[str, Tensor]:
@@ -141,25 +189,36 @@ def _facts(index: SplitIndex) -> dict[str, Tensor]:
     return facts | {"roles": torch.from_numpy(index.role_N)} if index.role_N.any() else facts
 
 
-def _embed_to(run: Path, config: Config, images: ShardImages | FolderImages, names: tuple[str, ...], out: Path,
-              facts: dict[str, Tensor]) -> int:
+def _embed_to(
+    run: Path,
+    config: Config,
+    images: ShardImages | FolderImages,
+    names: tuple[str, ...],
+    out: Path,
+    facts: dict[str, Tensor],
+) -> int:
     rank = only_rank()
     network, _ = load_network(RunFolder(run).final, config, device=rank.device)
     z_ND, s_ND = _embedded(network, images, config, rank)
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **facts}
-    write_atomic(out, safetensors.torch.save(tensors, {"names": json.dumps(names), "run": run.name}))
+    write_atomic(
+        out, safetensors.torch.save(tensors, {"names": json.dumps(names), "run": run.name})
+    )
     return len(names)
 
 
 def _describe(reidentified: dict) -> str:
-    return (f"one random image of each of {reidentified['gallery']:,} classes is the gallery, the "
-            f"{reidentified['queries']:,} others search it, whatever their roles; mean and standard deviation of "
-            f"{reidentified['draws']} draws, seed {reidentified['seed']}")
+    return (
+        f"one random image of each of {reidentified['gallery']:,} classes is the gallery, the "
+        f"{reidentified['queries']:,} others search it, whatever their roles; mean and standard deviation of "
+        f"{reidentified['draws']} draws, seed {reidentified['seed']}"
+    )
 
 
 def _raw_pixels(images_bHW3: Tensor) -> Tensor:
-    small = nn.functional.interpolate(images_bHW3.permute(0, 3, 1, 2).float(), (_RAW_PIXELS, _RAW_PIXELS),
-                                      mode="area")
+    small = nn.functional.interpolate(
+        images_bHW3.permute(0, 3, 1, 2).float(), (_RAW_PIXELS, _RAW_PIXELS), mode="area"
+    )
     return small.flatten(1)
 
 
@@ -168,21 +227,30 @@ def _training_figures(run: Path, trained: dict) -> dict:
     log = read_log(RunFolder(run).log)
     log.warn()
     times_s = [time_s for entry in log.entries if (time_s := time_of(entry)) is not None]
-    speeds = [speed for entry in log.entries if (speed := number_of(entry, "img_per_s")) is not None]
-    return {"steps": trained["steps"], "seconds": times_s[-1] if times_s else None,
-            "img_per_s": float(np.median(speeds)) if speeds else None}
+    speeds = [
+        speed for entry in log.entries if (speed := number_of(entry, "img_per_s")) is not None
+    ]
+    return {
+        "steps": trained["steps"],
+        "seconds": times_s[-1] if times_s else None,
+        "img_per_s": float(np.median(speeds)) if speeds else None,
+    }
 
 
 def _filters(data: DataConfig) -> str:
     """What of the training splits was left out, in words."""
-    words = [f"super-classes {', '.join(data.categories)}" if data.categories else "",
-             f"those in {data.class_list.name}" if data.class_list else "",
-             f"with {data.least_images} images or more" if data.least_images > 1 else "",
-             f"at most {data.most_images} images each" if data.most_images else ""]
+    words = [
+        f"super-classes {', '.join(data.categories)}" if data.categories else "",
+        f"those in {data.class_list.name}" if data.class_list else "",
+        f"with {data.least_images} images or more" if data.least_images > 1 else "",
+        f"at most {data.most_images} images each" if data.most_images else "",
+    ]
     return "".join(f"; {word}" for word in words if word)
 
 
-def _protocol(config: Config, manifest: Manifest, trained: dict, sides: Division, reidentified: dict | None) -> dict:
+def _protocol(
+    config: Config, manifest: Manifest, trained: dict, sides: Division, reidentified: dict | None
+) -> dict:
     data, model, loss = config.data, config.model, config.loss
     backend, here = search_backend(), provenance()
     return {
@@ -200,16 +268,18 @@ def _protocol(config: Config, manifest: Manifest, trained: dict, sides: Division
         "batch norm": model.batchnorm,
         "width": model.width,
         "metric loss": loss.metric,
-        "ranking": f"λ = {loss.ranking.weight:g}, M = {loss.ranking.clusters}" if loss.ranking.weight else "none",
+        "ranking": f"λ = {loss.ranking.weight:g}, M = {loss.ranking.clusters}"
+        if loss.ranking.weight
+        else "none",
         "batch": f"{data.classes_per_batch} classes × {data.images_per_class} images",
         "sampling": f"{data.sampling}, shuffled by {data.shuffle}"
-                    + (f", {data.views} views of an image" if data.views > 1 else "")
-                    + (", across groups" if data.across_groups else ""),
+        + (f", {data.views} views of an image" if data.views > 1 else "")
+        + (", across groups" if data.across_groups else ""),
         "seed": config.train.seed,
         "steps": trained["steps"],
         "checkpoint": "the last; its number of steps was fixed in the recipe",
         "trained on": f"{trained['machine']}; {trained['ranks']} rank(s), ZeRO {trained['zero_stage']}, "
-                      f"{trained['precision']}",
+        f"{trained['precision']}",
         "trained with": f"{trained['versions']}, commit {trained['commit']}",
         "evaluated on": f"{here['machine']}; fp32",
         "evaluated with": f"{here['versions']}, commit {here['commit']}",

@@ -71,7 +71,9 @@ def data_uri(jpeg: bytes, name: str) -> str:
             with Image.open(io.BytesIO(jpeg)) as image:
                 small = image.convert("RGB")
         except (OSError, ValueError) as error:
-            raise InputError(f"image of {name!r} cannot be read ({error}): verify the data set") from None
+            raise InputError(
+                f"image of {name!r} cannot be read ({error}): verify the data set"
+            ) from None
         small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=85)
@@ -96,8 +98,13 @@ def neighbour_examples(
     """
     query_labels_Q, item_labels_G = labels_N[sides.query_Q], labels_N[sides.item_G]
     served = sample_vectors(z_ND[sides.query_Q], z_ND[sides.item_G], cosine=cosine)
-    _, ranked_QK = search_excluding_self(served.queries_QV, served.items_NV, NEIGHBOURS, query_ids_Q=sides.own_Q,
-                                         metric=served.metric)
+    _, ranked_QK = search_excluding_self(
+        served.queries_QV,
+        served.items_NV,
+        NEIGHBOURS,
+        query_ids_Q=sides.own_Q,
+        metric=served.metric,
+    )
     right_QK = relevance(ranked_QK, query_labels_Q, item_labels_G)
     relevant_Q = relevant_counts(query_labels_Q, item_labels_G, query_ids_Q=sides.own_Q)
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(relevant_Q > 0))
@@ -114,17 +121,24 @@ def neighbour_examples(
 
     def picture(image: int, caption: str, *, right: bool) -> Picture:
         name = names[image]
-        return Picture(uri=data_uri(load_jpeg(image), name), name=name, alt=f"{caption}: {name}", right=right)
+        return Picture(
+            uri=data_uri(load_jpeg(image), name), name=name, alt=f"{caption}: {name}", right=right
+        )
 
     def example(query: int) -> Example:
         image = int(sides.query_Q[query])
         neighbours = []
-        for rank, (item, good) in enumerate(zip(ranked_QK[query], right_QK[query], strict=True), start=1):
+        for rank, (item, good) in enumerate(
+            zip(ranked_QK[query], right_QK[query], strict=True), start=1
+        ):
             if item >= 0:
                 caption = f"Neighbour {rank} of {names[image]}, {'right' if good else 'wrong'}"
                 neighbours.append(picture(int(sides.item_G[item]), caption, right=bool(good)))
-        return Example(query=picture(image, "Query", right=True), neighbours=neighbours,
-                       relevant=int(relevant_Q[query]))
+        return Example(
+            query=picture(image, "Query", right=True),
+            neighbours=neighbours,
+            relevant=int(relevant_Q[query]),
+        )
 
     return [example(query) for query in right], [example(query) for query in wrong]
 
@@ -169,7 +183,11 @@ def embedding_map(
     if len(names_K) > _GROUPS:  # the last symbol stands for all rare ones
         shown = sorted(str(names_K[i]) for i in np.argsort(-counts_K, kind="stable")[: _GROUPS - 1])
     groups = [shown.index(kind) if kind in shown else len(shown) for kind in kinds]
-    hints = [f"{names[i]} – {kind}" if kind else names[i] for i, kind in zip(images, kinds, strict=True)]
+    hints = [
+        f"{names[i]} – {kind}" if kind else names[i] for i, kind in zip(images, kinds, strict=True)
+    ]
     labels = shown + ["all others"] if shown and len(shown) in groups else shown
     svg = scatter(points_P2, groups, hints, title=f"Map of {len(chosen_P)} test images by {method}")
-    return EmbeddingMap(svg=svg, legend=[(marker(i), label) for i, label in enumerate(labels)], method=method)
+    return EmbeddingMap(
+        svg=svg, legend=[(marker(i), label) for i, label in enumerate(labels)], method=method
+    )

@@ -88,7 +88,9 @@ def load(folder: str | Path) -> EmbeddingNetwork:
         raise InputError(f"{where} has format {told!r}, expected {_FORMAT!r}; export the run again")
     config = Config.from_object(about.get("config"), f"{where}: config")
     # A loss is no part of the network: its code is not imported, and need not be there.
-    of_network = {use: name for use, name in config.code_names().items() if use.startswith("model.")}
+    of_network = {
+        use: name for use, name in config.code_names().items() if use.startswith("model.")
+    }
     named_code.check_allowed(of_network, str(where))
     path = Path(folder) / FILES["safetensors"]
     try:
@@ -96,19 +98,31 @@ def load(folder: str | Path) -> EmbeddingNetwork:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; export the run with --formats safetensors") from None
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); copy or export it again") from None
-    with torch.random.fork_rng(devices=[]):  # weights are drawn, then replaced: the caller's generator stays as it is
+        raise InputError(
+            f"{path} is not a whole safetensors file ({error}); copy or export it again"
+        ) from None
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # weights are drawn, then replaced: the caller's generator stays as it is
         network = initial_network(config, device=torch.device("cpu"), pretrained=False).eval()
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit {where} ({str(error).splitlines()[-1].strip()}); "
-                         "export the run again") from None
+        raise InputError(
+            f"{path} does not fit {where} ({str(error).splitlines()[-1].strip()}); "
+            "export the run again"
+        ) from None
     return network
 
 
-def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *, shards: str | None = None,
-               tolerance: float = TOLERANCE) -> Exported:
+def export_run(
+    run: Path,
+    out: Path,
+    formats: Sequence[str] = tuple(FILES),
+    *,
+    shards: str | None = None,
+    tolerance: float = TOLERANCE,
+) -> Exported:
     """Write the network of RUN into the new folder `out`: the named formats, config.json and README.md.
 
     Each model is read back and compared with the network on four images of the test split, in batches of 1 and 3,
@@ -126,24 +140,38 @@ def export_run(run: Path, out: Path, formats: Sequence[str] = tuple(FILES), *, s
     with torch.no_grad():
         expected = [network(images_bHH3) for images_bHH3 in batches]
     if not all(value.isfinite().all() for pair in expected for value in pair):
-        raise InputError(f"the network of {run} does not give finite values for images of its test split; "
-                         "train it again")
+        raise InputError(
+            f"the network of {run} does not give finite values for images of its test split; "
+            "train it again"
+        )
     about = describe(config, trained)
     differences: dict[str, float] = {}
     with _new_folder(out) as folder:
-        (folder / CONFIG).write_text(json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(
+            json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8"
+        )
         readers = _write_models(network, config, formats, folder)
         for file, read in readers.items():
             differences[file] = difference(read(), batches, expected)
             if not differences[file] <= tolerance:
-                raise InputError(f"{file} differs from the network by {differences[file]:.1e} of its values, more "
-                                 f"than {tolerance:g}, so nothing was written; leave this format out of --formats")
+                raise InputError(
+                    f"{file} differs from the network by {differences[file]:.1e} of its values, more "
+                    f"than {tolerance:g}, so nothing was written; leave this format out of --formats"
+                )
         sizes = {file: (folder / file).stat().st_size for file in readers}
-        card = model_card(name=run.resolve().name, about=about, sizes=sizes, differences=differences,
-                          tolerance=tolerance, metrics=metrics)
+        card = model_card(
+            name=run.resolve().name,
+            about=about,
+            sizes=sizes,
+            differences=differences,
+            tolerance=tolerance,
+            metrics=metrics,
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return Exported(folder=out, size_bytes=sizes, differences=differences, compared_images=sum(_CHECKED_BATCHES))
+    return Exported(
+        folder=out, size_bytes=sizes, differences=differences, compared_images=sum(_CHECKED_BATCHES)
+    )
 
 
 def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
@@ -152,19 +180,35 @@ def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "version": __version__,
-        "input": {"name": "images", "dtype": "uint8", "size": config.test_size, "channels": "RGB",
-                  "layout": "batch, height, width, channel"},
-        "preprocessing": {"crop": "middle square", "crop_share_of_shorter_side": config.data.test_crop,
-                          "resize_to": config.test_size, "interpolation": "bicubic",
-                          "normalisation": "inside the model"},
-        "output": {"dtype": "float32", "width": config.model.width, "z": "sample embedding, not normalised",
-                   "s": "structure embedding, within 1 ± delta", "delta": config.model.delta},
+        "input": {
+            "name": "images",
+            "dtype": "uint8",
+            "size": config.test_size,
+            "channels": "RGB",
+            "layout": "batch, height, width, channel",
+        },
+        "preprocessing": {
+            "crop": "middle square",
+            "crop_share_of_shorter_side": config.data.test_crop,
+            "resize_to": config.test_size,
+            "interpolation": "bicubic",
+            "normalisation": "inside the model",
+        },
+        "output": {
+            "dtype": "float32",
+            "width": config.model.width,
+            "z": "sample embedding, not normalised",
+            "s": "structure embedding, within 1 ± delta",
+            "delta": config.model.delta,
+        },
         "trained": trained,
         "config": shareable(json.loads(config.to_json())),
     }
 
 
-def difference(forward: Forward, batches: Sequence[Tensor], expected: Sequence[tuple[Tensor, Tensor]]) -> float:
+def difference(
+    forward: Forward, batches: Sequence[Tensor], expected: Sequence[tuple[Tensor, Tensor]]
+) -> float:
     """‖forward − expected‖ / ‖expected‖ of an image's z or s, the largest of all images; NaN counts as infinite."""
     largest = 0.0
     with torch.no_grad():
@@ -181,7 +225,9 @@ def _check_folder(out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise InputError(f"--out {out} exists already; give a folder that does not")
     if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out} lies in a folder that does not exist; make {out.absolute().parent} first")
+        raise InputError(
+            f"--out {out} lies in a folder that does not exist; make {out.absolute().parent} first"
+        )
 
 
 def _read_metrics(path: Path) -> dict[str, Any] | None:
@@ -190,7 +236,9 @@ def _read_metrics(path: Path) -> dict[str, Any] | None:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); evaluate the run again, or remove it") from None
+        raise InputError(
+            f"{path} is not JSON ({error}); evaluate the run again, or remove it"
+        ) from None
     if not isinstance(metrics, dict) or not isinstance(metrics.get("test"), dict):
         raise InputError(f"{path} has no test figures; evaluate the run again, or remove it")
     return metrics
@@ -206,8 +254,9 @@ def _test_images(config: Config) -> list[Tensor]:
     return [batch.images_bHW3 for batch in stream(images, chosen, workers=0)]
 
 
-def _write_models(network: EmbeddingNetwork, config: Config, formats: Sequence[str],
-                  folder: Path) -> dict[str, Callable[[], Forward]]:
+def _write_models(
+    network: EmbeddingNetwork, config: Config, formats: Sequence[str], folder: Path
+) -> dict[str, Callable[[], Forward]]:
     """Write the models; return, by file name, what reads each back."""
     readers: dict[str, Callable[[], Forward]] = {}
     if "safetensors" in formats:

@@ -22,27 +22,36 @@ from namr_dist.results.tables import (
 from namr_dist.retrieval.reidentification import METRICS
 
 _LOADING = {
-    "model.safetensors": ("with namr-dist installed (neither DeepSpeed nor a process group is used)", """\
+    "model.safetensors": (
+        "with namr-dist installed (neither DeepSpeed nor a process group is used)",
+        """\
 import torch
 from namr_dist.results.export import load
 
 network = load(".")
 with torch.no_grad():
     z, s = network(torch.from_numpy(images))
-"""),
-    "model.pt2": ("with PyTorch alone (written by version {torch})", """\
+""",
+    ),
+    "model.pt2": (
+        "with PyTorch alone (written by version {torch})",
+        """\
 import torch
 
 network = torch.export.load("model.pt2").module()
 with torch.no_grad():
     z, s = network(torch.from_numpy(images))
-"""),
-    "model.onnx": ("with ONNX Runtime alone", """\
+""",
+    ),
+    "model.onnx": (
+        "with ONNX Runtime alone",
+        """\
 import onnxruntime
 
 session = onnxruntime.InferenceSession("model.onnx")
 z, s = session.run(["z", "s"], {"images": images})
-"""),
+""",
+    ),
 }
 
 _PREPARE = """\
@@ -60,13 +69,23 @@ images = np.stack([prepare(file) for file in ["photo.jpg"]])  # uint8 (b, {size}
 """
 
 
-def model_card(*, name: str, about: Mapping[str, Any], sizes: Mapping[str, int], differences: Mapping[str, float],
-               tolerance: float, metrics: Mapping[str, Any] | None) -> str:
+def model_card(
+    *,
+    name: str,
+    about: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    differences: Mapping[str, float],
+    tolerance: float,
+    metrics: Mapping[str, Any] | None,
+) -> str:
     """Markdown. `about` is the content of config.json; `sizes` (bytes) and `differences` go by file of a model."""
     size, output, trained = about["input"]["size"], about["output"], about["trained"]
     model, loss = about["config"]["model"], about["config"]["loss"]
-    ranking = (f"multi-cluster ranking (λ = {loss['ranking']['weight']:g}, M = {loss['ranking']['clusters']})"
-               if loss["ranking"]["weight"] else "no multi-cluster ranking")
+    ranking = (
+        f"multi-cluster ranking (λ = {loss['ranking']['weight']:g}, M = {loss['ranking']['clusters']})"
+        if loss["ranking"]["weight"]
+        else "no multi-cluster ranking"
+    )
     parts = [
         f"# {name}",
         f"An image-retrieval network, exported by namr-dist {__version__}: {model['backbone']}, trained for "
@@ -77,15 +96,19 @@ def model_card(*, name: str, about: Mapping[str, Any], sizes: Mapping[str, int],
         "## Files",
         f"Each model was read back and compared with the trained network on images of the test split: "
         f"‖difference‖ / ‖embedding‖, the largest over images, z and s. More than {tolerance:g} stops an export.",
-        _table(["file", "bytes", "largest relative difference"],
-               [[file, f"{sizes[file]:,}", f"{value:.1e}"] for file, value in differences.items()]),
+        _table(
+            ["file", "bytes", "largest relative difference"],
+            [[file, f"{sizes[file]:,}", f"{value:.1e}"] for file, value in differences.items()],
+        ),
         "`config.json` has the input, the preprocessing and the run's configuration.",
         "## Prepare images",
         f"The middle square, {about['preprocessing']['crop_share_of_shorter_side']:g} of the shorter side, resized to "
         f"{size} × {size}, bicubic: RGB, 8 bits, height × width × channel. Normalisation happens inside the models. "
         "Evaluation decodes the JPEGs of shards at half or a quarter of their size where that is still large enough, "
         "so embeddings of large originals differ a little from those of other decoders.",
-        _code(_PREPARE.format(share=about["preprocessing"]["crop_share_of_shorter_side"], size=size)),
+        _code(
+            _PREPARE.format(share=about["preprocessing"]["crop_share_of_shorter_side"], size=size)
+        ),
         "## Load",
     ]
     for file in differences:
@@ -93,40 +116,71 @@ def model_card(*, name: str, about: Mapping[str, Any], sizes: Mapping[str, int],
         parts += [f"`{file}`, {advice.format(torch=torch.__version__.split('+')[0])}:", _code(code)]
     backbone = model["backbone"]
     if "model.safetensors" in differences and is_named_code(backbone):
-        parts.append(f"The backbone of `model.safetensors` is code of its own, `{backbone}`. namr-dist imports it only "
-                     f"after `namr_dist.named_code.allow([\"{backbone}\"])`.")
+        parts.append(
+            f"The backbone of `model.safetensors` is code of its own, `{backbone}`. namr-dist imports it only "
+            f'after `namr_dist.named_code.allow(["{backbone}"])`.'
+        )
     parts += _measured(metrics, trained)
-    parts += ["## Licence", "Not stated here: whoever publishes these weights states it, minding the licences of the "
-              "training images and of the weights that training started from."]
+    parts += [
+        "## Licence",
+        "Not stated here: whoever publishes these weights states it, minding the licences of the "
+        "training images and of the weights that training started from.",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 def _measured(metrics: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> list[str]:
     if metrics is None:
-        known = {"steps": trained["steps"], "trained on": trained["machine"], "trained with": trained["versions"]}
-        return ["## Measured", "Nothing: the run was exported before `namr evaluate`.",
-                _table(["", ""], [[key, str(value)] for key, value in known.items()])]
+        known = {
+            "steps": trained["steps"],
+            "trained on": trained["machine"],
+            "trained with": trained["versions"],
+        }
+        return [
+            "## Measured",
+            "Nothing: the run was exported before `namr evaluate`.",
+            _table(["", ""], [[key, str(value)] for key, value in known.items()]),
+        ]
     before, modes = baseline_rows(metrics), mode_rows(metrics)
     names = columns([*before, *modes])
     rows = [[row.name, *(number(row.figures.get(name)) for name in names)] for row in before]
     rows += [[_label(row), *(number(row.figures.get(name)) for name in names)] for row in modes]
-    again = [[_label(row), *(mean_and_deviation(row, name) for name in METRICS)]
-             for row in reidentification_rows(metrics)]
+    again = [
+        [_label(row), *(mean_and_deviation(row, name) for name in METRICS)]
+        for row in reidentification_rows(metrics)
+    ]
     protocol = [[key, str(value)] for key, value in (metrics.get("protocol") or {}).items()]
-    return ["## Measured", "Retrieval on the test split, in percent; one run. Rows that begin with \"with\" are "
-            "controls of the row above.", _table(["embedding", *names], rows),
-            *(["Re-identification, in percent: mean ± standard deviation over random galleries.",
-               _table(["embedding", *METRICS], again)] if again else []),
-            "## Protocol", _table(["", ""], protocol)]
+    return [
+        "## Measured",
+        'Retrieval on the test split, in percent; one run. Rows that begin with "with" are '
+        "controls of the row above.",
+        _table(["embedding", *names], rows),
+        *(
+            [
+                "Re-identification, in percent: mean ± standard deviation over random galleries.",
+                _table(["embedding", *METRICS], again),
+            ]
+            if again
+            else []
+        ),
+        "## Protocol",
+        _table(["", ""], protocol),
+    ]
 
 
 def _label(row: Row) -> str:
-    return row.name if row.control else f"trained, {row.name}" + " (looks at the gallery)" * row.looks_at_gallery
+    return (
+        row.name
+        if row.control
+        else f"trained, {row.name}" + " (looks at the gallery)" * row.looks_at_gallery
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _code(text: str) -> str:

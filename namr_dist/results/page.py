@@ -46,7 +46,10 @@ class Chart:
 
 
 def write_report(
-    run_dir: Path, load_jpeg: Callable[[int], bytes], names: Sequence[str], categories: Sequence[str]
+    run_dir: Path,
+    load_jpeg: Callable[[int], bytes],
+    names: Sequence[str],
+    categories: Sequence[str],
 ) -> Path:
     """Write RUN/report.html and return its path.
 
@@ -67,7 +70,9 @@ def write_report(
     seed = _number_in(run.config, "train", "seed")
     seed = 0 if seed is None else int(seed)
     cosine = _block(run.metrics, "test_protocol").get("distance") == "cosine"
-    right, wrong = neighbour_examples(run.z_ND, run.labels_N, run.sides, load_jpeg, names, cosine=cosine, seed=seed)
+    right, wrong = neighbour_examples(
+        run.z_ND, run.labels_N, run.sides, load_jpeg, names, cosine=cosine, seed=seed
+    )
     measurement = _block(run.metrics, "test_counts") | _block(run.metrics, "test_protocol")
     rows, trained = baseline_rows(run.metrics), mode_rows(run.metrics)
     result_columns = columns([*rows, trained[0]])
@@ -77,14 +82,17 @@ def write_report(
         headline=_first_cut_off(run.metrics),
         summary=list(_summary(run)),
         facts=list(_facts(run)),
-        bars=[(row.name, row.figures, False) for row in rows] + [("trained", trained[0].figures, True)],
+        bars=[(row.name, row.figures, False) for row in rows]
+        + [("trained", trained[0].figures, True)],
         result_columns=result_columns,
         mode_columns=columns(trained),
         modes=trained,
         again=_block(run.metrics, "reidentification"),
         again_columns=METRICS,
-        again_rows=[(row, [mean_and_deviation(row, name) for name in METRICS])
-                    for row in reidentification_rows(run.metrics)],
+        again_rows=[
+            (row, [mean_and_deviation(row, name) for name in METRICS])
+            for row in reidentification_rows(run.metrics)
+        ],
         leave_one_out=run.sides.leave_one_out,
         certificate=_block(run.metrics, "test_counts").get("rerank_certified_percent"),
         clustering={name: run.metrics["test"]["sample"].get(name) for name in ("NMI", "AMI")},
@@ -107,8 +115,11 @@ def write_report(
 def template(name: str) -> Template:
     """The template of a page. Text that is put into it is escaped; a name it is not given is an error."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = number
     return environment.get_template(name)
@@ -166,8 +177,11 @@ def _summary(run: RunRecord) -> Iterator[str]:
     if recall is None:
         return
     sides = run.sides
-    searched = ("Each test image then searched all the others" if sides.leave_one_out else
-                f"Each of {len(sides.query_Q):,} test images then searched a gallery of {len(sides.item_G):,}")
+    searched = (
+        "Each test image then searched all the others"
+        if sides.leave_one_out
+        else f"Each of {len(sides.query_Q):,} test images then searched a gallery of {len(sides.item_G):,}"
+    )
     hit = "The nearest image was" if name == "R@1" else f"One of the {name[2:]} nearest images was"
     text = (
         f"{searched}. None of their classes had been trained on. "
@@ -175,12 +189,15 @@ def _summary(run: RunRecord) -> Iterator[str]:
     )
     rivals = [(row.name, _number_in(row.figures, name)) for row in baseline_rows(run.metrics)]
     known = [
-        f"{value:.1f} % " + ("by comparing raw pixels" if rival == "raw pixels" else f"with the {rival}")
+        f"{value:.1f} % "
+        + ("by comparing raw pixels" if rival == "raw pixels" else f"with the {rival}")
         for rival, value in rivals
         if value is not None
     ]
     if known:
-        text += ", against " + (", ".join(known[:-1]) + " and " if len(known) > 1 else "") + known[-1]
+        text += (
+            ", against " + (", ".join(known[:-1]) + " and " if len(known) > 1 else "") + known[-1]
+        )
     yield text + "."
     yield from _structure_verdict(run.metrics, name, recall)
 
@@ -206,7 +223,10 @@ def _what_was_trained(run: RunRecord) -> str:
         text += f" on {data}"
     if metric := loss.get("metric"):
         text += f" with the {registry.title(str(metric))}"
-        weight, clusters = _number_in(loss, "ranking", "weight"), _number_in(loss, "ranking", "clusters")
+        weight, clusters = (
+            _number_in(loss, "ranking", "weight"),
+            _number_in(loss, "ranking", "clusters"),
+        )
         if weight:
             detail = f"λ = {weight:g}" + (f", M = {clusters:g}" if clusters else "")
             text += f" and multi-cluster ranking ({detail})"
@@ -218,7 +238,8 @@ def _what_was_trained(run: RunRecord) -> str:
 def _structure_verdict(metrics: Mapping[str, Any], name: str, recall: float) -> Iterator[str]:
     queries = _number_in(metrics, "test_counts", "queries")
     learnt, ones, shuffled = (
-        _number_in(metrics, "test", row_name(SYMMETRIC.name, control), name) for control in ("", *SYMMETRIC.controls)
+        _number_in(metrics, "test", row_name(SYMMETRIC.name, control), name)
+        for control in ("", *SYMMETRIC.controls)
     )
     if learnt is None or ones is None or shuffled is None or not queries:
         return
@@ -239,7 +260,10 @@ def _structure_verdict(metrics: Mapping[str, Any], name: str, recall: float) -> 
 
 def _charts(run: RunRecord) -> Iterator[Chart]:
     steps = [float(entry["step"]) for entry in run.steps]
-    panels = [("metric_loss", "Metric loss", "c0"), ("ranking_loss", "Multi-cluster ranking loss", "c1")]
+    panels = [
+        ("metric_loss", "Metric loss", "c0"),
+        ("ranking_loss", "Multi-cluster ranking loss", "c1"),
+    ]
     if not any(key in entry for entry in run.steps for key, _, _ in panels):
         panels = [("loss", "Training loss", "c0")]
     for key, heading, css in panels:
@@ -249,17 +273,31 @@ def _charts(run: RunRecord) -> Iterator[Chart]:
             Line(name="each step", xs=thinned(steps), ys=thinned(values), css=f"{css} faint"),
             Line(name="smoothed", xs=thinned(steps), ys=thinned(smoothed(values)), css=css),
         ]
-        svg = line_chart(lines, title=f"{heading} over training steps", x_label="step", allow_log=True)
+        svg = line_chart(
+            lines, title=f"{heading} over training steps", x_label="step", allow_log=True
+        )
         if svg is not None:
             note = "Pale: as logged. Strong: moving average. Lower is better."
             yield Chart(heading=heading, note=note, svg=svg)
     curves = []
     for css, name in (("c0", "R@1"), ("c1", "MAP@R")):
-        pairs = [(float(entry["step"]), _number_in(entry["val"], name)) for entry in run.validations]
+        pairs = [
+            (float(entry["step"]), _number_in(entry["val"], name)) for entry in run.validations
+        ]
         known = [(step, value) for step, value in pairs if value is not None]
-        curves.append(Line(name=name, xs=[step for step, _ in known], ys=[value for _, value in known],
-                           css=css, dots=True, label=True))
-    svg = line_chart(curves, title="Validation R@1 and MAP@R over training steps, %", x_label="step")
+        curves.append(
+            Line(
+                name=name,
+                xs=[step for step, _ in known],
+                ys=[value for _, value in known],
+                css=css,
+                dots=True,
+                label=True,
+            )
+        )
+    svg = line_chart(
+        curves, title="Validation R@1 and MAP@R over training steps, %", x_label="step"
+    )
     if svg is not None:
         note = "On classes that were not trained on. Higher is better."
         yield Chart(heading="Validation, %", note=note, svg=svg)

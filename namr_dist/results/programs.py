@@ -27,8 +27,10 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 def check_onnx_packages() -> None:
     """Raise InputError unless all that writing and checking ONNX needs is installed."""
     if missing := [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
-        raise InputError(f"the format onnx needs {', '.join(missing)}, not installed here; install the extra with "
-                         "`pip install 'namr-dist[export]'`, or leave onnx out: --formats safetensors torch")
+        raise InputError(
+            f"the format onnx needs {', '.join(missing)}, not installed here; install the extra with "
+            "`pip install 'namr-dist[export]'`, or leave onnx out: --formats safetensors torch"
+        )
 
 
 def trace(network: nn.Module, *, size: int) -> ExportedProgram:
@@ -40,10 +42,14 @@ def trace(network: nn.Module, *, size: int) -> ExportedProgram:
     images_bHH3 = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     try:
         with torch.no_grad(), _quiet():
-            program = torch.export.export(network, (images_bHH3,), dynamic_shapes=_batch_is_dynamic())
+            program = torch.export.export(
+                network, (images_bHH3,), dynamic_shapes=_batch_is_dynamic()
+            )
     except Exception as error:  # a model from elsewhere may fail to trace in any way
-        raise InputError(f"the network cannot be traced by torch.export ({_first_line(error)}); "
-                         "export with --formats safetensors") from None
+        raise InputError(
+            f"the network cannot be traced by torch.export ({_first_line(error)}); "
+            "export with --formats safetensors"
+        ) from None
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
@@ -71,11 +77,20 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
     """Write inputs `images` and outputs `z`, `s`. Raises InputError for a program without a translation."""
     try:
         with _quiet():
-            made = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["z", "s"],
-                                     dynamic_shapes=_batch_is_dynamic(), external_data=False, verbose=False)
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=["images"],
+                output_names=["z", "s"],
+                dynamic_shapes=_batch_is_dynamic(),
+                external_data=False,
+                verbose=False,
+            )
     except Exception as error:  # an operator without a translation shows itself in many ways
-        raise InputError(f"{path.name} cannot be made of this network ({_first_line(error)}); "
-                         "export with --formats safetensors torch") from None
+        raise InputError(
+            f"{path.name} cannot be made of this network ({_first_line(error)}); "
+            "export with --formats safetensors torch"
+        ) from None
     assert made is not None
     made.save(path)
 

@@ -60,8 +60,10 @@ def run_config(run: Path, shards: str | None = None) -> Config:
     """
     config, path = trained_config(run), RunFolder(run).config
     if shards is None and config.data.path and is_command(config.data.path):
-        raise InputError(f"{path} reads its shards by a command ({shown(config.data.path)}); if you "
-                         "trust it, give it with --shards, or a folder or URL that has the same set")
+        raise InputError(
+            f"{path} reads its shards by a command ({shown(config.data.path)}); if you "
+            "trust it, give it with --shards, or a folder or URL that has the same set"
+        )
     return config if shards is None else replace(config, data=replace(config.data, path=shards))
 
 
@@ -78,7 +80,9 @@ def _object(path: Path, made_by: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): {made_by}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, not an object with fields: {made_by}")
+        raise InputError(
+            f"{path} holds a {type(value).__name__}, not an object with fields: {made_by}"
+        )
     return value
 
 
@@ -91,7 +95,9 @@ def read_run(run_dir: Path) -> RunRecord:
     log = read_log(run.log)
     log.warn()
     metrics = _object(run.metrics, evaluate_first)
-    if not isinstance(metrics.get("test"), dict) or not isinstance(metrics["test"].get("sample"), dict):
+    if not isinstance(metrics.get("test"), dict) or not isinstance(
+        metrics["test"].get("sample"), dict
+    ):
         raise InputError(f"{run.metrics} has no test.sample: {evaluate_first}")
     path = run.embeddings
     try:

@@ -8,8 +8,13 @@ from typing import Any
 
 from namr_dist.data.remote.transfer import shown
 
-_LOCATIONS = (("data", "path"), ("data", "remote", "cache"), ("data", "class_list"), ("model", "weights"),
-              ("train", "profile"))
+_LOCATIONS = (
+    ("data", "path"),
+    ("data", "remote", "cache"),
+    ("data", "class_list"),
+    ("model", "weights"),
+    ("train", "profile"),
+)
 
 
 def shareable(config: dict[str, Any]) -> dict[str, Any]:

@@ -67,13 +67,20 @@ def baseline_rows(metrics: Mapping[str, Any]) -> list[Row]:
 
 def shown_modes(metrics: Mapping[str, Any]) -> list[ShownMode]:
     """The built-in modes, then those that the user brought along to the evaluation (its block "own_modes")."""
-    shown = [ShownMode(name=mode.name, sentence=mode.sentence, looks_at_gallery=mode.looks_at_gallery)
-             for mode in MODES]
+    shown = [
+        ShownMode(name=mode.name, sentence=mode.sentence, looks_at_gallery=mode.looks_at_gallery)
+        for mode in MODES
+    ]
     own = metrics.get("own_modes")
     for name, told in own.items() if isinstance(own, dict) else ():
         if isinstance(told, dict) and name not in [mode.name for mode in MODES]:
-            shown.append(ShownMode(name=name, sentence=str(told.get("sentence", "")),
-                                   looks_at_gallery=told.get("looks_at_gallery") is True))
+            shown.append(
+                ShownMode(
+                    name=name,
+                    sentence=str(told.get("sentence", "")),
+                    looks_at_gallery=told.get("looks_at_gallery") is True,
+                )
+            )
     return shown
 
 
@@ -91,8 +98,14 @@ def _rows(figures: Mapping[str, Any], modes: Iterable[ShownMode]) -> list[Row]:
     rows = []
     for mode in modes:
         if mode.name in figures:
-            rows.append(Row(name=mode.name, figures=figures[mode.name], looks_at_gallery=mode.looks_at_gallery,
-                            sentence=mode.sentence))
+            rows.append(
+                Row(
+                    name=mode.name,
+                    figures=figures[mode.name],
+                    looks_at_gallery=mode.looks_at_gallery,
+                    sentence=mode.sentence,
+                )
+            )
         for control, meaning in CONTROLS.items():
             if (name := row_name(mode.name, control)) in figures:
                 rows.append(Row(name=meaning, figures=figures[name], control=True))
@@ -112,8 +125,10 @@ def results_table(metrics: Mapping[str, Any]) -> Group:
     counts = metrics.get("test_counts") or {}
     title = "Test retrieval, %"
     if "queries" in counts:
-        title += (f" ({counts['queries']:,} queries, {counts.get('left_out', 0):,} left out, "
-                  f"{counts.get('items', 0):,} images searched)")
+        title += (
+            f" ({counts['queries']:,} queries, {counts.get('left_out', 0):,} left out, "
+            f"{counts.get('items', 0):,} images searched)"
+        )
     notes = []
     if any(row.looks_at_gallery for row in trained):
         notes.append("* looks at the whole gallery, not only at the two images compared")
@@ -128,14 +143,22 @@ def results_table(metrics: Mapping[str, Any]) -> Group:
         table.add_row(Text(row.name), *(number(row.figures.get(name)) for name in names))
     if before:
         table.add_section()
-    _add_trained(table, trained, [[number(row.figures.get(name)) for name in names] for row in trained])
+    _add_trained(
+        table, trained, [[number(row.figures.get(name)) for name in names] for row in trained]
+    )
     again = reidentification_rows(metrics)
-    return Group(table, _reidentification_table(metrics["reidentification"], again)) if again else Group(table)
+    return (
+        Group(table, _reidentification_table(metrics["reidentification"], again))
+        if again
+        else Group(table)
+    )
 
 
 def _reidentification_table(block: Mapping[str, Any], rows: list[Row]) -> Table:
-    title = (f"Re-identification, % ({block['queries']:,} queries, gallery of {block['gallery']:,}, mean ± deviation "
-             f"of {block['draws']} draws)")
+    title = (
+        f"Re-identification, % ({block['queries']:,} queries, gallery of {block['gallery']:,}, mean ± deviation "
+        f"of {block['draws']} draws)"
+    )
     table = Table("", title=title)
     for name in METRICS:
         table.add_column(name, justify="right")
@@ -145,5 +168,7 @@ def _reidentification_table(block: Mapping[str, Any], rows: list[Row]) -> Table:
 
 def _add_trained(table: Table, rows: list[Row], values: list[list[str]]) -> None:
     for row, cells in zip(rows, values, strict=True):
-        label = f"  {row.name}" if row.control else f"trained, {row.name}" + " *" * row.looks_at_gallery
+        label = (
+            f"  {row.name}" if row.control else f"trained, {row.name}" + " *" * row.looks_at_gallery
+        )
         table.add_row(Text(label), *cells, style="dim" if row.control else None)

@@ -47,10 +47,14 @@ def as_float32(values_ND: Any, name: str) -> Float32:
 
 def _checked(matrix_ND: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     if matrix_ND.ndim != 2 or 0 in matrix_ND.shape:
-        raise InputError(f"{name}: a non-empty (rows, width) matrix is needed, got shape {matrix_ND.shape}")
+        raise InputError(
+            f"{name}: a non-empty (rows, width) matrix is needed, got shape {matrix_ND.shape}"
+        )
     # By rows' extremes, which NaN passes through: no second matrix is made.
     with np.errstate(invalid="ignore"):
-        inside_N = (matrix_ND.max(axis=1) <= _LARGEST_ENTRY) & (matrix_ND.min(axis=1) >= -_LARGEST_ENTRY)
+        inside_N = (matrix_ND.max(axis=1) <= _LARGEST_ENTRY) & (
+            matrix_ND.min(axis=1) >= -_LARGEST_ENTRY
+        )
     bad_N: Bool = ~inside_N
     if bad_N.any():
         row = int(np.flatnonzero(bad_N)[0])

@@ -13,7 +13,12 @@ import numpy as np
 
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float32, Float64, Int64, as_labels, as_matrix, unit_rows
-from namr_dist.retrieval.metrics import clustering_scores, relevance, relevant_counts, retrieval_scores
+from namr_dist.retrieval.metrics import (
+    clustering_scores,
+    relevance,
+    relevant_counts,
+    retrieval_scores,
+)
 from namr_dist.retrieval.modes import SAMPLE, Mode, Side, row_name, row_names, with_own
 from namr_dist.retrieval.rerank import Reranked, check_delta, rerank_candidates
 from namr_dist.retrieval.roles import divide
@@ -34,7 +39,9 @@ lists of a thousand neighbours would take most of an evaluation's time and memor
 _NOT_LISTED = np.iinfo(np.int64).max
 
 
-def _whole(z: Any, s: Any, labels: Any, delta: float, distance: Distance, name: str) -> tuple[Side, Int64]:
+def _whole(
+    z: Any, s: Any, labels: Any, delta: float, distance: Distance, name: str
+) -> tuple[Side, Int64]:
     """All images, checked, and their labels (N,)."""
     z_ND = as_matrix(z, f"{name} z")
     labels_N = as_labels(labels, len(z_ND), f"{name} labels")
@@ -69,8 +76,14 @@ class _Ranking:
         )
 
     def percent(self, ranked_QK: Int64, first_right_Q: Int64) -> dict[str, float]:
-        return retrieval_scores(ranked_QK, self.labels_Q, self.labels_N, ks=self.ks, query_ids_Q=self.own_Q,
-                                first_right_Q=first_right_Q).percent
+        return retrieval_scores(
+            ranked_QK,
+            self.labels_Q,
+            self.labels_N,
+            ks=self.ks,
+            query_ids_Q=self.own_Q,
+            first_right_Q=first_right_Q,
+        ).percent
 
     def served_percent(self, served: Served) -> dict[str, float]:
         ranked_QK = self.nearest(served, self.k)[1]
@@ -82,8 +95,11 @@ class _Ranking:
         beyond_M = np.flatnonzero((first_Q == _NOT_LISTED) & (self.relevant_Q > 0))
         if ranked_QK.shape[1] < max(self.ks) and len(beyond_M):
             first_Q[beyond_M] = ranks_of(
-                served.queries_QV[beyond_M], served.items_NV, self._nearest_right(beyond_M, served),
-                query_ids_Q=self.own_Q[beyond_M], metric=served.metric,
+                served.queries_QV[beyond_M],
+                served.items_NV,
+                self._nearest_right(beyond_M, served),
+                query_ids_Q=self.own_Q[beyond_M],
+                metric=served.metric,
             )
         return first_Q
 
@@ -109,14 +125,18 @@ class _Ranking:
         return nearest_M
 
 
-def _with_controls(modes: Sequence[Mode], queries: Side, items: Side, own_Q: Int64,
-                   seed: int) -> Iterator[tuple[str, Mode, Side, Side]]:
+def _with_controls(
+    modes: Sequence[Mode], queries: Side, items: Side, own_Q: Int64, seed: int
+) -> Iterator[tuple[str, Mode, Side, Side]]:
     """Name of the figures, mode, and the sides it is given: each mode as it is, then with its controls. Modes that use
     s are left out where there is none."""
     given = {"": (queries, items)}
     if queries.s is not None and items.s is not None:
         mixed_QD, mixed_ND = _shuffled(queries.s, items.s, own_Q, seed)
-        given["s1"] = replace(queries, s=np.ones_like(queries.z)), replace(items, s=np.ones_like(items.z))
+        given["s1"] = (
+            replace(queries, s=np.ones_like(queries.z)),
+            replace(items, s=np.ones_like(items.z)),
+        )
         given["shuffled"] = replace(queries, s=mixed_QD), replace(items, s=mixed_ND)
     for mode in modes:
         if not mode.uses_s or len(given) > 1:
@@ -179,7 +199,9 @@ def evaluate(
     plain_first_Q = ranking.first_right(plain_ids_QC, plain)
 
     def rerank(given: Side, k: int) -> Reranked:
-        return rerank_candidates(given.z, given.s, items.z, plain_QC, plain_ids_QC, k=k, delta=delta)
+        return rerank_candidates(
+            given.z, given.s, items.z, plain_QC, plain_ids_QC, k=k, delta=delta
+        )
 
     def reranked_percent(given: Side) -> dict[str, float]:
         ranked_QC = rerank(given, count).ids_QK
@@ -217,8 +239,19 @@ def evaluate(
             "search_backend": backend.name,
             "search_backend_reason": backend.reason,
         },
-        **({"own_modes": {mode.name: {"sentence": mode.sentence, "looks_at_gallery": mode.looks_at_gallery}
-                          for mode in modes}} if modes else {}),
+        **(
+            {
+                "own_modes": {
+                    mode.name: {
+                        "sentence": mode.sentence,
+                        "looks_at_gallery": mode.looks_at_gallery,
+                    }
+                    for mode in modes
+                }
+            }
+            if modes
+            else {}
+        ),
     }
 
 

@@ -73,10 +73,15 @@ class Keys:
         width = self.items_ND.shape[1]
         roundoff = (width + 8) * 2.0**-24 if precision == "fp32" else 2 * (width + 16) * 2.0**-53
         norm_B = self._query_norms_Q[rows_B]
-        return roundoff * (norm_B * self._largest_norm if self.metric == "ip"
-                           else (norm_B + self._largest_norm).square())
+        return roundoff * (
+            norm_B * self._largest_norm
+            if self.metric == "ip"
+            else (norm_B + self._largest_norm).square()
+        )
 
-    def settle(self, near_BC: torch.Tensor, rows_B: torch.Tensor, ids_BC: torch.Tensor) -> torch.Tensor:
+    def settle(
+        self, near_BC: torch.Tensor, rows_B: torch.Tensor, ids_BC: torch.Tensor
+    ) -> torch.Tensor:
         """(B, C) fp32 keys from near_BC, float64 by by_product; +inf stays what it is."""
         error_B1 = self.error(rows_B, "fp64")[:, None]
         keys_BC = (near_BC - error_B1).float()

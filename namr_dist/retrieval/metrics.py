@@ -111,7 +111,9 @@ def retrieval_scores(
     relevant_Q1 = relevant_Q[counted_Q][:, None]
     names = [f"R@{k}" for k in ks] + ["MAP@R", "R-precision"]
     if not counted_Q.any():
-        return RetrievalScores(percent=dict.fromkeys(names, float("nan")), queries=0, left_out=len(counted_Q))
+        return RetrievalScores(
+            percent=dict.fromkeys(names, float("nan")), queries=0, left_out=len(counted_Q)
+        )
 
     rank_K = np.arange(1, right_QK.shape[1] + 1)
     hit_QK = right_QK & (rank_K <= relevant_Q1)
@@ -153,7 +155,9 @@ def clustering_scores(
         # One thread: the same sums, hence the same clusters, on any number of cores; and no active
         # waiting beside another busy process.
         with threadpool_limits(1):
-            assigned_N = KMeans(clusters, n_init=1, random_state=seed).fit_predict(z.astype(np.float32))
+            assigned_N = KMeans(clusters, n_init=1, random_state=seed).fit_predict(
+                z.astype(np.float32)
+            )
     return ClusteringScores(
         percent={
             "NMI": 100 * float(normalized_mutual_info_score(labels, assigned_N)),
@@ -175,13 +179,20 @@ def _has_faiss() -> bool:
 
 def _faiss_clusters(z_ND: Any, clusters: int, seed: int) -> Int64:
     if not _has_faiss():
-        raise InputError("engine = 'faiss': faiss is not installed; install faiss-cpu or take 'sklearn'")
+        raise InputError(
+            "engine = 'faiss': faiss is not installed; install faiss-cpu or take 'sklearn'"
+        )
     import faiss
 
     z = z_ND.astype(np.float32)
     # One point a class is enough here, while faiss warns below 39 and samples above 256.
     kmeans = faiss.Kmeans(
-        z.shape[1], clusters, niter=25, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(z)
+        z.shape[1],
+        clusters,
+        niter=25,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(z),
     )
     kmeans.train(z)
     return kmeans.index.search(z, 1)[1][:, 0].astype(np.int64)

@@ -44,8 +44,11 @@ class Side:
         """The rows at ascending indices; itself where these are all, so that queries and items share one."""
         if len(rows) == len(self.z):
             return self
-        return Side(z=self.z[rows], s=None if self.s is None else self.s[rows],
-                    density=None if self.density is None else self.density[rows])
+        return Side(
+            z=self.z[rows],
+            s=None if self.s is None else self.s[rows],
+            density=None if self.density is None else self.density[rows],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +82,28 @@ class Mode:
         assert self.vectors is not None, f"{self.name} has no vectors of its own"
         served: Any = self.vectors(self._given(queries), self._given(items))
         if not isinstance(served, Served):
-            raise InputError(f"mode {self.name} makes vectors as {type(served).__name__}; return them as a Served "
-                             "(namr_dist.retrieval.vectors)")
+            raise InputError(
+                f"mode {self.name} makes vectors as {type(served).__name__}; return them as a Served "
+                "(namr_dist.retrieval.vectors)"
+            )
         return _checked(served, len(queries.z), len(items.z), f"mode {self.name}")
 
     def _given(self, side: Side) -> Side:
-        return replace(side, s=side.s if self.uses_s else None,
-                       density=side.density if self.looks_at_gallery else None)
+        return replace(
+            side,
+            s=side.s if self.uses_s else None,
+            density=side.density if self.looks_at_gallery else None,
+        )
 
 
 def _checked(served: Served, queries: int, items: int, name: str) -> Served:
     queries_QV = _finite(served.queries_QV, queries, f"{name}, vectors of queries")
     items_NV = _finite(served.items_NV, items, f"{name}, vectors of items")
     if queries_QV.shape[1] != items_NV.shape[1]:
-        raise InputError(f"{name} makes vectors of queries {queries_QV.shape[1]} wide and of items "
-                         f"{items_NV.shape[1]} wide; make them equally wide")
+        raise InputError(
+            f"{name} makes vectors of queries {queries_QV.shape[1]} wide and of items "
+            f"{items_NV.shape[1]} wide; make them equally wide"
+        )
     if served.metric not in ("l2", "ip"):
         raise InputError(f"{name} asks for the metric {served.metric!r}; take 'l2' or 'ip'")
     return replace(served, queries_QV=queries_QV, items_NV=items_NV)
@@ -104,13 +114,17 @@ def _finite(vectors: npt.ArrayLike, rows: int, name: str) -> Float32:
     with np.errstate(over="ignore"):
         matrix: Float32 = np.asarray(vectors, dtype=np.float32)
     if matrix.ndim != 2 or len(matrix) != rows or not matrix.shape[1]:
-        raise InputError(f"{name}: shape {matrix.shape} where ({rows}, width) is needed, one row for each")
+        raise InputError(
+            f"{name}: shape {matrix.shape} where ({rows}, width) is needed, one row for each"
+        )
     # By rows' extremes, which NaN passes through: no second matrix is made.
     with np.errstate(invalid="ignore"):
         bad_N = ~(np.isfinite(matrix.max(axis=1)) & np.isfinite(matrix.min(axis=1)))
     if bad_N.any():
-        raise InputError(f"{name}: row {int(bad_N.argmax())} holds NaN or infinity ({int(bad_N.sum())} such rows of "
-                         f"{rows}); look at how the mode computes it")
+        raise InputError(
+            f"{name}: row {int(bad_N.argmax())} holds NaN or infinity ({int(bad_N.sum())} such rows of "
+            f"{rows}); look at how the mode computes it"
+        )
     return matrix
 
 
@@ -119,16 +133,35 @@ def _calibrated(queries: Side, items: Side) -> Served:
     return calibrated_vectors(queries.z, items.z, items.density)
 
 
-SAMPLE = Mode(name="sample", sentence="plain distance between sample embeddings",
-              vectors=lambda queries, items: sample_vectors(queries.z, items.z))
-RERANK = Mode(name="rerank", sentence="the nearest by plain distance, re-ordered with the query’s structure weights",
-              vectors=None, uses_s=True)
-ADAPTIVE = Mode(name="adaptive", sentence="distance with the query’s structure weights, over everything", uses_s=True,
-                vectors=lambda queries, items: adaptive_vectors(queries.z, queries.s, items.z))
-SYMMETRIC = Mode(name="symmetric", sentence="distance with the structure weights of both images", uses_s=True,
-                 vectors=lambda queries, items: symmetric_vectors(queries.z, queries.s, items.z, items.s))
-CALIBRATED = Mode(name="calibrated", sentence="plain distance, corrected for how crowded an item’s surroundings are",
-                  vectors=_calibrated, looks_at_gallery=True)
+SAMPLE = Mode(
+    name="sample",
+    sentence="plain distance between sample embeddings",
+    vectors=lambda queries, items: sample_vectors(queries.z, items.z),
+)
+RERANK = Mode(
+    name="rerank",
+    sentence="the nearest by plain distance, re-ordered with the query’s structure weights",
+    vectors=None,
+    uses_s=True,
+)
+ADAPTIVE = Mode(
+    name="adaptive",
+    sentence="distance with the query’s structure weights, over everything",
+    uses_s=True,
+    vectors=lambda queries, items: adaptive_vectors(queries.z, queries.s, items.z),
+)
+SYMMETRIC = Mode(
+    name="symmetric",
+    sentence="distance with the structure weights of both images",
+    uses_s=True,
+    vectors=lambda queries, items: symmetric_vectors(queries.z, queries.s, items.z, items.s),
+)
+CALIBRATED = Mode(
+    name="calibrated",
+    sentence="plain distance, corrected for how crowded an item’s surroundings are",
+    vectors=_calibrated,
+    looks_at_gallery=True,
+)
 
 MODES = (SAMPLE, RERANK, ADAPTIVE, SYMMETRIC, CALIBRATED)
 """In the order of tables."""
@@ -142,7 +175,8 @@ def row_name(mode: str, control: str = "") -> str:
 def row_names(modes: Sequence[Mode]) -> list[str]:
     """What all their figures are called: first the modes', then those of their controls."""
     return [mode.name for mode in modes] + [
-        row_name(mode.name, control) for mode in modes for control in mode.controls]
+        row_name(mode.name, control) for mode in modes for control in mode.controls
+    ]
 
 
 def with_own(modes: Sequence[Mode]) -> tuple[Mode, ...]:
@@ -153,14 +187,22 @@ def with_own(modes: Sequence[Mode]) -> tuple[Mode, ...]:
     every = list(MODES)
     for mode in modes:
         if not isinstance(mode, Mode):
-            raise InputError(f"{repr(mode):.80} is no retrieval mode; make it a Mode (namr_dist.retrieval.modes)")
+            raise InputError(
+                f"{repr(mode):.80} is no retrieval mode; make it a Mode (namr_dist.retrieval.modes)"
+            )
         if not isinstance(mode.name, str) or not mode.name.strip() or not mode.name.isprintable():
-            raise InputError(f"a mode of your own is called {mode.name!r}; give it a name of printable letters")
+            raise InputError(
+                f"a mode of your own is called {mode.name!r}; give it a name of printable letters"
+            )
         if not callable(mode.vectors):
-            raise InputError(f"mode {mode.name} has no vectors; give it a function of two Sides that returns a Served")
+            raise InputError(
+                f"mode {mode.name} has no vectors; give it a function of two Sides that returns a Served"
+            )
         taken = {row_name(other.name, control) for other in every for control in ("", *CONTROLS)}
         if clash := sorted(taken & {row_name(mode.name, control) for control in ("", *CONTROLS)}):
-            raise InputError(f"mode {mode.name} would have its figures called {clash[0]}, as another's are; give it "
-                             "another name")
+            raise InputError(
+                f"mode {mode.name} would have its figures called {clash[0]}, as another's are; give it "
+                "another name"
+            )
         every.append(mode)
     return tuple(every)

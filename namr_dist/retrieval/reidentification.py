@@ -25,8 +25,9 @@ CUT_OFFS = (1, 5)
 METRICS = (*(f"CMC@{k}" for k in CUT_OFFS), "mAP")
 
 
-def reidentify(z_ND: Any, s_ND: Any | None, labels_N: Any, *, draws: int, seed: int,
-               modes: Sequence[Mode] = ()) -> dict[str, Any]:
+def reidentify(
+    z_ND: Any, s_ND: Any | None, labels_N: Any, *, draws: int, seed: int, modes: Sequence[Mode] = ()
+) -> dict[str, Any]:
     """CMC@1, CMC@5 and mAP in percent, over galleries drawn at random.
 
     z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None; labels_N: (N,) integers. numpy or
@@ -46,14 +47,19 @@ def reidentify(z_ND: Any, s_ND: Any | None, labels_N: Any, *, draws: int, seed: 
     given = {"": Side(z=z)}
     if s_ND is not None:
         s = as_weights(s_ND, z, "s")
-        given = {"": Side(z=z, s=s), "s1": Side(z=z, s=np.ones_like(s)),
-                 "shuffled": Side(z=z, s=s[np.random.default_rng(seed).permutation(len(s))])}
+        given = {
+            "": Side(z=z, s=s),
+            "s1": Side(z=z, s=np.ones_like(s)),
+            "shuffled": Side(z=z, s=s[np.random.default_rng(seed).permutation(len(s))]),
+        }
     if draws < 1:
         raise InputError(f"draws = {draws}: draw at least one gallery")
     sizes_G = np.unique(labels, return_counts=True)[1]
     if sizes_G.max() < 2:
-        raise InputError("re-identification: no class has two images, so nothing is left to query with; set "
-                         "evaluation.reidentification_draws to 0")
+        raise InputError(
+            "re-identification: no class has two images, so nothing is left to query with; set "
+            "evaluation.reidentification_draws to 0"
+        )
     measured = [mode for mode in served if s_ND is not None or not mode.uses_s]
     shares_TM: dict[str, list[list[float]]] = {name: [] for name in row_names(measured)}
     for draw in range(draws):
@@ -66,7 +72,10 @@ def reidentify(z_ND: Any, s_ND: Any | None, labels_N: Any, *, draws: int, seed: 
                     rank_Q = _ranks(mode.serve(queries, gallery), labels, query_Q, gallery_G)
                     shares_TM[row_name(mode.name, control)].append(_shares(rank_Q))
     return {
-        "draws": draws, "seed": seed, "gallery": len(sizes_G), "queries": len(z) - len(sizes_G),
+        "draws": draws,
+        "seed": seed,
+        "gallery": len(sizes_G),
+        "queries": len(z) - len(sizes_G),
         "gallery_only": int((sizes_G == 1).sum()),
         "modes": {name: _figures(shares) for name, shares in shares_TM.items()},
     }
@@ -84,8 +93,13 @@ def _ranks(served: Served, labels_N: Int64, query_Q: Int64, gallery_G: Int64) ->
     """(Q,) the rank of each query's one right item, from 1 on."""
     by_label_G = np.argsort(labels_N[gallery_G])
     right_Q = by_label_G[np.searchsorted(labels_N[gallery_G], labels_N[query_Q], sorter=by_label_G)]
-    return ranks_of(served.queries_QV, served.items_NV, right_Q, query_ids_Q=np.full(len(query_Q), -1),
-                    metric=served.metric)
+    return ranks_of(
+        served.queries_QV,
+        served.items_NV,
+        right_Q,
+        query_ids_Q=np.full(len(query_Q), -1),
+        metric=served.metric,
+    )
 
 
 def _shares(rank_Q: Int64) -> list[float]:

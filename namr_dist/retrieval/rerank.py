@@ -59,7 +59,9 @@ def squared_adaptive(zq_QD: Float64, sq_QD: Float64, z_ND: Float64, ids_QC: Int6
     for start in range(0, len(zq_QD), rows):
         block = slice(start, start + rows)
         difference_BCD = z_ND[ids_QC[block]] - zq_QD[block, None]
-        squared_QC[block] = np.einsum("bd,bcd,bcd->bc", sq_QD[block], difference_BCD, difference_BCD)
+        squared_QC[block] = np.einsum(
+            "bd,bcd,bcd->bc", sq_QD[block], difference_BCD, difference_BCD
+        )
     return squared_QC
 
 
@@ -83,7 +85,11 @@ def rerank(
         raise InputError(f"candidates = {candidates}, k = {k}: at least k candidates are needed")
     served = sample_vectors(z_QD, z_ND)
     nearest_QC, ids_QC = search_excluding_self(
-        served.queries_QV, served.items_NV, candidates, query_ids_Q=query_ids_Q, metric=served.metric
+        served.queries_QV,
+        served.items_NV,
+        candidates,
+        query_ids_Q=query_ids_Q,
+        metric=served.metric,
     )
     return rerank_candidates(z_QD, s_QD, z_ND, nearest_QC, ids_QC, k=k, delta=delta)
 
@@ -113,5 +119,7 @@ def rerank_candidates(
     if ids_QC.shape[1] >= len(z):
         certified_Q[:] = True
     return Reranked(
-        ids_QK=np.take_along_axis(ids_QC, order_QC, 1), squared_QK=squared_QK, certified_Q=certified_Q
+        ids_QK=np.take_along_axis(ids_QC, order_QC, 1),
+        squared_QK=squared_QK,
+        certified_Q=certified_Q,
     )

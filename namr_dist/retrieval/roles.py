@@ -33,11 +33,14 @@ class Division:
 
     def __str__(self) -> str:
         if self.leave_one_out:
-            return (f"leave one out: each of {len(self.query_Q):,} images searches all the others; its own index is "
-                    "left out, not its first hit")
+            return (
+                f"leave one out: each of {len(self.query_Q):,} images searches all the others; its own index is "
+                "left out, not its first hit"
+            )
         both = int((self.own_Q >= 0).sum())
         return f"{len(self.query_Q):,} queries search {len(self.item_G):,} gallery images" + (
-            f"; {both:,} images are both, and of those the own index is left out" if both else "")
+            f"; {both:,} images are both, and of those the own index is left out" if both else ""
+        )
 
 
 def divide(roles_N: Any | None, count: int, name: str = "the images") -> Division:
@@ -50,12 +53,16 @@ def divide(roles_N: Any | None, count: int, name: str = "the images") -> Divisio
         return Division(query_Q=every, item_G=every, own_Q=every)
     roles = as_labels(roles_N, count, f"roles of {name}")
     if count and not 0 <= roles.min() <= roles.max() < len(ROLES):
-        raise InputError(f"roles of {name}: {roles.min()}..{roles.max()} leaves 0..{len(ROLES) - 1}; evaluate the run "
-                         "again")
+        raise InputError(
+            f"roles of {name}: {roles.min()}..{roles.max()} leaves 0..{len(ROLES) - 1}; evaluate the run "
+            "again"
+        )
     for only, missing in ((_QUERY, "gallery"), (_GALLERY, "query")):
         if (roles == only).all():
-            raise InputError(f"{name} has {ROLES[only]} images only; rebuild the shard set with its {missing} images "
-                             "in the same split")
+            raise InputError(
+                f"{name} has {ROLES[only]} images only; rebuild the shard set with its {missing} images "
+                "in the same split"
+            )
     searched_N = roles != _QUERY
     query_Q = np.flatnonzero(roles != _GALLERY)
     index_N = np.where(searched_N, np.cumsum(searched_N) - 1, -1)

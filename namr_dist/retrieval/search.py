@@ -53,7 +53,9 @@ def _faiss_gpu_problem(faiss: Any) -> str | None:
         return f"faiss failed on the GPU ({type(error).__name__}: {error})"
     wide = probe.astype(np.float64)
     exact_QC = np.einsum("qd,qcd->qc", wide[:512], wide[ids_QC])
-    allowed_Q = Keys(torch.from_numpy(probe), torch.from_numpy(probe), "ip").error(torch.arange(512), "fp32")
+    allowed_Q = Keys(torch.from_numpy(probe), torch.from_numpy(probe), "ip").error(
+        torch.arange(512), "fp32"
+    )
     if np.abs(approx_QC - exact_QC).max() > allowed_Q.max():
         return "faiss on this GPU computes with less than fp32 precision"
     return None
@@ -87,9 +89,13 @@ def search_backend() -> SearchBackend:
     else:
         missing = _faiss_gpu_problem(faiss) or ""
         if not missing:
-            return SearchBackend(name="faiss-gpu", reason=f"faiss {faiss.__version__} works on the GPU")
+            return SearchBackend(
+                name="faiss-gpu", reason=f"faiss {faiss.__version__} works on the GPU"
+            )
     if torch.cuda.is_available():
-        return SearchBackend(name="torch-gpu", reason=f"{missing}; torch {torch.__version__} sees a GPU")
+        return SearchBackend(
+            name="torch-gpu", reason=f"{missing}; torch {torch.__version__} sees a GPU"
+        )
     if faiss is not None:
         return SearchBackend(name="faiss-cpu", reason=f"{missing}; torch sees no GPU either")
     return SearchBackend(name="torch-cpu", reason=f"{missing}; torch sees no GPU")
@@ -128,11 +134,16 @@ def _faiss_proposer(keys: Keys, count: int, *, gpu: bool) -> Propose:
 
     def propose(rows_B: torch.Tensor) -> _Candidates:
         values_BC, found_BC = index.search(keys.queries_QD[rows_B].cpu().numpy(), count)
-        farthest_B = torch.from_numpy((sign * values_BC.astype(np.float64)).max(axis=1)).to(keys.device)
+        farthest_B = torch.from_numpy((sign * values_BC.astype(np.float64)).max(axis=1)).to(
+            keys.device
+        )
         ids_BC = torch.from_numpy(found_BC.astype(np.int64)).to(keys.device)
         keys_P = keys.of_pairs(rows_B.repeat_interleave(count), ids_BC.flatten())
-        return _Candidates(ids_BC=ids_BC, keys_BC=keys_P.view(ids_BC.shape),
-                           outside_B=farthest_B - keys.error(rows_B, "fp32"))
+        return _Candidates(
+            ids_BC=ids_BC,
+            keys_BC=keys_P.view(ids_BC.shape),
+            outside_B=farthest_B - keys.error(rows_B, "fp32"),
+        )
 
     return propose
 
@@ -144,9 +155,11 @@ def _torch_proposer(keys: Keys, count: int) -> Propose:
         near_BN = keys.by_product(rows_B)
         top = torch.topk(near_BN.float(), count, dim=1, largest=False, sorted=False)
         farthest_B = top.values.amax(dim=1).double()
-        return _Candidates(ids_BC=top.indices,
-                           keys_BC=keys.settle(near_BN.gather(1, top.indices), rows_B, top.indices),
-                           outside_B=farthest_B - rounding(farthest_B) - keys.error(rows_B, "fp64"))
+        return _Candidates(
+            ids_BC=top.indices,
+            keys_BC=keys.settle(near_BN.gather(1, top.indices), rows_B, top.indices),
+            outside_B=farthest_B - rounding(farthest_B) - keys.error(rows_B, "fp64"),
+        )
 
     return propose
 
@@ -192,14 +205,19 @@ def _nearest(
     candidates = propose(rows_B)
     # The query's own entry goes behind all others, infinite ones too.
     own_BC = candidates.ids_BC == own_B[:, None]
-    packed_BC = pack(candidates.keys_BC.masked_fill(own_BC, torch.inf), candidates.ids_BC.masked_fill(own_BC, items))
+    packed_BC = pack(
+        candidates.keys_BC.masked_fill(own_BC, torch.inf),
+        candidates.ids_BC.masked_fill(own_BC, items),
+    )
     packed_BK = packed_BC.sort(dim=1).values[:, :k]
     if candidates.ids_BC.shape[1] < items:
         last_B = unpack(packed_BK[:, -1])[0].double()
         last_B += rounding(last_B)
         doubtful_M = (candidates.outside_B <= last_B).nonzero()[:, 0]
         if len(doubtful_M):
-            packed_BK[doubtful_M] = _search_again(keys, rows_B[doubtful_M], own_B[doubtful_M], last_B[doubtful_M], k)
+            packed_BK[doubtful_M] = _search_again(
+                keys, rows_B[doubtful_M], own_B[doubtful_M], last_B[doubtful_M], k
+            )
     return unpack(packed_BK)
 
 
@@ -210,7 +228,9 @@ def _search_again(
     last_M, the K-th candidate's key."""
     ids_N = torch.arange(len(keys.items_ND), device=keys.device)
     parts = []
-    for rows_B, own_B, last_B in zip(*(keys.split(one_M) for one_M in (rows_M, own_M, last_M)), strict=True):
+    for rows_B, own_B, last_B in zip(
+        *(keys.split(one_M) for one_M in (rows_M, own_M, last_M)), strict=True
+    ):
         near_BN = keys.by_product(rows_B)
         beyond_BN = near_BN > (last_B + keys.error(rows_B, "fp64"))[:, None]
         near_BN.masked_fill_(beyond_BN | (ids_N == own_B[:, None]), torch.inf)
@@ -240,7 +260,12 @@ def _keys(queries_QD: Float32, items_ND: Float32, metric: Metric, device: torch.
 
 
 def search(
-    queries_QD: Any, items_ND: Any, k: int, *, metric: Metric = "l2", backend: BackendName | None = None
+    queries_QD: Any,
+    items_ND: Any,
+    k: int,
+    *,
+    metric: Metric = "l2",
+    backend: BackendName | None = None,
 ) -> tuple[Float32, Int64]:
     """The K nearest items of each query, exactly; equal values are ordered by item index.
 
@@ -279,7 +304,12 @@ def search_excluding_self(
 
 
 def _search(
-    queries_QD: Float32, items_ND: Float32, k: int, own_Q: Int64, metric: Metric, backend: BackendName | None
+    queries_QD: Float32,
+    items_ND: Float32,
+    k: int,
+    own_Q: Int64,
+    metric: Metric,
+    backend: BackendName | None,
 ) -> tuple[Float32, Int64]:
     if k < 1:
         raise InputError(f"k = {k}: ask for at least one neighbour")
@@ -288,7 +318,9 @@ def _search(
     own = torch.from_numpy(own_Q).to(keys.device)
     items = len(items_ND)
     listed = min(k, items)
-    propose = _proposer(name, keys, min(listed + 1 + _SPARE_CANDIDATES, items))  # one for the query itself
+    propose = _proposer(
+        name, keys, min(listed + 1 + _SPARE_CANDIDATES, items)
+    )  # one for the query itself
     values_QK = torch.full((len(queries_QD), k), torch.inf if metric == "l2" else -torch.inf)
     ids_QK = torch.full((len(queries_QD), k), -1)
     start = 0
@@ -317,14 +349,18 @@ def ranks_of(
     """
     queries, items = _checked(queries_QD, items_ND, metric)
     own_Q = checked_query_ids(query_ids_Q, len(queries), len(items))
-    keys = _keys(queries, items, metric, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    keys = _keys(
+        queries, items, metric, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     ids, own = (torch.from_numpy(np.asarray(one_Q)).to(keys.device) for one_Q in (ids_Q, own_Q))
     ranks = [_ranks(keys, rows_B, ids[rows_B], own[rows_B]) for rows_B in keys.blocks()]
     ranks_Q: Int64 = torch.cat(ranks).cpu().numpy()
     return ranks_Q
 
 
-def _ranks(keys: Keys, rows_B: torch.Tensor, ids_B: torch.Tensor, own_B: torch.Tensor) -> torch.Tensor:
+def _ranks(
+    keys: Keys, rows_B: torch.Tensor, ids_B: torch.Tensor, own_B: torch.Tensor
+) -> torch.Tensor:
     """(B,) int64 ranks of the items ids_B in the orders of some queries."""
     key_B = keys.of_pairs(rows_B, ids_B)
     slack_B1 = (rounding(key_B.double()) + keys.error(rows_B, "fp64"))[:, None]
@@ -343,11 +379,17 @@ def checked_query_ids(query_ids_Q: Int64 | None, queries: int, items: int) -> In
     """(Q,) int64 indices of the queries among the items; None stands for 0..Q−1 and needs Q = N."""
     if query_ids_Q is None:
         if queries != items:
-            raise InputError(f"{queries} queries, {items} items: pass query_ids where the two sets differ")
+            raise InputError(
+                f"{queries} queries, {items} items: pass query_ids where the two sets differ"
+            )
         return np.arange(queries)
     ids_Q = np.asarray(query_ids_Q)
     if ids_Q.shape != (queries,) or not np.issubdtype(ids_Q.dtype, np.integer):
-        raise InputError(f"query_ids: {queries} integers are needed, got {ids_Q.dtype} {ids_Q.shape}")
+        raise InputError(
+            f"query_ids: {queries} integers are needed, got {ids_Q.dtype} {ids_Q.shape}"
+        )
     if ids_Q.min() < -1 or ids_Q.max() >= items:
-        raise InputError(f"query_ids: {ids_Q.min()}..{ids_Q.max()} leaves the range −1..{items - 1}")
+        raise InputError(
+            f"query_ids: {ids_Q.min()}..{ids_Q.max()} leaves the range −1..{items - 1}"
+        )
     return ids_Q.astype(np.int64)

@@ -44,7 +44,11 @@ class Served:
 
 
 def _served(
-    queries_QV: list[Float64], items_NV: list[Float64], metric: Metric, offset_Q: Float64, scale: float
+    queries_QV: list[Float64],
+    items_NV: list[Float64],
+    metric: Metric,
+    offset_Q: Float64,
+    scale: float,
 ) -> Served:
     return Served(
         queries_QV=np.concatenate(queries_QV, axis=1, dtype=np.float32, casting="same_kind"),
@@ -134,6 +138,8 @@ def calibrated_vectors(
     """
     zq, z = centred(z_QD, z_ND)
     if rho_N.shape != (len(z),):
-        raise InputError(f"rho: {len(z)} densities are needed, one for each item, got shape {rho_N.shape}")
+        raise InputError(
+            f"rho: {len(z)} densities are needed, one for each item, got shape {rho_N.shape}"
+        )
     last_N1 = 0.5 * ((z * z).sum(1) - weight * rho_N)[:, None]
     return _served([zq, -np.ones((len(zq), 1))], [z, last_N1], "ip", (zq * zq).sum(1), -2.0)

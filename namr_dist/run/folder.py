@@ -102,7 +102,10 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(steps done, file) of every training state in the folder, oldest first. None is opened."""
-        matches = ((_STATE.fullmatch(path.name), path) for path in self.checkpoint_folder.glob("step-*.safetensors"))
+        matches = (
+            (_STATE.fullmatch(path.name), path)
+            for path in self.checkpoint_folder.glob("step-*.safetensors")
+        )
         return sorted((int(match[1]), path) for match, path in matches if match)
 
     def remove_unfinished(self) -> None:
@@ -127,12 +130,16 @@ class RunFolder:
         """
         run = self.path
         if self.config.exists() and not overwrite and not goes_on:
-            raise InputError(f"{run} already holds a run; go on with it by --resume, choose another folder with "
-                             "--run-dir, or replace it with --overwrite")
+            raise InputError(
+                f"{run} already holds a run; go on with it by --resume, choose another folder with "
+                "--run-dir, or replace it with --overwrite"
+            )
         if not self.config.exists() and (written := self._written()) and not overwrite:
-            raise InputError(f"{written[0]} is there, but {self.config} is not: what a run would replace may "
-                             f"belong to something else; copy {CONFIG} back, choose another folder with --run-dir, or "
-                             "replace it with --overwrite")
+            raise InputError(
+                f"{written[0]} is there, but {self.config} is not: what a run would replace may "
+                f"belong to something else; copy {CONFIG} back, choose another folder with --run-dir, or "
+                "replace it with --overwrite"
+            )
         there = run.absolute()
         while not there.exists():
             there = there.parent
@@ -144,8 +151,10 @@ class RunFolder:
         if disk.total == 0:  # no disk, such as /proc, whatever its permissions say
             raise self._unwritable(EROFS)
         if disk.free < need:
-            raise InputError(f"run folder {run} has {disk.free / 2**20:.0f} MiB free, this run needs "
-                             f"{need / 2**20:.0f}; free some or choose another disk with --run-dir")
+            raise InputError(
+                f"run folder {run} has {disk.free / 2**20:.0f} MiB free, this run needs "
+                f"{need / 2**20:.0f}; free some or choose another disk with --run-dir"
+            )
 
     def claim(self, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
         """Make the folder ready for a run of so many bytes. Raises InputError as `check` does."""
@@ -181,8 +190,10 @@ class RunFolder:
         except OSError as error:
             lock.close()
             if error.errno in (EACCES, EAGAIN):
-                raise InputError(f"run folder {self.path} is in use: another process trains there; wait until it has "
-                                 "ended, or choose another folder with --run-dir") from None
+                raise InputError(
+                    f"run folder {self.path} is in use: another process trains there; wait until it has "
+                    "ended, or choose another folder with --run-dir"
+                ) from None
             return None
         return lock
 
@@ -193,7 +204,9 @@ class RunFolder:
         """
         try:
             with open(self.path / _LOCK, "rb") as file:
-                answer = fcntl.fcntl(file, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+                answer = fcntl.fcntl(
+                    file, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+                )
         except OSError:
             return None
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
@@ -201,9 +214,17 @@ class RunFolder:
     def _written(self) -> list[Path]:
         """What stands in the folder under the names of a run's files and folders, the configuration apart."""
         names = (_CHECKPOINTS, _TENSORBOARD, LOG, METRICS, EMBEDDINGS, REPORT)
-        of_splits = [path for name in (METRICS, EMBEDDINGS) for path in self.path.glob(of_split(name, "*"))]
-        return [path for path in (*(self.path / name for name in names), *sorted(of_splits)) if path.exists()]
+        of_splits = [
+            path for name in (METRICS, EMBEDDINGS) for path in self.path.glob(of_split(name, "*"))
+        ]
+        return [
+            path
+            for path in (*(self.path / name for name in names), *sorted(of_splits))
+            if path.exists()
+        ]
 
     def _unwritable(self, number: int) -> InputError:
-        return InputError(f"run folder {self.path} cannot be written ({os.strerror(number)}); choose another with "
-                          "--run-dir")
+        return InputError(
+            f"run folder {self.path} cannot be written ({os.strerror(number)}); choose another with "
+            "--run-dir"
+        )

@@ -68,8 +68,11 @@ def cut_log(path: Path, step: int) -> Log:
     lines = list(_lines(path.read_bytes()))
     kept = [(line, entry) for line, entry in lines if entry is not None and entry["step"] <= step]
     write_atomic(path, b"".join(line for line, _ in kept))
-    return Log(path=path, entries=tuple(entry for _, entry in kept),
-               unreadable=sum(entry is None for _, entry in lines))
+    return Log(
+        path=path,
+        entries=tuple(entry for _, entry in kept),
+        unreadable=sum(entry is None for _, entry in lines),
+    )
 
 
 class GrowingLog:
@@ -114,7 +117,11 @@ class GrowingLog:
 def number_of(entry: Entry, name: str) -> float | None:
     """A field's number; None where it is missing, of another type or not finite."""
     value = entry.get(name)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    return (
+        value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        else None
+    )
 
 
 def count_of(entry: Entry, name: str) -> int | None:

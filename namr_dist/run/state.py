@@ -147,7 +147,10 @@ class _Progress:
         """Seconds without a line that are more than this run's steps and pauses explain."""
         if len(self.marks) == 1:
             return _START_S
-        longest_s = max(after - before for (_, before), (_, after) in zip(self.marks, self.marks[1:], strict=False))
+        longest_s = max(
+            after - before
+            for (_, before), (_, after) in zip(self.marks, self.marks[1:], strict=False)
+        )
         return max(_LEAST_SILENCE_S, 5 * self.usual_s(log_every), 2 * longest_s)
 
 
@@ -162,7 +165,9 @@ class RunReader:
         """How the run stands now. Raises InputError if the folder holds none."""
         run, log = self._run, self._progress
         if not run.config.exists():
-            raise InputError(f"{run.path} holds no run (no {CONFIG}); give the folder that --run-dir named")
+            raise InputError(
+                f"{run.path} holds no run (no {CONFIG}); give the folder that --run-dir named"
+            )
         config = Config.load(run.config)
         log.read()
         now = time.time()
@@ -173,26 +178,49 @@ class RunReader:
         running_s = quiet_s if state == "training" and len(log.marks) > 1 else 0.0
         speed, img_per_s = log.speed, number_of(log.speed, "img_per_s")
         return RunState(
-            run=str(run.path), recipe=config.recipe, state=state, step=step, steps=config.optim.steps,
-            epoch=count_of(log.step, "epoch"), elapsed_s=log.time_s + running_s,
-            left_s=None if pace_s is None else max(0.0, (config.optim.steps - step) * pace_s - running_s),
+            run=str(run.path),
+            recipe=config.recipe,
+            state=state,
+            step=step,
+            steps=config.optim.steps,
+            epoch=count_of(log.step, "epoch"),
+            elapsed_s=log.time_s + running_s,
+            left_s=None
+            if pace_s is None
+            else max(0.0, (config.optim.steps - step) * pace_s - running_s),
             last_line_age_s=None if log.changed is None else max(0.0, now - log.changed),
-            silent_s=quiet_s if state == "training" and quiet_s > log.silence_s(config.train.log_every) else None,
+            silent_s=quiet_s
+            if state == "training" and quiet_s > log.silence_s(config.train.log_every)
+            else None,
             unreadable_lines=log.unreadable,
-            loss=number_of(log.step, "loss"), metric_loss=number_of(log.step, "metric_loss"),
-            ranking_loss=number_of(log.step, "ranking_loss"), lr=number_of(log.step, "lr"),
-            img_per_s=img_per_s, mfu=number_of(speed, "mfu"), gathered_mib=number_of(speed, "gathered_mib"),
+            loss=number_of(log.step, "loss"),
+            metric_loss=number_of(log.step, "metric_loss"),
+            ranking_loss=number_of(log.step, "ranking_loss"),
+            lr=number_of(log.step, "lr"),
+            img_per_s=img_per_s,
+            mfu=number_of(speed, "mfu"),
+            gathered_mib=number_of(speed, "gathered_mib"),
             step_s=config.data.classes_per_batch * config.data.images_per_class / img_per_s
-            if img_per_s and img_per_s > _LEAST_IMG_PER_S else None,
-            phases_s={name[:-2]: seconds for name in speed if name.endswith("_s") and name not in _NO_PHASES
-                      and (seconds := number_of(speed, name)) is not None},
-            slowest_rank=count_of(speed, "slowest_rank"), slowest_host=text_of(speed, "slowest_host"),
+            if img_per_s and img_per_s > _LEAST_IMG_PER_S
+            else None,
+            phases_s={
+                name[:-2]: seconds
+                for name in speed
+                if name.endswith("_s")
+                and name not in _NO_PHASES
+                and (seconds := number_of(speed, name)) is not None
+            },
+            slowest_rank=count_of(speed, "slowest_rank"),
+            slowest_host=text_of(speed, "slowest_host"),
             slowest_s=number_of(speed, "slowest_s"),
-            validation=log.validations[-1] if log.validations else None, best_validation=_best(log.validations),
+            validation=log.validations[-1] if log.validations else None,
+            best_validation=_best(log.validations),
             checkpoint_step=checkpoint_step,
             checkpoint_age_s=None if checkpoint_time is None else max(0.0, now - checkpoint_time),
             resumed_from=tuple(log.resumed_from),
-            damaged_images=count_of(speed, "damaged_images"), replacements=count_of(speed, "replacements"))
+            damaged_images=count_of(speed, "damaged_images"),
+            replacements=count_of(speed, "replacements"),
+        )
 
     def _state(self, config: Config, quiet_s: float, *, begun: bool) -> State:
         run, log = self._run, self._progress

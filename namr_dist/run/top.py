@@ -20,8 +20,13 @@ from namr_dist.run.state import RunReader, RunState, Validation
 from namr_dist.text import duration
 
 _REFRESH_S = 2.0
-_STYLES = {"training": "green", "finished": "bold green", "evaluated": "bold green", "stopped": "yellow",
-           "not started": "dim"}
+_STYLES = {
+    "training": "green",
+    "finished": "bold green",
+    "evaluated": "bold green",
+    "stopped": "yellow",
+    "not started": "dim",
+}
 _WIDEST = 110
 """Columns of a terminal beyond which a bar tells no more."""
 _BAR_COLUMNS = 24
@@ -38,7 +43,10 @@ def top(run: Path, *, once: bool = False, as_json: bool = False) -> None:
     elif once or not console.is_terminal:
         console.print(view(reader.look()))
     else:
-        with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            Live(console=console, auto_refresh=False) as live,
+        ):
             while True:
                 state = reader.look()
                 live.update(view(state), refresh=True)
@@ -71,32 +79,56 @@ def _title(state: RunState) -> Text:
 
 def _rows(state: RunState) -> Iterator[tuple[str, RenderableType]]:
     epoch = "" if state.epoch is None else f", epoch {state.epoch}"
-    yield "step", f"{state.step:,} of {state.steps:,}, {100 * state.step / max(state.steps, 1):.1f} %{epoch}"
+    yield (
+        "step",
+        f"{state.step:,} of {state.steps:,}, {100 * state.step / max(state.steps, 1):.1f} %{epoch}",
+    )
     yield "time", _times(state)
     if state.loss is not None:
-        yield "loss", (f"{state.loss:.4f} (metric {_figure(state.metric_loss, '.4f')}, "
-                       f"ranking {_figure(state.ranking_loss, '.4f')}), lr {_figure(state.lr, '.1e')}")
+        yield (
+            "loss",
+            (
+                f"{state.loss:.4f} (metric {_figure(state.metric_loss, '.4f')}, "
+                f"ranking {_figure(state.ranking_loss, '.4f')}), lr {_figure(state.lr, '.1e')}"
+            ),
+        )
     if state.img_per_s is not None:
-        yield "speed", (f"{state.img_per_s:,.0f} img/s"
-                        + (f", {100 * state.mfu:.0f} % of peak" if state.mfu is not None else "")
-                        + (f", {state.gathered_mib:.2f} MiB gathered a step" if state.gathered_mib else ""))
+        yield (
+            "speed",
+            (
+                f"{state.img_per_s:,.0f} img/s"
+                + (f", {100 * state.mfu:.0f} % of peak" if state.mfu is not None else "")
+                + (f", {state.gathered_mib:.2f} MiB gathered a step" if state.gathered_mib else "")
+            ),
+        )
     if state.step_s:
         yield "a step", _phases(state.step_s, state.phases_s)
     if state.slowest_rank is not None:
         host = f" on {state.slowest_host}" if state.slowest_host else ""
-        yield "slowest", f"rank {state.slowest_rank}{host}, {1e3 * (state.slowest_s or 0):.0f} ms of its own a step"
+        yield (
+            "slowest",
+            f"rank {state.slowest_rank}{host}, {1e3 * (state.slowest_s or 0):.0f} ms of its own a step",
+        )
     if state.validation:
         yield "validation", _validation(state.validation)
     if state.best_validation and state.best_validation != state.validation:
         yield "best so far", _validation(state.best_validation)
     if state.checkpoint_step is not None:
-        yield "checkpoint", f"step {state.checkpoint_step:,}, {duration(state.checkpoint_age_s or 0)} ago"
+        yield (
+            "checkpoint",
+            f"step {state.checkpoint_step:,}, {duration(state.checkpoint_age_s or 0)} ago",
+        )
     if state.resumed_from:
         steps = ", ".join(f"{step:,}" for step in state.resumed_from)
         yield "restarts", f"{len(state.resumed_from)}, from step {steps}"
     if state.damaged_images:
-        yield "damaged", Text(f"{state.damaged_images:,} images, replaced {state.replacements or 0:,} times",
-                              style="yellow")
+        yield (
+            "damaged",
+            Text(
+                f"{state.damaged_images:,} images, replaced {state.replacements or 0:,} times",
+                style="yellow",
+            ),
+        )
     if state.unreadable_lines:
         lines = "lines" if state.unreadable_lines > 1 else "line"
         yield "log", Text(f"{state.unreadable_lines:,} {lines} cannot be read", style="yellow")
@@ -130,7 +162,11 @@ def _phases(step_s: float, phases_s: dict[str, float]) -> Table:
     rest_s = max(0.0, step_s - sum(phases_s.values()))
     for name, seconds in [*phases_s.items(), ("rest", rest_s)]:
         share = seconds / step_s
-        table.add_row(name, f"{1e3 * seconds:,.1f} ms", f"{100 * share:.0f} %",
-                      Bar(1, 0, share, width=_BAR_COLUMNS, color="cyan"))
+        table.add_row(
+            name,
+            f"{1e3 * seconds:,.1f} ms",
+            f"{100 * share:.0f} %",
+            Bar(1, 0, share, width=_BAR_COLUMNS, color="cyan"),
+        )
     table.add_row("in all", f"{1e3 * step_s:,.1f} ms", "")
     return table

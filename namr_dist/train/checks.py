@@ -33,20 +33,32 @@ def check_run(config: Config, *, world_size: int, local_rank: int) -> TrainingSe
     manifest = open_shards(data.path, data.remote)
     index = training_images(manifest, data, seed=config.train.seed)
     if data.validation_split and data.validation_split not in (*manifest.splits, *manifest.subsets):
-        raise InputError(f"{manifest.folder} has no split {data.validation_split!r} to validate on; it has "
-                         f"{', '.join((*manifest.splits, *manifest.subsets))}; set data.validation_split to None, or "
-                         "build the set with --validation")
+        raise InputError(
+            f"{manifest.folder} has no split {data.validation_split!r} to validate on; it has "
+            f"{', '.join((*manifest.splits, *manifest.subsets))}; set data.validation_split to None, or "
+            "build the set with --validation"
+        )
     used = {" and ".join(data.train_splits): manifest.index(*data.train_splits)}
     for split in filter(None, (data.validation_split, data.test_split)):
         used[split] = manifest.index(split)
-        _check_measurable(used[split], f"split {split!r} of {manifest.folder}", world_size=world_size)
+        _check_measurable(
+            used[split], f"split {split!r} of {manifest.folder}", world_size=world_size
+        )
     for (one, first), (other, second) in itertools.combinations(used.items(), 2):
         if shared := len(np.intersect1d(first.label_N, second.label_N)):
-            raise InputError(f"{one} and {other} of {manifest.folder} share {shared} classes; name splits that share "
-                             "none in data.train_splits, data.validation_split and data.test_split")
-    sampling = Sampling(classes_per_batch=data.classes_per_batch, images_per_class=data.images_per_class,
-                   sampling=data.sampling, categories_per_batch=data.categories_per_batch, shuffle=data.shuffle,
-                   views=data.views, across_groups=data.across_groups)
+            raise InputError(
+                f"{one} and {other} of {manifest.folder} share {shared} classes; name splits that share "
+                "none in data.train_splits, data.validation_split and data.test_split"
+            )
+    sampling = Sampling(
+        classes_per_batch=data.classes_per_batch,
+        images_per_class=data.images_per_class,
+        sampling=data.sampling,
+        categories_per_batch=data.categories_per_batch,
+        shuffle=data.shuffle,
+        views=data.views,
+        across_groups=data.across_groups,
+    )
     check_plan(index, sampling, world_size=world_size)
     # The last rank of a machine knows how many there are, and speaks for all.
     training_set = TrainingSet(manifest=manifest, index=index, sampling=sampling)
@@ -60,14 +72,22 @@ def check_run(config: Config, *, world_size: int, local_rank: int) -> TrainingSe
 def _check_measurable(index: SplitIndex, name: str, *, world_size: int) -> None:
     """Raise InputError if a split has an image for each rank to embed too few, or no query with a right answer."""
     if len(index) < world_size:
-        raise InputError(f"{name} has fewer images than there are ranks ({world_size}); use fewer ranks")
+        raise InputError(
+            f"{name} has fewer images than there are ranks ({world_size}); use fewer ranks"
+        )
     sides = divide(index.role_N, len(index), name)
     labels, counts = np.unique(index.label_N[sides.item_G], return_counts=True)
     right = dict(zip(labels.tolist(), counts.tolist(), strict=True))
-    if not any(right.get(label, 0) > (own >= 0)
-               for label, own in zip(index.label_N[sides.query_Q].tolist(), sides.own_Q.tolist(), strict=True)):
-        raise InputError(f"{name} has no query with another image of its class to find; name another split, or rebuild "
-                         "the shard set with classes of two images or more")
+    if not any(
+        right.get(label, 0) > (own >= 0)
+        for label, own in zip(
+            index.label_N[sides.query_Q].tolist(), sides.own_Q.tolist(), strict=True
+        )
+    ):
+        raise InputError(
+            f"{name} has no query with another image of its class to find; name another split, or rebuild "
+            "the shard set with classes of two images or more"
+        )
 
 
 @torch.no_grad()
@@ -80,8 +100,10 @@ def check_sizes(network: EmbeddingNetwork, config: Config, device: torch.device)
         except InputError:
             raise
         except (AssertionError, RuntimeError) as error:
-            raise InputError(f"model.backbone {config.model.backbone} does not take images of {size} px "
-                             f"({str(error).splitlines()[0]}); change data.{name}") from None
+            raise InputError(
+                f"model.backbone {config.model.backbone} does not take images of {size} px "
+                f"({str(error).splitlines()[0]}); change data.{name}"
+            ) from None
     network.train()
 
 

@@ -20,8 +20,9 @@ from namr_dist.train.profile import check_profile
 _PROGRAM = "namr_dist.launchers.train"
 
 
-def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: bool,
-            words: Sequence[str]) -> list[str]:
+def dry_run(
+    config: Config, run: Path, *, ranks: int, overwrite: bool, resume: bool, words: Sequence[str]
+) -> list[str]:
     """Lines that say what `ranks` ranks would do, and how to start them with the words of `namr train`.
 
     Raises InputError for whatever training would refuse before its first step, except that weights on a hub are not
@@ -31,17 +32,29 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
     if ranks < 1:
         raise InputError(f"--ranks is {ranks}; set it to at least 1")
     training_set = check_run(config, world_size=ranks, local_rank=0)
-    from_hub = config.model.backbone.startswith("timm:") and config.model.pretrained and config.model.weights is None
+    from_hub = (
+        config.model.backbone.startswith("timm:")
+        and config.model.pretrained
+        and config.model.weights is None
+    )
     network = initial_network(config, device=torch.device("cpu"), pretrained=not from_hub)
     check_sizes(network, config, torch.device("cpu"))
-    module = TrainingModule(network, config.loss, classes=training_set.classes,
-                            images_per_class=config.data.images_per_class)
+    module = TrainingModule(
+        network,
+        config.loss,
+        classes=training_set.classes,
+        images_per_class=config.data.images_per_class,
+    )
     check_profile(config)
     folder = RunFolder(run)
     if resume and folder.config.exists():
         check_same(folder.config, Config.load(folder.config), config)
     there_bytes = sum(path.stat().st_size for _, path in folder.checkpoints()) if resume else 0
-    folder.check(overwrite=overwrite, goes_on=resume, need_bytes=max(0, run_bytes(module, config) - there_bytes))
+    folder.check(
+        overwrite=overwrite,
+        goes_on=resume,
+        need_bytes=max(0, run_bytes(module, config) - there_bytes),
+    )
     data = config.data
     images = data.classes_per_batch * data.images_per_class
     per_epoch = training_set.steps_per_epoch
@@ -54,15 +67,27 @@ def dry_run(config: Config, run: Path, *, ranks: int, overwrite: bool, resume: b
         f"model     {config.model.backbone}, {parameters / 1e6:.1f} million parameters"
         + ("; its weights on the hub were not asked for" if from_hub else ""),
     ]
-    return lines + [f"{name:<10}{shlex.join(command)}" for name, command in launch_commands(ranks, words).items()]
+    return lines + [
+        f"{name:<10}{shlex.join(command)}"
+        for name, command in launch_commands(ranks, words).items()
+    ]
 
 
 def launch_commands(ranks: int, words: Sequence[str]) -> dict[str, list[str]]:
     """Commands that start so many ranks of `namr train` with these words: by torchrun on one machine, by deepspeed on
     the machines of a hostfile whose slots add up to `ranks`, by srun on those of a Slurm job."""
     return {
-        "torchrun": ["python", "-m", "namr_dist.launchers.torchrun", "--standalone", "--nproc-per-node", str(ranks),
-                     "--module", _PROGRAM, *words],
+        "torchrun": [
+            "python",
+            "-m",
+            "namr_dist.launchers.torchrun",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            "--module",
+            _PROGRAM,
+            *words,
+        ],
         "deepspeed": ["deepspeed", "--hostfile", "HOSTFILE", "--module", _PROGRAM, *words],
         "srun": ["srun", "--ntasks", str(ranks), "--kill-on-bad-exit=1", "namr", "train", *words],
     }

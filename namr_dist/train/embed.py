@@ -21,14 +21,23 @@ def test_transform(config: Config) -> TestTransform:
 
 
 @torch.no_grad()
-def embed(forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, *, rank: Rank, batch_size: int,
-          workers: int, timeout_s: float = 600.0) -> tuple[np.ndarray, ...]:
+def embed(
+    forward: Callable[[Tensor], tuple[Tensor, ...]],
+    images: ImageSource,
+    *,
+    rank: Rank,
+    batch_size: int,
+    workers: int,
+    timeout_s: float = 600.0,
+) -> tuple[np.ndarray, ...]:
     """Run `forward` (uint8 (b, H, H, 3) → tensors (b, …)) over all images; the results as fp32 arrays (N, …).
 
     Every rank calls it, computes its share, and gets all rows, in the order of `images`. Memory O(N · width).
     timeout_s: as in `stream`, which raises InputError for images that cannot be read.
     """
-    batches = sequential_batches(len(images), batch_size=batch_size, rank=rank.rank, world_size=rank.world_size)
+    batches = sequential_batches(
+        len(images), batch_size=batch_size, rank=rank.rank, world_size=rank.world_size
+    )
     indices: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
     for batch in stream(images, batches, workers=workers, timeout_s=timeout_s):
@@ -39,4 +48,6 @@ def embed(forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, 
     index_M = gather(torch.cat(indices).to(rank.device)).cpu().numpy()
     # Ranks that ran out repeated their last image: the first of equal indices is as good as any.
     first_N = np.unique(index_M, return_index=True)[1]
-    return tuple(gather(torch.cat(column)).cpu().numpy()[first_N] for column in zip(*parts, strict=True))
+    return tuple(
+        gather(torch.cat(column)).cpu().numpy()[first_N] for column in zip(*parts, strict=True)
+    )

@@ -15,7 +15,9 @@ from namr_dist.config import Config, OptimConfig
 from namr_dist.parallel.ranks import Rank
 from namr_dist.train.objective import TrainingModule
 
-if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
+if (
+    TYPE_CHECKING
+):  # deepspeed takes seconds to import and looks at the environment: only once that is set
     from deepspeed import DeepSpeedEngine
 
 
@@ -51,23 +53,31 @@ def make_engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeed
         "zero_force_ds_cpu_optimizer": False,
         # Its stop watch waits for the device twice a step; phases.py needs no such thing.
         "timers": {"throughput": {"enabled": False}},
-        "zero_optimization": {"stage": config.train.zero_stage,
-                              "overlap_comm": rank.device.type == "cuda" and rank.world_size > 1,
-                              # Buffers of this size are made whatever the network's: by default of 2 GB, twice.
-                              "reduce_bucket_size": min(500_000_000, trained),
-                              "contiguous_gradients": True, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": config.train.zero_stage,
+            "overlap_comm": rank.device.type == "cuda" and rank.world_size > 1,
+            # Buffers of this size are made whatever the network's: by default of 2 GB, twice.
+            "reduce_bucket_size": min(500_000_000, trained),
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": 0,
+        },
     }
     optimizer = torch.optim.AdamW(_parameter_groups(module, config.optim))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings,
-                                      dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=settings, dist_init_required=False
+    )
     return engine
 
 
 def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
     """AdamW's groups, each with its peak learning rate; empty ones (a loss without parameters) left out."""
     network = module.network
-    parts = ((network.backbone, config.backbone_lr, True), (network.sample_head, config.head_lr, True),
-             (network.structure_head, config.head_lr, True), (module.objective.metric_loss, config.loss_lr, False))
+    parts = (
+        (network.backbone, config.backbone_lr, True),
+        (network.sample_head, config.head_lr, True),
+        (network.structure_head, config.head_lr, True),
+        (module.objective.metric_loss, config.loss_lr, False),
+    )
     groups = []
     for part, peak, may_decay in parts:
         parameters = [value for value in part.parameters() if value.requires_grad]
@@ -75,5 +85,11 @@ def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]
             # Vectors are biases and norms: pulling them to zero regularises nothing.
             chosen = [value for value in parameters if (may_decay and value.dim() > 1) == decays]
             if chosen:
-                groups.append({"params": chosen, "lr": peak, "weight_decay": config.weight_decay if decays else 0.0})
+                groups.append(
+                    {
+                        "params": chosen,
+                        "lr": peak,
+                        "weight_decay": config.weight_decay if decays else 0.0,
+                    }
+                )
     return groups

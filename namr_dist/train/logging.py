@@ -28,14 +28,26 @@ class RunLog:
     Only the first rank has one. Lines are flushed as they come, so `tail -f` and a later crash see all of them.
     """
 
-    def __init__(self, run: RunFolder, *, steps: int, hosts: Sequence[str], tensorboard: bool, name: str,
-                 peak_img_per_s: float | None = None, first_step: int = 0, before_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        *,
+        steps: int,
+        hosts: Sequence[str],
+        tensorboard: bool,
+        name: str,
+        peak_img_per_s: float | None = None,
+        first_step: int = 0,
+        before_s: float = 0.0,
+    ) -> None:
         """hosts: name of each rank's machine. peak_img_per_s: of all devices at their peak, if known. first_step: steps
         done already, in `before_s` seconds; metrics.jsonl is continued."""
         # Unbuffered: a line that did not fit the disk is not tried again when the file is closed.
         self._path = run.log
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
-        self._events: _Events | None = _Events(run.tensorboard, first_step=first_step) if tensorboard else None
+        self._events: _Events | None = (
+            _Events(run.tensorboard, first_step=first_step) if tensorboard else None
+        )
         self._steps = steps
         self._hosts = hosts
         self._peak_img_per_s = peak_img_per_s
@@ -43,8 +55,14 @@ class RunLog:
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            self._bar = Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                                 TextColumn("{task.fields[note]}"), console=self._console)
+            self._bar = Progress(
+                TextColumn(name),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
             self._task = self._bar.add_task(name, total=steps, completed=first_step, note="")
         self._latest: dict[str, float | int] = {}
         self._replaced: Counter[str] | None = None
@@ -55,13 +73,19 @@ class RunLog:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar:
             self._bar.stop()
         if self._replaced:
-            self.say(f"damaged   {len(self._replaced)} images, replaced {self._replaced.total()} times by others of "
-                     "their classes")
+            self.say(
+                f"damaged   {len(self._replaced)} images, replaced {self._replaced.total()} times by others of "
+                "their classes"
+            )
         # What could not be written has been told already; closing would only try, and fail, once more.
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
             if self._events:
@@ -82,31 +106,62 @@ class RunLog:
         self._write(figures)
         self._latest = figures
         if self._bar:
-            self._bar.update(self._task, completed=int(figures["step"]),
-                             note=f"loss {figures['loss']:.4f}{self._speed}")
+            self._bar.update(
+                self._task,
+                completed=int(figures["step"]),
+                note=f"loss {figures['loss']:.4f}{self._speed}",
+            )
 
-    def speed(self, step: int, img_per_s: float, times: StepTimes, *, images: int, gathered_bytes: float,
-              peak_bytes: int) -> None:
+    def speed(
+        self,
+        step: int,
+        img_per_s: float,
+        times: StepTimes,
+        *,
+        images: int,
+        gathered_bytes: float,
+        peak_bytes: int,
+    ) -> None:
         """Of the steps since the last such call, validation and checkpoints left out: images a second, where the time
         went, the machine of the slowest rank, the bytes a rank received a step while embeddings were gathered, and
         the most that a rank held (phases.py); `images` a step. A line for people, if there is no bar."""
-        share = {} if self._peak_img_per_s is None else {"mfu": round(img_per_s / self._peak_img_per_s, 4)}
-        replaced = {} if self._replaced is None else \
-            {"damaged_images": len(self._replaced), "replacements": self._replaced.total()}
+        share = (
+            {}
+            if self._peak_img_per_s is None
+            else {"mfu": round(img_per_s / self._peak_img_per_s, 4)}
+        )
+        replaced = (
+            {}
+            if self._replaced is None
+            else {"damaged_images": len(self._replaced), "replacements": self._replaced.total()}
+        )
         slowest_host = self._hosts[times.slowest_rank]
-        self._write({"step": step, "img_per_s": round(img_per_s, 3), **share, **replaced,
-                     "time_s": round(self.time_s, 3),
-                     **{f"{name}_s": round(seconds, 5) for name, seconds in times.mean_s.items()},
-                     "slowest_rank": times.slowest_rank, "slowest_host": slowest_host,
-                     "slowest_s": round(times.slowest_s, 5),
-                     "gathered_mib": round(gathered_bytes / 2**20, 4), "peak_mib": round(peak_bytes / 2**20, 1)})
-        self._speed = f"  {img_per_s:.0f} img/s" + (f", {100 * share['mfu']:.0f} % of peak" if share else "")
+        self._write(
+            {
+                "step": step,
+                "img_per_s": round(img_per_s, 3),
+                **share,
+                **replaced,
+                "time_s": round(self.time_s, 3),
+                **{f"{name}_s": round(seconds, 5) for name, seconds in times.mean_s.items()},
+                "slowest_rank": times.slowest_rank,
+                "slowest_host": slowest_host,
+                "slowest_s": round(times.slowest_s, 5),
+                "gathered_mib": round(gathered_bytes / 2**20, 4),
+                "peak_mib": round(peak_bytes / 2**20, 1),
+            }
+        )
+        self._speed = f"  {img_per_s:.0f} img/s" + (
+            f", {100 * share['mfu']:.0f} % of peak" if share else ""
+        )
         if self._bar:
             return
         latest = self._latest
-        line = (f"step {step:>6}/{self._steps}  epoch {latest['epoch']:>3}  {self.time_s:>5.0f} s  "
-                f"loss {latest['loss']:.4f} (metric {latest['metric_loss']:.4f}, ranking {latest['ranking_loss']:.4f})"
-                f"  lr {latest['lr']:.1e}{self._speed}  {spent(times.mean_s, step_s=images / img_per_s)}")
+        line = (
+            f"step {step:>6}/{self._steps}  epoch {latest['epoch']:>3}  {self.time_s:>5.0f} s  "
+            f"loss {latest['loss']:.4f} (metric {latest['metric_loss']:.4f}, ranking {latest['ranking_loss']:.4f})"
+            f"  lr {latest['lr']:.1e}{self._speed}  {spent(times.mean_s, step_s=images / img_per_s)}"
+        )
         if len(self._hosts) > 1:
             line += f"  slowest: rank {times.slowest_rank} on {slowest_host}, {1e3 * times.slowest_s:.0f} ms"
         self.say(line)
@@ -123,8 +178,10 @@ class RunLog:
     def validation(self, step: int, figures: dict[str, float]) -> None:
         """Recall and the like, in percent, on the validation classes."""
         self._write({"step": step, "val": figures, "time_s": round(self.time_s, 3)})
-        self.say(f"step {step:>6}/{self._steps}  validation  "
-                 + "  ".join(f"{name} {value:.1f}" for name, value in figures.items()))
+        self.say(
+            f"step {step:>6}/{self._steps}  validation  "
+            + "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
+        )
 
     def resumed(self, step: int, file: Path) -> None:
         """The run goes on from a checkpoint after `step` steps."""
@@ -145,10 +202,17 @@ class RunLog:
     def _write(self, figures: dict) -> None:
         self._line(figures)
         if self._events:
-            values = figures.get("val") or {name: value for name, value in figures.items()
-                                            if name != "step" and not isinstance(value, str)}
-            self._events.write(figures["step"], values, group="val" if "val" in figures else "train",
-                               flush="loss" not in figures)
+            values = figures.get("val") or {
+                name: value
+                for name, value in figures.items()
+                if name != "step" and not isinstance(value, str)
+            }
+            self._events.write(
+                figures["step"],
+                values,
+                group="val" if "val" in figures else "train",
+                flush="loss" not in figures,
+            )
 
 
 def spent(mean_s: dict[str, float], *, step_s: float) -> str:
@@ -156,7 +220,8 @@ def spent(mean_s: dict[str, float], *, step_s: float) -> str:
     large = {name: seconds for name, seconds in mean_s.items() if seconds >= 0.01 * step_s}
     rest_s = max(0.0, step_s - sum(large.values()))
     return f"{1e3 * step_s:.0f} ms/step: " + ", ".join(
-        f"{name} {1e3 * seconds:.0f}" for name, seconds in [*large.items(), ("rest", rest_s)])
+        f"{name} {1e3 * seconds:.0f}" for name, seconds in [*large.items(), ("rest", rest_s)]
+    )
 
 
 class _Events:
@@ -171,8 +236,13 @@ class _Events:
         self._folder = folder
         self._writer = EventsWriter(str(folder / "events"))
         # TensorBoard then forgets what earlier files say of the steps from here on.
-        self._writer.write_event(Event(step=first_step + 1, wall_time=time.time(),
-                                       session_log=SessionLog(status=SessionLog.START)))
+        self._writer.write_event(
+            Event(
+                step=first_step + 1,
+                wall_time=time.time(),
+                session_log=SessionLog(status=SessionLog.START),
+            )
+        )
 
     def write(self, step: int, values: dict[str, float], *, group: str, flush: bool) -> None:
         try:

@@ -39,15 +39,25 @@ class StepLoss(NamedTuple):
     """How many those are; 0 without a memory."""
 
 
-def build_metric_loss(config: LossConfig, *, classes: int, images_per_class: int, width: int) -> RowsLoss:
+def build_metric_loss(
+    config: LossConfig, *, classes: int, images_per_class: int, width: int
+) -> RowsLoss:
     """The baseline loss that the configuration names, for labels 0..classes-1, so many rows of each in a batch.
 
     Raises InputError for a name that is no loss, and for a loss from outside that does not serve.
     """
-    batches = Batches(classes=classes, images_per_class=images_per_class, width=width, memory=config.memory.rows > 0)
+    batches = Batches(
+        classes=classes,
+        images_per_class=images_per_class,
+        width=width,
+        memory=config.memory.rows > 0,
+    )
     known = registry.find(config.metric)
-    loss: RowsLoss = PlainRows.configured(config, batches) if known is None else \
-        known.load().configured(known.settings(config), batches)
+    loss: RowsLoss = (
+        PlainRows.configured(config, batches)
+        if known is None
+        else known.load().configured(known.settings(config), batches)
+    )
     return loss
 
 
@@ -66,45 +76,88 @@ class Objective(nn.Module):
     classes: labels are 0..classes-1.  images_per_class: K, rows of a class in a batch.  width: D.
     """
 
-    def __init__(self, config: LossConfig, *, classes: int, images_per_class: int, width: int,
-                 phases: Phases | None = None) -> None:
+    def __init__(
+        self,
+        config: LossConfig,
+        *,
+        classes: int,
+        images_per_class: int,
+        width: int,
+        phases: Phases | None = None,
+    ) -> None:
         super().__init__()
-        self.metric_loss = build_metric_loss(config, classes=classes, images_per_class=images_per_class, width=width)
+        self.metric_loss = build_metric_loss(
+            config, classes=classes, images_per_class=images_per_class, width=width
+        )
         ranking = config.ranking
-        self.ranking_loss = MultiClusterRankingRows(clusters=ranking.clusters, spread=ranking.spread,
-                                                    floor=ranking.floor, sharpness=ranking.sharpness,
-                                                    statistics=ranking.statistics)
+        self.ranking_loss = MultiClusterRankingRows(
+            clusters=ranking.clusters,
+            spread=ranking.spread,
+            floor=ranking.floor,
+            sharpness=ranking.sharpness,
+            statistics=ranking.statistics,
+        )
         self.ranking_weight = ranking.weight
         memory = config.memory
-        self.memory = CrossBatchMemory(rows=memory.rows, width=width, start_step=memory.start_step) if memory.rows \
+        self.memory = (
+            CrossBatchMemory(rows=memory.rows, width=width, start_step=memory.start_step)
+            if memory.rows
             else None
+        )
         self.phases = phases or Phases(torch.device("cpu"))
         self.traffic = Traffic()
 
-    def forward(self, z_bD: Tensor, s_bD: Tensor, labels_b: Tensor, *, seed: int = 0,
-                counts_W: Sequence[int] | None = None, index_b: Tensor | None = None) -> StepLoss:
+    def forward(
+        self,
+        z_bD: Tensor,
+        s_bD: Tensor,
+        labels_b: Tensor,
+        *,
+        seed: int = 0,
+        counts_W: Sequence[int] | None = None,
+        index_b: Tensor | None = None,
+    ) -> StepLoss:
         """seed: fixes what the loss draws at random. counts_W: rows of each rank (None: asked for). Ranks may hold
         different numbers of rows, or none. index_b: which image each row is of; a memory needs it. Half types are
         gathered and computed in float32. Raises ValueError for fewer than two rows in all."""
-        z_bD, s_bD = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (z_bD, s_bD))
+        z_bD, s_bD = (
+            rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (z_bD, s_bD)
+        )
         with self.phases("gather"):
-            gather = RowGather(counts_W or count_rows(len(labels_b), z_bD.device), traffic=self.traffic)
+            gather = RowGather(
+                counts_W or count_rows(len(labels_b), z_bD.device), traffic=self.traffic
+            )
             if sum(gather.counts_W) < 2:
-                raise ValueError(f"the ranks have {sum(gather.counts_W)} rows in all, and a distance needs two")
+                raise ValueError(
+                    f"the ranks have {sum(gather.counts_W)} rows in all, and a distance needs two"
+                )
             z_BD, labels_B = gather(z_bD.detach()), gather(labels_b)
             s_BD = gather(s_bD.detach()) if self.ranking_weight else None
             if self.memory is not None:
                 if index_b is None:
-                    raise ValueError("index_b is missing: with a memory, pass which image each row is of")
+                    raise ValueError(
+                        "index_b is missing: with a memory, pass which image each row is of"
+                    )
                 index_B = gather(index_b)
         with self.phases("loss"):
-            z_ND, labels_N = self.memory.behind(z_BD, labels_B) if self.memory is not None else (z_BD, labels_B)
+            z_ND, labels_N = (
+                self.memory.behind(z_BD, labels_B) if self.memory is not None else (z_BD, labels_B)
+            )
             # Distances in units of their mean: margins and centres mean the same at any scale of z.
-            mean, grad_mean_bD = kernels.mean_distance_of_rows(z_bD.detach(), z_BD, offset=gather.offset,
-                                                               gather=gather, with_grad=True)
+            mean, grad_mean_bD = kernels.mean_distance_of_rows(
+                z_bD.detach(), z_BD, offset=gather.offset, gather=gather, with_grad=True
+            )
             mean = mean.where(mean > 0, 1.0)
-            rows = Rows(z_bD=z_bD.detach() / mean, labels_b=labels_b, z_ND=z_ND / mean, labels_N=labels_N,
-                        offset=gather.offset, gather=gather, gather_one=gather.one_each, ranks=len(gather.counts_W))
+            rows = Rows(
+                z_bD=z_bD.detach() / mean,
+                labels_b=labels_b,
+                z_ND=z_ND / mean,
+                labels_N=labels_N,
+                offset=gather.offset,
+                gather=gather,
+                gather_one=gather.one_each,
+                ranks=len(gather.counts_W),
+            )
             losses = self._loss(rows, z_bD, s_bD, s_BD, mean, grad_mean_bD, seed=seed)
             if self.memory is None:
                 return losses
@@ -113,8 +166,17 @@ class Objective(nn.Module):
                 self.memory.add(z_BD, labels_B, index_B)
             return losses._replace(drift=distance / mean, drift_images=images)
 
-    def _loss(self, rows: Rows, z_bD: Tensor, s_bD: Tensor, s_BD: Tensor | None, mean: Tensor,
-              grad_mean_bD: Tensor, *, seed: int) -> StepLoss:
+    def _loss(
+        self,
+        rows: Rows,
+        z_bD: Tensor,
+        s_bD: Tensor,
+        s_BD: Tensor | None,
+        mean: Tensor,
+        grad_mean_bD: Tensor,
+        *,
+        seed: int,
+    ) -> StepLoss:
         """rows: scaled. mean, grad_mean_bD: what z_bD was divided by, and its gradient."""
         metric, grad_bD = self.metric_loss(rows, seed=seed)
         zero = torch.zeros_like(metric.detach())
@@ -127,9 +189,16 @@ class Objective(nn.Module):
         pull = rows.gather_one((grad_bD * rows.z_bD).sum()[None]).sum()
         known.append((z_bD, (grad_bD - pull * grad_mean_bD) / mean))
         # The metric loss itself carries the gradients of its own parameters.
-        total = with_gradients(metric + self.ranking_weight * ranking, *known, (metric, torch.ones_like(metric)))
-        return StepLoss(total=for_averaged_gradients(total), metric=metric.detach(), ranking=ranking, drift=zero,
-                        drift_images=zero)
+        total = with_gradients(
+            metric + self.ranking_weight * ranking, *known, (metric, torch.ones_like(metric))
+        )
+        return StepLoss(
+            total=for_averaged_gradients(total),
+            metric=metric.detach(),
+            ranking=ranking,
+            drift=zero,
+            drift_images=zero,
+        )
 
 
 class TrainingModule(nn.Module):
@@ -139,16 +208,33 @@ class TrainingModule(nn.Module):
     and evaluation comes through the same forward for the same reason.
     """
 
-    def __init__(self, network: EmbeddingNetwork, config: LossConfig, *, classes: int, images_per_class: int,
-                 phases: Phases | None = None) -> None:
+    def __init__(
+        self,
+        network: EmbeddingNetwork,
+        config: LossConfig,
+        *,
+        classes: int,
+        images_per_class: int,
+        phases: Phases | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
-        self.objective = Objective(config, classes=classes, images_per_class=images_per_class,
-                                   width=network.sample_head.out_features, phases=phases)
+        self.objective = Objective(
+            config,
+            classes=classes,
+            images_per_class=images_per_class,
+            width=network.sample_head.out_features,
+            phases=phases,
+        )
 
-    def forward(self, images_bHW3: Tensor, labels_b: Tensor | None = None, seed: int = 0,
-                counts_W: Sequence[int] | None = None,
-                index_b: Tensor | None = None) -> StepLoss | tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        images_bHW3: Tensor,
+        labels_b: Tensor | None = None,
+        seed: int = 0,
+        counts_W: Sequence[int] | None = None,
+        index_b: Tensor | None = None,
+    ) -> StepLoss | tuple[Tensor, Tensor]:
         """Without labels: this rank's (z, s). With labels: the loss of the global batch, the same on all ranks."""
         features_bF = self.network.features(images_bHW3)
         with self.objective.phases("heads"):

@@ -115,11 +115,16 @@ class StepTimes:
     @classmethod
     def of_all_ranks(cls, seconds: dict[str, float], *, steps: int, rank: Rank) -> StepTimes:
         """From what each rank's `Phases.take` gave for so many steps. Every rank must call it."""
-        mine = torch.tensor([[seconds.get(name, 0.0) / steps for name in STEP_PHASES]], device=rank.device)
+        mine = torch.tensor(
+            [[seconds.get(name, 0.0) / steps for name in STEP_PHASES]], device=rank.device
+        )
         times_WP = RowGather((1,) * rank.world_size)(mine).cpu()
         own_W = times_WP[:, [STEP_PHASES.index("data"), STEP_PHASES.index("forward")]].sum(1)
-        return cls(mean_s=dict(zip(STEP_PHASES, times_WP.mean(0).tolist(), strict=True)),
-                   slowest_rank=int(own_W.argmax()), slowest_s=float(own_W.max()))
+        return cls(
+            mean_s=dict(zip(STEP_PHASES, times_WP.mean(0).tolist(), strict=True)),
+            slowest_rank=int(own_W.argmax()),
+            slowest_s=float(own_W.max()),
+        )
 
 
 def take_peak_bytes(device: torch.device) -> int:
@@ -129,7 +134,10 @@ def take_peak_bytes(device: torch.device) -> int:
         peak_bytes = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak_bytes
-    peaks = [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")] \
-        if _STATUS.is_file() else []
+    peaks = (
+        [line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        if _STATUS.is_file()
+        else []
+    )
     # Unlike VmHWM, maxrss is not less than what the program held that started this one.
     return 1024 * int(peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

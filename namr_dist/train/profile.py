@@ -24,9 +24,11 @@ def check_profile(config: Config) -> None:
         return
     check_target("train.profile", train.profile)
     if not 0 <= train.profile_after <= last:
-        raise InputError(f"train.profile_after is {train.profile_after}, and the {STEPS} steps behind those are "
-                         f"recorded of optim.steps ({config.optim.steps}); "
-                         + (f"set it between 0 and {last}" if last >= 0 else "leave train.profile out"))
+        raise InputError(
+            f"train.profile_after is {train.profile_after}, and the {STEPS} steps behind those are "
+            f"recorded of optim.steps ({config.optim.steps}); "
+            + (f"set it between 0 and {last}" if last >= 0 else "leave train.profile out")
+        )
 
 
 @contextmanager
@@ -37,7 +39,13 @@ def profiled(target: Path, *, after: int) -> Iterator[Callable[[], None]]:
 
     Steps are called ProfilerStep#1, 2 … in the trace, from the first that is made within.
     """
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with profile(activities=activities, schedule=schedule(wait=after, warmup=1, active=STEPS, repeat=1),
-                 on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(target))) as profiler:
+    activities = [
+        ProfilerActivity.CPU,
+        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+    ]
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=after, warmup=1, active=STEPS, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(target)),
+    ) as profiler:
         yield profiler.step

@@ -19,8 +19,16 @@ from namr_dist.train.objective import TrainingModule
 from namr_dist.train.profile import check_profile
 
 
-def begin(module: TrainingModule, config: Config, run: RunFolder, data_hash: str, host: HostGroup, *, overwrite: bool,
-          resume: bool) -> tuple[Start, BinaryIO | None]:
+def begin(
+    module: TrainingModule,
+    config: Config,
+    run: RunFolder,
+    data_hash: str,
+    host: HostGroup,
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> tuple[Start, BinaryIO | None]:
     """Make the folder ready and say where to begin, on the first rank; with the lock that keeps others out of it.
 
     Every rank calls it. Raises InputError on the first if it cannot, and ends the others.
@@ -36,8 +44,15 @@ def begin(module: TrainingModule, config: Config, run: RunFolder, data_hash: str
     return start, lock
 
 
-def _claim(module: TrainingModule, config: Config, run: RunFolder, data_hash: str, *, overwrite: bool,
-           resume: bool) -> tuple[Start, BinaryIO | None]:
+def _claim(
+    module: TrainingModule,
+    config: Config,
+    run: RunFolder,
+    data_hash: str,
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> tuple[Start, BinaryIO | None]:
     lock = run.lock() if run.path.is_dir() else None
     start = find_start(run, config, data_hash=data_hash) if resume else Start()
     if start.finished:
@@ -46,8 +61,11 @@ def _claim(module: TrainingModule, config: Config, run: RunFolder, data_hash: st
     if start.saved:
         check_fits(start.saved, module)
     there_bytes = sum(path.stat().st_size for _, path in run.checkpoints()) if start.goes_on else 0
-    run.claim(overwrite=overwrite, goes_on=start.goes_on,
-              need_bytes=max(0, run_bytes(module, config) - there_bytes))
+    run.claim(
+        overwrite=overwrite,
+        goes_on=start.goes_on,
+        need_bytes=max(0, run_bytes(module, config) - there_bytes),
+    )
     lock = lock or run.lock()
     write_atomic(run.config, config.to_json())
     return start, lock

@@ -46,11 +46,15 @@ from namr_dist.train.signals import StopRequests
 from namr_dist.train.start import begin
 from namr_dist.train.watchdog import Watchdog, backend_timeout
 
-if TYPE_CHECKING:  # deepspeed takes seconds to import and looks at the environment: only once that is set
+if (
+    TYPE_CHECKING
+):  # deepspeed takes seconds to import and looks at the environment: only once that is set
     from deepspeed import DeepSpeedEngine
 
 
-def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, resume: bool = False) -> bool:
+def train(
+    config: Config, run: Path, rank: Rank, *, overwrite: bool = False, resume: bool = False
+) -> bool:
     """Train as `config` says and leave config.json, metrics.jsonl and the final checkpoint in the folder `run`.
 
     resume: go on from the newest checkpoint in `run`, if there is one. Every rank calls it. False, on all of them:
@@ -74,9 +78,18 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
             print(f"{run} is finished: {folder.final}", file=sys.stderr)
         return True
     hosts = host.of_all(socket.gethostname())
-    peak_img_per_s = run_peak_img_per_s(module.network, device_peak(rank.device), size=config.data.image_size,
-                                        device=rank.device, ranks=rank.world_size)
-    with StopRequests() as requests, lock or contextlib.nullcontext(), contextlib.ExitStack() as stack:
+    peak_img_per_s = run_peak_img_per_s(
+        module.network,
+        device_peak(rank.device),
+        size=config.data.image_size,
+        device=rank.device,
+        ranks=rank.world_size,
+    )
+    with (
+        StopRequests() as requests,
+        lock or contextlib.nullcontext(),
+        contextlib.ExitStack() as stack,
+    ):
         stack.enter_context(Watchdog(phases, rank, timeout_minutes=config.train.timeout_minutes))
         with phases("start"):
             engine = make_engine(module, config, rank)
@@ -85,14 +98,24 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
                 load_state(engine, start.saved, host=host, seed=config.train.seed)
             else:
                 seed_generators(seed=config.train.seed, step=0)
-        policy = CheckpointPolicy(engine, folder, config, data_hash=data_hash, host=host, first=rank.first)
+        policy = CheckpointPolicy(
+            engine, folder, config, data_hash=data_hash, host=host, first=rank.first
+        )
         log = None
         if rank.first:
             kept = cut_log(folder.log, first_step)
-            log = stack.enter_context(RunLog(
-                folder, steps=config.optim.steps, hosts=hosts, peak_img_per_s=peak_img_per_s,
-                tensorboard=config.train.tensorboard, name=config.recipe, first_step=first_step,
-                before_s=max((time_of(entry) or 0.0 for entry in kept.entries), default=0.0)))
+            log = stack.enter_context(
+                RunLog(
+                    folder,
+                    steps=config.optim.steps,
+                    hosts=hosts,
+                    peak_img_per_s=peak_img_per_s,
+                    tensorboard=config.train.tensorboard,
+                    name=config.recipe,
+                    first_step=first_step,
+                    before_s=max((time_of(entry) or 0.0 for entry in kept.entries), default=0.0),
+                )
+            )
             for line in banner(config, training_set, folder, rank, precision):
                 log.say(line)
             for warning in start.warnings:
@@ -101,7 +124,9 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
                 log.say(f"WARNING: {skipped(kept.unreadable, kept.path)}; dropped")
             if start.saved:
                 log.resumed(first_step, start.saved.path)
-        trainer = Trainer(engine, config, training_set, rank, host, policy, log=log, first_step=first_step)
+        trainer = Trainer(
+            engine, config, training_set, rank, host, policy, log=log, first_step=first_step
+        )
         finished = trainer.run(requests)
         if finished:
             trainer.save_network(folder.final)
@@ -112,14 +137,21 @@ def train(config: Config, run: Path, rank: Rank, *, overwrite: bool = False, res
     return finished
 
 
-def _training_module(config: Config, training_set: TrainingSet, rank: Rank, *, bf16: bool) -> TrainingModule:
+def _training_module(
+    config: Config, training_set: TrainingSet, rank: Rank, *, bf16: bool
+) -> TrainingModule:
     """The network and what it is trained for, on the rank's device. Raises InputError if it cannot be built."""
     share = config.data.classes_per_batch * config.data.images_per_class // rank.world_size
     pieces = math.ceil(share / (config.train.micro_batch or share))
     network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16, pieces=pieces)
     check_sizes(network, config, rank.device)
-    return TrainingModule(network, config.loss, classes=training_set.classes,
-                          images_per_class=config.data.images_per_class, phases=Phases(rank.device)).to(rank.device)
+    return TrainingModule(
+        network,
+        config.loss,
+        classes=training_set.classes,
+        images_per_class=config.data.images_per_class,
+        phases=Phases(rank.device),
+    ).to(rank.device)
 
 
 class _Pending(NamedTuple):
@@ -134,8 +166,18 @@ class _Pending(NamedTuple):
 class Trainer:
     """The steps of a run, and what is done between them. One on each rank; all must make each call together."""
 
-    def __init__(self, engine: DeepSpeedEngine, config: Config, training_set: TrainingSet, rank: Rank,
-                 host: HostGroup, policy: CheckpointPolicy, *, log: RunLog | None, first_step: int) -> None:
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        config: Config,
+        training_set: TrainingSet,
+        rank: Rank,
+        host: HostGroup,
+        policy: CheckpointPolicy,
+        *,
+        log: RunLog | None,
+        first_step: int,
+    ) -> None:
         """log: on the first rank. first_step: steps done already."""
         self._engine = engine
         self._config = config
@@ -171,7 +213,9 @@ class Trainer:
             last = done == steps
             line = done % train.log_every == 0 or last
             validate = bool(data.validation_split) and (done % train.validate_every == 0 or last)
-            save, stop = (False, False) if last else self._policy.decide(done, signal=requests.signal)
+            save, stop = (
+                (False, False) if last else self._policy.decide(done, signal=requests.signal)
+            )
             if line or validate or save or self._rank.device.type == "cpu":
                 # On a GPU, reading a loss waits for it: once for many steps.
                 self._tell_losses()
@@ -184,7 +228,9 @@ class Trainer:
             if save:
                 self._checkpoint(done, stop=stop)
             if stop:
-                self._say(f"stopped after step {done}, as a signal asked for; the same command with --resume goes on")
+                self._say(
+                    f"stopped after step {done}, as a signal asked for; the same command with --resume goes on"
+                )
                 return False
         return True
 
@@ -195,26 +241,45 @@ class Trainer:
         network, training_set = self._engine.module.network, self._training_set
         zero_stage = self._config.train.zero_stage
         # Under ZeRO-3 no rank holds a whole parameter until it asks for it, and all ranks must ask together.
-        with self._phases("checkpoint"), \
-                deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=zero_stage == 3):
+        with (
+            self._phases("checkpoint"),
+            deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=zero_stage == 3),
+        ):
             if self._rank.first:
-                trained = {"steps": self._config.optim.steps, "ranks": self._rank.world_size, "zero_stage": zero_stage,
-                           "precision": "bf16" if network.bf16 else "fp32", "images": len(training_set.index),
-                           "classes": training_set.classes,
-                           "images_hash": training_set.manifest.hash_of(training_set.index), **provenance()}
+                trained = {
+                    "steps": self._config.optim.steps,
+                    "ranks": self._rank.world_size,
+                    "zero_stage": zero_stage,
+                    "precision": "bf16" if network.bf16 else "fp32",
+                    "images": len(training_set.index),
+                    "classes": training_set.classes,
+                    "images_hash": training_set.manifest.hash_of(training_set.index),
+                    **provenance(),
+                }
                 save_network(path, network.state_dict(), self._config, trained=trained)
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches, on its device."""
         data, optim, manifest = self._config.data, self._config.optim, self._training_set.manifest
         index, device = self._training_set.index, self._rank.device
-        plan = TrainPlan(index=index, sampling=self._training_set.sampling, seed=self._config.train.seed,
-                         rank=self._rank.rank, world_size=self._rank.world_size, steps=optim.steps,
-                         first_step=self._first_step)
+        plan = TrainPlan(
+            index=index,
+            sampling=self._training_set.sampling,
+            seed=self._config.train.seed,
+            rank=self._rank.rank,
+            world_size=self._rank.world_size,
+            steps=optim.steps,
+            first_step=self._first_step,
+        )
         transform = TrainTransform.configured(data, size=data.image_size)
         source = ShardImages(manifest, index, transform, damaged=data.damaged_images)
-        batches = stream(source, plan, workers=data.workers, pin_memory=device.type == "cuda",
-                         timeout_s=60 * data.batch_minutes)
+        batches = stream(
+            source,
+            plan,
+            workers=data.workers,
+            pin_memory=device.type == "cuda",
+            timeout_s=60 * data.batch_minutes,
+        )
         return on_device(fetched_ahead(batches, manifest, plan), device)
 
     def _profiled(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
@@ -238,8 +303,13 @@ class Trainer:
 
     def _update(self, batch: Batch, *, seed: int) -> StepLoss:
         with self._phases("forward"):
-            losses: StepLoss = self._engine(batch.images_bHW3, batch.labels_b, seed,
-                                            (len(batch.labels_b),) * self._rank.world_size, batch.index_b)
+            losses: StepLoss = self._engine(
+                batch.images_bHW3,
+                batch.labels_b,
+                seed,
+                (len(batch.labels_b),) * self._rank.world_size,
+                batch.index_b,
+            )
         with self._phases("backward"):
             self._engine.backward(losses.total)
         with self._phases("step"):
@@ -251,13 +321,23 @@ class Trainer:
         values = torch.stack([torch.stack(one.losses) for one in self._pending]).tolist()
         for one, (total, metric, ranking, drift, images) in zip(self._pending, values, strict=True):
             if not math.isfinite(total):
-                raise InputError(f"the loss is {total} at step {one.step + 1}; lower optim.backbone_lr and "
-                                 "optim.head_lr, or optim.clip")
+                raise InputError(
+                    f"the loss is {total} at step {one.step + 1}; lower optim.backbone_lr and "
+                    "optim.head_lr, or optim.clip"
+                )
             if self._log:
-                self._log.step({"step": one.step + 1, "epoch": one.step // self._steps_per_epoch, "loss": total,
-                                "metric_loss": metric, "ranking_loss": ranking,
-                                "lr": self._config.optim.head_lr * one.lr_factor, "time_s": round(one.time_s, 3),
-                                **({"drift": drift, "drift_images": int(images)} if images else {})})
+                self._log.step(
+                    {
+                        "step": one.step + 1,
+                        "epoch": one.step // self._steps_per_epoch,
+                        "loss": total,
+                        "metric_loss": metric,
+                        "ranking_loss": ranking,
+                        "lr": self._config.optim.head_lr * one.lr_factor,
+                        "time_s": round(one.time_s, 3),
+                        **({"drift": drift, "drift_images": int(images)} if images else {}),
+                    }
+                )
         self._line_steps += len(self._pending)
         self._pending.clear()
 
@@ -273,10 +353,16 @@ class Trainer:
         steps = self._line_steps
         spent = StepTimes.of_all_ranks(self._phases.take(), steps=steps, rank=self._rank)
         received = self._engine.module.objective.traffic.take() / steps
-        peak_bytes, = self._host.largest(take_peak_bytes(self._rank.device))
+        (peak_bytes,) = self._host.largest(take_peak_bytes(self._rank.device))
         if self._log:
-            self._log.speed(done, self._images * steps / (time.perf_counter() - self._line_began), spent,
-                            images=self._images, gathered_bytes=received, peak_bytes=peak_bytes)
+            self._log.speed(
+                done,
+                self._images * steps / (time.perf_counter() - self._line_began),
+                spent,
+                images=self._images,
+                gathered_bytes=received,
+                peak_bytes=peak_bytes,
+            )
         self._line_steps, self._line_began = 0, time.perf_counter()
 
     def _validate(self, done: int) -> None:
@@ -293,10 +379,18 @@ class Trainer:
         index = manifest.index(config.data.validation_split)
         images = ShardImages(manifest, index, test_transform(config))
         self._engine.eval()
-        z_ND, _ = embed(self._engine, images, rank=self._rank, batch_size=self._engine.train_micro_batch_size_per_gpu(),
-                        workers=config.data.workers, timeout_s=60 * config.data.batch_minutes)
+        z_ND, _ = embed(
+            self._engine,
+            images,
+            rank=self._rank,
+            batch_size=self._engine.train_micro_batch_size_per_gpu(),
+            workers=config.data.workers,
+            timeout_s=60 * config.data.batch_minutes,
+        )
         self._engine.train()
-        return evaluate_sample(z_ND, index.label_N, roles_N=index.role_N) if self._rank.first else {}
+        return (
+            evaluate_sample(z_ND, index.label_N, roles_N=index.role_N) if self._rank.first else {}
+        )
 
     def _checkpoint(self, done: int, *, stop: bool) -> None:
         """Write a checkpoint. If it fails, training goes on, unless it shall stop here: then the run ends."""
@@ -309,8 +403,10 @@ class Trainer:
         if stop and not saved:
             if not self._rank.first:
                 shut_down(2)
-            raise InputError(f"a signal asked for an end after step {done}, and its checkpoint could not be written; "
-                             "free some space and go on from the one before with --resume")
+            raise InputError(
+                f"a signal asked for an end after step {done}, and its checkpoint could not be written; "
+                "free some space and go on from the one before with --resume"
+            )
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:

@@ -94,13 +94,21 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if error is None or not isinstance(error, Exception):
             self._ended = ""
         else:
             self._lost = lost_contact(error)
-            self._ended = _first_sentence(error) if self._lost else f"{type(error).__name__}: {error}".splitlines()[0]
+            self._ended = (
+                _first_sentence(error)
+                if self._lost
+                else f"{type(error).__name__}: {error}".splitlines()[0]
+            )
         if self._lost:
             self._wake.set()
             self._thread.join()  # it ends the process
@@ -133,7 +141,9 @@ class Watchdog:
             keys = [_key(rank) for rank in ranks] if read else []
             if keys and not store.check(keys):  # some have not begun: a read would wait for them
                 keys = [key for key in keys if store.check([key])]
-            return [entry.decode() for entry in store.multi_get(keys)] if keys else [], store.check([_CLAIM])
+            return [entry.decode() for entry in store.multi_get(keys)] if keys else [], store.check(
+                [_CLAIM]
+            )
 
         entries, claimed = self._store.ask(talk) or ([], False)
         if entries:
@@ -142,9 +152,18 @@ class Watchdog:
 
     def _place(self) -> Place:
         now_s, unix_s = time.monotonic(), time.time()
-        return Place(rank=self._rank.rank, host=self._host, pid=os.getpid(), beat=self._beats, beat_unix_s=unix_s,
-                     step=self._phases.step, phase=self._phases.broken or self._phases.now,
-                     since_unix_s=unix_s - (now_s - self._phases.since_s), ended=self._ended, lost=self._lost)
+        return Place(
+            rank=self._rank.rank,
+            host=self._host,
+            pid=os.getpid(),
+            beat=self._beats,
+            beat_unix_s=unix_s,
+            step=self._phases.step,
+            phase=self._phases.broken or self._phases.now,
+            since_unix_s=unix_s - (now_s - self._phases.since_s),
+            ended=self._ended,
+            lost=self._lost,
+        )
 
     def _trouble(self, claimed: bool) -> str | None:
         """What is wrong, or None."""
@@ -156,7 +175,9 @@ class Watchdog:
         broken = [place.rank for place in self._known if place.ended and not place.lost]
         if not broken:
             self._error_seen_s = now_s
-        elif now_s - self._error_seen_s > SILENT_S:  # time to meet the same error, and say so in its own words
+        elif (
+            now_s - self._error_seen_s > SILENT_S
+        ):  # time to meet the same error, and say so in its own words
             return f"rank {broken[0]} has ended by an error, says {here}"
         return f"{here}, ends with the others" if claimed else None
 
@@ -187,8 +208,11 @@ class Watchdog:
             time.sleep(SILENT_S)
         self._exchange(read=True)
         if self._store.works:
-            heard = {place.rank for place in self._known
-                     if place.ended is not None or place.beat != before.get(place.rank)}
+            heard = {
+                place.rank
+                for place in self._known
+                if place.ended is not None or place.beat != before.get(place.rank)
+            }
             silent = set(range(self._rank.world_size)) - heard
             trouble = ""
         else:
@@ -196,13 +220,18 @@ class Watchdog:
             trouble = f"\n  {self._store.address} does not answer: rank 0 or its launcher is dead, frozen or cut off"
         lines = describe(self._known, silent=silent, now_unix_s=time.time())
         known = "" if self._store.works else " (what was known before)"
-        _print(f"namr: error: {why}; the run ends{trouble}\n" + "\n".join(f"  {line}{known}" for line in lines)
-               + "\n  the same command with --resume goes on from the last checkpoint")
+        _print(
+            f"namr: error: {why}; the run ends{trouble}\n"
+            + "\n".join(f"  {line}{known}" for line in lines)
+            + "\n  the same command with --resume goes on from the last checkpoint"
+        )
 
 
 def lost_contact(error: BaseException) -> bool:
     """Whether an exception says that the connection to another rank broke, or waited too long."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/" in str(error)
+    )
 
 
 def describe(places: Sequence[Place], *, silent: set[int], now_unix_s: float) -> list[str]:
@@ -216,10 +245,25 @@ def describe(places: Sequence[Place], *, silent: set[int], now_unix_s: float) ->
         if place is None:
             key, text = (0, 0, 0, ""), "never published anything"
         else:
-            order = STEP_PHASES.index(place.phase) if place.phase in STEP_PHASES else len(STEP_PHASES)
-            kind = 0 if rank in silent else 3 if place.ended == "" or place.lost else 2 if place.ended is None else 1
+            order = (
+                STEP_PHASES.index(place.phase) if place.phase in STEP_PHASES else len(STEP_PHASES)
+            )
+            kind = (
+                0
+                if rank in silent
+                else 3
+                if place.ended == "" or place.lost
+                else 2
+                if place.ended is None
+                else 1
+            )
             # Each of the first two kinds has a line of its own.
-            key = (kind, place.step, order, place.phase + str(place.ended) + (str(rank) if kind < 2 else ""))
+            key = (
+                kind,
+                place.step,
+                order,
+                place.phase + str(place.ended) + (str(rank) if kind < 2 else ""),
+            )
             text = _state(place, silent=rank in silent, now_unix_s=now_unix_s)
         groups.setdefault(key, []).append(rank)
         texts.setdefault(key, text)
@@ -228,8 +272,10 @@ def describe(places: Sequence[Place], *, silent: set[int], now_unix_s: float) ->
 
 def _state(place: Place, *, silent: bool, now_unix_s: float) -> str:
     if silent:
-        return (f"silent for {now_unix_s - place.beat_unix_s:.0f} s (dead, frozen or cut off); last heard of in "
-                f"{_phase(place)}")
+        return (
+            f"silent for {now_unix_s - place.beat_unix_s:.0f} s (dead, frozen or cut off); last heard of in "
+            f"{_phase(place)}"
+        )
     if place.ended is None:
         return f"in {_phase(place)} for {now_unix_s - place.since_unix_s:.0f} s"
     return f"ended in {_phase(place)}" + (f" by {place.ended}" if place.ended else "")
@@ -278,7 +324,9 @@ class _Store:
         # A copy, so that no collective waits for these calls, nor they for one. There is no public way to it.
         self._store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self.works = True
-        self.address = f"the store at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        self.address = (
+            f"the store at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        )
         self._calls: SimpleQueue[tuple[Callable[[dist.Store], Any], Future]] = SimpleQueue()
         threading.Thread(target=self._serve, name="watchdog store", daemon=True).start()
 

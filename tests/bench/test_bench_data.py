@@ -29,12 +29,28 @@ from namr_dist.model.torchvision_shim import make_torchvision_importable
 
 def test_all_ways_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "figures.csv"
-    words = ["bench", "data", "--images", "24", "--size", "64", "--repeats", "1", "--json", "--csv", str(path)]
+    words = [
+        "bench",
+        "data",
+        "--images",
+        "24",
+        "--size",
+        "64",
+        "--repeats",
+        "1",
+        "--json",
+        "--csv",
+        str(path),
+    ]
     assert main(words) == 0
     output = json.loads(capsys.readouterr().out)
     assert output["images"] == 24 and output["size"] == 64 and output["left_out"] == ""
-    assert [row["provider"] for row in output["rows"]] == ["namr", "WebDataset", "WebDataset, torchvision",
-                                                           "ImageFolder, torchvision"]
+    assert [row["provider"] for row in output["rows"]] == [
+        "namr",
+        "WebDataset",
+        "WebDataset, torchvision",
+        "ImageFolder, torchvision",
+    ]
     ours = output["rows"][0]
     assert ours["ratio"] == 1
     for row in output["rows"]:
@@ -44,14 +60,21 @@ def test_all_ways_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["provider"] for line in lines] == [row["provider"] for row in output["rows"]]
-    assert all(line["machine"] and line["commit"] and "Pillow" in line["libraries"] for line in lines)
+    assert all(
+        line["machine"] and line["commit"] and "Pillow" in line["libraries"] for line in lines
+    )
 
 
 def test_every_way_makes_every_image_once(shard_set: Manifest, tmp_path: Path) -> None:
     make_torchvision_importable()
     index = shard_set.index("train").only(np.arange(48))
     work = Work(manifest=shard_set, index=index, batch=16, size=32, data=DataConfig())
-    for way in (namr(work), plain_webdataset(work), webdataset_torchvision(work), image_folder(work, tmp_path)):
+    for way in (
+        namr(work),
+        plain_webdataset(work),
+        webdataset_torchvision(work),
+        image_folder(work, tmp_path),
+    ):
         clock = LapClock()
         assert list(way(clock)) == [16, 16, 16]
         assert all(clock.seconds[stage] > 0 for stage in STAGES)
@@ -59,19 +82,33 @@ def test_every_way_makes_every_image_once(shard_set: Manifest, tmp_path: Path) -
 
 def test_the_example_set_is_a_shard_set(tmp_path: Path) -> None:
     manifest = make_example_set(tmp_path, images=9)
-    assert verify_shards(Manifest.load(tmp_path), ["train"], decode=True) == 12  # whole classes of four
+    assert (
+        verify_shards(Manifest.load(tmp_path), ["train"], decode=True) == 12
+    )  # whole classes of four
     index = manifest.index("train")
-    images = ShardImages(manifest, index, Work(manifest=manifest, index=index, batch=4, size=64,
-                                               data=DataConfig()).transform())
+    images = ShardImages(
+        manifest,
+        index,
+        Work(manifest=manifest, index=index, batch=4, size=64, data=DataConfig()).transform(),
+    )
     sizes = [jpeg_size(images.jpeg(position), "x") for position in range(12)]
     assert all(320 <= side <= 500 for size in sizes for side in size) and len(set(sizes)) == 12
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--images", "0"], "--images is 0; set it to at least 1"),
-    (["--csv", "nowhere/figures.csv"], "--csv nowhere/figures.csv is not a file in a folder that exists; give one"),
-    (["nowhere"], "no shard set at nowhere")])
-def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--images", "0"], "--images is 0; set it to at least 1"),
+        (
+            ["--csv", "nowhere/figures.csv"],
+            "--csv nowhere/figures.csv is not a file in a folder that exists; give one",
+        ),
+        (["nowhere"], "no shard set at nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "data", *words]) == 2
     told = capsys.readouterr().err
     assert said in told and told.count("\n") == 1

@@ -27,13 +27,31 @@ def test_rows_lie_in_clusters_of_five_with_a_duplicate_in_every_tenth_class():
 
 def test_every_back_end_is_measured_beside_the_witnesses(forked_namr, tmp_path):
     table = tmp_path / "search.csv"
-    done = forked_namr("bench", "search", "--items", 300, "--queries", 120, "--width", 16, "-k", 4, 20, "--repeats", 2,
-                       "--json", "--csv", table)
+    done = forked_namr(
+        "bench",
+        "search",
+        "--items",
+        300,
+        "--queries",
+        120,
+        "--width",
+        16,
+        "-k",
+        4,
+        20,
+        "--repeats",
+        2,
+        "--json",
+        "--csv",
+        table,
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     exact = [*usable_backends(), f"{search_backend().name}, with metrics"]
     witnesses = ["matmul + topk"] + ["IndexFlatL2"] * HAS_FAISS
-    assert [(row["k"], row["provider"]) for row in rows] == [(k, name) for k in (4, 20) for name in exact + witnesses]
+    assert [(row["k"], row["provider"]) for row in rows] == [
+        (k, name) for k in (4, 20) for name in exact + witnesses
+    ]
     for row in rows:
         assert (row["queries"], row["items"], row["width"], row["repeats"]) == (120, 300, 16, 2)
         assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
@@ -52,17 +70,28 @@ def test_one_wrong_index_is_told():
     wrong = right.copy()
     wrong[2, 1] = 0
     case = Case(queries=5, items=20, width=3, k=4)
-    rows = timed(case, {"torch-cpu": lambda: right, "faiss-cpu": lambda: wrong}, {"matmul + topk": lambda: wrong},
-                 repeats=1)
-    assert [(row.agrees, row.same_percent) for row in rows] == [("yes", 100), ("no", 95), ("witness", 95)]
+    rows = timed(
+        case,
+        {"torch-cpu": lambda: right, "faiss-cpu": lambda: wrong},
+        {"matmul + topk": lambda: wrong},
+        repeats=1,
+    )
+    assert [(row.agrees, row.same_percent) for row in rows] == [
+        ("yes", 100),
+        ("no", 95),
+        ("witness", 95),
+    ]
 
 
-@pytest.mark.parametrize(("options", "part"), [
-    (["--repeats", 0], "--repeats is 0"),
-    (["--items", 10, "--queries", 11], "--queries 11"),
-    (["--items", 10, "-k", 10], "-k from 4 to 9"),
-    (["--backends", "magic"], "--backends has magic"),
-])
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--repeats", 0], "--repeats is 0"),
+        (["--items", 10, "--queries", 11], "--queries 11"),
+        (["--items", 10, "-k", 10], "-k from 4 to 9"),
+        (["--backends", "magic"], "--backends has magic"),
+    ],
+)
 def test_a_search_that_cannot_be_is_refused_in_one_line(forked_namr, options, part):
     done = forked_namr("bench", "search", *options)
     assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1

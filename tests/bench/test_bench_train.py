@@ -55,19 +55,42 @@ class Bench:
 def bench(shard_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Two batch sizes, the larger in two pieces, and a trace."""
     record = Bench(folder=tmp_path_factory.mktemp("bench"))
-    words = ["bench", "train", "homeware", "--shards", shard_set.folder, "--batch", 16, 32, "--steps", 5,
-             "--csv", record.folder / "figures.csv", "--trace", record.folder / "trace.json.gz", "--json",
-             "--set.data.image_size", 32, "--set.data.workers", 1, "--set.model.width", 16,
-             "--set.model.structure_hidden", 16]
+    words = [
+        "bench",
+        "train",
+        "homeware",
+        "--shards",
+        shard_set.folder,
+        "--batch",
+        16,
+        32,
+        "--steps",
+        5,
+        "--csv",
+        record.folder / "figures.csv",
+        "--trace",
+        record.folder / "trace.json.gz",
+        "--json",
+        "--set.data.image_size",
+        32,
+        "--set.data.workers",
+        1,
+        "--set.model.width",
+        16,
+        "--set.model.structure_hidden",
+        16,
+    ]
     measure = bench_train.measure
 
     def watched(work: Work) -> Iterator[Measured | Summary]:
         """The same; each run's folder is looked into before it goes."""
         for one in measure(work):
             if isinstance(one, Measured):
-                run, = record.folder.glob(f"namr-bench-*/{one.batch}-{one.precision}")
+                (run,) = record.folder.glob(f"namr-bench-*/{one.batch}-{one.precision}")
                 record.measured.append(one)
-                record.logs.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+                record.logs.append(
+                    [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+                )
                 record.configs.append(Config.load(run / "config.json"))
             yield one
 
@@ -96,8 +119,12 @@ def test_figures_are_the_medians_of_the_log_behind_the_warm_up(bench: Bench) -> 
         assert one.figures.peak_mib == max(line["peak_mib"] for line in counted) > 100
         for name in STEP_PHASES:
             assert one.figures.phases_ms[name].median == pytest.approx(
-                1e3 * np.median([line[f"{name}_s"] for line in counted]))
-        idle_s, all_s = sum(line["data_s"] for line in counted), sum(one.batch / line["img_per_s"] for line in counted)
+                1e3 * np.median([line[f"{name}_s"] for line in counted])
+            )
+        idle_s, all_s = (
+            sum(line["data_s"] for line in counted),
+            sum(one.batch / line["img_per_s"] for line in counted),
+        )
         assert one.figures.idle_share == pytest.approx(idle_s / all_s)
         assert one.figures.device_img_per_s == pytest.approx(5 * one.batch / (all_s - idle_s))
 
@@ -106,7 +133,10 @@ def test_images_a_second_times_seconds_are_the_images(bench: Bench) -> None:
     for one, log in zip(bench.measured, bench.logs, strict=True):
         speed = [line for line in log if "img_per_s" in line]
         for before, line in zip(speed, speed[1:], strict=False):
-            elapsed_s, phases_s = line["time_s"] - before["time_s"], sum(line[f"{name}_s"] for name in STEP_PHASES)
+            elapsed_s, phases_s = (
+                line["time_s"] - before["time_s"],
+                sum(line[f"{name}_s"] for name in STEP_PHASES),
+            )
             step_s = one.batch / line["img_per_s"]
             # The log's clock goes on between two lines, and the phases leave out what is between them.
             assert phases_s - 0.01 <= step_s <= elapsed_s + 0.01
@@ -122,12 +152,28 @@ def test_csv_and_json_are_the_same_rows(bench: Bench) -> None:
     with open(bench.folder / "figures.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     rows = bench.printed["rows"]
-    assert [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows] == lines
+    assert [
+        {name: "" if value is None else str(value) for name, value in row.items()} for row in rows
+    ] == lines
     first = rows[0]
     assert (first["recipe"], first["backbone"], first["image_size"], first["D"]) == (
-        "homeware", "efficientnet_lite0", 32, 16)
-    assert (first["precision"], first["batch"], first["micro_batch"], first["workers"]) == ("fp32", 16, 16, 1)
-    assert first["device"] and first["commit"] and first["torch"] == torch.__version__ and first["cores"] >= 1
+        "homeware",
+        "efficientnet_lite0",
+        32,
+        16,
+    )
+    assert (first["precision"], first["batch"], first["micro_batch"], first["workers"]) == (
+        "fp32",
+        16,
+        16,
+        1,
+    )
+    assert (
+        first["device"]
+        and first["commit"]
+        and first["torch"] == torch.__version__
+        and first["cores"] >= 1
+    )
     assert first["workers_img_per_s"] > 0 and first["mfu"] is None and first["note"] == ""
     # The step as a whole, and not the phase of that name.
     figures = bench.measured[0].figures
@@ -136,12 +182,15 @@ def test_csv_and_json_are_the_same_rows(bench: Bench) -> None:
     rest_ms = first["step_ms"] - first["loss_ms"]
     assert first["loss_share"] == pytest.approx(first["loss_ms"] / first["step_ms"])
     assert first["eager_loss_share"] == pytest.approx(
-        first["eager_loss_ms"] / (rest_ms + first["eager_loss_ms"]))
+        first["eager_loss_ms"] / (rest_ms + first["eager_loss_ms"])
+    )
 
 
 def test_the_trace_holds_a_few_steps_and_is_summed_up(bench: Bench) -> None:
     trace = json.loads(gzip.decompress((bench.folder / "trace.json.gz").read_bytes()))
-    steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")}
+    steps = {
+        event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep#")
+    }
     # The first five do not count, and the fifth is the profiler's own warm-up.
     assert steps == {"ProfilerStep#6", "ProfilerStep#7", "ProfilerStep#8"}
     said = bench.printed["trace"]
@@ -152,35 +201,61 @@ def test_the_trace_holds_a_few_steps_and_is_summed_up(bench: Bench) -> None:
     assert forward and max(forward) == 49 * STEPS
 
 
-def test_a_run_that_did_not_finish_is_a_row_without_figures(bench: Bench, tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_did_not_finish_is_a_row_without_figures(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     failed = dataclasses.replace(bench.measured[1], figures=None)
     to_csv([bench.measured[0], failed], tmp_path / "figures.csv")
     with open(tmp_path / "figures.csv", newline="") as file:
         whole, empty = csv.DictReader(file)
-    assert whole["img_per_s"] and not empty["img_per_s"] and not empty["idle_share"] and empty["eager_loss_ms"]
+    assert (
+        whole["img_per_s"]
+        and not empty["img_per_s"]
+        and not empty["idle_share"]
+        and empty["eager_loss_ms"]
+    )
     assert empty["note"] == "the run did not finish"
     show([bench.measured[0], failed], None)
     said = " ".join(capsys.readouterr().out.split())
     assert "batch 32, fp32: the run did not finish" in said
 
 
-@pytest.mark.parametrize(("steps", "in_flight", "interval", "warm_up"), [
-    (5, 1, 1, 1), (5, 5, 1, 5), (40, 5, 8, 8), (40, 16, 8, 16), (40, 17, 8, 24)])
-def test_the_warm_up_is_whole_intervals_and_takes_in_what_was_made_ahead(steps: int, in_flight: int, interval: int,
-                                                                         warm_up: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "in_flight", "interval", "warm_up"),
+    [(5, 1, 1, 1), (5, 5, 1, 5), (40, 5, 8, 8), (40, 16, 8, 16), (40, 17, 8, 24)],
+)
+def test_the_warm_up_is_whole_intervals_and_takes_in_what_was_made_ahead(
+    steps: int, in_flight: int, interval: int, warm_up: int
+) -> None:
     length = Length.of(steps, in_flight=in_flight)
     assert (length.interval, length.warm_up, length.steps) == (interval, warm_up, warm_up + steps)
     assert length.steps % length.interval == 0 and steps == INTERVALS * length.interval
 
 
 def test_known_figures_of_a_known_log(tmp_path: Path) -> None:
-    lines = [{"step": step, "img_per_s": 10.0 * step, "data_s": 0.1, "peak_mib": 7.0 - step, "mfu": 0.1 * step,
-              **{f"{name}_s": 0.2 for name in STEP_PHASES if name != "data"}} for step in range(1, 7)]
+    lines = [
+        {
+            "step": step,
+            "img_per_s": 10.0 * step,
+            "data_s": 0.1,
+            "peak_mib": 7.0 - step,
+            "mfu": 0.1 * step,
+            **{f"{name}_s": 0.2 for name in STEP_PHASES if name != "data"},
+        }
+        for step in range(1, 7)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figures = read_figures(tmp_path, Length(interval=1, warm_up=1), batch=60)
-    assert (figures.img_per_s.median, figures.img_per_s.p20, figures.img_per_s.p80) == pytest.approx((40, 28, 52))
-    assert figures.step_ms.median == 1500 and figures.peak_mib == 5 and figures.mfu == pytest.approx(0.4)
+    assert (
+        figures.img_per_s.median,
+        figures.img_per_s.p20,
+        figures.img_per_s.p80,
+    ) == pytest.approx((40, 28, 52))
+    assert (
+        figures.step_ms.median == 1500
+        and figures.peak_mib == 5
+        and figures.mfu == pytest.approx(0.4)
+    )
     assert figures.phases_ms["data"].median == 100 and figures.phases_ms["loss"].median == 200
     all_s = 60 / 20 + 60 / 30 + 60 / 40 + 60 / 50 + 60 / 60
     assert figures.idle_share == pytest.approx(0.5 / all_s)
@@ -189,29 +264,65 @@ def test_known_figures_of_a_known_log(tmp_path: Path) -> None:
 
 def write_trace(path: Path, *events: tuple[str, str, float, float, int]) -> Path:
     """Category, name, begin and duration in microseconds, thread."""
-    path.write_text(json.dumps({"traceEvents": [
-        {"ph": "X", "cat": cat, "name": name, "ts": begin, "dur": long, "pid": 0, "tid": thread}
-        for cat, name, begin, long, thread in events] + [{"ph": "M", "name": "process_name", "pid": 0}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "traceEvents": [
+                    {
+                        "ph": "X",
+                        "cat": cat,
+                        "name": name,
+                        "ts": begin,
+                        "dur": long,
+                        "pid": 0,
+                        "tid": thread,
+                    }
+                    for cat, name, begin, long, thread in events
+                ]
+                + [{"ph": "M", "name": "process_name", "pid": 0}]
+            }
+        )
+    )
     return path
 
 
 def test_a_gpu_is_busy_where_kernels_of_any_stream_run(tmp_path: Path) -> None:
-    summary = summarise(write_trace(
-        tmp_path / "trace.json", ("user_annotation", "ProfilerStep#4", 0, 5000, 1), ("cpu_op", "aten::mm", 0, 900, 1),
-        ("kernel", "gemm", 1000, 2000, 7), ("kernel", "gemm", 4000, 1000, 7), ("gpu_memcpy", "copy", 2000, 1500, 8)))
+    summary = summarise(
+        write_trace(
+            tmp_path / "trace.json",
+            ("user_annotation", "ProfilerStep#4", 0, 5000, 1),
+            ("cpu_op", "aten::mm", 0, 900, 1),
+            ("kernel", "gemm", 1000, 2000, 7),
+            ("kernel", "gemm", 4000, 1000, 7),
+            ("gpu_memcpy", "copy", 2000, 1500, 8),
+        )
+    )
     assert summary.on_device and summary.steps == 1 and summary.span_ms == 4
     assert summary.busy_share == pytest.approx((2500 + 1000) / 4000)
-    assert [(one.name, one.calls, one.ms) for one in summary.top] == [("gemm", 2, 3.0), ("copy", 1, 1.5)]
+    assert [(one.name, one.calls, one.ms) for one in summary.top] == [
+        ("gemm", 2, 3.0),
+        ("copy", 1, 1.5),
+    ]
     assert summary.top[0].share == pytest.approx(2 / 3)
 
 
 def test_an_operator_is_booked_without_those_that_it_calls(tmp_path: Path) -> None:
-    summary = summarise(write_trace(
-        tmp_path / "trace.json", ("cpu_op", "outer", 0, 1000, 1), ("cpu_op", "inner", 100, 300, 1),
-        ("cpu_op", "innermost", 200, 100, 1), ("cpu_op", "inner", 500, 200, 1), ("cpu_op", "inner", 300, 400, 2)))
+    summary = summarise(
+        write_trace(
+            tmp_path / "trace.json",
+            ("cpu_op", "outer", 0, 1000, 1),
+            ("cpu_op", "inner", 100, 300, 1),
+            ("cpu_op", "innermost", 200, 100, 1),
+            ("cpu_op", "inner", 500, 200, 1),
+            ("cpu_op", "inner", 300, 400, 2),
+        )
+    )
     assert not summary.on_device
     assert {one.name: (one.calls, one.ms) for one in summary.top} == {
-        "outer": (1, pytest.approx(0.5)), "inner": (3, pytest.approx(0.8)), "innermost": (1, pytest.approx(0.1))}
+        "outer": (1, pytest.approx(0.5)),
+        "inner": (3, pytest.approx(0.8)),
+        "innermost": (1, pytest.approx(0.1)),
+    }
     assert summary.busy_share == 1
 
 
@@ -233,14 +344,24 @@ def test_both_forms_of_the_loss_agree() -> None:
 def test_what_has_no_eager_form_is_timed_without() -> None:
     config = homeware()
     for changed, why in (
-            (dataclasses.replace(config, loss=dataclasses.replace(config.loss, metric="margin")), "margin"),
-            (dataclasses.replace(config, data=dataclasses.replace(config.data, images_per_class=3)), "4 images")):
-        times = time_losses(dataclasses.replace(changed, model=ModelConfig(width=8)), rows=12, device=CPU)
+        (
+            dataclasses.replace(config, loss=dataclasses.replace(config.loss, metric="margin")),
+            "margin",
+        ),
+        (
+            dataclasses.replace(config, data=dataclasses.replace(config.data, images_per_class=3)),
+            "4 images",
+        ),
+    ):
+        times = time_losses(
+            dataclasses.replace(changed, model=ModelConfig(width=8)), rows=12, device=CPU
+        )
         assert times.eager is None and why in times.note and times.ours.median > 0
 
 
-def test_a_large_set_has_the_proportions_of_stanford_online_products(tmp_path: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_set_has_the_proportions_of_stanford_online_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(large_set, "_DISTINCT", 8)  # making pictures is what takes time
     large_set.make_large_set(tmp_path, images=1100)
     manifest = Manifest.load(tmp_path)
@@ -258,32 +379,65 @@ def test_random_weights_go_into_a_backbone_and_leave_no_product_with_zeros(tmp_p
     scales = [value for name, value in state.items() if name.endswith(("bn2.weight", "bn1.weight"))]
     assert scales and all(value.all() for value in scales)
     safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
-    built = build_backbone("timm:resnet10t", batchnorm="frozen", pretrained=False,
-                           weights=tmp_path / "weights.safetensors", image_size=64)
+    built = build_backbone(
+        "timm:resnet10t",
+        batchnorm="frozen",
+        pretrained=False,
+        weights=tmp_path / "weights.safetensors",
+        image_size=64,
+    )
     assert torch.equal(built.layers.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--batch", "16", "30"], "--batch 30 is no multiple of data.images_per_class (4) with two classes or more; give "
-     "28"),
-    (["--batch", "4"], "--batch 4 is no multiple of data.images_per_class (4) with two classes or more; give 8"),
-    (["--steps", "3"], "--steps is 3; set it to a multiple of 5"),
-    (["--images", "0"], "--images is 0; set it to at least 1"),
-    (["--csv", "nowhere/figures.csv"], "--csv nowhere/figures.csv is not a file in a folder that exists; give one"),
-    (["--trace", "nowhere/trace.json"], "--trace nowhere/trace.json is not a file in a folder that exists"),
-    (["--shards", "nowhere", "--images", "5"], "--images is 5, which goes with a set that is made"),
-    (["--shards", "nowhere"], "no shard set at nowhere"),
-    (["--set.train.profile", "trace.json"], "--set.train.profile is the benchmark's own; give --trace instead"),
-    (["--set.optim.steps", "9"], "--set.optim.steps is the benchmark's own; give --steps instead"),
-    (["no_such_recipe"], "unknown recipe 'no_such_recipe'")])
-def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--batch", "16", "30"],
+            "--batch 30 is no multiple of data.images_per_class (4) with two classes or more; give "
+            "28",
+        ),
+        (
+            ["--batch", "4"],
+            "--batch 4 is no multiple of data.images_per_class (4) with two classes or more; give 8",
+        ),
+        (["--steps", "3"], "--steps is 3; set it to a multiple of 5"),
+        (["--images", "0"], "--images is 0; set it to at least 1"),
+        (
+            ["--csv", "nowhere/figures.csv"],
+            "--csv nowhere/figures.csv is not a file in a folder that exists; give one",
+        ),
+        (
+            ["--trace", "nowhere/trace.json"],
+            "--trace nowhere/trace.json is not a file in a folder that exists",
+        ),
+        (
+            ["--shards", "nowhere", "--images", "5"],
+            "--images is 5, which goes with a set that is made",
+        ),
+        (["--shards", "nowhere"], "no shard set at nowhere"),
+        (
+            ["--set.train.profile", "trace.json"],
+            "--set.train.profile is the benchmark's own; give --trace instead",
+        ),
+        (
+            ["--set.optim.steps", "9"],
+            "--set.optim.steps is the benchmark's own; give --steps instead",
+        ),
+        (["no_such_recipe"], "unknown recipe 'no_such_recipe'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "train", *words]) == 2
     told = capsys.readouterr().err
     assert said in told and told.count("\n") == 1
 
 
-def test_a_batch_of_more_classes_than_there_are_is_one_line(shard_set: Manifest,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_of_more_classes_than_there_are_is_one_line(
+    shard_set: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", "train", "--shards", str(shard_set.folder), "--batch", "16", "64"]) == 2
     told = capsys.readouterr().err
     assert "--batch 64 needs 16 classes, the training images are of 12; give at most 48" in told
@@ -294,7 +448,11 @@ def test_the_peak_of_a_process_is_at_least_what_it_holds() -> None:
     held_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     peak_bytes = take_peak_bytes(CPU)
     # The system counts pages of each thread apart, and adds them up now and then.
-    assert 0.9 * held_bytes < peak_bytes < 1.1 * 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (
+        0.9 * held_bytes
+        < peak_bytes
+        < 1.1 * 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
 
 
 @pytest.mark.gpu
@@ -311,8 +469,12 @@ def test_the_peak_of_a_gpu_is_of_the_time_since_the_last_call() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_trace_on_a_gpu_holds_its_kernels(tmp_path: Path) -> None:
-    network = EmbeddingNetwork(ModelConfig(backbone="conv4", batchnorm="train", pretrained=False, width=16,
-                                           structure_hidden=16), image_size=32)
+    network = EmbeddingNetwork(
+        ModelConfig(
+            backbone="conv4", batchnorm="train", pretrained=False, width=16, structure_hidden=16
+        ),
+        image_size=32,
+    )
     module = TrainingModule(network, homeware().loss, classes=4, images_per_class=4).cuda()
     images = torch.randint(0, 255, (16, 32, 32, 3), dtype=torch.uint8, device="cuda")
     labels = torch.arange(16, device="cuda") // 4
@@ -321,4 +483,6 @@ def test_a_trace_on_a_gpu_holds_its_kernels(tmp_path: Path) -> None:
             begin_step()
             module(images, labels).total.backward()
     summary = summarise(tmp_path / "trace.json")
-    assert summary.on_device and summary.steps == STEPS and 0 < summary.busy_share <= 1 and summary.top
+    assert (
+        summary.on_device and summary.steps == STEPS and 0 < summary.busy_share <= 1 and summary.top
+    )

@@ -9,31 +9,52 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, launch
 
-_SHOW = "import namr_dist, namr_dist.kernels, namr_dist.launchers.train as train; " \
-        "print(namr_dist.__file__, namr_dist.kernels.__file__, train.__file__)"
-_WITHOUT_EDITABLE = "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in str(one)]; "
+_SHOW = (
+    "import namr_dist, namr_dist.kernels, namr_dist.launchers.train as train; "
+    "print(namr_dist.__file__, namr_dist.kernels.__file__, train.__file__)"
+)
+_WITHOUT_EDITABLE = (
+    "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in str(one)]; "
+)
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A second checkout, which nothing has installed."""
     for folder in ("namr_dist", "kernels", "launchers"):
-        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.tar", "__pycache__"))
+        shutil.copytree(
+            REPOSITORY / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("*.tar", "__pycache__"),
+        )
     shutil.copy(REPOSITORY / "setup.py", tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("before", ["", _WITHOUT_EDITABLE], ids=["beside an editable install", "nothing installed"])
+@pytest.mark.parametrize(
+    "before", ["", _WITHOUT_EDITABLE], ids=["beside an editable install", "nothing installed"]
+)
 def test_one_tree(checkout: Path, before: str) -> None:
     done = launch(sys.executable, "-c", before + _SHOW, cwd=checkout)
-    assert done.stdout.split() == [str(checkout / file) for file in (
-        "namr_dist/__init__.py", "kernels/__init__.py", "launchers/train.py")], done.stderr
+    assert done.stdout.split() == [
+        str(checkout / file)
+        for file in ("namr_dist/__init__.py", "kernels/__init__.py", "launchers/train.py")
+    ], done.stderr
 
 
 def test_one_tree_for_ranks(checkout: Path) -> None:
     """`python -m` as launchers and Slurm steps call it, from the folder of the job."""
     (checkout / "kernels" / "__init__.py").write_text("raise SystemExit('this tree')")
-    done = launch(sys.executable, "-m", "namr_dist.launchers.torchrun", "--standalone", "--nproc-per-node", 1,
-                  "--module", "namr_dist.kernels", cwd=checkout)
+    done = launch(
+        sys.executable,
+        "-m",
+        "namr_dist.launchers.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        1,
+        "--module",
+        "namr_dist.kernels",
+        cwd=checkout,
+    )
     assert done.returncode == 1
     assert "this tree" in done.stderr

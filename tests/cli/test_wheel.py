@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, launch
 
-SOURCES = ("namr_dist", "kernels", "launchers", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (
+    "namr_dist",
+    "kernels",
+    "launchers",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,29 +32,60 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(source, copy)
     out = tmp_path_factory.mktemp("wheel")
-    done = launch(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, copy)
+    done = launch(
+        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, copy
+    )
     assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl"))
 
 
 def test_contents(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for wanted in ("namr_dist/kernels/reference/losses.py", "namr_dist/launchers/train.py", "namr_dist/py.typed",
-                   "namr_dist/data/homeware/ATTRIBUTION.csv", "namr_dist/data/homeware/shards/manifest.json",
-                   "namr_dist/data/homeware/shards/test-000003.tar", "namr_dist/results/templates/report.html"):
+    for wanted in (
+        "namr_dist/kernels/reference/losses.py",
+        "namr_dist/launchers/train.py",
+        "namr_dist/py.typed",
+        "namr_dist/data/homeware/ATTRIBUTION.csv",
+        "namr_dist/data/homeware/shards/manifest.json",
+        "namr_dist/data/homeware/shards/test-000003.tar",
+        "namr_dist/results/templates/report.html",
+    ):
         assert wanted in names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"namr_dist"}, "a top-level name is taken"
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"namr_dist"}, (
+        "a top-level name is taken"
+    )
 
 
 def test_trains_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    done = launch(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel)
+    done = launch(
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel
+    )
     assert done.returncode == 0, done.stderr
     outside = {"cwd": tmp_path, "env": {"PYTHONPATH": str(site)}}
-    where = launch(sys.executable, "-c", "import namr_dist.kernels as k; print(k.__file__)", **outside)
+    where = launch(
+        sys.executable, "-c", "import namr_dist.kernels as k; print(k.__file__)", **outside
+    )
     assert where.stdout.strip() == str(site / "namr_dist" / "kernels" / "__init__.py"), where.stderr
-    done = launch(sys.executable, "-m", "namr_dist.cli", "train", "homeware", "--set.optim.steps", 2,
-                  "--set.optim.warmup_steps", 1, "--set.data.classes_per_batch", 4, "--set.data.test_size", 64,
-                  "--set.data.image_size", 64, "--set.data.validation_split", "None", **outside)
+    done = launch(
+        sys.executable,
+        "-m",
+        "namr_dist.cli",
+        "train",
+        "homeware",
+        "--set.optim.steps",
+        2,
+        "--set.optim.warmup_steps",
+        1,
+        "--set.data.classes_per_batch",
+        4,
+        "--set.data.test_size",
+        64,
+        "--set.data.image_size",
+        64,
+        "--set.data.validation_split",
+        "None",
+        **outside,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "homeware" / "checkpoints" / "final.safetensors").is_file()

@@ -22,15 +22,29 @@ def free_port() -> int:
 
 def torchrun_like(rank: int, port: int) -> dict[str, str]:
     """Variables of one of two nodes."""
-    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "SLURMD_NODENAME": f"node{rank + 1}"}
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "SLURMD_NODENAME": f"node{rank + 1}",
+    }
 
 
 def slurm_like(rank: int, port: int, *, size: int = 2) -> dict[str, str]:
     """Variables of one of `size` nodes that srun starts a task on each of."""
-    return {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(size),
-            "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": f"node[1-{size}]", "SLURMD_NODENAME": f"node{rank + 1}",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": str(rank),
+        "SLURM_STEP_NUM_TASKS": str(size),
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": f"node[1-{size}]",
+        "SLURMD_NODENAME": f"node{rank + 1}",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 class Node:
@@ -41,7 +55,8 @@ class Node:
         folder.mkdir()
         self.folder = folder
         self.process = multiprocessing.get_context("forkserver").Process(
-            target=_preflight, args=(folder, dict(variables), [str(word) for word in words]))
+            target=_preflight, args=(folder, dict(variables), [str(word) for word in words])
+        )
         self.process.start()
 
     def send(self, number: int) -> None:
@@ -66,7 +81,9 @@ def _preflight(folder: Path, variables: dict[str, str], words: list[str]) -> Non
         if name.startswith(("SLURM", "TRITON")):
             del os.environ[name]
     os.environ.update(variables)
-    sys.path[:0] = filter(None, [variables.get("PYTHONPATH")])  # read at Python's start, which was earlier
+    sys.path[:0] = filter(
+        None, [variables.get("PYTHONPATH")]
+    )  # read at Python's start, which was earlier
     from namr_dist.cli.main import main
 
     sys.exit(main(["preflight", *words]))

@@ -59,15 +59,33 @@ def errors(said: str) -> list[str]:
 
 
 def table_rows(said: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in said.splitlines() if line[:1] == "│"]
+    return [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in said.splitlines()
+        if line[:1] == "│"
+    ]
 
 
 def test_two_good_nodes_pass_and_leave_nothing(shard_set: Manifest, tmp_path: Path) -> None:
     """Started as srun starts them, imports included."""
     port = free_port()
-    command = [sys.executable, "-m", "namr_dist.cli", "preflight", *words(shard_set, tmp_path / "run", *_GENEROUS)]
-    nodes = [subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              env={**ENVIRONMENT, **slurm_like(rank, port)}) for rank in range(2)]
+    command = [
+        sys.executable,
+        "-m",
+        "namr_dist.cli",
+        "preflight",
+        *words(shard_set, tmp_path / "run", *_GENEROUS),
+    ]
+    nodes = [
+        subprocess.Popen(
+            list(map(str, command)),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**ENVIRONMENT, **slurm_like(rank, port)},
+        )
+        for rank in range(2)
+    ]
     (out, said), other = (node.communicate(timeout=240) for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0], said
     assert (out, other) == ("", ("", ""))
@@ -81,9 +99,11 @@ def test_two_good_nodes_pass_and_leave_nothing(shard_set: Manifest, tmp_path: Pa
 
 
 def test_one_node_has_no_bandwidth(shard_set: Manifest, tmp_path: Path) -> None:
-    code, said = Node(tmp_path / "node", {}, *words(shard_set, tmp_path / "runs" / "run", *_GENEROUS)).end()
+    code, said = Node(
+        tmp_path / "node", {}, *words(shard_set, tmp_path / "runs" / "run", *_GENEROUS)
+    ).end()
     assert code == 0 and said.splitlines()[-1].startswith("preflight: 1 node in ")
-    row, = table_rows(said)
+    (row,) = table_rows(said)
     assert row[1:5] == ["ok", "none", "6, 0.0 GiB", "random"] and row[7] == "–"
 
 
@@ -98,23 +118,33 @@ def test_every_difference_is_named_with_its_node(shard_set: Manifest, tmp_path: 
     in_the_way = tmp_path / "run"
     in_the_way.write_text("")
     port = free_port()
-    first = Node(tmp_path / "first", torchrun_like(0, port),
-                 *words(shard_set, tmp_path / "mine", *_GENEROUS, "--set.data.classes_per_batch", 5))
-    second = Node(tmp_path / "second",
-                  {**torchrun_like(1, port), "PYTHONPATH": str(installed.parent), "SLURM_GPUS_ON_NODE": "2"},
-                  *words(there, in_the_way, *_GENEROUS))
+    first = Node(
+        tmp_path / "first",
+        torchrun_like(0, port),
+        *words(shard_set, tmp_path / "mine", *_GENEROUS, "--set.data.classes_per_batch", 5),
+    )
+    second = Node(
+        tmp_path / "second",
+        {**torchrun_like(1, port), "PYTHONPATH": str(installed.parent), "SLURM_GPUS_ON_NODE": "2"},
+        *words(there, in_the_way, *_GENEROUS),
+    )
     (code, said), other = first.end(), second.end()
     assert (code, other) == (2, (2, ""))
-    expected = ["node2: timm is 0.0.7, on node1 ", "node2: its shard set's manifest.json is another than on node1",
-                f"node2: run folder {in_the_way} cannot be written",
-                "node2: Slurm gave 2 GPUs, torch opens 0 of 2 (",
-                "node1: data.classes_per_batch is 5, which 2 ranks cannot share equally"]
+    expected = [
+        "node2: timm is 0.0.7, on node1 ",
+        "node2: its shard set's manifest.json is another than on node1",
+        f"node2: run folder {in_the_way} cannot be written",
+        "node2: Slurm gave 2 GPUs, torch opens 0 of 2 (",
+        "node1: data.classes_per_batch is 5, which 2 ranks cannot share equally",
+    ]
     for text in expected:
         assert sum(line.startswith(text) for line in errors(said)) == 1, said
     assert len(errors(said)) == len(expected)
 
 
-def test_a_shard_that_one_node_lacks_and_a_folder_that_is_not_shared(shard_set: Manifest, tmp_path: Path) -> None:
+def test_a_shard_that_one_node_lacks_and_a_folder_that_is_not_shared(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
     there = copy(shard_set, tmp_path / "copy")
     (there.folder / "test-1.tar").unlink()
     with open(there.folder / "train-0.tar", "ab") as file:
@@ -126,40 +156,66 @@ def test_a_shard_that_one_node_lacks_and_a_folder_that_is_not_shared(shard_set: 
     (code, said), other = first.end(), second.end()
     assert (code, other) == (2, (2, ""))
     shards, folder = errors(said)
-    assert shards.startswith(f"node2: shard {there.folder / 'train-0.tar'} has") and "2 of 6 shards are so" in shards
-    assert folder.startswith(f"node2: a file that the first node wrote into {run.parent} is not seen")
+    assert (
+        shards.startswith(f"node2: shard {there.folder / 'train-0.tar'} has")
+        and "2 of 6 shards are so" in shards
+    )
+    assert folder.startswith(
+        f"node2: a file that the first node wrote into {run.parent} is not seen"
+    )
     for node in (first, second):
         assert {path.name for path in node.folder.iterdir()} == {"stdout", "stderr"}
 
 
 def test_a_mistake_in_the_settings_is_told_once(shard_set: Manifest, tmp_path: Path) -> None:
     port = free_port()
-    nodes = [Node(tmp_path / str(rank), torchrun_like(rank, port),
-                  *words(shard_set, tmp_path / "run", *_GENEROUS, "--set.data.pth", "x")) for rank in range(2)]
+    nodes = [
+        Node(
+            tmp_path / str(rank),
+            torchrun_like(rank, port),
+            *words(shard_set, tmp_path / "run", *_GENEROUS, "--set.data.pth", "x"),
+        )
+        for rank in range(2)
+    ]
     (code, said), other = (node.end() for node in nodes)
     assert (code, other) == (2, (2, ""))
-    line, = errors(said)
+    (line,) = errors(said)
     assert line.startswith("all nodes: Unrecognized options") and "--set.data.pth" in line
 
 
-def test_a_port_that_is_taken_is_named_by_the_first_node(shard_set: Manifest, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_named_by_the_first_node(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        ended = Node(tmp_path / "node", torchrun_like(0, port), *words(shard_set, tmp_path / "run", *_GENEROUS)).end()
-    assert ended == (2, f"namr: error: preflight: port {port} of 127.0.0.1 is taken by another program; set NAMR_PORT "
-                        "to a free port, or leave it unset\n")
+        ended = Node(
+            tmp_path / "node",
+            torchrun_like(0, port),
+            *words(shard_set, tmp_path / "run", *_GENEROUS),
+        ).end()
+    assert ended == (
+        2,
+        f"namr: error: preflight: port {port} of 127.0.0.1 is taken by another program; set NAMR_PORT "
+        "to a free port, or leave it unset\n",
+    )
 
 
 def test_nodes_that_hang_freeze_or_never_come_are_named_with_what_they_did(
-        shard_set: Manifest, tmp_path: Path) -> None:
+    shard_set: Manifest, tmp_path: Path
+) -> None:
     """node2's file system hangs, node3 does the same and then stops as a whole, node4 is not started."""
     sets = [shard_set, hung(shard_set, tmp_path / "hangs"), hung(shard_set, tmp_path / "freezes")]
     port = free_port()
-    first, second, third = (Node(tmp_path / str(rank), slurm_like(rank, port, size=4),
-                                 *words(manifest, tmp_path / "run", "--limit", 14, "--set.data.classes_per_batch", 8))
-                            for rank, manifest in enumerate(sets))
+    first, second, third = (
+        Node(
+            tmp_path / str(rank),
+            slurm_like(rank, port, size=4),
+            *words(manifest, tmp_path / "run", "--limit", 14, "--set.data.classes_per_batch", 8),
+        )
+        for rank, manifest in enumerate(sets)
+    )
     ends = [await_reader(sets[1], second), await_reader(sets[2], third)]
     third.send(signal.SIGSTOP)
     code, said = first.end()
@@ -184,7 +240,9 @@ def test_sigterm_ends_every_wait_and_leaves_no_file(shard_set: Manifest, tmp_pat
     for name, manifest in (("file", there), ("node", shard_set)):
         run = tmp_path / f"runs-{name}" / "run"
         run.parent.mkdir()
-        nodes.append(Node(tmp_path / name, torchrun_like(0, free_port()), *words(manifest, run, *_GENEROUS)))
+        nodes.append(
+            Node(tmp_path / name, torchrun_like(0, free_port()), *words(manifest, run, *_GENEROUS))
+        )
     end = await_reader(there, nodes[0])
     for node in nodes:
         runs = tmp_path / f"runs-{node.folder.name}"
@@ -198,16 +256,27 @@ def test_sigterm_ends_every_wait_and_leaves_no_file(shard_set: Manifest, tmp_pat
 
 def test_the_limit_ends_a_process_whatever_it_does() -> None:
     """Also one that still imports."""
-    code = ("import sys, time; from namr_dist.cluster.deadline import Deadline; Deadline(0.1)\n"
-            "print('torch' in sys.modules); time.sleep(600)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          env={**ENVIRONMENT, "SLURMD_NODENAME": "node1"}, check=False)
+    code = (
+        "import sys, time; from namr_dist.cluster.deadline import Deadline; Deadline(0.1)\n"
+        "print('torch' in sys.modules); time.sleep(600)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**ENVIRONMENT, "SLURMD_NODENAME": "node1"},
+        check=False,
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("namr: error: preflight: node1: not done after 0.1 s, still importing torch: is the ")
+    assert done.stderr.startswith(
+        "namr: error: preflight: node1: not done after 0.1 s, still importing torch: is the "
+    )
 
 
 @pytest.mark.parametrize("limit", [4, 100_000])
 def test_a_limit_that_is_none_is_refused(limit: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preflight", "homeware", "--limit", str(limit)]) == 2
-    assert capsys.readouterr().err == (f"namr: error: --limit is {limit}; set it to at least 5 seconds, and at most "
-                                       "86400\n")
+    assert capsys.readouterr().err == (
+        f"namr: error: --limit is {limit}; set it to at least 5 seconds, and at most 86400\n"
+    )

@@ -7,8 +7,20 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-SUPER_CLASSES = ("bicycle", "cabinet", "chair", "coffee_maker", "fan", "kettle", "lamp", "mug", "sofa", "stapler",
-                 "table", "toaster")
+SUPER_CLASSES = (
+    "bicycle",
+    "cabinet",
+    "chair",
+    "coffee_maker",
+    "fan",
+    "kettle",
+    "lamp",
+    "mug",
+    "sofa",
+    "stapler",
+    "table",
+    "toaster",
+)
 SPLITS = {"train": (59_551, 11_318), "test": (60_502, 11_316)}
 """Images and classes, those of the original."""
 _DISTINCT = 512
@@ -20,7 +32,11 @@ def full_size_sop(folder: Path, *, side: int = 48) -> Path:
     Classes have 2 to 12 images, 5.3 on average. About 20 s, and 600 MB of disk blocks.
     """
     rng = np.random.default_rng(0)
-    smooth = rng.uniform(0, 255, (_DISTINCT, 4, 4, 3)).repeat(side // 4, axis=1).repeat(side // 4, axis=2)
+    smooth = (
+        rng.uniform(0, 255, (_DISTINCT, 4, 4, 3))
+        .repeat(side // 4, axis=1)
+        .repeat(side // 4, axis=2)
+    )
     noisy = np.clip(smooth + rng.normal(0, 10, smooth.shape), 0, 255).astype(np.uint8)
     jpegs = [simplejpeg.encode_jpeg(image, quality=85, colorsubsampling="420") for image in noisy]
     for name in SUPER_CLASSES:
@@ -34,7 +50,9 @@ def full_size_sop(folder: Path, *, side: int = 48) -> Path:
             for view in range(size):
                 image_id += 1
                 path = f"{SUPER_CLASSES[number]}_final/{110_000_000_000 + class_id}_{view}.JPG"
-                (folder / path).write_bytes(_with_comment(jpegs[image_id % _DISTINCT], f"image {image_id}"))
+                (folder / path).write_bytes(
+                    _with_comment(jpegs[image_id % _DISTINCT], f"image {image_id}")
+                )
                 lines.append(f"{image_id} {class_id} {number + 1} {path}")
         (folder / f"Ebay_{split}.txt").write_text("\n".join(lines) + "\n")
     return folder

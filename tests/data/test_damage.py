@@ -50,6 +50,7 @@ def first_tar(manifest: Manifest) -> Path:
 
 # Shards: always an error, for no other image could be trusted either.
 
+
 def cut_off(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -70,17 +71,24 @@ def a_link_to_itself(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", ["stop", "replace"])
-@pytest.mark.parametrize(("spoil", "named"), [
-    (Path.unlink, r"cannot be read \(No such file or directory\); copy it again"),
-    (cut_off, r"has \d+ bytes, its manifest says \d+; copy it again"),
-    (lambda path: path.write_bytes(b""), "has 0 bytes, its manifest says"),
-    (lambda path: path.write_bytes(path.read_bytes() + b"more"), r"has \d+ bytes, its manifest says"),
-    (of_another_set, r"has \d+ bytes, its manifest says"),
-    (a_folder, r"cannot be read \(Is a directory\)"),
-    (a_link_to_itself, r"cannot be read \(Too many levels of symbolic links\)"),
-])
-def test_a_damaged_shard_is_an_error_that_names_it(own_set: Manifest, spoil: Callable[[Path], object], named: str,
-                                                   damaged: str) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (Path.unlink, r"cannot be read \(No such file or directory\); copy it again"),
+        (cut_off, r"has \d+ bytes, its manifest says \d+; copy it again"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes, its manifest says"),
+        (
+            lambda path: path.write_bytes(path.read_bytes() + b"more"),
+            r"has \d+ bytes, its manifest says",
+        ),
+        (of_another_set, r"has \d+ bytes, its manifest says"),
+        (a_folder, r"cannot be read \(Is a directory\)"),
+        (a_link_to_itself, r"cannot be read \(Too many levels of symbolic links\)"),
+    ],
+)
+def test_a_damaged_shard_is_an_error_that_names_it(
+    own_set: Manifest, spoil: Callable[[Path], object], named: str, damaged: str
+) -> None:
     path = first_tar(own_set)
     spoil(path)
     with pytest.raises(InputError, match=rf"^shard {path} {named}"):
@@ -90,6 +98,7 @@ def test_a_damaged_shard_is_an_error_that_names_it(own_set: Manifest, spoil: Cal
 
 
 # Images: bytes in the place of one JPEG, in a shard that is as its manifest says.
+
 
 def jpeg() -> bytes:
     return simplejpeg.encode_jpeg(picture(1, 2), quality=90)
@@ -117,28 +126,40 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_an_unreadable_image_is_an_error_or_replaced_and_named(own_set: Manifest, kind: str) -> None:
+def test_an_unreadable_image_is_an_error_or_replaced_and_named(
+    own_set: Manifest, kind: str
+) -> None:
     built = with_images(own_set, {KEY: UNREADABLE[kind]()})
     named = f"{KEY}.jpg in {first_tar(built)} "
     with pytest.raises(InputError) as caught:
         show(built)
-    assert str(caught.value).startswith(named) and str(caught.value).count("rebuild the shard set") == 1
+    assert (
+        str(caught.value).startswith(named)
+        and str(caught.value).count("rebuild the shard set") == 1
+    )
     batches = show(built, damaged="replace")
     assert [line for batch in batches for line in batch.replaced] == [str(caught.value)]
     index_N = np.concatenate([batch.index_b.numpy() for batch in batches])
-    want_N = np.where(np.arange(CLASSES * IMAGES) == POSITION, POSITION + 1, np.arange(CLASSES * IMAGES))
+    want_N = np.where(
+        np.arange(CLASSES * IMAGES) == POSITION, POSITION + 1, np.arange(CLASSES * IMAGES)
+    )
     assert (index_N == want_N).all()
     assert (np.concatenate([batch.labels_b.numpy() for batch in batches]) == want_N // IMAGES).all()
     shown = np.concatenate([batch.images_bHW3.numpy() for batch in batches])
     assert (shown[POSITION] == shown[POSITION + 1]).all()
 
 
-@pytest.mark.parametrize(("kind", "data"), [
-    ("junk behind the end", lambda: jpeg() + b"junk" * 100),
-    ("grey", lambda: saved(Image.fromarray(picture(1, 2)).convert("L"), "JPEG")),
-    ("four inks", lambda: saved(Image.fromarray(picture(1, 2)).convert("CMYK"), "JPEG")),
-])
-def test_unusual_images_are_shown_as_others_show_them(own_set: Manifest, kind: str, data: Callable[[], bytes]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("junk behind the end", lambda: jpeg() + b"junk" * 100),
+        ("grey", lambda: saved(Image.fromarray(picture(1, 2)).convert("L"), "JPEG")),
+        ("four inks", lambda: saved(Image.fromarray(picture(1, 2)).convert("CMYK"), "JPEG")),
+    ],
+)
+def test_unusual_images_are_shown_as_others_show_them(
+    own_set: Manifest, kind: str, data: Callable[[], bytes]
+) -> None:
     built = with_images(own_set, {KEY: data()})
     shown = np.concatenate([batch.images_bHW3.numpy() for batch in show(built)])[POSITION]
     pillow = np.asarray(Image.open(io.BytesIO(data())).convert("RGB"))
@@ -155,40 +176,73 @@ def test_the_size_of_a_large_image_is_named(width: int, height: int) -> None:
 
 def test_replacements_go_round_the_class_past_other_damaged_ones(own_set: Manifest) -> None:
     built = with_images(own_set, {f"001_{view}": b"x" for view in (1, 4, 5)})
-    (index_b,) = {tuple(batch.index_b.tolist()) for batch in stream(
-        ShardImages(built, built.index("train"), WHOLE, damaged="replace"), [[(6 + view, 0) for view in range(6)]],
-        workers=0)}
+    (index_b,) = {
+        tuple(batch.index_b.tolist())
+        for batch in stream(
+            ShardImages(built, built.index("train"), WHOLE, damaged="replace"),
+            [[(6 + view, 0) for view in range(6)]],
+            workers=0,
+        )
+    }
     assert index_b == (6, 8, 8, 9, 6, 6)
 
 
 def test_a_class_without_any_readable_image_is_an_error(own_set: Manifest) -> None:
     built = with_images(own_set, {f"001_{view}": b"x" for view in range(IMAGES)})
-    with pytest.raises(InputError, match=r"^class 1 \(thing 1\) of .*/shards has no image that can be decoded: 001_0"):
+    with pytest.raises(
+        InputError,
+        match=r"^class 1 \(thing 1\) of .*/shards has no image that can be decoded: 001_0",
+    ):
         show(built, damaged="replace")
 
 
 def test_replacements_do_not_depend_on_the_workers(own_set: Manifest) -> None:
     built = with_images(own_set, {KEY: b"x", "000_5": b"y"})
-    for one, other in zip(show(built, damaged="replace"), show(built, damaged="replace", workers=2), strict=True):
+    for one, other in zip(
+        show(built, damaged="replace"), show(built, damaged="replace", workers=2), strict=True
+    ):
         assert one.replaced == other.replaced
-        assert all((mine == theirs).all() for mine, theirs in zip(one.tensors, other.tensors, strict=True))
+        assert all(
+            (mine == theirs).all() for mine, theirs in zip(one.tensors, other.tensors, strict=True)
+        )
 
 
 # Manifests: refused before anything is read.
+
 
 def first(body: dict) -> dict:
     return body["shards"][0]
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (lambda body: body.update(format="namr-shards/2"), "has format 'namr-shards/2', expected 'namr-shards/1'"),
-    (lambda body: first(body)["lengths"].__setitem__(0, 0), "train-0.tar has an image at byte .* of 0 bytes"),
-    (lambda body: first(body)["offsets"].__setitem__(0, 10**7), "has an image at byte 10000000"),
-    (lambda body: first(body)["keys"].__setitem__(0, "003_0"), "key '003_0' occurs in two shards"),
-    (lambda body: body["classes"][0].update(split="test"), "of split 'train' but holds class 0, which is of 'test'"),
-    (lambda body: first(body)["labels"].__setitem__(0, 77), "holds class 77"),
-])
-def test_a_damaged_manifest_is_refused(own_set: Manifest, change: Callable[[dict], object], named: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda body: body.update(format="namr-shards/2"),
+            "has format 'namr-shards/2', expected 'namr-shards/1'",
+        ),
+        (
+            lambda body: first(body)["lengths"].__setitem__(0, 0),
+            "train-0.tar has an image at byte .* of 0 bytes",
+        ),
+        (
+            lambda body: first(body)["offsets"].__setitem__(0, 10**7),
+            "has an image at byte 10000000",
+        ),
+        (
+            lambda body: first(body)["keys"].__setitem__(0, "003_0"),
+            "key '003_0' occurs in two shards",
+        ),
+        (
+            lambda body: body["classes"][0].update(split="test"),
+            "of split 'train' but holds class 0, which is of 'test'",
+        ),
+        (lambda body: first(body)["labels"].__setitem__(0, 77), "holds class 77"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(
+    own_set: Manifest, change: Callable[[dict], object], named: str
+) -> None:
     edit(own_set, change)
     with pytest.raises(InputError, match=named):
         Manifest.load(own_set.folder)
@@ -197,14 +251,20 @@ def test_a_damaged_manifest_is_refused(own_set: Manifest, change: Callable[[dict
 def test_half_a_manifest_is_refused(own_set: Manifest) -> None:
     path = own_set.folder / "manifest.json"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(InputError, match="manifest.json cannot be read as a manifest.*; rebuild the shard set"):
+    with pytest.raises(
+        InputError, match="manifest.json cannot be read as a manifest.*; rebuild the shard set"
+    ):
         Manifest.load(own_set.folder)
 
 
-def test_the_manifest_of_another_set_does_not_fit_the_shards(own_set: Manifest, tmp_path: Path) -> None:
+def test_the_manifest_of_another_set_does_not_fit_the_shards(
+    own_set: Manifest, tmp_path: Path
+) -> None:
     other = make_shards(tmp_path / "other", classes={"train": CLASSES}, size=32)
     (own_set.folder / "manifest.json").write_bytes((other.folder / "manifest.json").read_bytes())
-    with pytest.raises(InputError, match=r"shard .*train-0.tar has \d+ bytes, its manifest says \d+"):
+    with pytest.raises(
+        InputError, match=r"shard .*train-0.tar has \d+ bytes, its manifest says \d+"
+    ):
         show(Manifest.load(own_set.folder))
 
 
@@ -213,20 +273,25 @@ def test_exchanged_images_are_seen_by_no_reader_of_bytes(own_set: Manifest) -> N
 
     The stream shows what it is told to; that keys and byte ranges go together is for `namr shards verify`.
     """
+
     def exchange(body: dict) -> None:
         for column in (first(body)["offsets"], first(body)["lengths"]):
             column[0], column[POSITION] = column[POSITION], column[0]
 
     right = np.concatenate([batch.images_bHW3.numpy() for batch in show(own_set)])
     edit(own_set, exchange)
-    wrong = np.concatenate([batch.images_bHW3.numpy() for batch in show(Manifest.load(own_set.folder))])
+    wrong = np.concatenate(
+        [batch.images_bHW3.numpy() for batch in show(Manifest.load(own_set.folder))]
+    )
     assert (wrong[0] == right[POSITION]).all() and (wrong[POSITION] == right[0]).all()
 
 
 def test_flipped_bits_that_still_decode_are_seen_by_the_hash(own_set: Manifest) -> None:
     path, shard = first_tar(own_set), own_set.shards[0]
     tar = bytearray(path.read_bytes())
-    for at in range(shard.offsets[POSITION] + 700, shard.offsets[POSITION] + shard.lengths[POSITION] - 2):
+    for at in range(
+        shard.offsets[POSITION] + 700, shard.offsets[POSITION] + shard.lengths[POSITION] - 2
+    ):
         tar[at] ^= 1
         path.write_bytes(tar)
         try:
@@ -240,6 +305,7 @@ def test_flipped_bits_that_still_decode_are_seen_by_the_hash(own_set: Manifest) 
 
 
 # A cache that drops a shard between naming its file and the reader's open.
+
 
 class Forgetful:
     """Has each shard in a folder beside; removes it again after naming it, so many times."""
@@ -257,11 +323,15 @@ class Forgetful:
 
 
 @pytest.mark.parametrize("losses", [1, 2])
-def test_a_shard_dropped_by_its_cache_is_asked_for_once_more(own_set: Manifest, tmp_path: Path, losses: int) -> None:
+def test_a_shard_dropped_by_its_cache_is_asked_for_once_more(
+    own_set: Manifest, tmp_path: Path, losses: int
+) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     source = Forgetful(own_set.folder, cache, losses=losses)
-    images = ShardImages(dataclasses.replace(own_set, folder=cache, source=source), own_set.index("train"), WHOLE)
+    images = ShardImages(
+        dataclasses.replace(own_set, folder=cache, source=source), own_set.index("train"), WHOLE
+    )
     if losses == 1:
         assert images.jpeg(0) == ShardImages(own_set, own_set.index("train"), WHOLE).jpeg(0)
     else:
@@ -271,29 +341,64 @@ def test_a_shard_dropped_by_its_cache_is_asked_for_once_more(own_set: Manifest, 
 
 # A whole run.
 
+
 def entries(run: Path) -> Iterator[dict]:
     return map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
 
 
 @pytest.mark.dist
-def test_a_run_names_each_damaged_image_once_and_counts_those_of_all_ranks(own_shard_set: Manifest,
-                                                                          tmp_path: Path) -> None:
+def test_a_run_names_each_damaged_image_once_and_counts_those_of_all_ranks(
+    own_shard_set: Manifest, tmp_path: Path
+) -> None:
     """Every image of two classes but the last is damaged; the shards' hashes are right."""
-    built = with_images(own_shard_set, {f"00{label}_{view}": flipped_bits() for label in (2, 3) for view in range(5)})
-    done = launch(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-                  "-m", "namr_dist.cli", "train", "homeware_conv4", "--run-dir", tmp_path / "run",
-                  *small_run(built, steps=8), "--set.train.log_every", 2, "--set.train.tensorboard", "False",
-                  "--set.data.damaged_images", "replace")
+    built = with_images(
+        own_shard_set,
+        {f"00{label}_{view}": flipped_bits() for label in (2, 3) for view in range(5)},
+    )
+    done = launch(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "-m",
+        "namr_dist.cli",
+        "train",
+        "homeware_conv4",
+        "--run-dir",
+        tmp_path / "run",
+        *small_run(built, steps=8),
+        "--set.train.log_every",
+        2,
+        "--set.train.tensorboard",
+        "False",
+        "--set.data.damaged_images",
+        "replace",
+    )
     assert done.returncode == 0, done.stderr
     # An epoch has two steps, a line in the log each.
     index, sampling = built.index("train"), Sampling(classes_per_batch=6, images_per_class=3)
     plans = [epoch_plan(index, sampling, seed=0, epoch=epoch).reshape(-1) for epoch in range(4)]
-    planned = [[key for key in (index.keys[position] for position in plan_N)
-                if key[:4] in ("002_", "003_") and key[4] != "5"] for plan_N in plans]
+    planned = [
+        [
+            key
+            for key in (index.keys[position] for position in plan_N)
+            if key[:4] in ("002_", "003_") and key[4] != "5"
+        ]
+        for plan_N in plans
+    ]
     so_far = [sum(planned[: epoch + 1], []) for epoch in range(4)]
-    counts = [(entry["damaged_images"], entry["replacements"]) for entry in entries(tmp_path / "run")
-              if "damaged_images" in entry]
+    counts = [
+        (entry["damaged_images"], entry["replacements"])
+        for entry in entries(tmp_path / "run")
+        if "damaged_images" in entry
+    ]
     assert counts == [(len(set(keys)), len(keys)) for keys in so_far]
-    warned = [line.split(".jpg in ")[0] for line in done.stderr.splitlines() if line.startswith("WARNING: ")]
+    warned = [
+        line.split(".jpg in ")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("WARNING: ")
+    ]
     assert sorted(warned) == sorted(f"WARNING: {key}" for key in set(so_far[-1]))
     assert f"damaged   {counts[-1][0]} images, replaced {counts[-1][1]} times" in done.stderr

@@ -53,8 +53,15 @@ def test_every_product_is_attributed() -> None:
             entry = manifest.class_by_label[int(label)]
             assert (row["name"], row["category"]) == (entry.name, entry.category)
     assert len(rows) == 820
-    assert all(row["creator"].strip() and row["licence_url"].startswith("https://") for row in rows.values())
-    assert set(Counter(row["licence"] for row in rows.values())) == {"CC0-1.0", "CC-BY-3.0", "CC-BY-3.0-US"}
+    assert all(
+        row["creator"].strip() and row["licence_url"].startswith("https://")
+        for row in rows.values()
+    )
+    assert set(Counter(row["licence"] for row in rows.values())) == {
+        "CC0-1.0",
+        "CC-BY-3.0",
+        "CC-BY-3.0-US",
+    }
 
 
 def test_pictures_show_something() -> None:

@@ -56,12 +56,22 @@ def until(condition: Callable[[], bool]) -> None:
 
 # What comes of it.
 
+
 @pytest.mark.parametrize("location", ["folder", "file", "http", "pipe"])
-def test_the_staged_set_is_the_set_from_wherever_it_comes(server: BadServer, shard_set: Manifest, tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str], location: str) -> None:
+def test_the_staged_set_is_the_set_from_wherever_it_comes(
+    server: BadServer,
+    shard_set: Manifest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    location: str,
+) -> None:
     server.faults[shard_set.shards[0].file] = [drop(20_000), flip(30_000)]
-    words = {"folder": str(shard_set.folder), "file": f"file://{shard_set.folder}", "http": server.url,
-             "pipe": f"pipe:cat {shard_set.folder}/{{}}"}
+    words = {
+        "folder": str(shard_set.folder),
+        "file": f"file://{shard_set.folder}",
+        "http": server.url,
+        "pipe": f"pipe:cat {shard_set.folder}/{{}}",
+    }
     assert main(["shards", "stage", words[location], str(tmp_path / "to")]) == 0
     printed = capsys.readouterr()
     assert printed.out.endswith("\n") and len(printed.out.splitlines()) == 1
@@ -69,8 +79,11 @@ def test_the_staged_set_is_the_set_from_wherever_it_comes(server: BadServer, sha
     digest = hashlib.sha256((shard_set.folder / "manifest.json").read_bytes()).hexdigest()
     assert folder == tmp_path / "to" / f"synthetic-{digest[:12]}"
     size = sum(shard.bytes for shard in shard_set.shards) / 2**20
-    assert re.search(rf"^staged 132 images, {size:.1f} MiB, in \d+.\d s; 0 of 6 shards were there already$",
-                     printed.err, re.MULTILINE)
+    assert re.search(
+        rf"^staged 132 images, {size:.1f} MiB, in \d+.\d s; 0 of 6 shards were there already$",
+        printed.err,
+        re.MULTILINE,
+    )
     assert files(folder) == files(shard_set.folder)
     staged = Manifest.load(folder)
     assert dataclasses.replace(staged, folder=shard_set.folder) == shard_set
@@ -82,7 +95,13 @@ def test_the_staged_set_is_the_set_from_wherever_it_comes(server: BadServer, sha
 def test_some_splits_alone_and_the_others_later(shard_set: Manifest, tmp_path: Path) -> None:
     some = stage(str(shard_set.folder), tmp_path, ["train", "test"])
     assert (some.images, some.shards, some.were_there) == (72 + 36, 4, 0)
-    assert set(files(some.folder)) == {"manifest.json", "train-0.tar", "train-1.tar", "test-0.tar", "test-1.tar"}
+    assert set(files(some.folder)) == {
+        "manifest.json",
+        "train-0.tar",
+        "train-1.tar",
+        "test-0.tar",
+        "test-1.tar",
+    }
     assert verify_shards(Manifest.load(some.folder), ("train", "test")) == 108
     every = stage(str(shard_set.folder), tmp_path)
     assert (every.folder, every.shards, every.were_there) == (some.folder, 6, 4)
@@ -102,12 +121,17 @@ def test_versions_of_a_set_lie_side_by_side(own_shard_set: Manifest, tmp_path: P
 def test_a_name_leads_nowhere_else(own_shard_set: Manifest, tmp_path: Path) -> None:
     dataclasses.replace(own_shard_set, name="../../a set\n" + "é" * 300).save()
     folder = stage(str(own_shard_set.folder), tmp_path / "to").folder
-    assert folder.parent == tmp_path / "to" and re.fullmatch(r"\.\._\.\._a_set__{48}-[0-9a-f]{12}", folder.name)
+    assert folder.parent == tmp_path / "to" and re.fullmatch(
+        r"\.\._\.\._a_set__{48}-[0-9a-f]{12}", folder.name
+    )
 
 
 # What was there before.
 
-def test_what_is_whole_stays_and_what_is_damaged_is_copied_again(shard_set: Manifest, tmp_path: Path) -> None:
+
+def test_what_is_whole_stays_and_what_is_damaged_is_copied_again(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
     folder = stage(str(shard_set.folder), tmp_path).folder
     rotten, short, gone, *good = (folder / shard.file for shard in shard_set.shards)
     before = [path.stat() for path in good]
@@ -115,9 +139,13 @@ def test_what_is_whole_stays_and_what_is_damaged_is_copied_again(shard_set: Mani
     os.truncate(short, 1000)
     gone.unlink()
     again = stage(str(shard_set.folder), tmp_path)
-    assert (again.folder, again.were_there) == (folder, 3) and files(folder) == files(shard_set.folder)
+    assert (again.folder, again.were_there) == (folder, 3) and files(folder) == files(
+        shard_set.folder
+    )
     after = [path.stat() for path in good]
-    assert [(file.st_ino, file.st_mtime_ns) for file in after] == [(file.st_ino, file.st_mtime_ns) for file in before]
+    assert [(file.st_ino, file.st_mtime_ns) for file in after] == [
+        (file.st_ino, file.st_mtime_ns) for file in before
+    ]
 
 
 def test_a_copy_goes_on_where_it_broke_off(own_shard_set: Manifest, tmp_path: Path) -> None:
@@ -131,9 +159,12 @@ def test_a_copy_goes_on_where_it_broke_off(own_shard_set: Manifest, tmp_path: Pa
     assert (folder / shard.file).read_bytes() == whole
 
 
-@pytest.mark.parametrize("left", [bytes(30_000), bytes(184_320), bytes(200_000)], ids=["short", "full", "long"])
-def test_an_unfinished_copy_that_a_crash_has_left_damaged_is_begun_anew(shard_set: Manifest, tmp_path: Path,
-                                                                        left: bytes) -> None:
+@pytest.mark.parametrize(
+    "left", [bytes(30_000), bytes(184_320), bytes(200_000)], ids=["short", "full", "long"]
+)
+def test_an_unfinished_copy_that_a_crash_has_left_damaged_is_begun_anew(
+    shard_set: Manifest, tmp_path: Path, left: bytes
+) -> None:
     assert shard_set.shards[0].bytes == 184_320
     folder = stage(str(shard_set.folder), tmp_path, ["val"]).folder
     (folder / ".train-0.tar.part").write_bytes(left)
@@ -143,7 +174,10 @@ def test_an_unfinished_copy_that_a_crash_has_left_damaged_is_begun_anew(shard_se
 
 # Several processes, and kills.
 
-def test_killed_again_and_again_it_gets_done_and_is_never_half_a_set(shard_set: Manifest, tmp_path: Path) -> None:
+
+def test_killed_again_and_again_it_gets_done_and_is_never_half_a_set(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
     for attempt in count():
         process = FORK.Process(target=stage, args=(str(shard_set.folder), tmp_path))
         process.start()
@@ -156,15 +190,22 @@ def test_killed_again_and_again_it_gets_done_and_is_never_half_a_set(shard_set: 
             break
         assert process.exitcode == -signal.SIGKILL
     (folder,) = tmp_path.iterdir()
-    left = {name for name in files(folder) if name.startswith(".manifest.json.")}  # of a kill as it was written
-    assert {name: body for name, body in files(folder).items() if name not in left} == files(shard_set.folder)
+    left = {
+        name for name in files(folder) if name.startswith(".manifest.json.")
+    }  # of a kill as it was written
+    assert {name: body for name, body in files(folder).items() if name not in left} == files(
+        shard_set.folder
+    )
 
 
-def test_after_a_kill_in_the_midst_the_one_that_waits_goes_on(server: BadServer, shard_set: Manifest, tmp_path: Path,
-                                                              capfd: pytest.CaptureFixture[str]) -> None:
+def test_after_a_kill_in_the_midst_the_one_that_waits_goes_on(
+    server: BadServer, shard_set: Manifest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     shard, to = shard_set.shards[0], tmp_path / "to"
     server.faults[shard.file] = [stall(40_000)]
-    first, second = (FORK.Process(target=stage, args=(server.url, to), daemon=True) for _ in range(2))
+    first, second = (
+        FORK.Process(target=stage, args=(server.url, to), daemon=True) for _ in range(2)
+    )
     first.start()
     until(lambda: any(part.stat().st_size == 40_000 for part in to.glob(f"*/.{shard.file}.part")))
     second.start()
@@ -176,7 +217,9 @@ def test_after_a_kill_in_the_midst_the_one_that_waits_goes_on(server: BadServer,
     assert server.starts(shard.file) == [0, 40_000]
 
 
-def test_of_several_at_once_one_copies(server: BadServer, shard_set: Manifest, tmp_path: Path) -> None:
+def test_of_several_at_once_one_copies(
+    server: BadServer, shard_set: Manifest, tmp_path: Path
+) -> None:
     for shard in shard_set.shards:
         server.faults[shard.file] = [late(0.1)]
     processes = [FORK.Process(target=stage, args=(server.url, tmp_path / "to")) for _ in range(4)]
@@ -192,17 +235,34 @@ def test_of_several_at_once_one_copies(server: BadServer, shard_set: Manifest, t
 
 # What cannot be staged.
 
-@pytest.mark.parametrize(("damage", "said"), [
-    (lambda path: path.unlink(), "it is not there; copy it there or rebuild the shard set$"),
-    (lambda path: os.truncate(path, 5000), r"2 tries, the last said: it has 5000 bytes there, its manifest says \d+;"),
-    (lambda path: change_a_bit(path, 30_000), "2 tries, the last said: it has sha256 [0-9a-f]{12}…, its manifest says "
-                                              "[0-9a-f]{12}…; check the file there or rebuild the shard set; staging"),
-    (lambda path: (path.unlink(), path.mkdir()), "Is a directory; make it a file that can be read$"),
-    (lambda path: (path.unlink(), path.symlink_to("/proc/self/mem")),
-     "2 tries, the last said: (Invalid argument|Input/output error); check the file there"),
-], ids=["missing", "short", "changed", "folder", "unreadable"])
-def test_a_source_that_is_damaged_is_named_and_leaves_no_set(own_shard_set: Manifest, tmp_path: Path, damage: Callable,
-                                                             said: str) -> None:
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "it is not there; copy it there or rebuild the shard set$"),
+        (
+            lambda path: os.truncate(path, 5000),
+            r"2 tries, the last said: it has 5000 bytes there, its manifest says \d+;",
+        ),
+        (
+            lambda path: change_a_bit(path, 30_000),
+            "2 tries, the last said: it has sha256 [0-9a-f]{12}…, its manifest says "
+            "[0-9a-f]{12}…; check the file there or rebuild the shard set; staging",
+        ),
+        (
+            lambda path: (path.unlink(), path.mkdir()),
+            "Is a directory; make it a file that can be read$",
+        ),
+        (
+            lambda path: (path.unlink(), path.symlink_to("/proc/self/mem")),
+            "2 tries, the last said: (Invalid argument|Input/output error); check the file there",
+        ),
+    ],
+    ids=["missing", "short", "changed", "folder", "unreadable"],
+)
+def test_a_source_that_is_damaged_is_named_and_leaves_no_set(
+    own_shard_set: Manifest, tmp_path: Path, damage: Callable, said: str
+) -> None:
     path = own_shard_set.folder / "val-0.tar"
     whole = path.read_bytes()
     damage(path)
@@ -219,15 +279,22 @@ def test_a_source_that_is_damaged_is_named_and_leaves_no_set(own_shard_set: Mani
 
 
 @pytest.mark.parametrize("inside", [".", "to", "to/deeper"])
-def test_nothing_is_staged_into_the_set_itself(own_shard_set: Manifest, tmp_path: Path, inside: str) -> None:
+def test_nothing_is_staged_into_the_set_itself(
+    own_shard_set: Manifest, tmp_path: Path, inside: str
+) -> None:
     before = files(own_shard_set.folder)
     (tmp_path / "link").symlink_to(own_shard_set.folder)
-    with pytest.raises(InputError, match=r"is the shard set's own folder or lies in it; give a folder on this machine"):
+    with pytest.raises(
+        InputError,
+        match=r"is the shard set's own folder or lies in it; give a folder on this machine",
+    ):
         stage(str(own_shard_set.folder), tmp_path / "link" / inside)
     assert files(own_shard_set.folder) == before
 
 
-def test_too_small_a_disk_is_told_before_the_first_byte(shard_set: Manifest, tmp_path: Path) -> None:
+def test_too_small_a_disk_is_told_before_the_first_byte(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
     """In a mount namespace of its own, the folder is a disk of 0.5 MiB; the set has 0.64, two splits of it 0.46."""
     program = f"""
 import os
@@ -236,22 +303,42 @@ words = ["shards", "stage", {str(shard_set.folder)!r}, {str(tmp_path)!r}]
 print(main(words), [files for _, _, files in os.walk(words[-1])][1:], flush=True)
 main([*words, "--splits", "train", "val"])
 """
-    done = launch("unshare", "--mount", "--map-root-user", "sh", "-c",
-                  'mount -t tmpfs -o size=512k tmpfs "$2" && exec "$0" -c "$1"', sys.executable, program, tmp_path)
+    done = launch(
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=512k tmpfs "$2" && exec "$0" -c "$1"',
+        sys.executable,
+        program,
+        tmp_path,
+    )
     refused, staged = done.stderr.splitlines()
-    assert re.fullmatch(rf"namr: error: {tmp_path}/synthetic-\w+ needs 0.6 MiB more and its disk has 0.5 MiB free; "
-                        "free some space, or stage into a folder on a larger disk", refused)
+    assert re.fullmatch(
+        rf"namr: error: {tmp_path}/synthetic-\w+ needs 0.6 MiB more and its disk has 0.5 MiB free; "
+        "free some space, or stage into a folder on a larger disk",
+        refused,
+    )
     assert done.stdout.splitlines()[0] == "2 [['.lock']]"
     assert staged.startswith("staged 96 images")
 
 
-def test_a_disk_that_fills_up_and_a_folder_that_is_none_are_one_clear_line(shard_set: Manifest, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_and_a_folder_that_is_none_are_one_clear_line(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
     folder = stage(str(shard_set.folder), tmp_path, ["val"]).folder
     # Writing to this device fails as on a full disk.
     (folder / ".train-0.tar.part").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=rf"^{folder} is full \({os.strerror(errno.ENOSPC)}\); free some space, or"):
+    with pytest.raises(
+        InputError, match=rf"^{folder} is full \({os.strerror(errno.ENOSPC)}\); free some space, or"
+    ):
         stage(str(shard_set.folder), tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"/file/synthetic-\w+ cannot be used \(Not a directory\); stage into"):
+    with pytest.raises(
+        InputError, match=r"/file/synthetic-\w+ cannot be used \(Not a directory\); stage into"
+    ):
         stage(str(shard_set.folder), tmp_path / "file")
-    assert not any(shard_problems(folder / "val-0.tar", shard_set.shards_of("val")[0], decode=False))
+    assert not any(
+        shard_problems(folder / "val-0.tar", shard_set.shards_of("val")[0], decode=False)
+    )

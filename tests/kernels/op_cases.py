@@ -70,8 +70,15 @@ class Batch:
 FLOATING = ("z", "s", "x", "proxies", "beta")
 
 
-def batch(B: int, D: int, *, seed: int = 0, z: Tensor | None = None, labels: Tensor | None = None,
-          classes: int = CLASSES) -> Batch:
+def batch(
+    B: int,
+    D: int,
+    *,
+    seed: int = 0,
+    z: Tensor | None = None,
+    labels: Tensor | None = None,
+    classes: int = CLASSES,
+) -> Batch:
     """Random rows about a mean that is not 0, labels in no order; z and labels may be given."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(B, D, generator=generator, dtype=torch.float64)
@@ -93,7 +100,9 @@ class Op:
 
     def value_and_gradients(self, ops: ModuleType, given: Batch) -> tuple[Tensor, list[Tensor]]:
         value = self.call(ops, given)
-        return value.detach(), list(torch.autograd.grad(value, [getattr(given, name) for name in self.by]))
+        return value.detach(), list(
+            torch.autograd.grad(value, [getattr(given, name) for name in self.by])
+        )
 
 
 OPS = {
@@ -157,11 +166,18 @@ def through_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def there_and_back(*arguments: Any, **options: Any) -> Any:
-        copies: dict[int, Tensor] = {}  # one for each tensor: functions ask whether two arguments are the same
-        given = tree_map_only(Tensor, lambda tensor: copies.setdefault(id(tensor), _copied(tensor)),
-                              (arguments, options))
+        copies: dict[
+            int, Tensor
+        ] = {}  # one for each tensor: functions ask whether two arguments are the same
+        given = tree_map_only(
+            Tensor,
+            lambda tensor: copies.setdefault(id(tensor), _copied(tensor)),
+            (arguments, options),
+        )
         results = function(*given[0], **given[1])
-        return tree_map_only(Tensor, lambda tensor: tensor.cpu() if tensor.is_cuda else tensor, results)
+        return tree_map_only(
+            Tensor, lambda tensor: tensor.cpu() if tensor.is_cuda else tensor, results
+        )
 
     return there_and_back
 
@@ -171,7 +187,9 @@ def _copied(tensor: Tensor) -> Tensor:
     if tensor.device != CPU:
         return tensor
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return storage.to(KERNEL_DEVICE).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return storage.to(KERNEL_DEVICE).as_strided(
+        tensor.shape, tensor.stride(), tensor.storage_offset()
+    )
 
 
 def worst(got: Tensor, want: Tensor) -> float:

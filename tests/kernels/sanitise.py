@@ -34,9 +34,14 @@ def main() -> int:
     finite = True
     for B, D, dtype in CASES if COMPILED else CASES[:1]:
         for name, op in OPS.items():
-            loss, gradients = op.value_and_gradients(kernels, batch(B, D).leaves(dtype, KERNEL_DEVICE))
+            loss, gradients = op.value_and_gradients(
+                kernels, batch(B, D).leaves(dtype, KERNEL_DEVICE)
+            )
             good = all(bool(value.isfinite().all()) for value in (loss, *gradients))
-            print(f"{name}, {B} × {D}, {dtype}: loss {float(loss):.4f}{'' if good else ', not finite'}", flush=True)
+            print(
+                f"{name}, {B} × {D}, {dtype}: loss {float(loss):.4f}{'' if good else ', not finite'}",
+                flush=True,
+            )
             finite = finite and good
     return 0 if finite else 1
 

@@ -21,7 +21,11 @@ def aot(*arguments: str, env: dict[str, str] = COMPILED) -> subprocess.Completed
 
 
 def script(text: str) -> subprocess.CompletedProcess[str]:
-    return python("-c", "from namr_dist.kernels import aot\nfrom namr_dist.kernels.gpu import configs, tune\n" + text)
+    return python(
+        "-c",
+        "from namr_dist.kernels import aot\nfrom namr_dist.kernels.gpu import configs, tune\n"
+        + text,
+    )
 
 
 def test_every_primitive_has_a_case() -> None:
@@ -97,7 +101,12 @@ def test_refuses_the_interpreter_and_unknown_names():
     assert done.returncode == 2
     assert "TRITON_INTERPRET is set" in done.stderr
     assert aot("--arch", "75").returncode == 2
-    assert aot("--arch", "90", "--dtype", "float16", "--width", "128", "--kernel", "nonsense").returncode == 2
+    assert (
+        aot(
+            "--arch", "90", "--dtype", "float16", "--width", "128", "--kernel", "nonsense"
+        ).returncode
+        == 2
+    )
 
 
 def test_arguments_are_specialised_as_at_run_time():

@@ -26,8 +26,13 @@ _PROVIDERS = ["ours", "eager", "naive", "pml", "matmul"]
 
 def _bench(*words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-m", "namr_dist.kernels.bench", *words], env=environment, text=True,
-                          capture_output=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "namr_dist.kernels.bench", *words],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 def _case(loss: str, *, rows: int = 32, width: int = 16, dtype: str = "float32") -> Case:
@@ -48,8 +53,13 @@ def test_one_row_for_every_loss_provider_and_pass(measured) -> None:
     path, printed, progress = measured
     rows = table.read(path)
     assert path.read_text().splitlines()[0] == ",".join(table.COLUMNS)
-    wanted = {(loss, provider, part) for loss in LOSSES for provider in ("ours", "eager", "naive", "pml")
-              for part in PASSES if (provider, loss) != ("pml", "multi-cluster-ranking")}
+    wanted = {
+        (loss, provider, part)
+        for loss in LOSSES
+        for provider in ("ours", "eager", "naive", "pml")
+        for part in PASSES
+        if (provider, loss) != ("pml", "multi-cluster-ranking")
+    }
     wanted |= {(loss, "matmul", "forward") for loss in LOSSES}
     keys = [(row["loss"], row["provider"], row["pass"]) for row in rows]
     assert set(keys) == wanted and len(keys) == len(wanted) == 7 * 13 - 3
@@ -63,22 +73,32 @@ def test_figures_hang_together(measured) -> None:
     median = {(row["loss"], row["provider"], row["pass"]): float(row["median_ms"]) for row in rows}
     for row in rows:
         loss, provider, part = row["loss"], row["provider"], row["pass"]
-        assert row["samples"] == "2" and (row["B"], row["D"], row["dtype"]) == ("32", "16", "float32")
+        assert row["samples"] == "2" and (row["B"], row["D"], row["dtype"]) == (
+            "32",
+            "16",
+            "float32",
+        )
         assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert float(row["matmul_ms"]) == median[loss, "matmul", "forward"]
         if part == "backward":
             assert row["ratio_to_ours"] == ""  # ours has done that work in its forward pass
             assert row["note"].startswith("in forward") == (provider == "ours")
         else:
-            assert float(row["ratio_to_ours"]) == median[loss, provider, part] / median[loss, "ours", part]
+            assert (
+                float(row["ratio_to_ours"])
+                == median[loss, provider, part] / median[loss, "ours", part]
+            )
         assert (row["peak_extra_mib"] != "") == (part == "forward+backward")
         if provider == "matmul":
             continue
         # 2 FLOPs a product in the witness; the rest of the count is the loss's.
-        products = {"multi-cluster-ranking": 14, "multi-similarity": 6, "proxy-anchor": 6 / 4}.get(loss, 2)
+        products = {"multi-cluster-ranking": 14, "multi-similarity": 6, "proxy-anchor": 6 / 4}.get(
+            loss, 2
+        )
         if part == "forward+backward":
-            assert float(row["floor_share"]) == pytest.approx(products / 2 * float(row["matmul_ms"])
-                                                              / median[loss, provider, part])
+            assert float(row["floor_share"]) == pytest.approx(
+                products / 2 * float(row["matmul_ms"]) / median[loss, provider, part]
+            )
 
 
 @pytest.mark.slow
@@ -89,7 +109,9 @@ def test_all_agree_that_can(measured) -> None:
         if provider == "matmul":
             assert row["agrees"] == "witness"
         elif provider != "ours" and (sampled or (provider, loss) == ("pml", "triplet-semihard")):
-            assert row["agrees"] == "differs by definition" and row["loss_error"] == "" and row["note"]
+            assert (
+                row["agrees"] == "differs by definition" and row["loss_error"] == "" and row["note"]
+            )
         else:
             assert row["agrees"] == "yes", row
             assert float(row["loss_error"]) < 1e-5 and float(row["gradient_error"]) < 1e-4
@@ -109,7 +131,10 @@ def test_gate_on_all_rows_where_there_are_more_than_512(monkeypatch: pytest.Monk
     case = _case("multi-similarity")
     batch = make_batch(case)
     against = gate.yardsticks(case, batch)
-    assert [(yardstick.name, yardstick.rows) for yardstick in against] == [("reference", 16), ("eager float64", 32)]
+    assert [(yardstick.name, yardstick.rows) for yardstick in against] == [
+        ("reference", 16),
+        ("eager float64", 32),
+    ]
 
     def right_on_few_rows(labels_B, x_BD):
         return eager.multi_similarity(labels_B, x_BD) * (1 if len(labels_B) == 16 else 1.001)
@@ -124,27 +149,41 @@ def test_gate_on_all_rows_of_a_loss_that_draws(monkeypatch: pytest.MonkeyPatch) 
     case = _case("margin", rows=64)
     batch = make_batch(case)
     against = gate.yardsticks(case, batch)
-    assert [(yardstick.name, yardstick.rows) for yardstick in against] == [("reference", 16), ("blocked float64", 64)]
+    assert [(yardstick.name, yardstick.rows) for yardstick in against] == [
+        ("reference", 16),
+        ("blocked float64", 64),
+    ]
     assert gate.judge(providers.OURS["margin"], case, batch, against).agrees
     # Other draws are another loss.
     assert not gate.judge(eager.FORMS["margin"], case, batch, against).agrees
 
 
-def test_compiled_form_is_judged_at_the_size_it_is_timed_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_form_is_judged_at_the_size_it_is_timed_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(gate, "GATE_ROWS", 16)
     monkeypatch.setattr("namr_dist.kernels.bench.run.peak_extra_mib", lambda *_: 1.0)
     monkeypatch.setitem(providers._FINDERS, "compile", eager.FORMS.__getitem__)
-    rows, _ = measure_case(_case("triplet-hardest"), ["eager", "compile"], passes=["forward+backward"], samples=1)
+    rows, _ = measure_case(
+        _case("triplet-hardest"), ["eager", "compile"], passes=["forward+backward"], samples=1
+    )
     assert {row["provider"]: row["gate"] for row in rows} == {
-        "eager": "reference B 16 + eager float64 B 32", "compile": "eager float64 B 32"}
+        "eager": "reference B 16 + eager float64 B 32",
+        "compile": "eager float64 B 32",
+    }
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda labels_B, z_BD: 1.0001 * eager.triplet_hardest(labels_B, z_BD),
-    # The value is right, the gradient is not.
-    lambda labels_B, z_BD: eager.triplet_hardest(labels_B, z_BD) + 0.001 * (z_BD - z_BD.detach()).sum(),
-    lambda labels_B, z_BD: math.nan * eager.triplet_hardest(labels_B, z_BD),
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda labels_B, z_BD: 1.0001 * eager.triplet_hardest(labels_B, z_BD),
+        # The value is right, the gradient is not.
+        lambda labels_B, z_BD: (
+            eager.triplet_hardest(labels_B, z_BD) + 0.001 * (z_BD - z_BD.detach()).sum()
+        ),
+        lambda labels_B, z_BD: math.nan * eager.triplet_hardest(labels_B, z_BD),
+    ],
+)
 def test_wrong_provider_is_caught(wrong, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(eager.FORMS, "triplet-hardest", wrong)
     monkeypatch.setattr("namr_dist.kernels.bench.run.peak_extra_mib", lambda *_: 1.0)
@@ -157,7 +196,9 @@ def test_wrong_provider_is_caught(wrong, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_when_ours_is_wrong_nobody_has_a_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(providers.OURS, "triplet-hardest", lambda labels, z: 2 * eager.triplet_hardest(labels, z))
+    monkeypatch.setitem(
+        providers.OURS, "triplet-hardest", lambda labels, z: 2 * eager.triplet_hardest(labels, z)
+    )
     monkeypatch.setattr("namr_dist.kernels.bench.run.peak_extra_mib", lambda *_: 1.0)
     rows, _ = measure_case(_case("triplet-hardest"), ["ours", "eager", "matmul"], samples=2)
     assert [row["ratio_to_ours"] for row in rows] == [None] * 7
@@ -176,16 +217,23 @@ def test_broken_provider_is_told_and_stops_nobody(monkeypatch: pytest.MonkeyPatc
     assert sum(row["samples"] == 2 for row in rows) == 3 and "no such kernel" in remarks[0]
 
 
-def test_a_loss_without_other_forms_is_measured_alone_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_without_other_forms_is_measured_alone_and_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for forms in (eager.FORMS, naive.FORMS, library.forms()):
         monkeypatch.delitem(forms, "triplet-hardest")
     monkeypatch.setattr(gate, "GATE_ROWS", 16)
     monkeypatch.setattr("namr_dist.kernels.bench.run.peak_extra_mib", lambda *_: 1.0)
-    rows, remarks = measure_case(_case("triplet-hardest"), ["ours", "eager", "compile", "naive", "pml", "matmul"],
-                                 samples=2)
-    assert remarks == [*(f"without {name} (no such form of this loss is written)"
-                         for name in ("eager", "compile", "naive")),
-                       "without pml (pytorch-metric-learning has no such loss)"]
+    rows, remarks = measure_case(
+        _case("triplet-hardest"), ["ours", "eager", "compile", "naive", "pml", "matmul"], samples=2
+    )
+    assert remarks == [
+        *(
+            f"without {name} (no such form of this loss is written)"
+            for name in ("eager", "compile", "naive")
+        ),
+        "without pml (pytorch-metric-learning has no such loss)",
+    ]
     assert {row["provider"] for row in rows} == {"ours", "matmul"}
     assert rows[0]["agrees"] == "yes" and rows[0]["gate"] == "reference B 16 + blocked float64 B 32"
 
@@ -194,7 +242,10 @@ def test_few_rows_beside_near_ties_may_stand_apart_many_may_not() -> None:
     want_BD = torch.ones(100, 4, dtype=torch.float64)
     got_BD = want_BD.clone()
     got_BD[[3, 50]] += 1
-    assert (~gate._keep(got_BD, want_BD, bound=1e-4, spare=2)).nonzero().flatten().tolist() == [3, 50]
+    assert (~gate._keep(got_BD, want_BD, bound=1e-4, spare=2)).nonzero().flatten().tolist() == [
+        3,
+        50,
+    ]
     assert gate._keep(got_BD, want_BD, bound=1e-4, spare=1).all()
     got_BD[7] = math.nan
     assert gate._keep(got_BD, want_BD, bound=1e-4, spare=3).all()
@@ -207,23 +258,36 @@ def test_passes_are_turned_and_counted() -> None:
         def loss(labels_B, z_BD):
             called.append(name + ("" if torch.is_grad_enabled() else "'"))
             return z_BD.sum()
+
         return loss
 
     batch = make_batch(_case("triplet-hardest", rows=8))
     watch = measure.Stopwatch(torch.device("cpu"))
-    timed = measure.interleave({"a": form("a"), "b": form("b")}, form("w"), batch, watch, rounds=3,
-                               shares={"a": 3, "b": 3})
+    timed = measure.interleave(
+        {"a": form("a"), "b": form("b")}, form("w"), batch, watch, rounds=3, shares={"a": 3, "b": 3}
+    )
     # Each provider: forward without gradients, forward before backward, forward and backward.
     assert " ".join(called) == "a' a a b' b b w' b' b b w' a' a a w' a' a a b' b b"
-    assert {key: len(values) for key, values in timed.timings.items()} == {(n, p): 3 for n in "ab" for p in PASSES}
+    assert {key: len(values) for key, values in timed.timings.items()} == {
+        (n, p): 3 for n in "ab" for p in PASSES
+    }
     assert len(timed.witnessed) == 3 and all(leaf.grad is None for leaf in batch.leaves)
     called.clear()
-    timed = measure.interleave({"a": form("a"), "b": form("b")}, form("w"), batch, watch, rounds=4,
-                               shares={"a": 4, "b": 2}, passes=["forward+backward"])
+    timed = measure.interleave(
+        {"a": form("a"), "b": form("b")},
+        form("w"),
+        batch,
+        watch,
+        rounds=4,
+        shares={"a": 4, "b": 2},
+        passes=["forward+backward"],
+    )
     # Fewer rounds are spread over all of them.
     assert " ".join(called) == "a w' b w' a w' a a b w'"
     assert {key: len(values) for key, values in timed.timings.items()} == {
-        ("a", "forward+backward"): 4, ("b", "forward+backward"): 2}
+        ("a", "forward+backward"): 4,
+        ("b", "forward+backward"): 2,
+    }
 
 
 def test_one_that_breaks_in_the_rounds_falls_out_alone() -> None:
@@ -237,9 +301,15 @@ def test_one_that_breaks_in_the_rounds_falls_out_alone() -> None:
         return z_BD.sum()
 
     batch = make_batch(_case("triplet-hardest", rows=8))
-    timed = measure.interleave({"a": lambda labels_B, z_BD: z_BD.sum(), "b": breaks}, lambda labels_B, z_BD: z_BD.sum(),
-                               batch, measure.Stopwatch(torch.device("cpu")), rounds=5, shares={"a": 5, "b": 5},
-                               passes=["forward+backward"])
+    timed = measure.interleave(
+        {"a": lambda labels_B, z_BD: z_BD.sum(), "b": breaks},
+        lambda labels_B, z_BD: z_BD.sum(),
+        batch,
+        measure.Stopwatch(torch.device("cpu")),
+        rounds=5,
+        shares={"a": 5, "b": 5},
+        passes=["forward+backward"],
+    )
     assert called == 3 and timed.failures == {"b": "OutOfMemoryError: full"}
     assert set(timed.timings) == {("a", "forward+backward")} and len(timed.witnessed) == 5
 
@@ -250,14 +320,27 @@ def test_rounds_that_a_slow_provider_can_afford() -> None:
     assert measure.affordable(60_000, passes=3, rounds=30, budget_s=10) == 1
 
 
-def test_slow_provider_is_measured_in_fewer_rounds_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_provider_is_measured_in_fewer_rounds_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("namr_dist.kernels.bench.run.peak_extra_mib", lambda *_: 1.0)
-    monkeypatch.setitem(eager.FORMS, "triplet-hardest", lambda labels, z: (time.sleep(0.2), z.sum() * 0)[1])
-    rows, _ = measure_case(_case("triplet-hardest"), ["ours", "eager", "matmul"], passes=["forward+backward"],
-                           samples=4, budget_s=0.5)
+    monkeypatch.setitem(
+        eager.FORMS, "triplet-hardest", lambda labels, z: (time.sleep(0.2), z.sum() * 0)[1]
+    )
+    rows, _ = measure_case(
+        _case("triplet-hardest"),
+        ["ours", "eager", "matmul"],
+        passes=["forward+backward"],
+        samples=4,
+        budget_s=0.5,
+    )
     samples = {(row["provider"], row["pass"]): row["samples"] for row in rows}
     assert samples["eager", "forward+backward"] == 2 and samples["matmul", "forward"] == 4
-    assert set(samples) == {("ours", "forward+backward"), ("eager", "forward+backward"), ("matmul", "forward")}
+    assert set(samples) == {
+        ("ours", "forward+backward"),
+        ("eager", "forward+backward"),
+        ("matmul", "forward"),
+    }
 
 
 def test_quantiles() -> None:
@@ -267,18 +350,24 @@ def test_quantiles() -> None:
 
 def test_memory_sees_a_known_allocation() -> None:
     # In a process of its own, after a peak twice as high that must be forgotten.
-    script = ("import torch; from namr_dist.kernels.bench.memory import resident_peak_mib\n"
-              "torch.ones(32 * 2**20)\n"
-              "def call():\n    x = torch.ones(16 * 2**20); del x; torch.ones(2**20)\n"
-              "print(resident_peak_mib(call))")
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    script = (
+        "import torch; from namr_dist.kernels.bench.memory import resident_peak_mib\n"
+        "torch.ones(32 * 2**20)\n"
+        "def call():\n    x = torch.ones(16 * 2**20); del x; torch.ones(2**20)\n"
+        "print(resident_peak_mib(call))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert float(ended.stdout) == pytest.approx(64, rel=0.2)
 
 
 def test_memory_of_a_pass_in_a_fresh_process() -> None:
     case = _case("triplet-hardest", rows=1024, width=8)
     extra_mib = memory.peak_extra_mib(case, "eager", eager.triplet_hardest, make_batch(case))
-    assert 3 * 4 < extra_mib < providers._PAIR_TENSORS * 4  # (B, B) float32 is 4 MiB; distances, slopes and masks
+    assert (
+        3 * 4 < extra_mib < providers._PAIR_TENSORS * 4
+    )  # (B, B) float32 is 4 MiB; distances, slopes and masks
 
 
 @pytest.mark.slow
@@ -304,15 +393,20 @@ def test_file_with_other_columns_is_refused_and_left_alone(tmp_path: Path) -> No
     assert path.read_text() == "kernel,ms\nours,1\n"
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["--rows", "6"], "multiple of 4"),
-    (["--rows", "4"], "two classes"),
-    (["--samples", "0"], "whole number from 1"),
-    (["--device", "tpu"], "cpu or cuda"),
-    (["--out", "somewhere"], "--plot"),
-    (["--plot", "nowhere.csv"], "there is no file nowhere.csv"),
-])
-def test_mistakes_end_with_one_line_and_code_2(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--rows", "6"], "multiple of 4"),
+        (["--rows", "4"], "two classes"),
+        (["--samples", "0"], "whole number from 1"),
+        (["--device", "tpu"], "cpu or cuda"),
+        (["--out", "somewhere"], "--plot"),
+        (["--plot", "nowhere.csv"], "there is no file nowhere.csv"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     try:
         code: object = cli.main(["bench", "kernels", *words])
     except SystemExit as ended:  # argparse

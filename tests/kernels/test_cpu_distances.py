@@ -31,7 +31,9 @@ def _pieces(B: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def _rows(B: int, D: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+def _rows(
+    B: int, D: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """z far from the origin, and positive weights s, as the given type holds them."""
     generator = torch.Generator().manual_seed(seed)
     z_BD = torch.randn(B, D, generator=generator, dtype=torch.float64) + 1.5
@@ -71,7 +73,10 @@ def _centres(z_BD: Tensor, s_BD: Tensor, clusters: int) -> tuple[Tensor, Tensor]
     mean_B = _distances(z_BD).mean(1)
     step_B = mean_B * torch.linspace(0.1, 0.6, len(mean_B), dtype=mean_B.dtype) / (clusters - 1)
     far_BT = mean_B[:, None] * torch.linspace(1.0, 1.01, 8, dtype=mean_B.dtype)
-    gaps = [(D_BB[:, :, None] - (far_BT - m * step_B[:, None])[:, None]).abs().amin(1) for m in range(clusters)]
+    gaps = [
+        (D_BB[:, :, None] - (far_BT - m * step_B[:, None])[:, None]).abs().amin(1)
+        for m in range(clusters)
+    ]
     best_B = torch.stack(gaps).amin(0).argmax(1)
     return far_BT.gather(1, best_B[:, None]).squeeze(1), step_B
 
@@ -82,7 +87,9 @@ def _ranking(
     with torch.enable_grad():
         z_BD, s_BD = z_BD.double().requires_grad_(), s_BD.double().requires_grad_()
         D_BB = reference.pairwise_distance(z_BD, z_BD, s_BD)
-        r_MBB = torch.stack([(D_BB - (far_B - m * step_B).double()[:, None]).abs() for m in range(clusters)])
+        r_MBB = torch.stack(
+            [(D_BB - (far_B - m * step_B).double()[:, None]).abs() for m in range(clusters)]
+        )
         loss_BB = (torch.softmax(-sharpness * (clusters - 1) * r_MBB, 0) * r_MBB).sum(0)
         loss_B = loss_BB.masked_fill(torch.eye(len(z_BD), dtype=torch.bool), 0.0).sum(1)
         return (loss_B.detach(), *torch.autograd.grad(loss_B.sum(), (z_BD, s_BD)))
@@ -101,7 +108,9 @@ def _check_ranking(
     options = {"clusters": clusters, "sharpness": sharpness}
     whole = cpu.ranking(z_BD, s_BD, z_BD, s_BD, far_B, step_B, offset=0, with_grad=True, **options)
     pieces = [
-        cpu.ranking(z_BD[p], s_BD[p], z_BD, s_BD, far_B, step_B, offset=p.start, with_grad=True, **options)
+        cpu.ranking(
+            z_BD[p], s_BD[p], z_BD, s_BD, far_B, step_B, offset=p.start, with_grad=True, **options
+        )
         for p in _pieces(len(z_BD))
     ]
     joined = [torch.cat(part) for part in zip(*pieces, strict=True)]
@@ -109,7 +118,9 @@ def _check_ranking(
         _close(got[0], want[0], tolerances[0])
         _close(got[1], want[1], tolerances[1])
         _close(got[2], want[2], tolerances[1])
-    value, *none = cpu.ranking(z_BD, s_BD, z_BD, s_BD, far_B, step_B, offset=0, with_grad=False, **options)
+    value, *none = cpu.ranking(
+        z_BD, s_BD, z_BD, s_BD, far_B, step_B, offset=0, with_grad=False, **options
+    )
     assert torch.equal(value, whole[0]) and none == [None, None]
 
 
@@ -162,7 +173,9 @@ def _near_duplicates(share: float) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     z_BD = torch.randn(60, 16, generator=generator) + 20.0
     count = int(60 * share)
-    z_BD[:count] = z_BD[torch.arange(count) % 4] + 1e-4 * torch.randn(count, 16, generator=generator)
+    z_BD[:count] = z_BD[torch.arange(count) % 4] + 1e-4 * torch.randn(
+        count, 16, generator=generator
+    )
     z_BD[count - 1] = z_BD[0]
     return z_BD
 
@@ -186,7 +199,9 @@ def test_small_distances_themselves_are_exact() -> None:
     z_BD = torch.zeros(3, 2)
     z_BD[1, 0], z_BD[2, 1] = 1e-3, 10.0
     distances = blocks.SquaredDistances(z_BD, z_BD, None, centre_D=centre_of(z_BD))
-    squared = torch.stack([distances.squared(rows, offset=0)[0][0, 1].clone() for rows in distances.blocks()])
+    squared = torch.stack(
+        [distances.squared(rows, offset=0)[0][0, 1].clone() for rows in distances.blocks()]
+    )
     assert float(squared[0]) == pytest.approx(1e-6, rel=1e-6)
 
 
@@ -198,7 +213,16 @@ def test_all_rows_equal(value: float, clusters: int) -> None:
     assert not mean_B.any() and not scatter_B.any()
     assert not cpu.distance_sum_gradient(z_BD, z_BD, offset=0).any()
     got = cpu.ranking(
-        z_BD, s_BD, z_BD, s_BD, mean_B, mean_B, offset=0, clusters=clusters, sharpness=10.0, with_grad=True
+        z_BD,
+        s_BD,
+        z_BD,
+        s_BD,
+        mean_B,
+        mean_B,
+        offset=0,
+        clusters=clusters,
+        sharpness=10.0,
+        with_grad=True,
     )
     assert all(torch.equal(part, torch.zeros_like(part)) for part in got)
 
@@ -233,7 +257,16 @@ def test_nan_and_inf_come_out_as_nan(bad: float) -> None:
     assert mean_B.isnan().any() and scatter_B.isnan().any()
     assert cpu.distance_sum_gradient(z_BD, z_BD, offset=0).isnan().any()
     got = cpu.ranking(
-        z_BD, s_BD, z_BD, s_BD, mean_B, mean_B / 2, offset=0, clusters=2, sharpness=10.0, with_grad=True
+        z_BD,
+        s_BD,
+        z_BD,
+        s_BD,
+        mean_B,
+        mean_B / 2,
+        offset=0,
+        clusters=2,
+        sharpness=10.0,
+        with_grad=True,
     )
     assert all(part.isnan().any() for part in got)
 
@@ -245,9 +278,22 @@ def test_equal_calls_give_equal_bits() -> None:
 
     def once() -> list[Tensor]:
         ranked = cpu.ranking(
-            z_BD, s_BD, z_BD, s_BD, far_B, step_B, offset=0, clusters=2, sharpness=10.0, with_grad=True
+            z_BD,
+            s_BD,
+            z_BD,
+            s_BD,
+            far_B,
+            step_B,
+            offset=0,
+            clusters=2,
+            sharpness=10.0,
+            with_grad=True,
         )
-        return [*ranked, *cpu.row_moments(z_BD, z_BD, offset=0), cpu.distance_sum_gradient(z_BD, z_BD, offset=0)]
+        return [
+            *ranked,
+            *cpu.row_moments(z_BD, z_BD, offset=0),
+            cpu.distance_sum_gradient(z_BD, z_BD, offset=0),
+        ]
 
     first = once()
     for _ in range(19):

@@ -42,7 +42,11 @@ def _labels(B: int, kind: str = "some") -> Tensor:
     """Unsorted labels below B; sizes of classes differ."""
     generator = torch.Generator().manual_seed(B)
     some_B = torch.randint(max(2, B // 4), (B,), generator=generator)
-    return {"some": some_B, "one": torch.full((B,), B - 1), "all": torch.randperm(B, generator=generator)}[kind]
+    return {
+        "some": some_B,
+        "one": torch.full((B,), B - 1),
+        "all": torch.randperm(B, generator=generator),
+    }[kind]
 
 
 def _close(got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -65,12 +69,16 @@ def test_pairs(B: int, D: int, dtype: torch.dtype, slots: int) -> None:
     z_BD[0] = z_BD[B - 1]
     index_BS = torch.randint(-1, B, (B, slots), generator=torch.Generator().manual_seed(1))
     index_BS[:1] = B - 1  # a pair at distance 0
-    weight_BS = torch.randn(B, slots, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weight_BS = torch.randn(
+        B, slots, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     weight_BS[1:2] = 0.0
     with torch.enable_grad():
         leaf_BD = z_BD.double().requires_grad_()
         diff_BSD = leaf_BD[:, None] - leaf_BD[index_BS.clamp_min(0)]
-        want_BS = reference.pairwise_distance(diff_BSD.reshape(-1, D), leaf_BD.new_zeros(1, D)).reshape(B, slots)
+        want_BS = reference.pairwise_distance(
+            diff_BSD.reshape(-1, D), leaf_BD.new_zeros(1, D)
+        ).reshape(B, slots)
         want_BS = want_BS.where(index_BS >= 0, 0.0)
         want_BD = torch.autograd.grad((want_BS * weight_BS).sum(), leaf_BD)[0]
     value, slope = _tolerances(dtype)
@@ -78,23 +86,35 @@ def test_pairs(B: int, D: int, dtype: torch.dtype, slots: int) -> None:
         got_BS = torch.cat([cpu.pair_distance(z_BD[p], z_BD, index_BS[p]) for p in pieces])
         _close(got_BS, want_BS.detach(), value) if slots else None
         grads = [
-            cpu.pair_gradient(z_BD, index_BS, weight_BS, first=p.start, rows=p.stop - p.start) for p in pieces
+            cpu.pair_gradient(z_BD, index_BS, weight_BS, first=p.start, rows=p.stop - p.start)
+            for p in pieces
         ]
         _close(torch.cat(grads), want_BD, slope) if slots else None
         assert torch.cat(grads).shape == z_BD.shape and got_BS.shape == (B, slots)
 
 
-def _multi_similarity(x_BD: Tensor, labels_B: Tensor, pieces: list[slice], **options: float) -> tuple[Tensor, Tensor]:
+def _multi_similarity(
+    x_BD: Tensor, labels_B: Tensor, pieces: list[slice], **options: float
+) -> tuple[Tensor, Tensor]:
     """The loss and its gradient, from the pieces' primitives."""
     statistics_B4 = torch.cat(
         [
-            cpu.similarity_statistics(x_BD[p], x_BD, labels_B[p], labels_B, offset=p.start, **options)
+            cpu.similarity_statistics(
+                x_BD[p], x_BD, labels_B[p], labels_B, offset=p.start, **options
+            )
             for p in pieces
         ]
     )
     grads = [
         cpu.similarity_gradient(
-            x_BD[p], x_BD, labels_B[p], labels_B, statistics_B4[p], statistics_B4, offset=p.start, **options
+            x_BD[p],
+            x_BD,
+            labels_B[p],
+            labels_B,
+            statistics_B4[p],
+            statistics_B4,
+            offset=p.start,
+            **options,
         )
         for p in pieces
     ]
@@ -102,7 +122,9 @@ def _multi_similarity(x_BD: Tensor, labels_B: Tensor, pieces: list[slice], **opt
     return loss, torch.cat(grads) / len(x_BD)
 
 
-def _multi_similarity_reference(x_BD: Tensor, labels_B: Tensor, **options: float) -> tuple[Tensor, Tensor]:
+def _multi_similarity_reference(
+    x_BD: Tensor, labels_B: Tensor, **options: float
+) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         x_BD = x_BD.double().requires_grad_()
         loss = reference.multi_similarity_loss(x_BD, labels_B, **options)
@@ -128,7 +150,9 @@ def test_multi_similarity_with_other_constants(beta: float, epsilon: float) -> N
     x_BD, labels_B = _unit(40, 5), _labels(40)
     options = {"alpha": 30.0, "beta": beta, "base": -0.2, "epsilon": epsilon}
     want = _multi_similarity_reference(x_BD, labels_B, **options)
-    for ours, theirs in zip(_multi_similarity(x_BD, labels_B, _pieces(40), **options), want, strict=True):
+    for ours, theirs in zip(
+        _multi_similarity(x_BD, labels_B, _pieces(40), **options), want, strict=True
+    ):
         _close(ours, theirs, 1e-10)
 
 
@@ -157,7 +181,13 @@ def test_multi_similarity_statistics_name_what_was_found() -> None:
 
 
 def _proxy_anchor(
-    x_BD: Tensor, labels_B: Tensor, proxies_CD: Tensor, pieces: list[slice], *, alpha: float, margin: float
+    x_BD: Tensor,
+    labels_B: Tensor,
+    proxies_CD: Tensor,
+    pieces: list[slice],
+    *,
+    alpha: float,
+    margin: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients, the pieces merged as ranks would merge them."""
     options = {"alpha": alpha, "margin": margin}
@@ -169,7 +199,14 @@ def _proxy_anchor(
     weights = (present_C.to(own_C.dtype) / present_C.sum(), zero + 1 / len(proxies_CD))
     grads = [
         cpu.proxy_gradient(
-            x_BD[p], labels_B[p], proxies_CD, weights[0], own_log_C, weights[1], other_log_C, **options
+            x_BD[p],
+            labels_B[p],
+            proxies_CD,
+            weights[0],
+            own_log_C,
+            weights[1],
+            other_log_C,
+            **options,
         )
         for p in pieces
     ]
@@ -177,7 +214,9 @@ def _proxy_anchor(
     return loss, torch.cat([x for x, _ in grads]), torch.stack([p for _, p in grads]).sum(0)
 
 
-def _proxy_anchor_reference(x_BD: Tensor, labels_B: Tensor, proxies_CD: Tensor, **options: float) -> list[Tensor]:
+def _proxy_anchor_reference(
+    x_BD: Tensor, labels_B: Tensor, proxies_CD: Tensor, **options: float
+) -> list[Tensor]:
     with torch.enable_grad():
         x_BD, proxies_CD = x_BD.double().requires_grad_(), proxies_CD.double().requires_grad_()
         loss = reference.proxy_anchor_loss(x_BD, labels_B, proxies_CD, **options)
@@ -203,13 +242,17 @@ def test_proxy_anchor_with_one_proxy_and_without_overflow() -> None:
     proxies_CD = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
     want = _proxy_anchor_reference(x_BD, labels_B, proxies_CD, alpha=1000.0, margin=0.0)
     for ours, theirs in zip(
-        _proxy_anchor(x_BD, labels_B, proxies_CD, _pieces(4), alpha=1000.0, margin=0.0), want, strict=True
+        _proxy_anchor(x_BD, labels_B, proxies_CD, _pieces(4), alpha=1000.0, margin=0.0),
+        want,
+        strict=True,
     ):
         _close(ours, theirs, 1e-4)  # exp of a difference of logarithms near 2000, in float32
     alone = torch.zeros(4, dtype=torch.int64)
     want = _proxy_anchor_reference(x_BD, alone, proxies_CD[:1], alpha=32.0, margin=0.1)
     for ours, theirs in zip(
-        _proxy_anchor(x_BD, alone, proxies_CD[:1], [slice(0, 4)], alpha=32.0, margin=0.1), want, strict=True
+        _proxy_anchor(x_BD, alone, proxies_CD[:1], [slice(0, 4)], alpha=32.0, margin=0.1),
+        want,
+        strict=True,
     ):
         _close(ours, theirs, 1e-5)
 
@@ -217,8 +260,12 @@ def test_proxy_anchor_with_one_proxy_and_without_overflow() -> None:
 def test_nan_comes_out_as_nan() -> None:
     x_BD, labels_B = _unit(20, 4).float(), _labels(20)
     x_BD[3, 1] = math.nan
-    assert all(part.isnan().any() for part in _multi_similarity(x_BD, labels_B, [slice(0, 20)], **MS))
-    got = _proxy_anchor(x_BD, labels_B, _unit(20, 4, seed=1).float(), [slice(0, 20)], alpha=32.0, margin=0.1)
+    assert all(
+        part.isnan().any() for part in _multi_similarity(x_BD, labels_B, [slice(0, 20)], **MS)
+    )
+    got = _proxy_anchor(
+        x_BD, labels_B, _unit(20, 4, seed=1).float(), [slice(0, 20)], alpha=32.0, margin=0.1
+    )
     assert all(part.isnan().any() for part in got)
     index_BS = torch.arange(20)[:, None].flip(0)
     assert cpu.pair_distance(x_BD, x_BD, index_BS).isnan().any()

@@ -48,7 +48,11 @@ def _labels(B: int, kind: str) -> Tensor:
     """Unsorted labels with gaps between their values; sizes of classes differ."""
     generator = torch.Generator().manual_seed(B)
     some_B = torch.randint(max(2, B // 4), (B,), generator=generator) * 5 - 3
-    return {"some": some_B, "one": torch.full((B,), 9), "all": torch.randperm(B, generator=generator)}[kind]
+    return {
+        "some": some_B,
+        "one": torch.full((B,), 9),
+        "all": torch.randperm(B, generator=generator),
+    }[kind]
 
 
 def _integers(B: int, D: int) -> Tensor:
@@ -76,17 +80,24 @@ def _reference_hardest(z_BD: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 def _hardest(z_BD: Tensor, labels_B: Tensor, pieces: list[slice]) -> list[Tensor]:
-    parts = [cpu.hardest_pairs(z_BD[p], z_BD, labels_B[p], labels_B, offset=p.start) for p in pieces]
+    parts = [
+        cpu.hardest_pairs(z_BD[p], z_BD, labels_B[p], labels_B, offset=p.start) for p in pieces
+    ]
     return [torch.cat(side) for side in zip(*parts, strict=True)]
 
 
 def _semihard(z_BD: Tensor, labels_B: Tensor, positive_BR: Tensor, pieces: list[slice]) -> Tensor:
     return torch.cat(
-        [cpu.semihard_negatives(z_BD[p], z_BD, labels_B[p], labels_B, positive_BR[p]) for p in pieces]
+        [
+            cpu.semihard_negatives(z_BD[p], z_BD, labels_B[p], labels_B, positive_BR[p])
+            for p in pieces
+        ]
     )
 
 
-def _sampled(x_BD: Tensor, labels_B: Tensor, positive_BR: Tensor, pieces: list[slice], seed: int) -> Tensor:
+def _sampled(
+    x_BD: Tensor, labels_B: Tensor, positive_BR: Tensor, pieces: list[slice], seed: int
+) -> Tensor:
     return torch.cat(
         [
             cpu.sampled_negatives(
@@ -123,17 +134,25 @@ def test_mined_distances_are_those_of_the_definition(B: int, D: int, dtype: torc
     rtol = 1e-12 if dtype == torch.float64 else 1e-5
     # A negative just as far as the positive, to float32, may count as farther or not.
     reach_BR = squared_BB.gather(1, pairs.positive_BR)
-    gap_BRB = (squared_BB[:, None] - reach_BR[:, :, None]).abs().masked_fill(~pairs.differ_BN[:, None], math.inf)
+    gap_BRB = (
+        (squared_BB[:, None] - reach_BR[:, :, None])
+        .abs()
+        .masked_fill(~pairs.differ_BN[:, None], math.inf)
+    )
     clear_BR = (gap_BRB.amin(2) > rtol * reach_BR) | ~pairs.valid_BR
     assert clear_BR.numel() == 0 or clear_BR.double().mean() > 0.95
 
     def same(got: Tensor, want: Tensor) -> None:
         assert torch.equal(got < 0, want < 0)
-        got, want = (squared_BB.gather(1, index.clamp_min(0)).where(want >= 0, 0.0) for index in (got, want))
+        got, want = (
+            squared_BB.gather(1, index.clamp_min(0)).where(want >= 0, 0.0) for index in (got, want)
+        )
         torch.testing.assert_close(got, want, rtol=rtol, atol=0)
 
     for pieces in ([slice(0, B)], _pieces(B)):
-        for ours, theirs in zip(_hardest(z_BD, labels_B, pieces), _reference_hardest(z_BD, pairs), strict=True):
+        for ours, theirs in zip(
+            _hardest(z_BD, labels_B, pieces), _reference_hardest(z_BD, pairs), strict=True
+        ):
             same(ours[:, None], theirs[:, None])
         theirs_BR = semihard_negatives(squared_BB, pairs).masked_fill(positive_BR < 0, -1)
         got_BR = _semihard(z_BD, labels_B, positive_BR, pieces)
@@ -150,7 +169,9 @@ def test_nearest_among_near_duplicates() -> None:
     squared_BB = pairwise_squared_distance(z_BD.double(), z_BD.double())
     positive_B, negative_B = cpu.hardest_pairs(z_BD, z_BD, labels_B, labels_B, offset=0)
     want_positive_B, want_negative_B = _reference_hardest(z_BD, pairs)
-    assert torch.equal(positive_B[:6], want_positive_B[:6]) and torch.equal(negative_B[:6], want_negative_B[:6])
+    assert torch.equal(positive_B[:6], want_positive_B[:6]) and torch.equal(
+        negative_B[:6], want_negative_B[:6]
+    )
     got_BR = cpu.semihard_negatives(z_BD, z_BD, labels_B, labels_B, pairs.positive_BR)
     assert torch.equal(got_BR[:6], semihard_negatives(squared_BB, pairs)[:6])
 
@@ -159,7 +180,9 @@ def test_nearest_among_near_duplicates() -> None:
 def test_all_rows_equal(labels: str) -> None:
     z_BD, labels_B = torch.full((21, 5), 0.1), _labels(21, labels)
     pairs = pairs_of(labels_B)
-    for ours, theirs in zip(_hardest(z_BD, labels_B, [slice(0, 21)]), _reference_hardest(z_BD, pairs), strict=True):
+    for ours, theirs in zip(
+        _hardest(z_BD, labels_B, [slice(0, 21)]), _reference_hardest(z_BD, pairs), strict=True
+    ):
         assert torch.equal(ours, theirs)
     want_BR = semihard_negatives(torch.zeros(21, 21), pairs).masked_fill(_padded(pairs) < 0, -1)
     assert torch.equal(_semihard(z_BD, labels_B, _padded(pairs), [slice(0, 21)]), want_BR)
@@ -171,7 +194,9 @@ def _clear(x_BD: Tensor, pairs: Pairs, seed: int) -> Tensor:
     log_weight_BB = log_weights(x_BD.double(), pairs)
     clear = []
     for r in range(pairs.positive_BR.shape[1]):
-        noise_BB = gumbel(seed, row_B[:, None], pairs.positive_BR[:, r, None], row_B, dtype=torch.float64)
+        noise_BB = gumbel(
+            seed, row_B[:, None], pairs.positive_BR[:, r, None], row_B, dtype=torch.float64
+        )
         best = (log_weight_BB + noise_BB).topk(2, 1).values
         clear.append(best[:, 0] - best[:, 1] > 1e-3)
     return torch.stack(clear, 1) if clear else torch.zeros(len(x_BD), 0, dtype=torch.bool)
@@ -185,7 +210,9 @@ def test_draws_are_the_references(B: int, D: int, dtype: torch.dtype, kind: str)
     pairs = pairs_of(labels_B)
     positive_BR = _padded(pairs)
     for seed in (0, 2**40 + 3):
-        want_BR = distance_weighted_negatives(x_BD.double(), pairs, seed=seed).masked_fill(positive_BR < 0, -1)
+        want_BR = distance_weighted_negatives(x_BD.double(), pairs, seed=seed).masked_fill(
+            positive_BR < 0, -1
+        )
         clear_BR = _clear(x_BD, pairs, seed) | (positive_BR < 0)
         assert clear_BR.numel() == 0 or float(clear_BR.double().mean()) > 0.95
         for pieces in ([slice(0, B)], _pieces(B)):
@@ -209,14 +236,19 @@ def test_draws_where_no_negative_is_in_reach_and_from_rows_of_zeros() -> None:
         want_BR = distance_weighted_negatives(x_BD[rows].double(), some, seed=5)
         clear_BR = _clear(x_BD[rows], some, 5)
         got_BR = _sampled(x_BD[rows], labels_B[rows], _padded(some), [slice(0, len(rows))], 5)
-        assert torch.equal(got_BR[clear_BR], want_BR[clear_BR]) and float(clear_BR.double().mean()) > 0.9
+        assert (
+            torch.equal(got_BR[clear_BR], want_BR[clear_BR])
+            and float(clear_BR.double().mean()) > 0.9
+        )
     assert pairs.valid_BR.all()
 
 
 def test_the_exponential_is_the_gumbels() -> None:
     i, p, j = torch.arange(40)[:, None, None], torch.arange(30)[:, None], torch.arange(50)
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(-torch.log(exponential(3, i, p, j, dtype=dtype)), gumbel(3, i, p, j, dtype=dtype))
+        assert torch.equal(
+            -torch.log(exponential(3, i, p, j, dtype=dtype)), gumbel(3, i, p, j, dtype=dtype)
+        )
 
 
 def test_nan_does_not_crash() -> None:

@@ -1,5 +1,4 @@
-"""Who computes a primitive: Triton's kernels, blocked PyTorch where there is no kernel, and nobody where it is unknown.
-"""
+"""Who computes a primitive: Triton's kernels, blocked PyTorch where there is no kernel, and nobody where it is unknown."""
 
 from __future__ import annotations
 
@@ -32,7 +31,9 @@ def test_every_primitive_is_tried() -> None:
 
 
 @pytest.mark.parametrize(("name", "primitive"), USES)
-def test_without_its_kernel_an_op_gives_the_same(name: str, primitive: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_kernel_an_op_gives_the_same(
+    name: str, primitive: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     op, given = OPS[name], batch(21, 8).leaves(torch.float32, KERNEL_DEVICE)
     want_loss, want_gradients = op.value_and_gradients(kernels, given)
     monkeypatch.delattr(gpu, primitive)
@@ -65,7 +66,10 @@ def test_a_primitive_that_nobody_has_is_named(monkeypatch: pytest.MonkeyPatch) -
     given = batch(9, 8)
     monkeypatch.delattr(gpu, "proxy_sums")
     monkeypatch.delattr(cpu, "proxy_sums")
-    for dtype, looked in ((torch.float32, r"\S*kernels\.gpu or \S*kernels\.cpu"), (torch.float64, r"\S*kernels\.cpu")):
+    for dtype, looked in (
+        (torch.float32, r"\S*kernels\.gpu or \S*kernels\.cpu"),
+        (torch.float64, r"\S*kernels\.cpu"),
+    ):
         with pytest.raises(AttributeError, match=rf"no primitive 'proxy_sums' in {looked};"):
             OPS["proxy_anchor"].call(kernels, given.leaves(dtype, KERNEL_DEVICE))
 
@@ -78,7 +82,10 @@ def test_the_description_names_what_has_no_kernel(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr(gpu, "pair_distance")
     margin = "margin_loss: pair_distance, pair_gradient in blocked PyTorch (no kernel)"
     similarity = "multi_similarity_loss: similarity_gradient in blocked PyTorch (no kernel)"
-    assert kernels.describe(KERNEL_DEVICE) == f"{whole}; {margin.replace('margin', 'triplet')}; {margin}; {similarity}"
+    assert (
+        kernels.describe(KERNEL_DEVICE)
+        == f"{whole}; {margin.replace('margin', 'triplet')}; {margin}; {similarity}"
+    )
     assert kernels.describe(KERNEL_DEVICE, "margin_loss") == f"{whole}; {margin}"
     assert kernels.describe(KERNEL_DEVICE, "proxy_anchor_loss") == whole
     with pytest.raises(KeyError, match="nonsense"):

@@ -6,12 +6,28 @@ from functools import partial
 
 import pytest
 import torch
-from op_cases import KERNEL_DEVICE, KERNEL_MARKS, OPS, ROUNDED_RANKING, ROWS, Batch, batch, on_ranks, use_path, worst
+from op_cases import (
+    KERNEL_DEVICE,
+    KERNEL_MARKS,
+    OPS,
+    ROUNDED_RANKING,
+    ROWS,
+    Batch,
+    batch,
+    on_ranks,
+    use_path,
+    worst,
+)
 
 from namr_dist import kernels
 from namr_dist.kernels import reference
 from namr_dist.kernels.gpu import gradient_sums
-from namr_dist.kernels.gpu.distances import _inverse_distances, nearest_counted, root_mean_square, squared_norms
+from namr_dist.kernels.gpu.distances import (
+    _inverse_distances,
+    nearest_counted,
+    root_mean_square,
+    squared_norms,
+)
 
 pytestmark = KERNEL_MARKS
 COLUMNS, WIDTH = 64, 300  # wider than any accumulator
@@ -27,15 +43,23 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(gradient_sums, "CHUNK_BYTES", COLUMNS**2 * 2 * 4)
     seen: list[tuple[int, int]] = []
     product = gradient_sums.product
-    monkeypatch.setattr(gradient_sums, "product", lambda weights, value: (seen.append(tuple(weights.shape[1:])),
-                                                                  product(weights, value))[1])
+    monkeypatch.setattr(
+        gradient_sums,
+        "product",
+        lambda weights, value: (seen.append(tuple(weights.shape[1:])), product(weights, value))[1],
+    )
     return seen
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in CHUNKED),
-                                             ("ranking", torch.bfloat16)])
-def test_many_chunks_equal_the_definition(name: str, dtype: torch.dtype, small_chunks: list[tuple[int, int]],
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in CHUNKED), ("ranking", torch.bfloat16)]
+)
+def test_many_chunks_equal_the_definition(
+    name: str,
+    dtype: torch.dtype,
+    small_chunks: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if dtype == torch.bfloat16:  # one part of two bytes in place of two of four
         monkeypatch.setattr(gradient_sums, "CHUNK_BYTES", COLUMNS**2 * 2)
     op, given = OPS[name], batch(101, WIDTH).rounded(dtype)
@@ -58,14 +82,25 @@ def test_chunks_on_uneven_ranks() -> None:
 
 def test_memory_rows_end_within_a_chunk() -> None:
     """Anchors are the first 70 of 110 candidates: columns from there on have no gradient."""
-    given, memory = batch(70, WIDTH).rounded(torch.float32), batch(40, WIDTH, seed=9).rounded(torch.float32)
-    joined = Batch(**{name: getattr(given, name) for name in ("s", "x", "proxies", "beta", "labels")},
-                   z=torch.cat([given.z, memory.z]))
-    results = on_ranks((70,), lambda i, j, gather: ROWS["ranking"][1](joined.to(torch.float32, KERNEL_DEVICE), i, j,
-                                                                      gather))
+    given, memory = (
+        batch(70, WIDTH).rounded(torch.float32),
+        batch(40, WIDTH, seed=9).rounded(torch.float32),
+    )
+    joined = Batch(
+        **{name: getattr(given, name) for name in ("s", "x", "proxies", "beta", "labels")},
+        z=torch.cat([given.z, memory.z]),
+    )
+    results = on_ranks(
+        (70,),
+        lambda i, j, gather: ROWS["ranking"][1](
+            joined.to(torch.float32, KERNEL_DEVICE), i, j, gather
+        ),
+    )
     leaves = given.leaves(torch.float64)
     loss = partial(reference.multi_cluster_ranking, memory_QD=memory.z)(leaves.z, leaves.s)
-    for got, want in zip(results[0][1:], torch.autograd.grad(loss, [leaves.z, leaves.s]), strict=True):
+    for got, want in zip(
+        results[0][1:], torch.autograd.grad(loss, [leaves.z, leaves.s]), strict=True
+    ):
         assert worst(got.cpu(), want) <= 1e-4
 
 

@@ -67,7 +67,9 @@ def _assert_hardest(z_BD: Tensor, labels_B: Tensor, *, exact: bool) -> None:
     far_BB = squared_BB.masked_fill(~pairs.same_BN, -math.inf)
     near_BB = squared_BB.masked_fill(~pairs.differ_BN, math.inf)
     for here, offset in _halves(len(z_BD)):
-        positive_b, negative_b = hardest_pairs(z_BD[here], z_BD, labels_B[here], labels_B, offset=offset)
+        positive_b, negative_b = hardest_pairs(
+            z_BD[here], z_BD, labels_B[here], labels_B, offset=offset
+        )
         for got_b, value_BB, best_B1, mask_BB in (
             (positive_b, far_BB, far_BB.amax(1, keepdim=True), pairs.same_BN),
             (negative_b, near_BB, near_BB.amin(1, keepdim=True), pairs.differ_BN),
@@ -81,25 +83,35 @@ def _assert_hardest(z_BD: Tensor, labels_B: Tensor, *, exact: bool) -> None:
             else:
                 assert mask_BB[here].gather(1, got_b.clamp_min(0)[:, None])[some_b].all()
                 value_b1 = value_BB[here].gather(1, got_b.clamp_min(0)[:, None])
-                torch.testing.assert_close(value_b1[some_b], best_B1[here][some_b], rtol=1e-5, atol=0)
+                torch.testing.assert_close(
+                    value_b1[some_b], best_B1[here][some_b], rtol=1e-5, atol=0
+                )
 
 
 def _semihard(z_BD: Tensor, labels_B: Tensor) -> Tensor:
     """The reference's choice, -1 on padding."""
     pairs = reference_mining.pairs_of(labels_B)
-    return reference_mining.semihard_negatives(_squared(z_BD), pairs).masked_fill(~pairs.valid_BR, -1)
+    return reference_mining.semihard_negatives(_squared(z_BD), pairs).masked_fill(
+        ~pairs.valid_BR, -1
+    )
 
 
 def _assert_semihard(z_BD: Tensor, labels_B: Tensor, *, exact: bool = True) -> None:
     """exact: the very rows; otherwise rows at their distance but for rounding."""
-    squared_BB, want_BR, positive_BR = _squared(z_BD), _semihard(z_BD, labels_B), _positives(labels_B)
+    squared_BB, want_BR, positive_BR = (
+        _squared(z_BD),
+        _semihard(z_BD, labels_B),
+        _positives(labels_B),
+    )
     for here, _ in _halves(len(z_BD)):
         got_bR = semihard_negatives(z_BD[here], z_BD, labels_B[here], labels_B, positive_BR[here])
         assert got_bR.dtype == torch.int64 and torch.equal(got_bR < 0, positive_BR[here] < 0)
         if exact:
             assert torch.equal(got_bR, want_BR[here])
         else:
-            got_d_bR, want_d_bR = (squared_BB[here].gather(1, x_bR.clamp_min(0)) for x_bR in (got_bR, want_BR[here]))
+            got_d_bR, want_d_bR = (
+                squared_BB[here].gather(1, x_bR.clamp_min(0)) for x_bR in (got_bR, want_BR[here])
+            )
             torch.testing.assert_close(got_d_bR, want_d_bR, rtol=1e-5, atol=0)
 
 
@@ -176,7 +188,9 @@ def test_a_negative_that_repeats_the_positive_is_not_beyond_it(dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_where_distances_are_taken_again(dtype: torch.dtype) -> None:
     # Two far bundles: within one, distances have cancelled and come from the differences, place or no place.
-    half_ND = torch.where(torch.arange(36) % 2 == 0, 8.0, -8.0)[:, None] + 0.2 * _rows("random", 36, 24)
+    half_ND = torch.where(torch.arange(36) % 2 == 0, 8.0, -8.0)[:, None] + 0.2 * _rows(
+        "random", 36, 24
+    )
     z_BD = torch.cat([half_ND, half_ND]).to(dtype)
     label_N = torch.arange(36) % 6
     labels_B = torch.cat([label_N, label_N + 6])
@@ -205,7 +219,9 @@ def _uniform_kernel(low, high, first, out, N: tl.constexpr, LOG: tl.constexpr):
     tl.store(out + columns[:, None] * N + columns[None, :], v)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 16, 2**31, 2**32 - 1, 2**32, 2**63 + 12345, 2**64 - 1, 2**70 + 5, -1])
+@pytest.mark.parametrize(
+    "seed", [0, 1, 16, 2**31, 2**32 - 1, 2**32, 2**63 + 12345, 2**64 - 1, 2**70 + 5, -1]
+)
 def test_uniform_numbers_are_the_reference_s_bit_for_bit(seed: int) -> None:
     low, high = gpu_random.seed_words(seed)
     assert -(2**31) <= low < 2**31 and -(2**31) <= high < 2**31
@@ -216,7 +232,9 @@ def test_uniform_numbers_are_the_reference_s_bit_for_bit(seed: int) -> None:
         _uniform_kernel[(1,)](low, high, first, log_NN, N=64, LOG=True)
         want_NN = reference_random.uniform(seed, row_N[:, None] + first, row_N[None, :])
         assert torch.equal(got_NN.cpu(), want_NN)
-        torch.testing.assert_close(log_NN.cpu().double(), -torch.log1p(-want_NN.double()), rtol=5e-7, atol=0)
+        torch.testing.assert_close(
+            log_NN.cpu().double(), -torch.log1p(-want_NN.double()), rtol=5e-7, atol=0
+        )
 
 
 @triton.jit
@@ -234,14 +252,18 @@ def test_smallest_and_largest_hashes() -> None:
     out_2N = out_2N.cpu()
     want_N = (hashed_N.clamp_min(1).float() * 2.0**-32).clamp_max(1 - 2.0**-24)
     assert torch.equal(out_2N[0], want_N)
-    torch.testing.assert_close(out_2N[1].double(), -torch.log1p(-want_N.double()), rtol=5e-7, atol=0)
+    torch.testing.assert_close(
+        out_2N[1].double(), -torch.log1p(-want_N.double()), rtol=5e-7, atol=0
+    )
 
 
 def _keys(z_BD: Tensor, labels_B: Tensor, positive_BR: Tensor, seed: int) -> Tensor:
     """log weight + noise of the reference in float64, (B, R, B)."""
     weight_BB = reference_mining.log_weights(z_BD.double(), reference_mining.pairs_of(labels_B))
     row_B = torch.arange(len(z_BD))
-    noise_BRB = reference_random.gumbel(seed, row_B[:, None, None], positive_BR[:, :, None], row_B, dtype=torch.float64)
+    noise_BRB = reference_random.gumbel(
+        seed, row_B[:, None, None], positive_BR[:, :, None], row_B, dtype=torch.float64
+    )
     return weight_BB[:, None] + noise_BRB
 
 
@@ -280,7 +302,9 @@ def test_draws_of_float32_rows_agree_with_the_reference_function() -> None:
     pairs = reference_mining.pairs_of(labels_B)
     want_BR = reference_mining.distance_weighted_negatives(x_BD.double(), pairs, seed=7)
     want_BR = want_BR.masked_fill(~pairs.valid_BR, -1)
-    got_BR = sampled_negatives(x_BD, x_BD, labels_B, labels_B, _positives(labels_B), offset=0, seed=7)
+    got_BR = sampled_negatives(
+        x_BD, x_BD, labels_B, labels_B, _positives(labels_B), offset=0, seed=7
+    )
     assert (got_BR != want_BR).sum() <= 1 and (want_BR >= 0).sum() > 100
 
 
@@ -317,7 +341,9 @@ def test_without_positives() -> None:
     z_BD, labels_B = unit_rows(_rows("random", 10, 8)), torch.arange(10)
     positive_BR = torch.empty(10, 0, dtype=torch.int64)
     assert semihard_negatives(z_BD, z_BD, labels_B, labels_B, positive_BR).shape == (10, 0)
-    assert sampled_negatives(z_BD, z_BD, labels_B, labels_B, positive_BR, offset=0, seed=1).shape == (10, 0)
+    assert sampled_negatives(
+        z_BD, z_BD, labels_B, labels_B, positive_BR, offset=0, seed=1
+    ).shape == (10, 0)
     padding_BR = torch.full((10, 3), -1)
     for negative_BR in (
         semihard_negatives(z_BD, z_BD, labels_B, labels_B, padding_BR),
@@ -338,9 +364,13 @@ def test_a_row_of_nan_is_found(dtype: torch.dtype) -> None:
     for chosen_B in (negative_B, semihard_BR[:, 0]):
         assert ((chosen_B >= 0) & (chosen_B < 70)).all()
         assert (labels_B[chosen_B] != labels_B).all()
-        if dtype != torch.float32:  # centring spreads NaN over all float32 rows: then any row may be found
+        if (
+            dtype != torch.float32
+        ):  # centring spreads NaN over all float32 rows: then any row may be found
             assert (chosen_B[:66] == 67).all()
-    drawn_BR = sampled_negatives(z_BD, z_BD, labels_B, labels_B, _positives(labels_B), offset=0, seed=1)
+    drawn_BR = sampled_negatives(
+        z_BD, z_BD, labels_B, labels_B, _positives(labels_B), offset=0, seed=1
+    )
     assert ((drawn_BR >= 0) & (drawn_BR < 70)).all()
 
 

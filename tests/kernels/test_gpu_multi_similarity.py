@@ -27,7 +27,9 @@ ROUNDED_GRADIENT = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e
 HALVES = torch.cartesian_prod(*[torch.tensor([0.5, -0.5])] * 4)
 
 
-def _batch(B: int, D: int, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def _batch(
+    B: int, D: int, dtype: torch.dtype = torch.float32, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Unit rows, four a class, in mixed order; the labels need all their 64 bits.
 
     Similarities are near `base` and classes overlap at every D, so that both kinds of pairs are mined and weigh.
@@ -37,24 +39,40 @@ def _batch(B: int, D: int, dtype: torch.dtype = torch.float32, *, seed: int = 0)
     centre_CD = torch.randn(B // 4 + 1, D, generator=generator, dtype=torch.float64)
     noise = 0.6 * D**0.25
     common = (1 + noise**2) ** 0.5 * torch.randn(D, generator=generator, dtype=torch.float64)
-    x_BD = common + centre_CD[number_B] + noise * torch.randn(B, D, generator=generator, dtype=torch.float64)
+    x_BD = (
+        common
+        + centre_CD[number_B]
+        + noise * torch.randn(B, D, generator=generator, dtype=torch.float64)
+    )
     return reference.unit_rows(x_BD).to(dtype), number_B * 2**32 - 7
 
 
-def _run(x_BD: Tensor, labels_B: Tensor, sizes: list[int] | None = None, **constants: float) -> tuple[Tensor, Tensor]:
+def _run(
+    x_BD: Tensor, labels_B: Tensor, sizes: list[int] | None = None, **constants: float
+) -> tuple[Tensor, Tensor]:
     """Statistics (B, 4) and the gradient of the summed loss, put together from local parts of these sizes."""
     constants = DEFAULTS | constants
-    parts = list(zip(x_BD.split(sizes or len(x_BD)), labels_B.split(sizes or len(x_BD)), strict=True))
+    parts = list(
+        zip(x_BD.split(sizes or len(x_BD)), labels_B.split(sizes or len(x_BD)), strict=True)
+    )
     offsets = [sum(len(x_bD) for x_bD, _ in parts[:n]) for n in range(len(parts))]
-    statistics = [similarity_statistics(x_bD, x_BD, labels_b, labels_B, offset=offset, **constants)
-                  for offset, (x_bD, labels_b) in zip(offsets, parts, strict=True)]
+    statistics = [
+        similarity_statistics(x_bD, x_BD, labels_b, labels_B, offset=offset, **constants)
+        for offset, (x_bD, labels_b) in zip(offsets, parts, strict=True)
+    ]
     statistics_B4 = torch.cat(statistics)
-    gradients = [similarity_gradient(x_bD, x_BD, labels_b, labels_B, own, statistics_B4, offset=offset, **constants)
-                 for offset, (x_bD, labels_b), own in zip(offsets, parts, statistics, strict=True)]
+    gradients = [
+        similarity_gradient(
+            x_bD, x_BD, labels_b, labels_B, own, statistics_B4, offset=offset, **constants
+        )
+        for offset, (x_bD, labels_b), own in zip(offsets, parts, statistics, strict=True)
+    ]
     return statistics_B4, torch.cat(gradients)
 
 
-def _mean_loss(statistics_B4: Tensor, *, alpha: float = 2.0, beta: float = 50.0, **_: float) -> float:
+def _mean_loss(
+    statistics_B4: Tensor, *, alpha: float = 2.0, beta: float = 50.0, **_: float
+) -> float:
     return float((statistics_B4[:, 2] / alpha + statistics_B4[:, 3] / beta).double().mean())
 
 
@@ -69,10 +87,14 @@ def _reference(x_BD: Tensor, labels_B: Tensor, **constants: float) -> tuple[floa
 def _error(got: Tensor, want: Tensor) -> float:
     """Relative, the worse of norm-wise and over the largest entry."""
     difference = got.double() - want
-    return max(float(difference.norm() / want.norm()), float(difference.abs().max() / want.abs().max()))
+    return max(
+        float(difference.norm() / want.norm()), float(difference.abs().max() / want.abs().max())
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"]
+)
 @pytest.mark.parametrize(("B", "D"), [(2, 24), (5, 8), (31, 100), (64, 130), (65, 512), (130, 24)])
 def test_agrees_with_the_reference(B: int, D: int, dtype: torch.dtype) -> None:
     x_BD, labels_B = _batch(B, D, dtype, seed=B)
@@ -124,7 +146,11 @@ def test_agrees_for_other_constants(constants: dict[str, float], D: int) -> None
 
 def test_a_small_loss_keeps_its_digits() -> None:
     x_BD, labels_B = HALVES[[0, 0, 15, 15, 3, 3]], torch.tensor([0, 0, 1, 1, 2, 2])
-    constants = {"alpha": 20.0, "beta": 20.0, "epsilon": 2.5}  # positives weigh exp(-10), negatives less
+    constants = {
+        "alpha": 20.0,
+        "beta": 20.0,
+        "epsilon": 2.5,
+    }  # positives weigh exp(-10), negatives less
     statistics_B4, gradient_BD = _run(x_BD, labels_B, **constants)
     loss, want_BD = _reference(x_BD, labels_B, **constants)
     assert 0 < loss < 1e-4
@@ -143,7 +169,9 @@ def test_statistics_are_the_extremes_and_the_log_sums() -> None:
         far, near = min(positives, default=math.inf), max(negatives)
         attract = math.log(1 + sum(math.exp(-a * (s - 0.5)) for s in positives if s - 0.1 < near))
         repel = math.log(1 + sum(math.exp(b * (s - 0.5)) for s in negatives if s + 0.1 > far))
-        assert statistics_B4[i].tolist() == pytest.approx([far, near, attract, repel], rel=1e-5, abs=1e-7)
+        assert statistics_B4[i].tolist() == pytest.approx(
+            [far, near, attract, repel], rel=1e-5, abs=1e-7
+        )
 
 
 @pytest.mark.parametrize("D", [24, 160])
@@ -191,7 +219,9 @@ def test_ties_and_batches_without_pairs(x_BD: Tensor, labels: list[int], epsilon
 
 def test_random_near_duplicates() -> None:
     x_BD, labels_B = _batch(50, 24, seed=2)
-    x_BD[25:] = reference.unit_rows(x_BD[:25] + 1e-4 * torch.randn(25, 24, generator=torch.Generator().manual_seed(1)))
+    x_BD[25:] = reference.unit_rows(
+        x_BD[:25] + 1e-4 * torch.randn(25, 24, generator=torch.Generator().manual_seed(1))
+    )
     statistics_B4, gradient_BD = _run(x_BD, labels_B)
     loss, want_BD = _reference(x_BD, labels_B)
     assert _mean_loss(statistics_B4) == pytest.approx(loss, rel=1e-5)
@@ -210,7 +240,9 @@ def test_a_pair_that_is_only_mined_in_the_gradient_has_no_weight(D: int) -> None
     for direction in (-math.inf, math.inf):
         moved_B4 = statistics_B4.clone()
         moved_B4[:, :2] = moved_B4[:, :2].nextafter(torch.tensor(direction))
-        got_BD = similarity_gradient(x_BD, x_BD, labels_B, labels_B, moved_B4, moved_B4, offset=0, **constants)
+        got_BD = similarity_gradient(
+            x_BD, x_BD, labels_B, labels_B, moved_B4, moved_B4, offset=0, **constants
+        )
         assert not got_BD.any()
 
 
@@ -219,11 +251,15 @@ def test_runs_agree_in_every_bit(B: int, D: int) -> None:
     x_BD, labels_B = _batch(B, D, seed=4)
     first = _run(x_BD, labels_B)
     for _ in range(1, REPEATS):
-        assert all(torch.equal(got, want) for got, want in zip(_run(x_BD, labels_B), first, strict=True))
+        assert all(
+            torch.equal(got, want) for got, want in zip(_run(x_BD, labels_B), first, strict=True)
+        )
 
 
 @pytest.mark.parametrize("epsilon", [0.1, -0.5])
-@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 1, 0, 1]], ids=["one class", "all apart", "pairs"])
+@pytest.mark.parametrize(
+    "labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 1, 0, 1]], ids=["one class", "all apart", "pairs"]
+)
 def test_nan_reaches_the_loss_and_the_gradient(labels: list[int], epsilon: float) -> None:
     x_BD, _ = _batch(4, 24)
     x_BD[2, 5] = math.nan
@@ -248,5 +284,9 @@ def test_launches_without_reading_the_device(D: int, dtype: torch.dtype) -> None
     labels_B = torch.empty(512, dtype=torch.int64, device="meta")
     with recording(90) as seen:
         statistics_B4, gradient_BD = _run(x_BD, labels_B)
-    assert [one.kernel.__name__ for one in seen.launches] == ["_extremes", "_exponential_sums", "_pair_weights"]
+    assert [one.kernel.__name__ for one in seen.launches] == [
+        "_extremes",
+        "_exponential_sums",
+        "_pair_weights",
+    ]
     assert statistics_B4.shape == (512, 4) and gradient_BD.shape == (512, D)

@@ -8,12 +8,17 @@ from torch import Tensor
 from namr_dist.kernels.gpu import pairs
 
 pytestmark = KERNEL_MARKS
-pair_distance, pair_gradient = through_kernels(pairs.pair_distance), through_kernels(pairs.pair_gradient)
+pair_distance, pair_gradient = (
+    through_kernels(pairs.pair_distance),
+    through_kernels(pairs.pair_gradient),
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def _batch(B: int, D: int, S: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+def _batch(
+    B: int, D: int, S: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Rows, and for each the numbers of S others, a fifth of them -1."""
     generator = torch.Generator().manual_seed(seed)
     z_BD = torch.randn(B, D, generator=generator).to(dtype)
@@ -24,7 +29,9 @@ def _batch(B: int, D: int, S: int, *, dtype: torch.dtype = torch.float32, seed: 
 def _distances(z_bD: Tensor, z_BD: Tensor, index_bS: Tensor) -> Tensor:
     """By differences in float64; autograd gives a pair at distance 0 a gradient of 0."""
     difference_bSD = z_bD[:, None] - z_BD[index_bS.clamp_min(0)]
-    return torch.linalg.vector_norm(difference_bSD.masked_fill((index_bS < 0)[..., None], 0.0), dim=2)
+    return torch.linalg.vector_norm(
+        difference_bSD.masked_fill((index_bS < 0)[..., None], 0.0), dim=2
+    )
 
 
 def _gradient(z_BD: Tensor, index_BS: Tensor, weight_BS: Tensor) -> Tensor:
@@ -41,7 +48,9 @@ def _assert_gradient(got: Tensor, want: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B, D, S", [(2, 8, 1), (7, 24, 3), (50, 130, 20), (130, 100, 2), (9, 512, 5)])
+@pytest.mark.parametrize(
+    "B, D, S", [(2, 8, 1), (7, 24, 3), (50, 130, 20), (130, 100, 2), (9, 512, 5)]
+)
 def test_distances(B: int, D: int, S: int, dtype: torch.dtype) -> None:
     z_BD, index_BS = _batch(B, D, S, dtype=dtype)
     here = slice(B // 3, B)
@@ -56,11 +65,15 @@ def test_distances_of_near_duplicates_far_from_the_origin() -> None:
     z_BD, index_BS = _batch(20, 24, 4)
     z_BD = 1000 + z_BD * 2.0**-12
     want_BS = _distances(z_BD.double(), z_BD.double(), index_BS)
-    torch.testing.assert_close(pair_distance(z_BD, z_BD, index_BS).double(), want_BS, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        pair_distance(z_BD, z_BD, index_BS).double(), want_BS, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B, D, S", [(2, 8, 1), (7, 24, 3), (24, 130, 20), (50, 100, 2), (5, 512, 3)])
+@pytest.mark.parametrize(
+    "B, D, S", [(2, 8, 1), (7, 24, 3), (24, 130, 20), (50, 100, 2), (5, 512, 3)]
+)
 def test_gradient(B: int, D: int, S: int, dtype: torch.dtype) -> None:
     z_BD, index_BS = _batch(B, D, S, dtype=dtype)
     weight_BS = torch.randn(B, S, generator=torch.Generator().manual_seed(1))
@@ -111,7 +124,10 @@ def test_nan_reaches_its_pairs_and_no_others() -> None:
     z_BD, _ = _batch(6, 8, 1)
     z_BD[2, 3] = torch.nan
     index_BS = torch.tensor([[1], [0], [3], [-1], [5], [4]])
-    assert pair_distance(z_BD, z_BD, index_BS).isnan().squeeze(1).tolist() == [False, False, True] + [False] * 3
+    assert (
+        pair_distance(z_BD, z_BD, index_BS).isnan().squeeze(1).tolist()
+        == [False, False, True] + [False] * 3
+    )
     gradient_BD = pair_gradient(z_BD, index_BS, torch.ones(6, 1), first=0, rows=6)
     assert gradient_BD.isnan().any(1).tolist() == [False, False, True, True, False, False]
 

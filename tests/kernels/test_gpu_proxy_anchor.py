@@ -14,8 +14,14 @@ from namr_dist.kernels.gpu import gradient_sums, proxy_anchor
 from namr_dist.kernels.gpu.launch import recording
 
 # NumPy, which runs the interpreter, warns of entries that kernels mask.
-pytestmark = [*KERNEL_MARKS, pytest.mark.filterwarnings("ignore:overflow encountered in exp", "ignore:divide by zero")]
-proxy_sums, proxy_gradient = through_kernels(proxy_anchor.proxy_sums), through_kernels(proxy_anchor.proxy_gradient)
+pytestmark = [
+    *KERNEL_MARKS,
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp", "ignore:divide by zero"),
+]
+proxy_sums, proxy_gradient = (
+    through_kernels(proxy_anchor.proxy_sums),
+    through_kernels(proxy_anchor.proxy_gradient),
+)
 
 DEFAULTS = {"alpha": 32.0, "margin": 0.1}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,21 +42,44 @@ def _batch(
 
 
 def _run(
-    x_BD: Tensor, labels_B: Tensor, proxies_CD: Tensor, sizes: list[int] | None = None, **constants: float
+    x_BD: Tensor,
+    labels_B: Tensor,
+    proxies_CD: Tensor,
+    sizes: list[int] | None = None,
+    **constants: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients for rows and proxies, put together from local parts of these sizes."""
     constants = DEFAULTS | constants
-    parts = list(zip(x_BD.split(sizes or len(x_BD)), labels_B.split(sizes or len(x_BD)), strict=True))
-    sums = [torch.stack(proxy_sums(x_bD, labels_b, proxies_CD, **constants)) for x_bD, labels_b in parts]
+    parts = list(
+        zip(x_BD.split(sizes or len(x_BD)), labels_B.split(sizes or len(x_BD)), strict=True)
+    )
+    sums = [
+        torch.stack(proxy_sums(x_bD, labels_b, proxies_CD, **constants)) for x_bD, labels_b in parts
+    ]
     own_C, other_C = torch.logsumexp(torch.stack(sums), 0)
     zero = own_C.new_zeros(())
     own_log_C, other_log_C = torch.logaddexp(own_C, zero), torch.logaddexp(other_C, zero)
     own_weight = 1 / (own_C > -math.inf).sum()
     other_weight = torch.full_like(zero, 1 / len(proxies_CD))
-    gradients = [proxy_gradient(x_bD, labels_b, proxies_CD, own_weight.expand(len(proxies_CD)), own_log_C,
-                                other_weight, other_log_C, **constants) for x_bD, labels_b in parts]
+    gradients = [
+        proxy_gradient(
+            x_bD,
+            labels_b,
+            proxies_CD,
+            own_weight.expand(len(proxies_CD)),
+            own_log_C,
+            other_weight,
+            other_log_C,
+            **constants,
+        )
+        for x_bD, labels_b in parts
+    ]
     grad_x, grad_proxies = zip(*gradients, strict=True)
-    return own_weight * own_log_C.sum() + other_log_C.mean(), torch.cat(grad_x), torch.stack(grad_proxies).sum(0)
+    return (
+        own_weight * own_log_C.sum() + other_log_C.mean(),
+        torch.cat(grad_x),
+        torch.stack(grad_proxies).sum(0),
+    )
 
 
 def _reference(
@@ -65,10 +94,14 @@ def _reference(
 def _error(got: Tensor, want: Tensor) -> float:
     """Relative, the worse of norm-wise and over the largest entry."""
     difference = got.double() - want
-    return max(float(difference.norm() / want.norm()), float(difference.abs().max() / want.abs().max()))
+    return max(
+        float(difference.norm() / want.norm()), float(difference.abs().max() / want.abs().max())
+    )
 
 
-def _agrees(inputs: tuple[Tensor, Tensor, Tensor], *, gradient: float = 1e-4, **constants: float) -> None:
+def _agrees(
+    inputs: tuple[Tensor, Tensor, Tensor], *, gradient: float = 1e-4, **constants: float
+) -> None:
     loss, *gradients = _run(*inputs, **constants)
     want_loss, want_gradients = _reference(*inputs, **constants)
     assert loss.dtype == torch.float32 and float(loss) == pytest.approx(want_loss, rel=1e-5)
@@ -80,7 +113,16 @@ def _agrees(inputs: tuple[Tensor, Tensor, Tensor], *, gradient: float = 1e-4, **
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     ("B", "C", "D"),
-    [(2, 1, 24), (2, 2, 8), (3, 100, 8), (33, 5, 100), (65, 100, 130), (130, 2, 24), (31, 1, 130), (64, 5, 512)],
+    [
+        (2, 1, 24),
+        (2, 2, 8),
+        (3, 100, 8),
+        (33, 5, 100),
+        (65, 100, 130),
+        (130, 2, 24),
+        (31, 1, 130),
+        (64, 5, 512),
+    ],
 )
 def test_agrees_with_the_reference(B: int, C: int, D: int, dtype: torch.dtype) -> None:
     rounded = COMPILED or gradient_sums.widest_gather(1, dtype) < D
@@ -95,7 +137,12 @@ def test_agrees_over_many_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "constants",
-    [{"alpha": 200.0}, {"alpha": 200.0, "margin": 1.0}, {"alpha": 200.0, "margin": -0.2}, {"alpha": 0.5}],
+    [
+        {"alpha": 200.0},
+        {"alpha": 200.0, "margin": 1.0},
+        {"alpha": 200.0, "margin": -0.2},
+        {"alpha": 0.5},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("D", [24, 160])
@@ -115,7 +162,9 @@ def test_sums_are_the_log_sums_of_either_kind(b: int, C: int, D: int) -> None:
     want_other_C = torch.logsumexp((32 * (S_bC + 0.1)).masked_fill(own_bC, -math.inf), 0)
     torch.testing.assert_close(own_C.double(), want_own_C, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other_C.double(), want_other_C, rtol=1e-5, atol=1e-5)
-    assert torch.equal(own_C == -math.inf, ~own_bC.any(0)) and torch.equal(other_C == -math.inf, own_bC.all(0))
+    assert torch.equal(own_C == -math.inf, ~own_bC.any(0)) and torch.equal(
+        other_C == -math.inf, own_bC.all(0)
+    )
 
 
 @pytest.mark.parametrize("D", [24, 160])
@@ -131,7 +180,9 @@ def test_local_parts_make_up_the_batch(D: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("shift", [0.0, 2.0], ids=["near", "all far"])
-@pytest.mark.parametrize("labels", [[0] * 8, [3] * 8, [7, 6, 5, 4, 3, 2, 1, 0], [1, 0] * 4], ids=str)
+@pytest.mark.parametrize(
+    "labels", [[0] * 8, [3] * 8, [7, 6, 5, 4, 3, 2, 1, 0], [1, 0] * 4], ids=str
+)
 def test_equal_and_opposite_rows(labels: list[int], shift: float) -> None:
     # Each row twice, equal proxies, a row that is its own proxy and one opposite to it; classes 8 and 9 are absent.
     x_BD, _, proxies_CD = _batch(8, 10, 24, seed=1)
@@ -153,7 +204,8 @@ def test_one_row_everywhere() -> None:
 def test_weights_of_any_size_give_the_same_direction(D: int, dtype: torch.dtype) -> None:
     x_BD, labels_B, proxies_CD = _batch(33, 7, D, dtype)
     own_log_C, other_log_C = (
-        torch.logaddexp(sums_C, torch.zeros(())) for sums_C in proxy_sums(x_BD, labels_B, proxies_CD, **DEFAULTS)
+        torch.logaddexp(sums_C, torch.zeros(()))
+        for sums_C in proxy_sums(x_BD, labels_B, proxies_CD, **DEFAULTS)
     )
     own_weight_C, other_weight = torch.linspace(0.1, 1, 7), torch.tensor(0.3)
 
@@ -210,7 +262,9 @@ def test_nan_reaches_the_loss_and_the_gradients(labels: list[int]) -> None:
 
 def test_rows_labels_and_weights_may_be_strided() -> None:
     x_BD, labels_B, proxies_CD = _batch(33, 5, 24)
-    wide = [torch.stack([tensor, tensor + 1], -1)[..., 0] for tensor in (x_BD, labels_B, proxies_CD)]
+    wide = [
+        torch.stack([tensor, tensor + 1], -1)[..., 0] for tensor in (x_BD, labels_B, proxies_CD)
+    ]
     for got, want in zip(_run(*wide), _run(x_BD, labels_B, proxies_CD), strict=True):
         assert torch.equal(got, want)
 
@@ -220,6 +274,8 @@ def test_rows_labels_and_weights_may_be_strided() -> None:
 def test_launches_without_reading_the_device(D: int, dtype: torch.dtype) -> None:
     x_BD = torch.empty(512, D, dtype=dtype, device="meta")
     with recording(90) as seen:
-        _, grad_x_BD, grad_proxies_CD = _run(x_BD, torch.empty(512, dtype=torch.int64, device="meta"), x_BD[:100])
+        _, grad_x_BD, grad_proxies_CD = _run(
+            x_BD, torch.empty(512, dtype=torch.int64, device="meta"), x_BD[:100]
+        )
     assert [one.kernel.__name__ for one in seen.launches] == ["_proxy_sums", "_rows", "_proxies"]
     assert grad_x_BD.shape == (512, D) and grad_proxies_CD.shape == (100, D)

@@ -12,7 +12,11 @@ from op_cases import OPS, PATHS, ROWS, UNEVEN, Batch, batch, device_of, on_ranks
 from torch import Tensor
 
 from namr_dist.kernels import reference
-from namr_dist.kernels.reference.mining import distance_weighted_negatives, pairs_of, semihard_negatives
+from namr_dist.kernels.reference.mining import (
+    distance_weighted_negatives,
+    pairs_of,
+    semihard_negatives,
+)
 
 B = sum(UNEVEN)
 LATTICE = torch.randint(-2, 3, (B, 24), generator=torch.Generator().manual_seed(5)).double()
@@ -28,8 +32,14 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def joined(given: Batch, memory: Batch) -> Batch:
     """z, x and labels of the batch and, behind them, of the memory."""
-    return Batch(z=torch.cat([given.z, memory.z]), x=torch.cat([given.x, memory.x]), s=given.s, beta=given.beta,
-                 labels=torch.cat([given.labels, memory.labels]), proxies=given.proxies)
+    return Batch(
+        z=torch.cat([given.z, memory.z]),
+        x=torch.cat([given.x, memory.x]),
+        s=given.s,
+        beta=given.beta,
+        labels=torch.cat([given.labels, memory.labels]),
+        proxies=given.proxies,
+    )
 
 
 def definition(memory: Batch) -> SimpleNamespace:
@@ -39,7 +49,10 @@ def definition(memory: Batch) -> SimpleNamespace:
         multi_cluster_ranking=partial(reference.multi_cluster_ranking, memory_QD=memory.z),
         triplet_loss=partial(reference.triplet_loss, memory_QD=memory.z, **labels),
         margin_loss=partial(reference.margin_loss, memory_QD=memory.x, **labels),
-        multi_similarity_loss=partial(reference.multi_similarity_loss, memory_QD=memory.x, **labels))
+        multi_similarity_loss=partial(
+            reference.multi_similarity_loss, memory_QD=memory.x, **labels
+        ),
+    )
 
 
 def by_loops(name: str, given: Batch, memory: Batch) -> Tensor:
@@ -59,8 +72,12 @@ def by_loops(name: str, given: Batch, memory: Batch) -> Tensor:
                 if j == i:
                     continue
                 D = (given.s[i] * (given.z[i] - all_rows.z[j]).square()).sum().sqrt()
-                r = torch.stack([(D - over.mean() + m / (clusters - 1) * (over.mean() - near)).abs()
-                                 for m in range(clusters)])
+                r = torch.stack(
+                    [
+                        (D - over.mean() + m / (clusters - 1) * (over.mean() - near)).abs()
+                        for m in range(clusters)
+                    ]
+                )
                 total = total + (torch.softmax(-sharpness * (clusters - 1) * r, 0) * r).sum()
         return total / (len(given.z) * (N - 1))
     if name == "multi_similarity":
@@ -80,18 +97,32 @@ def by_loops(name: str, given: Batch, memory: Batch) -> Tensor:
     x = all_rows.x if name == "margin" else all_rows.z
     squared = torch.cdist(x, x).detach().square()
     if name == "hardest":
-        chosen = [(i, int(squared[i].masked_fill(~pairs.same_BN[i], -1).argmax()),
-                   int(squared[i].masked_fill(~pairs.differ_BN[i], math.inf).argmin()))
-                  for i in anchors if pairs.valid_BR[i].any()]
+        chosen = [
+            (
+                i,
+                int(squared[i].masked_fill(~pairs.same_BN[i], -1).argmax()),
+                int(squared[i].masked_fill(~pairs.differ_BN[i], math.inf).argmin()),
+            )
+            for i in anchors
+            if pairs.valid_BR[i].any()
+        ]
     else:
-        negative_BR = semihard_negatives(squared, pairs) if name == "semihard" else \
-            distance_weighted_negatives(x, pairs, seed=7 if name == "margin" else 2**40 + 3)
-        chosen = [(i, int(pairs.positive_BR[i, r]), int(negative_BR[i, r]))
-                  for i in anchors for r in range(int(pairs.valid_BR[i].sum()))]
+        negative_BR = (
+            semihard_negatives(squared, pairs)
+            if name == "semihard"
+            else distance_weighted_negatives(x, pairs, seed=7 if name == "margin" else 2**40 + 3)
+        )
+        chosen = [
+            (i, int(pairs.positive_BR[i, r]), int(negative_BR[i, r]))
+            for i in anchors
+            for r in range(int(pairs.valid_BR[i].sum()))
+        ]
     distances = [((x[i] - x[p]).norm(), (x[i] - x[n]).norm()) for i, p, n in chosen]
     if name != "margin":
         return torch.stack([torch.relu(far - near + 0.2) for far, near in distances]).mean()
-    hinges = torch.cat([torch.stack([far - given.beta + 0.2, given.beta - near + 0.2]) for far, near in distances])
+    hinges = torch.cat(
+        [torch.stack([far - given.beta + 0.2, given.beta - near + 0.2]) for far, near in distances]
+    )
     return torch.relu(hinges).sum() / (hinges > 0).sum()
 
 
@@ -106,7 +137,9 @@ def test_the_definition_is_what_loops_say(name: str) -> None:
         torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-12)
         assert gradient.abs().max() > 0
     alone, _ = OPS[name].value_and_gradients(reference, given)
-    empty, _ = OPS[name].value_and_gradients(definition(batch(0, 6, labels=memory.labels[:0])), given)
+    empty, _ = OPS[name].value_and_gradients(
+        definition(batch(0, 6, labels=memory.labels[:0])), given
+    )
     assert not torch.isclose(value, alone, rtol=1e-3) and torch.equal(empty, alone)
 
 
@@ -119,13 +152,21 @@ MEMORIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "counts"), [
-    ("random", UNEVEN), ("without a positive", (B,)), ("copies of the batch", (B,)), ("copies of the batch", UNEVEN),
-])
+@pytest.mark.parametrize(
+    ("case", "counts"),
+    [
+        ("random", UNEVEN),
+        ("without a positive", (B,)),
+        ("copies of the batch", (B,)),
+        ("copies of the batch", UNEVEN),
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_definition(path: str, name: str, case: str, counts: tuple[int, ...]) -> None:
     given, memory = (part.rounded(torch.float32) for part in MEMORIES[case])
-    want_loss, wanted = OPS[name].value_and_gradients(definition(memory), given.leaves(torch.float64))
+    want_loss, wanted = OPS[name].value_and_gradients(
+        definition(memory), given.leaves(torch.float64)
+    )
     dtype, bound = (torch.float64, 1e-9) if path == "cpu" else (torch.float32, 1e-4)
     plain = joined(given, memory).to(dtype, device_of(path))
     results = on_ranks(counts, lambda i, j, gather: ROWS[name][1](plain, i, j, gather))
@@ -144,5 +185,10 @@ def test_memory_and_labels_belong_together() -> None:
     with pytest.raises(ValueError, match="as wide as the rows"):
         reference.multi_cluster_ranking(given.z, given.s, memory_QD=given.z[:, :3])
     with pytest.raises(ValueError, match=r"shape \(9,\), one per row"):
-        reference.margin_loss(given.x, given.labels, beta=given.beta, memory_QD=given.x,
-                              memory_labels_Q=given.labels[:5])
+        reference.margin_loss(
+            given.x,
+            given.labels,
+            beta=given.beta,
+            memory_QD=given.x,
+            memory_labels_Q=given.labels[:5],
+        )

@@ -46,7 +46,9 @@ BATCHES = {
     # Small integers: every order of summation is exact, so ties are ties in every implementation.
     "a lattice with ties": batch(24, 8, z=LATTICE),
     "far from the origin": batch(40, 24, z=batch(40, 24).z + 30),
-    "near-duplicates": batch(40, 24, z=batch(20, 24).z.repeat(2, 1) + 1e-3 * batch(40, 24, seed=3).z),
+    "near-duplicates": batch(
+        40, 24, z=batch(20, 24).z.repeat(2, 1) + 1e-3 * batch(40, 24, seed=3).z
+    ),
 }
 
 
@@ -65,11 +67,18 @@ def device(path: str) -> torch.device:
 
 @pytest.mark.parametrize("name", op_table.OPS)
 def test_an_op_has_one_name_and_the_primitives_of_the_table(name: str) -> None:
-    assert callable(getattr(reference, name)) and name in reference.__all__ and name in kernels.__all__
+    assert (
+        callable(getattr(reference, name)) and name in reference.__all__ and name in kernels.__all__
+    )
     assert getattr(torch.ops.namr, name).default
     source = inspect.getsource(sys.modules[getattr(kernels, name).__module__])
-    used = {node.attr for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "primitives"}
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "primitives"
+    }
     assert used == set(op_table.OPS[name].primitives)
 
 
@@ -80,22 +89,31 @@ def test_every_primitive_is_of_some_op_and_runs_everywhere() -> None:
 
 def test_every_op_of_the_table_is_tried_here() -> None:
     called = []
-    stand_ins = SimpleNamespace(**{name: lambda *_, name=name, **__: called.append(name) for name in op_table.OPS})
+    stand_ins = SimpleNamespace(
+        **{name: lambda *_, name=name, **__: called.append(name) for name in op_table.OPS}
+    )
     for op in OPS.values():
         op.call(stand_ins, batch(2, 2))
     assert set(called) == set(op_table.OPS)
 
 
 def test_the_table_imports_nothing() -> None:
-    imports = [node for node in ast.walk(ast.parse(inspect.getsource(op_table)))
-               if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(op_table)))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     assert {node.module for node in imports} <= {"collections.abc", "dataclasses"}
 
 
 @pytest.mark.parametrize("case", BATCHES)
 @pytest.mark.parametrize("name", OPS)
-def test_equals_the_definition_in_float64(path: str, device: torch.device, name: str, case: str) -> None:
-    if name == "semihard" and (case == "near-duplicates" or (case, path) == ("pairs of equal rows", "triton")):
+def test_equals_the_definition_in_float64(
+    path: str, device: torch.device, name: str, case: str
+) -> None:
+    if name == "semihard" and (
+        case == "near-duplicates" or (case, path) == ("pairs of equal rows", "triton")
+    ):
         # A twin of the positive lies just within or just beyond it, and the loss itself jumps in the last bits.
         # The interpreter's products of equal columns may differ in those; the lattice has exact twins.
         given = BATCHES[case].to(torch.float32)
@@ -106,7 +124,9 @@ def test_equals_the_definition_in_float64(path: str, device: torch.device, name:
     op, given = OPS[name], BATCHES[case].rounded(torch.float32)
     loss, gradients = op.value_and_gradients(kernels, given.leaves(torch.float32, device))
     want_loss, want_gradients = op.value_and_gradients(reference, given.leaves(torch.float64))
-    assert loss.dtype == torch.float32 and all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert loss.dtype == torch.float32 and all(
+        gradient.dtype == torch.float32 for gradient in gradients
+    )
     assert abs(float(loss) - float(want_loss)) <= 1e-5 * abs(float(want_loss))
     for gradient, want in zip(gradients, want_gradients, strict=True):
         if want.abs().max() == 0:
@@ -128,14 +148,18 @@ def test_rows_nearer_than_rounding_allows(path: str, device: torch.device, name:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", OPS)
-def test_half_types_are_added_up_in_float32(path: str, device: torch.device, name: str, dtype: torch.dtype) -> None:
+def test_half_types_are_added_up_in_float32(
+    path: str, device: torch.device, name: str, dtype: torch.dtype
+) -> None:
     op, given = OPS[name], batch(70, 24, seed=2).rounded(dtype)
     loss, gradients = op.value_and_gradients(kernels, given.leaves(dtype, device))
     want_loss, want_gradients = op.value_and_gradients(reference, given.leaves(torch.float64))
     assert loss.dtype == torch.float32 and all(gradient.dtype == dtype for gradient in gradients)
     # Unit rows are normalised again by nothing: a rounded row of the batch is what both sides see.
     rounded = path == "triton" and name.startswith("ranking") and dtype == torch.bfloat16
-    assert abs(float(loss) - float(want_loss)) <= (1e-3 if rounded else 1e-4) * abs(float(want_loss))
+    assert abs(float(loss) - float(want_loss)) <= (1e-3 if rounded else 1e-4) * abs(
+        float(want_loss)
+    )
     for gradient, want in zip(gradients, want_gradients, strict=True):
         assert worst(gradient, want) <= (ROUNDED_RANKING if rounded else 2 * torch.finfo(dtype).eps)
 
@@ -151,15 +175,21 @@ def test_repeats_have_the_same_bits(path: str, device: torch.device, name: str) 
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_of_several_ranks_make_the_same_loss_and_gradient(device: torch.device, name: str) -> None:
+def test_rows_of_several_ranks_make_the_same_loss_and_gradient(
+    device: torch.device, name: str
+) -> None:
     whole, of_rows = ROWS[name]
     given = batch(sum(UNEVEN), 24, seed=6).rounded(torch.float32)
     plain = given.to(torch.float32, device)
     results = on_ranks(UNEVEN, lambda i, j, gather: of_rows(plain, i, j, gather))
-    want_loss, want_gradients = OPS[whole].value_and_gradients(reference, given.leaves(torch.float64))
+    want_loss, want_gradients = OPS[whole].value_and_gradients(
+        reference, given.leaves(torch.float64)
+    )
     for loss, *_ in results:
         assert abs(float(loss) - float(want_loss)) <= 1e-5 * abs(float(want_loss))
-    for position, (argument, want) in enumerate(zip(OPS[whole].by, want_gradients, strict=True), start=1):
+    for position, (argument, want) in enumerate(
+        zip(OPS[whole].by, want_gradients, strict=True), start=1
+    ):
         shares = [result[position] for result in results]
         # A parameter's gradient is shared out among ranks, a row's belongs to its rank.
         got = torch.stack(shares).sum(0) if argument in ("proxies", "beta") else torch.cat(shares)
@@ -168,7 +198,9 @@ def test_rows_of_several_ranks_make_the_same_loss_and_gradient(device: torch.dev
 
 @pytest.mark.parametrize("name", ["mean_distance", "ranking"])
 def test_a_rank_whose_only_row_is_the_middle_of_the_batch(device: torch.device, name: str) -> None:
-    given = batch(5, 2, z=torch.tensor([[0, 0], [2, 0], [-2, 0], [0, 2], [0, -2]])).rounded(torch.float32)
+    given = batch(5, 2, z=torch.tensor([[0, 0], [2, 0], [-2, 0], [0, 2], [0, -2]])).rounded(
+        torch.float32
+    )
     plain = given.to(torch.float32, device)
     results = on_ranks((1, 4), lambda i, j, gather: ROWS[name][1](plain, i, j, gather))
     _, (want, *_) = OPS[name].value_and_gradients(reference, given.leaves(torch.float64))
@@ -182,10 +214,21 @@ def test_gradcheck_in_float64(name: str) -> None:
     op = OPS[name]
 
     def function(*arguments: Tensor) -> Tensor:
-        fields = {"z": given.z, "s": given.s, "x": given.x, "proxies": given.proxies, "beta": given.beta}
-        return op.call(kernels, Batch(**(fields | dict(zip(op.by, arguments, strict=True))), labels=given.labels))
+        fields = {
+            "z": given.z,
+            "s": given.s,
+            "x": given.x,
+            "proxies": given.proxies,
+            "beta": given.beta,
+        }
+        return op.call(
+            kernels,
+            Batch(**(fields | dict(zip(op.by, arguments, strict=True))), labels=given.labels),
+        )
 
-    assert torch.autograd.gradcheck(function, [getattr(given, name) for name in op.by], eps=1e-7, atol=1e-5)
+    assert torch.autograd.gradcheck(
+        function, [getattr(given, name) for name in op.by], eps=1e-7, atol=1e-5
+    )
 
 
 class _RankingAroundFixedCentres(torch.autograd.Function):
@@ -209,8 +252,11 @@ def test_gradcheck_of_ranking_around_fixed_centres(clusters: int) -> None:
     far = torch.linspace(1.5, 2.5, 11, dtype=torch.float64)
     step = torch.full_like(far, 1.3 / clusters)
     assert torch.autograd.gradcheck(
-        lambda z, s: _RankingAroundFixedCentres.apply(z, s, far, step, clusters), [given.z, given.s], eps=1e-7,
-        atol=1e-5)
+        lambda z, s: _RankingAroundFixedCentres.apply(z, s, far, step, clusters),
+        [given.z, given.s],
+        eps=1e-7,
+        atol=1e-5,
+    )
 
 
 RAW: dict[str, tuple[str, Callable[[Batch], tuple[Any, ...]]]] = {
@@ -241,7 +287,9 @@ def test_compiles_into_one_graph(device: str, name: str) -> None:
     torch._dynamo.reset()
     op, given = OPS[name], batch(23, 8, seed=9).leaves(torch.float32, device)
 
-    def function(z: Tensor, s: Tensor, x: Tensor, proxies: Tensor, beta: Tensor, labels: Tensor) -> Tensor:
+    def function(
+        z: Tensor, s: Tensor, x: Tensor, proxies: Tensor, beta: Tensor, labels: Tensor
+    ) -> Tensor:
         return 2 * op.call(kernels, Batch(z=z, s=s, x=x, proxies=proxies, beta=beta, labels=labels))
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -267,12 +315,18 @@ def test_a_new_seed_does_not_compile_anew(device: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_nan_comes_out_and_debug_mode_names_the_row(device: torch.device, name: str,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_comes_out_and_debug_mode_names_the_row(
+    device: torch.device, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     op, given = OPS[name], batch(21, 8)
     field = op.by[0]
     getattr(given, field)[17, 3] = float("nan")
-    if name in ("mean_distance", "ranking", "multi_similarity", "proxy_anchor"):  # mined losses may pass a row by
+    if name in (
+        "mean_distance",
+        "ranking",
+        "multi_similarity",
+        "proxy_anchor",
+    ):  # mined losses may pass a row by
         assert torch.isnan(op.call(kernels, given.leaves(torch.float32, device)))
     monkeypatch.setenv("NAMR_DEBUG", "1")
     with pytest.raises(ValueError, match=r"nan at row 17, column 3"):
@@ -310,8 +364,12 @@ def test_strided_rows(device: torch.device, name: str) -> None:
 
 def test_too_few_slots_for_positives_are_refused() -> None:
     given = batch(8, 4, labels=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])).leaves(torch.float32)
-    assert kernels.triplet_loss(given.z, given.labels, most_positives=2) == kernels.triplet_loss(given.z, given.labels)
-    assert kernels.triplet_loss(given.z, given.labels, most_positives=6) == kernels.triplet_loss(given.z, given.labels)
+    assert kernels.triplet_loss(given.z, given.labels, most_positives=2) == kernels.triplet_loss(
+        given.z, given.labels
+    )
+    assert kernels.triplet_loss(given.z, given.labels, most_positives=6) == kernels.triplet_loss(
+        given.z, given.labels
+    )
     with pytest.raises(ValueError, match="most_positives is 1, but a class has 3 rows"):
         kernels.triplet_loss(given.z, given.labels, most_positives=1)
 
@@ -341,8 +399,12 @@ def test_lower_precision_of_products_is_not_for_the_losses() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        seen = ops.exactly(lambda _: (torch.backends.cuda.matmul.fp32_precision,
-                                      torch.backends.mkldnn.matmul.fp32_precision))(torch.zeros(1))
+        seen = ops.exactly(
+            lambda _: (
+                torch.backends.cuda.matmul.fp32_precision,
+                torch.backends.mkldnn.matmul.fp32_precision,
+            )
+        )(torch.zeros(1))
         assert seen == ("ieee", "ieee")
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -374,4 +436,6 @@ def test_arguments_of_two_types_are_computed_in_the_wider() -> None:
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     x, beta = given.x.float(), given.beta.requires_grad_()
-    torch.library.opcheck(torch.ops.namr.margin_loss.default, (x, beta, given.labels, 0.2, 3, None, True))
+    torch.library.opcheck(
+        torch.ops.namr.margin_loss.default, (x, beta, given.labels, 0.2, 3, None, True)
+    )

@@ -50,7 +50,9 @@ def apart(got: Tensor, want: Tensor, bound: float) -> float:
 def test_equals_the_definition_at_full_size(name: str, dtype: torch.dtype, B: int, D: int) -> None:
     op, given = OPS[name], large_batch(B, D).to(dtype, DEVICE)
     loss, gradients = op.value_and_gradients(kernels, given.leaves(dtype, DEVICE))
-    want_loss, want_gradients = op.value_and_gradients(reference, given.leaves(torch.float64, DEVICE))
+    want_loss, want_gradients = op.value_and_gradients(
+        reference, given.leaves(torch.float64, DEVICE)
+    )
     # A draw that falls otherwise, on a near tie, is another term of the mean.
     bound = 1e-3 if name in DRAWN or dtype != torch.float32 else 1e-5
     assert abs(float(loss) - float(want_loss)) <= bound * abs(float(want_loss))
@@ -101,19 +103,29 @@ def test_a_hundred_runs_have_the_same_bits(name: str, dtype: torch.dtype) -> Non
 
 # Half types: what the matrix units are given is rounded to them (docs/kernels.md, "Precision"), and eager PyTorch,
 # which computes in float32, rounds its result alone. In multi-cluster ranking a pair may change sides of a centre.
-ROUNDED = {("multi-cluster-ranking", "bfloat16"): 6.0,
-           **{(loss, dtype): 2.0 for loss in ("multi-similarity", "proxy-anchor") for dtype in ("bfloat16", "float16")}}
+ROUNDED = {
+    ("multi-cluster-ranking", "bfloat16"): 6.0,
+    **{
+        (loss, dtype): 2.0
+        for loss in ("multi-similarity", "proxy-anchor")
+        for dtype in ("bfloat16", "float16")
+    },
+}
 
 
 @pytest.mark.parametrize("width", [128, 512])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("loss", [name for name in eager.FORMS if not cases.LOSSES[name].sampled])
-def test_gradients_are_as_exact_as_those_of_plain_pytorch(loss: str, dtype: str, width: int) -> None:
+def test_gradients_are_as_exact_as_those_of_plain_pytorch(
+    loss: str, dtype: str, width: int
+) -> None:
     """Largest error against float64 beside that of the eager form. No sampled loss: it draws other negatives."""
     case = cases.Case(loss=loss, rows=2048, width=width, dtype=dtype, device="cuda")
     given = cases.make_batch(case)
     truth = gate.yardsticks(case, given)
-    ours, plain = (gate.judge(find_form(provider, loss), case, given, truth) for provider in ("ours", "eager"))
+    ours, plain = (
+        gate.judge(find_form(provider, loss), case, given, truth) for provider in ("ours", "eager")
+    )
     print(f"{case}: gradient error {ours.gradient_error:.2e}, eager {plain.gradient_error:.2e}")
     assert ours.agrees
     assert ours.gradient_error <= ROUNDED.get((loss, dtype), 1.1) * plain.gradient_error
@@ -162,7 +174,9 @@ def test_a_step_can_be_captured_as_a_graph(name: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured_loss, captured = op.value_and_gradients(kernels, given)
-    others = batch(1024, 128, seed=1, labels=torch.arange(1024) // 4, classes=256).leaves(torch.float32, DEVICE)
+    others = batch(1024, 128, seed=1, labels=torch.arange(1024) // 4, classes=256).leaves(
+        torch.float32, DEVICE
+    )
     with torch.no_grad():
         for field, value in vars(others).items():
             getattr(given, field).copy_(value)
@@ -181,12 +195,15 @@ def largest_batch() -> Batch:
 @pytest.mark.xdist_group("largest batch")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", KNOWN_POSITIVES)
-def test_65536_rows_take_320_mib_beside_inputs_and_gradients(name: str, dtype: torch.dtype,
-                                                             largest_batch: Batch) -> None:
+def test_65536_rows_take_320_mib_beside_inputs_and_gradients(
+    name: str, dtype: torch.dtype, largest_batch: Batch
+) -> None:
     """The most that PyTorch's allocator holds at any moment of a forward and backward pass, less what it held before
     and less the gradients that are returned, in the type they are returned in."""
     op = KNOWN_POSITIVES[name]
-    op.value_and_gradients(kernels, large_batch(1024, 512).leaves(dtype, DEVICE))  # the library's workspace
+    op.value_and_gradients(
+        kernels, large_batch(1024, 512).leaves(dtype, DEVICE)
+    )  # the library's workspace
     given = largest_batch.leaves(dtype, DEVICE)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -199,19 +216,41 @@ def test_65536_rows_take_320_mib_beside_inputs_and_gradients(name: str, dtype: t
     assert extra_mib <= 320
 
 
-@pytest.mark.parametrize(("call", "said"), [
-    ("triplet_loss(z, labels, most_positives=1)", "a class has more positives in the batch than most_positives says"),
-    ("margin_loss(z, labels, beta=z[0, :1], most_positives=1)", "a class has more positives in the batch"),
-    ("proxy_anchor_loss(z, labels, z[:1])", "a label has no proxy"),
-])
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            "triplet_loss(z, labels, most_positives=1)",
+            "a class has more positives in the batch than most_positives says",
+        ),
+        (
+            "margin_loss(z, labels, beta=z[0, :1], most_positives=1)",
+            "a class has more positives in the batch",
+        ),
+        ("proxy_anchor_loss(z, labels, z[:1])", "a label has no proxy"),
+    ],
+)
 def test_a_broken_promise_is_a_device_assertion(call: str, said: str) -> None:
     """In a process of its own, which such an assertion leaves without a GPU."""
-    done = subprocess.run([sys.executable, "-c", f"""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"""
 import torch
 from namr_dist.kernels import margin_loss, proxy_anchor_loss, triplet_loss
 z = torch.nn.functional.normalize(torch.randn(6, 8, device="cuda"))
 labels = torch.tensor([0, 0, 0, 1, 1, 1], device="cuda")
 {call}
 torch.cuda.synchronize()
-"""], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "device-side assert triggered" in done.stderr and said in done.stderr
+""",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode != 0
+        and "device-side assert triggered" in done.stderr
+        and said in done.stderr
+    )

@@ -11,7 +11,11 @@ from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor
 
 from namr_dist.kernels import reference
-from namr_dist.kernels.reference.mining import distance_weighted_negatives, pairs_of, semihard_negatives
+from namr_dist.kernels.reference.mining import (
+    distance_weighted_negatives,
+    pairs_of,
+    semihard_negatives,
+)
 
 
 def _batch(B: int = 20, D: int = 6, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -44,9 +48,13 @@ def test_triplet(mining: str, seed: int) -> None:
     z_BD, labels_B = _batch(seed=seed)
     pairs = pairs_of(labels_B)
     if mining == "hardest":
-        triplets = miners.BatchHardMiner(distance=LpDistance(normalize_embeddings=False))(z_BD, labels_B)
+        triplets = miners.BatchHardMiner(distance=LpDistance(normalize_embeddings=False))(
+            z_BD, labels_B
+        )
     elif mining == "semihard":
-        triplets = _triplets(pairs, semihard_negatives(torch.cdist(z_BD, z_BD).detach().square(), pairs))
+        triplets = _triplets(
+            pairs, semihard_negatives(torch.cdist(z_BD, z_BD).detach().square(), pairs)
+        )
     else:
         triplets = _triplets(pairs, distance_weighted_negatives(z_BD, pairs, seed=9))
     theirs = losses.TripletMarginLoss(
@@ -68,7 +76,9 @@ def test_margin(beta: float) -> None:
     ).double()
     triplets = _triplets(pairs, distance_weighted_negatives(z_BD, pairs, seed=2))
     _same(
-        reference.margin_loss(reference.unit_rows(z_BD), labels_B, beta=theirs.beta, alpha=0.2, seed=2),
+        reference.margin_loss(
+            reference.unit_rows(z_BD), labels_B, beta=theirs.beta, alpha=0.2, seed=2
+        ),
         theirs(reference.unit_rows(z_BD), labels_B, triplets),
         [z_BD, theirs.beta],
     )
@@ -78,7 +88,9 @@ def test_margin(beta: float) -> None:
 @pytest.mark.parametrize(
     ("alpha", "beta", "base", "epsilon"), [(2.0, 50.0, 0.5, 0.1), (4.0, 10.0, 0.3, 0.02)]
 )
-def test_multi_similarity(alpha: float, beta: float, base: float, epsilon: float, seed: int) -> None:
+def test_multi_similarity(
+    alpha: float, beta: float, base: float, epsilon: float, seed: int
+) -> None:
     z_BD, labels_B = _batch(seed=seed)
     theirs = losses.MultiSimilarityLoss(alpha=alpha, beta=beta, base=base)
     mined = miners.MultiSimilarityMiner(epsilon=epsilon)(z_BD, labels_B)
@@ -94,7 +106,9 @@ def test_multi_similarity(alpha: float, beta: float, base: float, epsilon: float
 def test_multi_similarity_mining_leaves_some_pairs_out() -> None:
     # Else the agreement above would say nothing about the mining.
     z_BD, labels_B = _batch()
-    anchor_positive, _, anchor_negative, _ = miners.MultiSimilarityMiner(epsilon=0.1)(z_BD, labels_B)
+    anchor_positive, _, anchor_negative, _ = miners.MultiSimilarityMiner(epsilon=0.1)(
+        z_BD, labels_B
+    )
     pairs = pairs_of(labels_B)
     assert 0 < len(anchor_positive) < int(pairs.same_BN.sum())
     assert 0 < len(anchor_negative) < int(pairs.differ_BN.sum())
@@ -103,10 +117,16 @@ def test_multi_similarity_mining_leaves_some_pairs_out() -> None:
 @pytest.mark.parametrize(("alpha", "margin"), [(32.0, 0.1), (8.0, 0.3)])
 def test_proxy_anchor(alpha: float, margin: float) -> None:
     z_BD, labels_B = _batch(classes=5)
-    theirs = losses.ProxyAnchorLoss(num_classes=8, embedding_size=6, margin=margin, alpha=alpha).double()
+    theirs = losses.ProxyAnchorLoss(
+        num_classes=8, embedding_size=6, margin=margin, alpha=alpha
+    ).double()
     _same(
         reference.proxy_anchor_loss(
-            reference.unit_rows(z_BD), labels_B, reference.unit_rows(theirs.proxies), alpha=alpha, margin=margin
+            reference.unit_rows(z_BD),
+            labels_B,
+            reference.unit_rows(theirs.proxies),
+            alpha=alpha,
+            margin=margin,
         ),
         theirs(z_BD, labels_B),
         [z_BD, theirs.proxies],
@@ -131,8 +151,12 @@ def test_gradcheck_multi_similarity() -> None:
 def test_gradcheck_proxy_anchor_in_rows_and_proxies() -> None:
     z_BD, labels_B = _batch(B=6, D=3, classes=3)
     proxies_CD = torch.randn(4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    x_BD, p_CD = (reference.unit_rows(rows).detach().requires_grad_() for rows in (z_BD, proxies_CD))
-    assert torch.autograd.gradcheck(lambda x, p: reference.proxy_anchor_loss(x, labels_B, p), [x_BD, p_CD])
+    x_BD, p_CD = (
+        reference.unit_rows(rows).detach().requires_grad_() for rows in (z_BD, proxies_CD)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, p: reference.proxy_anchor_loss(x, labels_B, p), [x_BD, p_CD]
+    )
 
 
 def test_margin_counts_only_active_terms() -> None:
@@ -151,7 +175,9 @@ def test_sums_of_exponentials_do_not_overflow() -> None:
     proxies_CD = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
     # exp(1000 · 2) is no float; the largest exponent is what is left of the logarithm.
     got = reference.proxy_anchor_loss(x_BD, labels_B, proxies_CD, alpha=1000.0, margin=0.0)
-    assert float(got) == pytest.approx((2000 + math.log(2)) / 2 + (2000 + math.log(2)) / 2, rel=1e-6)
+    assert float(got) == pytest.approx(
+        (2000 + math.log(2)) / 2 + (2000 + math.log(2)) / 2, rel=1e-6
+    )
     sharp = reference.multi_similarity_loss(x_BD, labels_B, alpha=2.0, beta=1000.0, base=0.5)
     # One positive and two negatives an anchor, all at similarity 2.
     want = math.log1p(math.exp(-2 * 1.5)) / 2 + 1.5 + math.log(2) / 1000

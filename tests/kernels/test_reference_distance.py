@@ -8,11 +8,15 @@ from namr_dist.kernels.reference.pairs import safe_sqrt
 
 
 def _rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def _weights(*shape: int, seed: int = 1) -> torch.Tensor:
-    return 0.5 + torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return 0.5 + torch.rand(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def test_values_are_weighted_sums_of_squares_with_the_anchors_weights() -> None:
@@ -83,7 +87,9 @@ def test_rows_1e_9_apart_keep_full_relative_precision() -> None:
 
 def test_float32_far_from_the_origin() -> None:
     z_BD = _rows(12, 8, dtype=torch.float32) + 1000.0  # rounded here; both sides see the same rows
-    exact_BB = torch.cdist(z_BD.double(), z_BD.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    exact_BB = torch.cdist(
+        z_BD.double(), z_BD.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
     got_BB = reference.pairwise_distance(z_BD, z_BD)
     assert got_BB.dtype == torch.float32
     torch.testing.assert_close(got_BB.double(), exact_BB, rtol=1e-6, atol=0)

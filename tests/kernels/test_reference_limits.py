@@ -18,7 +18,9 @@ BETA = torch.tensor(1.2)
 def _proxies(x_BD: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(8)
     rows_CD = torch.randn(6, x_BD.shape[-1], generator=generator, dtype=torch.float64)
-    return reference.unit_rows(rows_CD).to(x_BD.dtype if x_BD.is_floating_point() else torch.float64)
+    return reference.unit_rows(rows_CD).to(
+        x_BD.dtype if x_BD.is_floating_point() else torch.float64
+    )
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +37,9 @@ LABELLED: dict[str, Loss] = {
 }
 EVERY: dict[str, Loss] = {
     **LABELLED,
-    "ranking": lambda z, _: reference.multi_cluster_ranking(z, torch.linspace(0.5, 1.5, z.numel()).view_as(z)),
+    "ranking": lambda z, _: reference.multi_cluster_ranking(
+        z, torch.linspace(0.5, 1.5, z.numel()).view_as(z)
+    ),
     "mean_distance": lambda z, _: reference.mean_pairwise_distance(z),
 }
 
@@ -51,7 +55,9 @@ def _unit(B: int, D: int, dtype: torch.dtype = torch.float64) -> Tensor:
     [[3] * 6, list(range(6)), [0, 0], [0, 1]],
     ids=["one class", "no positives", "B=2 alike", "B=2 unlike"],
 )
-def test_without_a_triplet_the_loss_is_zero_with_a_gradient_of_zeros(loss: Loss, labels: list[int]) -> None:
+def test_without_a_triplet_the_loss_is_zero_with_a_gradient_of_zeros(
+    loss: Loss, labels: list[int]
+) -> None:
     x_BD = _unit(len(labels), 4).requires_grad_()
     value = loss(x_BD, torch.tensor(labels))
     assert value.shape == () and value.grad_fn is not None
@@ -145,7 +151,9 @@ def test_the_memory_meter_sees_the_naive_form() -> None:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)]
 )
-def test_narrower_dtypes_compute_in_float32(loss: Loss, dtype: torch.dtype, tolerance: float) -> None:
+def test_narrower_dtypes_compute_in_float32(
+    loss: Loss, dtype: torch.dtype, tolerance: float
+) -> None:
     # Both sides see the same rounded rows, so what is left is the rounding of float32.
     y_B = torch.arange(24) % 6
     narrow_BD = _unit(24, 16).to(dtype).requires_grad_()

@@ -21,7 +21,9 @@ def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
-def _naive(z_BD: Tensor, s_BD: Tensor, M: int, t: float, phi: float, a: float, statistics: str) -> Tensor:
+def _naive(
+    z_BD: Tensor, s_BD: Tensor, M: int, t: float, phi: float, a: float, statistics: str
+) -> Tensor:
     B, D = z_BD.shape
     d = [[math.dist(z_BD[i].tolist(), z_BD[j].tolist()) for j in range(B)] for i in range(B)]
     total = z_BD.new_zeros(())
@@ -34,7 +36,9 @@ def _naive(z_BD: Tensor, s_BD: Tensor, M: int, t: float, phi: float, a: float, s
             D2 = z_BD.new_zeros(())
             for k in range(D):
                 D2 = D2 + s_BD[i, k] * (z_BD[i, k] - z_BD[j, k]) ** 2
-            r = [(D2.sqrt() - (mu - (m - 1) / (M - 1) * (mu - near))).abs() for m in range(1, M + 1)]
+            r = [
+                (D2.sqrt() - (mu - (m - 1) / (M - 1) * (mu - near))).abs() for m in range(1, M + 1)
+            ]
             e = [torch.exp(-a * (M - 1) * r_m) for r_m in r]
             for m in range(M):
                 total = total + e[m] / sum(e) * r[m]
@@ -44,14 +48,18 @@ def _naive(z_BD: Tensor, s_BD: Tensor, M: int, t: float, phi: float, a: float, s
 @pytest.mark.parametrize("statistics", ["batch", "anchor"])
 @pytest.mark.parametrize("M", [2, 3, 4, 8])
 @pytest.mark.parametrize(("t", "phi", "a"), [(3.0, 0.2, 10.0), (0.7, 0.1, 4.0)])
-def test_agrees_with_the_naive_loops(statistics: str, M: int, t: float, phi: float, a: float) -> None:
+def test_agrees_with_the_naive_loops(
+    statistics: str, M: int, t: float, phi: float, a: float
+) -> None:
     inputs = _batch(seed=M)
     ours = reference.multi_cluster_ranking(
         *inputs, clusters=M, spread=t, floor=phi, sharpness=a, statistics=statistics
     )
     naive = _naive(*inputs, M, t, phi, a, statistics)
     torch.testing.assert_close(ours, naive, rtol=1e-12, atol=0)
-    for got, want in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(naive, inputs), strict=True):
+    for got, want in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(naive, inputs), strict=True
+    ):
         assert float(want.abs().max()) > 1e-3
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -69,7 +77,9 @@ def test_the_defaults_are_those_of_the_algorithm() -> None:
 def test_floor_and_spread_each_set_the_near_centre() -> None:
     z_BD, s_BD = (x.detach() for x in _batch(B=8))
     values = {
-        (spread, floor): float(reference.multi_cluster_ranking(z_BD, s_BD, spread=spread, floor=floor))
+        (spread, floor): float(
+            reference.multi_cluster_ranking(z_BD, s_BD, spread=spread, floor=floor)
+        )
         for spread in (0.5, 30.0, 40.0)
         for floor in (0.1, 0.2)
     }
@@ -89,7 +99,9 @@ def test_two_clusters_are_the_sigmoid_weighted_pair_of_the_forerunner() -> None:
     to_far_P, to_near_P = (D_P - far).abs(), (D_P - near).abs()
     p_far_P = torch.sigmoid(10.0 * (to_near_P - to_far_P))
     want = (p_far_P * to_far_P + (1 - p_far_P) * to_near_P).mean()
-    torch.testing.assert_close(reference.multi_cluster_ranking(z_BD, s_BD), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        reference.multi_cluster_ranking(z_BD, s_BD), want, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("statistics", ["batch", "anchor"])
@@ -99,17 +111,22 @@ def test_gradcheck_with_the_centres_held_still(
 ) -> None:
     # The centres are detached by definition, so finite differences agree only when z does not move them.
     z_BD, s_BD = _batch(B=5)
-    centres = reference.losses._cluster_centres(z_BD, z_BD, clusters=M, spread=0.8, floor=0.2, statistics=statistics)
+    centres = reference.losses._cluster_centres(
+        z_BD, z_BD, clusters=M, spread=0.8, floor=0.2, statistics=statistics
+    )
     assert not centres.requires_grad
     monkeypatch.setattr(reference.losses, "_cluster_centres", lambda *_, **__: centres)
     assert torch.autograd.gradcheck(
-        lambda z, s: reference.multi_cluster_ranking(z, s, clusters=M, statistics=statistics), [z_BD, s_BD]
+        lambda z, s: reference.multi_cluster_ranking(z, s, clusters=M, statistics=statistics),
+        [z_BD, s_BD],
     )
 
 
 def test_centres_run_evenly_from_far_to_near() -> None:
     z_BD, _ = _batch(B=8)
-    centres = reference.losses._cluster_centres(z_BD, z_BD, clusters=4, spread=0.5, floor=0.2, statistics="batch")
+    centres = reference.losses._cluster_centres(
+        z_BD, z_BD, clusters=4, spread=0.5, floor=0.2, statistics="batch"
+    )
     centres = centres.flatten()
     steps = centres.diff()
     assert (steps < 0).all()
@@ -126,7 +143,9 @@ def test_all_rows_equal_give_zero_and_zero_gradient(statistics: str) -> None:
     loss = reference.multi_cluster_ranking(z_BD, s_BD, statistics=statistics)
     loss.backward()
     assert float(loss.detach()) == 0.0
-    assert torch.equal(z_BD.grad, torch.zeros_like(z_BD)) and torch.equal(s_BD.grad, torch.zeros_like(s_BD))
+    assert torch.equal(z_BD.grad, torch.zeros_like(z_BD)) and torch.equal(
+        s_BD.grad, torch.zeros_like(s_BD)
+    )
 
 
 def test_one_pair_of_duplicates_among_others() -> None:

@@ -24,7 +24,11 @@ def _hash_in_plain_integers(seed: int, *counters: int) -> int:
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63 + 12345])
 def test_hash_equals_the_recipe_bit_for_bit(seed: int) -> None:
-    i, p, j = torch.tensor([0, 3, 2**31]), torch.tensor([1, 70_000]), torch.tensor([0, 2**20, 2**32 - 1])
+    i, p, j = (
+        torch.tensor([0, 3, 2**31]),
+        torch.tensor([1, 70_000]),
+        torch.tensor([0, 2**20, 2**32 - 1]),
+    )
     got = hash_counters(seed, i[:, None, None], p[:, None], j)
     for at, a in enumerate(i.tolist()):
         want = [[_hash_in_plain_integers(seed, a, b, c) for c in j.tolist()] for b in p.tolist()]
@@ -84,7 +88,10 @@ def _batch() -> tuple[Tensor, Tensor]:
     """Ten unit rows in 6 dimensions; pairs below 0.5, between, and beyond 1.4 all occur."""
     x_BD = torch.zeros(10, 6, dtype=torch.float64)
     for row, degrees in enumerate([0, 10, 35, 20, 50, 65, 80, 25, 120, 55]):
-        x_BD[row, 0], x_BD[row, 1] = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        x_BD[row, 0], x_BD[row, 1] = (
+            math.cos(math.radians(degrees)),
+            math.sin(math.radians(degrees)),
+        )
     return x_BD, torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3, 4])
 
 
@@ -110,7 +117,9 @@ def test_log_weights_are_the_published_density() -> None:
 def test_frequencies_of_draws_match_the_chances() -> None:
     x_BD, labels_B = _batch()
     pairs, seeds = pairs_of(labels_B), 1000
-    draws_SBR = torch.stack([distance_weighted_negatives(x_BD, pairs, seed=seed) for seed in range(seeds)])
+    draws_SBR = torch.stack(
+        [distance_weighted_negatives(x_BD, pairs, seed=seed) for seed in range(seeds)]
+    )
     chi2, freedom = 0.0, 0
     for a, r in pairs.valid_BR.nonzero().tolist():
         count = torch.bincount(draws_SBR[:, a, r], minlength=10).tolist()
@@ -149,7 +158,8 @@ def test_same_seed_same_draw_other_seed_other_draw() -> None:
     one, again, other = (distance_weighted_negatives(z_BD, pairs, seed=s) for s in (4, 4, 5))
     assert torch.equal(one, again) and not torch.equal(one, other)
     losses = [
-        float(reference.triplet_loss(z_BD, labels_B, mining="distance_weighted", seed=s)) for s in (4, 4, 5)
+        float(reference.triplet_loss(z_BD, labels_B, mining="distance_weighted", seed=s))
+        for s in (4, 4, 5)
     ]
     assert losses[0] == losses[1] != losses[2]
 
@@ -170,7 +180,9 @@ def test_rows_appended_out_of_reach_leave_earlier_draws_alone() -> None:
     far_BD = torch.cat([x_BD, -x_BD[:1]])  # beyond 1.4 of most rows
     unreached = [a for a in range(10) if math.dist(x_BD[a].tolist(), far_BD[10].tolist()) > 1.4]
     short_BR = distance_weighted_negatives(x_BD, pairs_of(labels_B), seed=3)
-    long_BR = distance_weighted_negatives(far_BD, pairs_of(torch.cat([labels_B, torch.tensor([9])])), seed=3)
+    long_BR = distance_weighted_negatives(
+        far_BD, pairs_of(torch.cat([labels_B, torch.tensor([9])])), seed=3
+    )
     assert len(unreached) >= 5
     valid_BR = pairs_of(labels_B).valid_BR
     for a in unreached:

@@ -34,13 +34,16 @@ def _naive_triplets(z_BD: Tensor, labels_B: Tensor, mining: str) -> list[tuple[i
             continue
         for p in positives:
             farther = [n for n in negatives if d[a][n] > d[a][p]]
-            triplets.append((a, p, min(farther, key=lambda n: (d[a][n], n)) if farther else nearest))
+            triplets.append(
+                (a, p, min(farther, key=lambda n: (d[a][n], n)) if farther else nearest)
+            )
     return triplets
 
 
 def _naive_loss(z_BD: Tensor, triplets: list[tuple[int, int, int]], margin: float) -> Tensor:
     terms = [
-        torch.relu((z_BD[a] - z_BD[p]).norm() - (z_BD[a] - z_BD[n]).norm() + margin) for a, p, n in triplets
+        torch.relu((z_BD[a] - z_BD[p]).norm() - (z_BD[a] - z_BD[n]).norm() + margin)
+        for a, p, n in triplets
     ]
     return torch.stack(terms).sum() / len(terms)
 
@@ -101,13 +104,17 @@ def test_a_negative_as_far_as_the_positive_is_not_semihard() -> None:
     z_BD = torch.tensor([[0.0], [2.0], [-2.0], [3.0]], dtype=torch.float64)
     labels_B = torch.tensor([0, 0, 1, 1])
     # Anchor 0, positive at 2: the negative at 2 is skipped for the one at 3.
-    chosen_BR = semihard_negatives(reference.pairwise_squared_distance(z_BD, z_BD), pairs_of(labels_B))
+    chosen_BR = semihard_negatives(
+        reference.pairwise_squared_distance(z_BD, z_BD), pairs_of(labels_B)
+    )
     assert int(chosen_BR[0, 0]) == 3
 
 
 def test_positives_are_listed_in_ascending_order_and_padded() -> None:
     pairs = pairs_of(torch.tensor([5, 7, 5, 5, 9]))
-    listed = [row[valid].tolist() for row, valid in zip(pairs.positive_BR, pairs.valid_BR, strict=True)]
+    listed = [
+        row[valid].tolist() for row, valid in zip(pairs.positive_BR, pairs.valid_BR, strict=True)
+    ]
     assert listed == [[2, 3], [], [0, 3], [0, 2], []]
     assert pairs.positive_BR.shape == (5, 2)
 
@@ -115,7 +122,9 @@ def test_positives_are_listed_in_ascending_order_and_padded() -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
 def test_any_integer_labels(dtype: torch.dtype) -> None:
     z_BD, labels_B = _batch()
-    assert reference.triplet_loss(z_BD, labels_B.to(dtype)) == reference.triplet_loss(z_BD, 3 * labels_B - 50)
+    assert reference.triplet_loss(z_BD, labels_B.to(dtype)) == reference.triplet_loss(
+        z_BD, 3 * labels_B - 50
+    )
 
 
 def test_moving_rows_far_from_the_origin_keeps_the_float32_value() -> None:

@@ -14,8 +14,10 @@ from op_cases import COMPILED, KERNEL_MARKS, OPS
 pytestmark = KERNEL_MARKS
 PROGRAM = Path(__file__).with_name("sanitise.py")
 FOLDERS = [Path("/usr/local/cuda/bin"), *sorted(Path("/opt/nvidia").glob("**/compute-sanitizer"))]
-SANITIZER = shutil.which("compute-sanitizer",
-                         path=os.pathsep.join([os.environ.get("PATH", ""), *(str(folder) for folder in FOLDERS)]))
+SANITIZER = shutil.which(
+    "compute-sanitizer",
+    path=os.pathsep.join([os.environ.get("PATH", ""), *(str(folder) for folder in FOLDERS)]),
+)
 
 
 @pytest.mark.whole
@@ -29,13 +31,23 @@ def test_every_op_is_run() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("tool", "verdict"), [
-    ("memcheck", "ERROR SUMMARY: 0 errors"), ("racecheck", "RACECHECK SUMMARY: 0 hazards displayed (0 errors"),
-])
+@pytest.mark.parametrize(
+    ("tool", "verdict"),
+    [
+        ("memcheck", "ERROR SUMMARY: 0 errors"),
+        ("racecheck", "RACECHECK SUMMARY: 0 hazards displayed (0 errors"),
+    ],
+)
 def test_the_sanitizer_finds_no_error(tool: str, verdict: str) -> None:
-    done = subprocess.run([str(SANITIZER), "--report-api-errors", "no", "--tool", tool, sys.executable, PROGRAM],
-                          capture_output=True, text=True, check=False)
-    if "Device not supported" in done.stdout + done.stderr:  # a virtual machine that shows it no debugger
+    done = subprocess.run(
+        [str(SANITIZER), "--report-api-errors", "no", "--tool", tool, sys.executable, PROGRAM],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if (
+        "Device not supported" in done.stdout + done.stderr
+    ):  # a virtual machine that shows it no debugger
         pytest.skip("compute-sanitizer cannot watch this GPU")
     assert verdict in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("loss") == 2 * len(OPS)

@@ -9,7 +9,11 @@ from pathlib import Path
 
 def test_tuning_compiles_ahead_what_is_then_timed() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run([sys.executable, "-c", """
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            """
 import torch
 from namr_dist.kernels import aot
 from namr_dist.kernels.gpu import tune
@@ -36,13 +40,23 @@ real = {name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, t
 size = {'num_warps': launch.config.warps, 'num_stages': launch.config.stages}
 started = [launch.kernel.run(grid=(1,), warmup=True, **given, **size) for given in (launch.arguments, real)]
 assert started[0] is started[1], 'with numbers in them it is another kernel'
-"""], env=environment, capture_output=True, text=True, check=False)
+""",
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
 
 
 def test_tuning_takes_the_fastest_that_agrees_and_is_within_the_limits(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run([sys.executable, "-c", """
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            """
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -67,14 +81,28 @@ with ThreadPoolExecutor(1) as pool:
     chosen, tried = tune.search(task, compiled, pool, 5)
 assert chosen == best, chosen
 tune.log(Path(sys.argv[1]), task, chosen, tried)
-""", str(tmp_path / "tune.csv")], env=environment, capture_output=True, text=True, check=False)
+""",
+            str(tmp_path / "tune.csv"),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
     with (tmp_path / "tune.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["case"] == "ranking"]
     notes = [row["note"] for row in rows[5:10]]
-    assert notes == ["ranking: other results than the table's tiles", "RuntimeError: out of resources",
-                     "beyond a limit of kernels/aot.py", "", "takes too much"]
+    assert notes == [
+        "ranking: other results than the table's tiles",
+        "RuntimeError: out of resources",
+        "beyond a limit of kernels/aot.py",
+        "",
+        "takes too much",
+    ]
     # All are timed three times, finalists five times more; the table's own is one of them, wherever it stands.
-    assert [row["samples"] for row in rows[5:10]] == ["0", "0", "8", "8", "0"] and rows[0]["samples"] == "8"
+    assert [row["samples"] for row in rows[5:10]] == ["0", "0", "8", "8", "0"] and rows[0][
+        "samples"
+    ] == "8"
     assert [row["chosen"] for row in rows[7:9]] == ["", "yes"] and rows[8]["median_ms"] == "3.0"
     assert rows[-1]["samples"] == "3"

@@ -21,19 +21,27 @@ def test_each_machine_starts_its_own_slots() -> None:
     for node, slots in enumerate((8, 4)):
         words = node_command(hosts, node, port=29501, words=["homeware"])
         options = dict(zip(words[3:13:2], words[4:14:2], strict=True))
-        assert options == {"--nnodes": "2", "--node-rank": str(node), "--master-addr": "b", "--master-port": "29501",
-                           "--nproc-per-node": str(slots)}
+        assert options == {
+            "--nnodes": "2",
+            "--node-rank": str(node),
+            "--master-addr": "b",
+            "--master-port": "29501",
+            "--nproc-per-node": str(slots),
+        }
 
 
-@pytest.mark.parametrize(("text", "named"), [
-    ("a slots=2\nb slots=two\n", "line 2 of hostfile .* is 'b slots=two'; write HOST slots=N"),
-    ("a slots=0\n", "line 1 of hostfile .* is 'a slots=0'; .* at least 1"),
-    ("a\n", "line 1 of hostfile .* is 'a'; write HOST slots=N"),
-    ("a slots=2 extra\n", "'a slots=2 extra'"),
-    ("-oProxyCommand=x slots=2\n", "'-oProxyCommand=x slots=2'"),
-    ("a slots=2\n\na slots=4\n", "line 3 of hostfile .* names a again"),
-    ("# nothing\n\n", "names no host; write a line"),
-])
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("a slots=2\nb slots=two\n", "line 2 of hostfile .* is 'b slots=two'; write HOST slots=N"),
+        ("a slots=0\n", "line 1 of hostfile .* is 'a slots=0'; .* at least 1"),
+        ("a\n", "line 1 of hostfile .* is 'a'; write HOST slots=N"),
+        ("a slots=2 extra\n", "'a slots=2 extra'"),
+        ("-oProxyCommand=x slots=2\n", "'-oProxyCommand=x slots=2'"),
+        ("a slots=2\n\na slots=4\n", "line 3 of hostfile .* names a again"),
+        ("# nothing\n\n", "names no host; write a line"),
+    ],
+)
 def test_mistakes(tmp_path: Path, text: str, named: str) -> None:
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(InputError, match=named):

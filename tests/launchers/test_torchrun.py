@@ -30,8 +30,13 @@ os._exit(75)
 def start(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """torchrun, and the ids of its two ranks, once they listen for signals."""
     (folder / "rank.py").write_text(_RANK)
-    process = subprocess.Popen([sys.executable, "-m", "namr_dist.launchers.torchrun", "--nproc-per-node", "2",
-                                "rank.py"], cwd=folder, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "namr_dist.launchers.torchrun", "--nproc-per-node", "2", "rank.py"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        text=True,
+        stderr=subprocess.PIPE,
+    )
     give_up = time.monotonic() + 60
     files = [folder / f"up-{rank}" for rank in range(2)]
     while not all(file.exists() and file.read_text() for file in files):
@@ -41,7 +46,9 @@ def start(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_goes_to_the_ranks_and_their_code_comes_back(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_goes_to_the_ranks_and_their_code_comes_back(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     process, ranks = start(tmp_path)
     with process:
         while process.poll() is None:  # again and again, also when the ranks have ended
@@ -49,7 +56,11 @@ def test_a_signal_goes_to_the_ranks_and_their_code_comes_back(tmp_path: Path, nu
             time.sleep(0.01)
         assert process.stderr
         said = process.stderr.read()
-    assert process.returncode == 75 and "was the first to end, with code 75" in said and "Traceback" not in said
+    assert (
+        process.returncode == 75
+        and "was the first to end, with code 75" in said
+        and "Traceback" not in said
+    )
     assert [(tmp_path / f"heard-{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
     assert not any(alive(rank) for rank in ranks)
 

@@ -58,7 +58,9 @@ def test_each_module_is_its_op_with_the_published_constants(name: str) -> None:
     x_BD = nn.functional.normalize(z_BD, dim=1)
     want = {
         "triplet": lambda: kernels.triplet_loss(z_BD, labels_B, margin=0.2, mining="semihard"),
-        "margin": lambda: kernels.margin_loss(x_BD, labels_B, beta=torch.tensor(1.2), alpha=0.2, seed=3),
+        "margin": lambda: kernels.margin_loss(
+            x_BD, labels_B, beta=torch.tensor(1.2), alpha=0.2, seed=3
+        ),
         "multi_similarity": lambda: kernels.multi_similarity_loss(
             x_BD, labels_B, alpha=2.0, beta=50.0, base=0.5, epsilon=0.1
         ),
@@ -76,7 +78,9 @@ def test_each_module_is_its_op_with_the_published_constants(name: str) -> None:
 def test_only_the_triplet_loss_sees_the_length_of_rows(name: str) -> None:
     loss, (z_BD, labels_B) = _metric_losses()[name], _batch()
     lengths_B1 = torch.linspace(0.5, 4.0, 12, dtype=torch.float64)[:, None]
-    value, stretched = (value_of(loss, rows_BD, labels_B, seed=1) for rows_BD in (z_BD, lengths_B1 * z_BD))
+    value, stretched = (
+        value_of(loss, rows_BD, labels_B, seed=1) for rows_BD in (z_BD, lengths_B1 * z_BD)
+    )
     assert torch.isclose(value, stretched, rtol=1e-9, atol=0).item() == (name != "triplet")
 
 
@@ -126,7 +130,9 @@ def test_learnt_parameters() -> None:
 
 def test_proxies_start_kaiming_normal_from_the_generator_given() -> None:
     one, again, other = (
-        ProxyAnchorRows(classes=400, width=50, generator=torch.Generator().manual_seed(seed)).proxies
+        ProxyAnchorRows(
+            classes=400, width=50, generator=torch.Generator().manual_seed(seed)
+        ).proxies
         for seed in (1, 1, 2)
     )
     assert torch.equal(one, again) and not torch.equal(one, other)
@@ -149,21 +155,33 @@ def test_training_the_proxies_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize("statistics", ["batch", "anchor"])
-@pytest.mark.parametrize("spread", [0.6, 30.0])  # the spread sets the near centre, then the floor does
+@pytest.mark.parametrize(
+    "spread", [0.6, 30.0]
+)  # the spread sets the near centre, then the floor does
 def test_multi_cluster_ranking_passes_all_its_options(statistics: str, spread: float) -> None:
     z_BD, labels_B = _batch()
     s_BD = torch.linspace(0.5, 1.5, 60, dtype=torch.float64).view(12, 5)
-    loss = MultiClusterRankingRows(clusters=3, spread=spread, floor=0.1, sharpness=7.0, statistics=statistics)
+    loss = MultiClusterRankingRows(
+        clusters=3, spread=spread, floor=0.1, sharpness=7.0, statistics=statistics
+    )
     rows = all_rows(z_BD.clone(), labels_B)
     want = kernels.multi_cluster_ranking(
-        z_BD.requires_grad_(), s_BD.requires_grad_(), clusters=3, spread=spread, floor=0.1, sharpness=7.0,
-        statistics=statistics)
+        z_BD.requires_grad_(),
+        s_BD.requires_grad_(),
+        clusters=3,
+        spread=spread,
+        floor=0.1,
+        sharpness=7.0,
+        statistics=statistics,
+    )
     value, *gradients = loss(rows, s_BD.detach(), s_BD.detach())
     assert torch.equal(value, want)
     for ours, theirs in zip(gradients, torch.autograd.grad(want, (z_BD, s_BD)), strict=True):
         assert torch.equal(ours, theirs) and float(ours.abs().max()) > 0
-    assert torch.equal(MultiClusterRankingRows()(rows, s_BD.detach(), s_BD.detach())[0],
-                       kernels.multi_cluster_ranking(z_BD, s_BD))
+    assert torch.equal(
+        MultiClusterRankingRows()(rows, s_BD.detach(), s_BD.detach())[0],
+        kernels.multi_cluster_ranking(z_BD, s_BD),
+    )
 
 
 def test_wrong_arguments() -> None:

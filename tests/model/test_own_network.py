@@ -75,17 +75,29 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
     def build(name: str, **options) -> Backbone:
         named_code.allow([f"nets_of_ones_own:{name}"])
-        return build_backbone(f"nets_of_ones_own:{name}", **{"batchnorm": "train", "pretrained": False, "weights": None,
-                                                             "image_size": 32, **options})
+        return build_backbone(
+            f"nets_of_ones_own:{name}",
+            **{
+                "batchnorm": "train",
+                "pretrained": False,
+                "weights": None,
+                "image_size": 32,
+                **options,
+            },
+        )
 
     yield build
     sys.modules.pop("nets_of_ones_own", None)
 
 
-def test_its_features_are_measured_and_its_batch_norm_follows_the_setting(build: Callable[..., Backbone]) -> None:
+def test_its_features_are_measured_and_its_batch_norm_follows_the_setting(
+    build: Callable[..., Backbone],
+) -> None:
     images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     made = build("Plain")
-    assert made.features == 6 == made(images).shape[1] and isinstance(made.layers[1], GlobalBatchNorm)
+    assert made.features == 6 == made(images).shape[1] and isinstance(
+        made.layers[1], GlobalBatchNorm
+    )
     torch.testing.assert_close(made.mean_3.flatten(), torch.tensor([0.485, 0.456, 0.406]))
     frozen = build("Plain", batchnorm="frozen")
     assert not frozen.train().layers[1].training and not frozen.layers[1].weight.requires_grad
@@ -102,16 +114,22 @@ def test_it_is_given_what_its_signature_names(build: Callable[..., Backbone]) ->
     assert sys.modules["nets_of_ones_own"].SEEN == [(True, 48, 3)]
 
 
-@pytest.mark.parametrize(("name", "told"), [
-    ("NUMBER", r"is no function \(int\)"),
-    ("greedy", "wants width, which nothing gives; let it take pretrained, image_size or neither"),
-    ("number", r"makes no nn.Module \(int\)"),
-    ("maps", r"returns \(1, 6, 30, 30\), not one vector an image"),
-    ("pair", "returns tuple, not one vector an image"),
-    ("large", "does not take images of 32 px .*; change data.image_size"),
-    ("two_means", r"has mean = \(0.5, 0.5\); give it three numbers, one a channel$"),
-    ("zero_std", "has std = .*; give it three numbers, one a channel and above 0"),
-])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("NUMBER", r"is no function \(int\)"),
+        (
+            "greedy",
+            "wants width, which nothing gives; let it take pretrained, image_size or neither",
+        ),
+        ("number", r"makes no nn.Module \(int\)"),
+        ("maps", r"returns \(1, 6, 30, 30\), not one vector an image"),
+        ("pair", "returns tuple, not one vector an image"),
+        ("large", "does not take images of 32 px .*; change data.image_size"),
+        ("two_means", r"has mean = \(0.5, 0.5\); give it three numbers, one a channel$"),
+        ("zero_std", "has std = .*; give it three numbers, one a channel and above 0"),
+    ],
+)
 def test_networks_that_do_not_serve(build: Callable[..., Backbone], name: str, told: str) -> None:
     with pytest.raises(InputError, match=f"^model.backbone nets_of_ones_own:{name} {told}"):
         build(name)
@@ -124,5 +142,11 @@ def test_weights_from_a_file_are_for_timm_alone(build: Callable[..., Backbone]) 
 
 def test_a_name_that_nobody_allowed_is_not_imported(build: Callable[..., Backbone]) -> None:
     with pytest.raises(InputError, match="--allow-code nets_of_ones_own:Plain"):
-        build_backbone("nets_of_ones_own:Plain", batchnorm="train", pretrained=False, weights=None, image_size=32)
+        build_backbone(
+            "nets_of_ones_own:Plain",
+            batchnorm="train",
+            pretrained=False,
+            weights=None,
+            image_size=32,
+        )
     assert "nets_of_ones_own" not in sys.modules

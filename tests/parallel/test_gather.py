@@ -11,23 +11,36 @@ from torch import Tensor
 from namr_dist.parallel.gather import RowGather, Traffic, count_rows
 
 
-def gathered(counts: list[int], dtype: torch.dtype) -> tuple[Tensor, tuple[int, ...], int, int, Tensor]:
+def gathered(
+    counts: list[int], dtype: torch.dtype
+) -> tuple[Tensor, tuple[int, ...], int, int, Tensor]:
     import torch.distributed as dist
 
     rank = dist.get_rank()
     traffic = Traffic()
     local = (100 * rank + torch.arange(counts[rank] * 3)).view(-1, 3).to(dtype)
     gather = RowGather(counts, traffic=traffic)
-    return (gather(local), count_rows(len(local), local.device), gather.offset, traffic.take(),
-            gather.one_each(local.new_full((1, 2), rank)))
+    return (
+        gather(local),
+        count_rows(len(local), local.device),
+        gather.offset,
+        traffic.take(),
+        gather.one_each(local.new_full((1, 2), rank)),
+    )
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("counts", [[4, 4], [5, 2], [0, 3], [3, 0], [0, 0]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_rows_of_all_ranks_in_order(two_ranks: Callable, counts: list[int], dtype: torch.dtype) -> None:
-    want = torch.cat([(100 * rank + torch.arange(count * 3)).view(-1, 3) for rank, count in enumerate(counts)])
-    for rank, (rows, counted, offset, received, one_each) in enumerate(two_ranks(gathered, counts, dtype)):
+def test_rows_of_all_ranks_in_order(
+    two_ranks: Callable, counts: list[int], dtype: torch.dtype
+) -> None:
+    want = torch.cat(
+        [(100 * rank + torch.arange(count * 3)).view(-1, 3) for rank, count in enumerate(counts)]
+    )
+    for rank, (rows, counted, offset, received, one_each) in enumerate(
+        two_ranks(gathered, counts, dtype)
+    ):
         assert torch.equal(rows, want.to(dtype)) and rows.dtype == dtype
         assert counted == tuple(counts) and offset == (counts[0] if rank else 0)
         # From the one other rank, filled up to the longer of the two.

@@ -18,7 +18,15 @@ from namr_dist.model.backbones import Backbone
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.pool import Ranks
 from namr_dist.parity import report as parity_report
-from namr_dist.parity.steps import CONV4, LOSSES, Case, Step, make_batch, step_by_definition, step_on_rank
+from namr_dist.parity.steps import (
+    CONV4,
+    LOSSES,
+    Case,
+    Step,
+    make_batch,
+    step_by_definition,
+    step_on_rank,
+)
 from namr_dist.parity.table import Verdict, judge
 from namr_dist.train.objective import TrainingModule
 
@@ -28,7 +36,9 @@ STAGES = ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 
 
 def case(**changes: object) -> Case:
-    return dataclasses.replace(Case(loss="margin", namr=True, way="DDP", ranks=2, dtype="float64"), **changes)
+    return dataclasses.replace(
+        Case(loss="margin", namr=True, way="DDP", ranks=2, dtype="float64"), **changes
+    )
 
 
 def measured(pool: Ranks, of: Case) -> Verdict:
@@ -66,9 +76,15 @@ def test_every_stage_is_one_process(two_ranks: Ranks, way: str, loss: str, namr:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("loss", "way", "dtype"), [
-    ("triplet semihard", "DDP", "float64"), ("proxy-anchor", "DDP", "float32"),
-    ("multi-similarity", "ZeRO 2", "float64"), ("margin", "ZeRO 3", "float64")])
+@pytest.mark.parametrize(
+    ("loss", "way", "dtype"),
+    [
+        ("triplet semihard", "DDP", "float64"),
+        ("proxy-anchor", "DDP", "float32"),
+        ("multi-similarity", "ZeRO 2", "float64"),
+        ("margin", "ZeRO 3", "float64"),
+    ],
+)
 def test_four_ranks_are_one(four_ranks: Ranks, loss: str, way: str, dtype: str) -> None:
     check(measured(four_ranks, case(loss=loss, way=way, dtype=dtype, ranks=4)))
 
@@ -76,7 +92,9 @@ def test_four_ranks_are_one(four_ranks: Ranks, loss: str, way: str, dtype: str) 
 @pytest.mark.dist
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("rows", [(17, 7), (24, 0), (0, 24)])
-def test_ranks_with_fewer_rows_or_none(two_ranks: Ranks, rows: tuple[int, ...], counted: bool) -> None:
+def test_ranks_with_fewer_rows_or_none(
+    two_ranks: Ranks, rows: tuple[int, ...], counted: bool
+) -> None:
     for loss in ("triplet semihard", "proxy-anchor"):
         check(measured(two_ranks, case(loss=loss, rows=rows, counted=counted)))
 
@@ -90,7 +108,9 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.namespace == "c10d":
-            tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+            tensors = [
+                leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, Tensor)
+            ]
             self.seen.append((str(func), sum(tensor.nbytes for tensor in tensors)))
         return func(*args, **(kwargs or {}))
 
@@ -99,7 +119,10 @@ def observed(of: Case) -> tuple[Step, list[tuple[str, int]], int]:
     """A step, its collectives in order, and how often the backbone was run for it."""
     runs = []
     handle = nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: runs.append(1) if isinstance(module, Backbone) and torch.is_grad_enabled() else None)
+        lambda module, _: (
+            runs.append(1) if isinstance(module, Backbone) and torch.is_grad_enabled() else None
+        )
+    )
     try:
         with Collectives() as collectives:
             step = step_on_rank(of)
@@ -117,16 +140,22 @@ def test_gradient_caching_changes_nothing(two_ranks: Ranks, way: str, model: Mod
     answers = {of.pieces: two_ranks(observed, of) for of in (whole, cached)}
     for of in (whole, cached):
         check(judge(of, [step for step, _, _ in answers[of.pieces]]))
-    reductions = [[[call for call in seen if "reduce" in call[0]] for _, seen, _ in answers[pieces]]
-                  for pieces in (1, 3)]
+    reductions = [
+        [[call for call in seen if "reduce" in call[0]] for _, seen, _ in answers[pieces]]
+        for pieces in (1, 3)
+    ]
     assert reductions[0] == reductions[1]
-    assert sum(size for _, size in reductions[0][0]) > 200_000, "the parameters' own gradients are among them"
+    assert sum(size for _, size in reductions[0][0]) > 200_000, (
+        "the parameters' own gradients are among them"
+    )
     assert [[runs for _, _, runs in answers[pieces]] for pieces in (1, 3)] == [[1, 1], [6, 6]]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("rows", [None, (17, 7), (24, 0)])
-def test_ranks_run_the_same_forwards_and_collectives(two_ranks: Ranks, rows: tuple[int, ...] | None) -> None:
+def test_ranks_run_the_same_forwards_and_collectives(
+    two_ranks: Ranks, rows: tuple[int, ...] | None
+) -> None:
     """Under ZeRO 3, or they would wait for each other for ever."""
     of = case(way="ZeRO 3", model=FROZEN, pieces=3, rows=rows)
     (first, seen, runs), (second, others, other_runs) = two_ranks(observed, of)
@@ -165,14 +194,18 @@ def test_pieces_drop_the_same_with_and_without_checkpoints(monkeypatch: pytest.M
         torch.manual_seed(0)
         network = EmbeddingNetwork(FROZEN, image_size=16, pieces=3)
         network.backbone.layers.append(nn.Dropout(0.5))
-        module = TrainingModule(network, LossConfig(), classes=4, images_per_class=3).double().train()
+        module = (
+            TrainingModule(network, LossConfig(), classes=4, images_per_class=3).double().train()
+        )
         images = torch.randint(0, 256, (12, 16, 16, 3), dtype=torch.uint8)
         torch.manual_seed(5)
         module(images, torch.arange(4).repeat(3)).total.backward()
         return [value.grad for value in module.parameters() if value.grad is not None]
 
     cached = gradients()
-    monkeypatch.setattr("namr_dist.parallel.gradcache.checkpoint", lambda function, part, **_: function(part))
+    monkeypatch.setattr(
+        "namr_dist.parallel.gradcache.checkpoint", lambda function, part, **_: function(part)
+    )
     for ours, plain in zip(cached, gradients(), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-15)
 
@@ -200,7 +233,9 @@ def test_a_wrong_gradient_is_found(two_ranks: Ranks, tmp_path: Path) -> None:
         assert wrong.errors.loss < 1e-12
         rows += [parity_report.row(wrong), parity_report.row(measured(two_ranks, of))]
     assert [row.good for row in rows] == ["no", "yes"] * 2
-    assert len(parity_report.failures(rows)) == 2 and "DDP, 2 ranks" in parity_report.failures(rows)[0]
+    assert (
+        len(parity_report.failures(rows)) == 2 and "DDP, 2 ranks" in parity_report.failures(rows)[0]
+    )
     parity_report.write_csv(tmp_path / "parity.csv", rows, parity_report.origin())
     read, _ = parity_report.read_csv(tmp_path / "parity.csv")
     assert [row.good for row in read] == ["no", "yes"] * 2
@@ -208,7 +243,9 @@ def test_a_wrong_gradient_is_found(two_ranks: Ranks, tmp_path: Path) -> None:
     assert len(lines) == 1 and len(heading) == len(lines[0])
 
 
-def test_csv_without_parity_is_refused(namr: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_csv_without_parity_is_refused(
+    namr: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     done = namr("doctor", "--csv", "figures.csv")
     assert done.returncode == 2 and "figures.csv" in done.stderr and "--parity" in done.stderr
 
@@ -216,7 +253,9 @@ def test_csv_without_parity_is_refused(namr: Callable[..., subprocess.CompletedP
 @pytest.mark.whole
 @pytest.mark.dist
 @pytest.mark.timeout(1800)
-def test_doctor_finds_every_case_within_its_bounds(namr: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_doctor_finds_every_case_within_its_bounds(
+    namr: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
     done = namr("doctor", "--parity", "--json", timeout=1800)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

@@ -20,18 +20,39 @@ from namr_dist.results.comparison_page import grids, write_comparison
 HASH = "0123456789abcdef"
 
 
-def write_run(folder: Path, *, recall: float, weight: float = 0.0, seed: int = 0, clusters: int = 2,
-              metric: str = "triplet", test_hash: str = HASH, train_hash: str = "one", evaluated: bool = True,
-              **data: Any) -> Path:
+def write_run(
+    folder: Path,
+    *,
+    recall: float,
+    weight: float = 0.0,
+    seed: int = 0,
+    clusters: int = 2,
+    metric: str = "triplet",
+    test_hash: str = HASH,
+    train_hash: str = "one",
+    evaluated: bool = True,
+    **data: Any,
+) -> Path:
     """A run's folder with the figures that evaluation writes, as far as a comparison reads them."""
     loss = LossConfig(metric=metric, ranking=RankingConfig(weight=weight, clusters=clusters))  # type: ignore[arg-type]
     config = Config(recipe="sop", data=DataConfig(**data), loss=loss, train=TrainConfig(seed=seed))
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.json").write_text(config.to_json())
     figures = {"R@1": recall, "R@10": recall + 10, "MAP@R": recall / 2, "NMI": 80.0}
-    metrics = {"test": {"sample": figures, "adaptive": {**figures, "R@1": recall + 1}, "adaptive_s1": figures},
-               "protocol": {"data set": "shop", "test split": "test", "test hash": test_hash,
-                            "train hash": train_hash, "query": "all 60 images"}}
+    metrics = {
+        "test": {
+            "sample": figures,
+            "adaptive": {**figures, "R@1": recall + 1},
+            "adaptive_s1": figures,
+        },
+        "protocol": {
+            "data set": "shop",
+            "test split": "test",
+            "test hash": test_hash,
+            "train hash": train_hash,
+            "query": "all 60 images",
+        },
+    }
     if evaluated:
         (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
@@ -57,29 +78,55 @@ def sweep(tmp_path: Path) -> Path:
 def test_mean_and_deviation_over_seeds_are_numpys(sweep: Path) -> None:
     comparison = compare(find_runs([sweep]))
     assert comparison.fields == ("loss.metric", "loss.ranking.weight") and not comparison.left_out
-    assert [(one.values["loss.metric"], one.values["loss.ranking.weight"], one.seeds) for one in comparison.settings] \
-        == [("margin", 0.0, (0,)), ("triplet", 0.0, (0, 1, 2)), ("triplet", 2.0, (0, 1, 2))]
+    assert [
+        (one.values["loss.metric"], one.values["loss.ranking.weight"], one.seeds)
+        for one in comparison.settings
+    ] == [("margin", 0.0, (0,)), ("triplet", 0.0, (0, 1, 2)), ("triplet", 2.0, (0, 1, 2))]
     for setting, values in zip(comparison.settings, ([73.0], BEFORE, AFTER), strict=True):
         recall = setting.figures["sample"]["R@1"]
         assert recall.mean == pytest.approx(np.mean(values))
-        assert recall.deviation == (pytest.approx(np.std(values, ddof=1)) if len(values) > 1 else None)
+        assert recall.deviation == (
+            pytest.approx(np.std(values, ddof=1)) if len(values) > 1 else None
+        )
         assert setting.figures["adaptive"]["R@1"].mean == pytest.approx(recall.mean + 1)
-        assert set(setting.figures) == {"sample", "adaptive"} and "NMI" not in setting.figures["sample"]
+        assert (
+            set(setting.figures) == {"sample", "adaptive"}
+            and "NMI" not in setting.figures["sample"]
+        )
     assert cells(comparison, "Results")[1] == [
-        "triplet", "0", "3", "70.80 ± 0.75", "80.80 ± 0.75", "35.40 ± 0.38"]
+        "triplet",
+        "0",
+        "3",
+        "70.80 ± 0.75",
+        "80.80 ± 0.75",
+        "35.40 ± 0.38",
+    ]
     assert cells(comparison, "R@1 by way of search")[0] == ["margin", "0", "1", "73.00", "74.00"]
 
 
 def test_the_gain_of_ranking_has_the_error_of_paired_differences(sweep: Path) -> None:
     comparison = compare(find_runs([sweep]))
-    difference, = comparison.differences
-    assert difference.paired and comparison.settings[difference.baseline].values["loss.ranking.weight"] == 0
+    (difference,) = comparison.differences
+    assert (
+        difference.paired
+        and comparison.settings[difference.baseline].values["loss.ranking.weight"] == 0
+    )
     gain, changes = difference.gains["R@1"], np.subtract(AFTER, BEFORE)
     assert gain.mean == pytest.approx(changes.mean())
     assert gain.error == pytest.approx(changes.std(ddof=1) / np.sqrt(3))
     assert cells(comparison, "What multi-cluster ranking adds") == [
-        ["triplet", "2", "3, paired", "70.80 ± 0.75", "71.90 ± 0.66", "+1.10 ± 0.32", "35.40 ± 0.38", "35.95 ± 0.33",
-         "+0.55 ± 0.16"]]
+        [
+            "triplet",
+            "2",
+            "3, paired",
+            "70.80 ± 0.75",
+            "71.90 ± 0.66",
+            "+1.10 ± 0.32",
+            "35.40 ± 0.38",
+            "35.95 ± 0.33",
+            "+0.55 ± 0.16",
+        ]
+    ]
 
 
 def test_other_seeds_are_not_paired(tmp_path: Path) -> None:
@@ -87,17 +134,23 @@ def test_other_seeds_are_not_paired(tmp_path: Path) -> None:
         write_run(tmp_path / f"a{seed}", recall=recall, seed=seed)
     for seed, recall in ((1, 72.0), (7, 73.0)):
         write_run(tmp_path / f"b{seed}", recall=recall, seed=seed, weight=1.0)
-    difference, = compare(find_runs([tmp_path])).differences
+    (difference,) = compare(find_runs([tmp_path])).differences
     gain = difference.gains["R@1"]
     assert not difference.paired and gain.mean == pytest.approx(72.5 - np.mean(BEFORE))
-    assert gain.error == pytest.approx(np.sqrt(np.var(BEFORE, ddof=1) / 3 + np.var([72.0, 73.0], ddof=1) / 2))
+    assert gain.error == pytest.approx(
+        np.sqrt(np.var(BEFORE, ddof=1) / 3 + np.var([72.0, 73.0], ddof=1) / 2)
+    )
 
 
 def test_a_single_seed_has_neither_deviation_nor_error(tmp_path: Path) -> None:
     write_run(tmp_path / "a", recall=70.0)
     write_run(tmp_path / "b", recall=72.0, weight=1.0)
     comparison = compare(find_runs([tmp_path]))
-    assert cells(comparison, "What multi-cluster ranking adds")[0][-3:] == ["35.00", "36.00", "+1.00"]
+    assert cells(comparison, "What multi-cluster ranking adds")[0][-3:] == [
+        "35.00",
+        "36.00",
+        "+1.00",
+    ]
 
 
 def test_settings_that_a_run_does_not_use_make_no_setting(tmp_path: Path) -> None:
@@ -108,7 +161,11 @@ def test_settings_that_a_run_does_not_use_make_no_setting(tmp_path: Path) -> Non
     write_run(tmp_path / "d", recall=72.0, weight=1.0, clusters=3)
     comparison = compare(find_runs([tmp_path]))
     assert comparison.fields == ("loss.ranking.weight", "loss.ranking.clusters")
-    assert [row[:3] for row in cells(comparison, "Results")] == [["0", "–", "2"], ["1", "2", "1"], ["1", "3", "1"]]
+    assert [row[:3] for row in cells(comparison, "Results")] == [
+        ["0", "–", "2"],
+        ["1", "2", "1"],
+        ["1", "3", "1"],
+    ]
     assert [(one.baseline, one.ranked) for one in comparison.differences] == [(0, 1), (0, 2)]
 
 
@@ -116,8 +173,13 @@ def test_other_training_images_are_another_setting(tmp_path: Path) -> None:
     write_run(tmp_path / "a", recall=70.0)
     write_run(tmp_path / "b", recall=72.0, train_hash="two", seed=1)
     comparison = compare(find_runs([tmp_path]))
-    assert comparison.fields == ("train images",) and [one.seeds for one in comparison.settings] == [(0,), (1,)]
-    for name, hashed, seed in (("c", "three", 0), ("d", "four", 1)):  # of each class, the seed draws some
+    assert comparison.fields == ("train images",) and [
+        one.seeds for one in comparison.settings
+    ] == [(0,), (1,)]
+    for name, hashed, seed in (
+        ("c", "three", 0),
+        ("d", "four", 1),
+    ):  # of each class, the seed draws some
         write_run(tmp_path / "few" / name, recall=70.0, most_images=5, train_hash=hashed, seed=seed)
     assert [one.seeds for one in compare(find_runs([tmp_path / "few"])).settings] == [(0, 1)]
 
@@ -133,7 +195,10 @@ def test_no_run_is_dropped_without_a_word(sweep: Path) -> None:
     comparison = compare(find_runs([sweep]))
     why = {Path(one.run).name: one.why for one in comparison.left_out}
     assert set(why) == {"half", "later", "elsewhere", "twice", "broken"}
-    assert re.match(r"not finished \(\w+, step 70 of 10,000\)", why["half"]) and "namr evaluate" in why["later"]
+    assert (
+        re.match(r"not finished \(\w+, step 70 of 10,000\)", why["half"])
+        and "namr evaluate" in why["later"]
+    )
     assert "other test images (shop, test, ffffffffffffffff)" in why["elsewhere"]
     assert why["twice"] == "same settings and seed as a2" and "evaluate it again" in why["broken"]
     assert [len(one.runs) for one in comparison.settings] == [1, 3, 3]
@@ -153,7 +218,9 @@ def test_a_figure_that_one_seed_lacks_is_not_averaged(sweep: Path) -> None:
 def test_owners_folders_do_not_show(tmp_path: Path) -> None:
     for name in ("one", "two"):
         run = write_run(tmp_path / name, recall=70.0)
-        config = replace(Config.load(run / "config.json"), model=ModelConfig(weights=Path(f"/home/me/{name}.pt")))
+        config = replace(
+            Config.load(run / "config.json"), model=ModelConfig(weights=Path(f"/home/me/{name}.pt"))
+        )
         (run / "config.json").write_text(config.to_json())
     write_comparison(compare(find_runs([tmp_path])), tmp_path / "table.html")
     page = (tmp_path / "table.html").read_text()
@@ -187,14 +254,22 @@ def test_the_command_writes_table_and_page(sweep: Path, capsys: pytest.CaptureFi
     assert main(["report", *two, "--out", str(sweep / "two.html"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["differences"][0]["gains"]["R@1"] == {"mean": pytest.approx(1.2), "error": None}
-    assert (sweep / "two.html").exists() and [one["seeds"] for one in facts["settings"]] == [[0], [0]]
+    assert (sweep / "two.html").exists() and [one["seeds"] for one in facts["settings"]] == [
+        [0],
+        [0],
+    ]
 
 
-def test_options_that_do_not_go_together_are_named(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_do_not_go_together_are_named(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, two = str(sweep / "a0"), str(sweep / "b0")
-    for words, told in (([one, two], "give --out FILE.html"), ([one, "--json"], "--json goes with several runs"),
-                        ([str(sweep), "--shards", "x"], "--shards is x"),
-                        ([one, two, "--out", str(sweep)], "is not a file in a folder")):
+    for words, told in (
+        ([one, two], "give --out FILE.html"),
+        ([one, "--json"], "--json goes with several runs"),
+        ([str(sweep), "--shards", "x"], "--shards is x"),
+        ([one, two, "--out", str(sweep)], "is not a file in a folder"),
+    ):
         assert main(["report", *words]) == 2
         error = capsys.readouterr().err
         assert told in error and error.count("\n") == 1

@@ -25,21 +25,40 @@ def queries_and_gallery(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Of each of 6 test classes' six images two query, three are searched, and the last is both."""
     manifest = make_shards(tmp_path_factory.mktemp("shards"), classes={"train": 12, "test": 6})
     role_of_view = ("query", "gallery", "gallery", "query", "gallery", "")
-    shards = tuple(dataclasses.replace(shard, roles=tuple(role_of_view[int(key[-1])] for key in shard.keys))
-                   if shard.split == "test" else shard for shard in manifest.shards)
+    shards = tuple(
+        dataclasses.replace(shard, roles=tuple(role_of_view[int(key[-1])] for key in shard.keys))
+        if shard.split == "test"
+        else shard
+        for shard in manifest.shards
+    )
     manifest = dataclasses.replace(manifest, shards=shards)
     manifest.save()
     return manifest
 
 
 @pytest.fixture(scope="module")
-def evaluated(queries_and_gallery: Manifest, forked_namr: Callable,
-              tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated(
+    queries_and_gallery: Manifest, forked_namr: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     run = tmp_path_factory.mktemp("runs") / "roles"
-    for words in (("train", "homeware_conv4", "--run-dir", run, *small_run(queries_and_gallery, steps=3),
-                   "--set.data.validation_split", "None", "--set.evaluation.recall_at", *KS,
-                   "--set.evaluation.reidentification_draws", 3, "--set.train.tensorboard", "False"),
-                  ("evaluate", run)):
+    for words in (
+        (
+            "train",
+            "homeware_conv4",
+            "--run-dir",
+            run,
+            *small_run(queries_and_gallery, steps=3),
+            "--set.data.validation_split",
+            "None",
+            "--set.evaluation.recall_at",
+            *KS,
+            "--set.evaluation.reidentification_draws",
+            3,
+            "--set.train.tensorboard",
+            "False",
+        ),
+        ("evaluate", run),
+    ):
         done = forked_namr(*words)
         assert done.returncode == 0, done.stderr
     assert "18 queries, 0 left out, 24 images searched" in done.stdout and "CMC@5" in done.stdout
@@ -67,45 +86,67 @@ def test_figures_follow_from_the_embeddings(evaluated: Path, queries_and_gallery
     assert (counts["queries"], counts["left_out"], counts["items"]) == (18, 0, 24)
     for row in (*metrics["test"].values(), *metrics["baselines"].values()):
         assert [name for name in row if name.startswith("R@")] == ["R@1", "R@3", "R@40"]
-    assert metrics["protocol"]["query"] == ("18 queries search 24 gallery images; 6 images are both, and of those the "
-                                            "own index is left out")
+    assert metrics["protocol"]["query"] == (
+        "18 queries search 24 gallery images; 6 images are both, and of those the "
+        "own index is left out"
+    )
 
 
 def test_re_identification_stands_beside(evaluated: Path) -> None:
     block = json.loads((evaluated / "metrics.json").read_text())["reidentification"]
     assert (block["draws"], block["gallery"], block["queries"]) == (3, 6, 30)
     for figures in block["modes"].values():
-        assert 0 <= figures["CMC@1"] <= figures["mAP"] <= 100 and figures["CMC@1"] <= figures["CMC@5"] <= 100
+        assert (
+            0 <= figures["CMC@1"] <= figures["mAP"] <= 100
+            and figures["CMC@1"] <= figures["CMC@5"] <= 100
+        )
 
 
 def test_the_report_tells_the_protocol(evaluated: Path) -> None:
     page = report_run(evaluated).read_text()
-    for words in ("Each of 18 test images then searched a gallery of 24", "of its class in the gallery",
-                  "18 queries search 24 gallery images", "Re-identification", "<th scope=\"col\">CMC@1</th>",
-                  "<th scope=\"col\">R@40</th>"):
+    for words in (
+        "Each of 18 test images then searched a gallery of 24",
+        "of its class in the gallery",
+        "18 queries search 24 gallery images",
+        "Re-identification",
+        '<th scope="col">CMC@1</th>',
+        '<th scope="col">R@40</th>',
+    ):
         assert words in page, words
     assert "searched all the others" not in page
 
 
-def test_embed_keeps_the_roles(evaluated: Path, queries_and_gallery: Manifest, tmp_path: Path) -> None:
+def test_embed_keeps_the_roles(
+    evaluated: Path, queries_and_gallery: Manifest, tmp_path: Path
+) -> None:
     out = tmp_path / "test.safetensors"
     assert embed_shards(evaluated, str(queries_and_gallery.folder), "test", out) == 36
-    assert safetensors.numpy.load_file(out)["roles"].tolist() == queries_and_gallery.index("test").role_N.tolist()
+    assert (
+        safetensors.numpy.load_file(out)["roles"].tolist()
+        == queries_and_gallery.index("test").role_N.tolist()
+    )
 
 
 def test_a_split_without_a_gallery_is_named(evaluated: Path, queries_and_gallery: Manifest) -> None:
-    shards = tuple(dataclasses.replace(shard, roles=("query",) * len(shard.keys)) if shard.split == "test" else shard
-                   for shard in queries_and_gallery.shards)
+    shards = tuple(
+        dataclasses.replace(shard, roles=("query",) * len(shard.keys))
+        if shard.split == "test"
+        else shard
+        for shard in queries_and_gallery.shards
+    )
     dataclasses.replace(queries_and_gallery, shards=shards).save()
     try:
-        with pytest.raises(InputError, match="split 'test' of .* has query images only; .* its gallery images"):
+        with pytest.raises(
+            InputError, match="split 'test' of .* has query images only; .* its gallery images"
+        ):
             evaluate_run(evaluated)
     finally:
         queries_and_gallery.save()
 
 
-def test_another_part_of_the_set_at_another_place(evaluated: Path, queries_and_gallery: Manifest,
-                                                  tmp_path: Path) -> None:
+def test_another_part_of_the_set_at_another_place(
+    evaluated: Path, queries_and_gallery: Manifest, tmp_path: Path
+) -> None:
     """As VehicleID's three lists are measured from one run."""
     moved = tmp_path / "moved"
     shutil.copytree(queries_and_gallery.folder, moved)
@@ -117,9 +158,13 @@ def test_another_part_of_the_set_at_another_place(evaluated: Path, queries_and_g
     assert few["test_counts"]["queries"] == 6 and few["protocol"]["test split"] == "few"
     assert "R@2" in few["test"]["sample"] and "R@3" not in few["test"]["sample"]
     assert json.loads((evaluated / "metrics-few.json").read_text()) == few
-    assert len(safetensors.numpy.load_file(evaluated / "embeddings-few.safetensors")["labels"]) == 12
+    assert (
+        len(safetensors.numpy.load_file(evaluated / "embeddings-few.safetensors")["labels"]) == 12
+    )
     assert (evaluated / "metrics.json").read_bytes() == before
-    with pytest.raises(InputError, match="12 classes of 'seen' .* are of the splits that were trained on"):
+    with pytest.raises(
+        InputError, match="12 classes of 'seen' .* are of the splits that were trained on"
+    ):
         evaluate_run(evaluated, shards=str(moved), split="seen")
 
 
@@ -130,6 +175,8 @@ def test_a_command_in_a_runs_file_is_not_run(evaluated: Path, tmp_path: Path) ->
     config["data"]["path"] = f"pipe:touch {tmp_path}/ran; cat {{}}"
     (run / "config.json").write_text(json.dumps(config))
     for use in (evaluate_run, report_run):
-        with pytest.raises(InputError, match="reads its shards by a command .*; .* give it with --shards"):
+        with pytest.raises(
+            InputError, match="reads its shards by a command .*; .* give it with --shards"
+        ):
             use(run)
     assert not (tmp_path / "ran").exists()

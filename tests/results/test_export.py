@@ -35,11 +35,22 @@ MODELS = {"model.safetensors", "model.pt2", "model.onnx"}
 
 
 @pytest.fixture(scope="module")
-def run(shard_set: Manifest, forked_namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(
+    shard_set: Manifest, forked_namr: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Two steps at 32 px, evaluated on the middle three quarters of images at 48 px."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    done = forked_namr("train", "homeware_conv4", "--run-dir", folder, *small_run(shard_set, steps=2),
-                       "--set.data.test_size", 48, "--set.data.test_crop", 0.75)
+    done = forked_namr(
+        "train",
+        "homeware_conv4",
+        "--run-dir",
+        folder,
+        *small_run(shard_set, steps=2),
+        "--set.data.test_size",
+        48,
+        "--set.data.test_crop",
+        0.75,
+    )
     assert done.returncode == 0, done.stderr
     evaluate_run(folder)
     return folder
@@ -70,31 +81,58 @@ def test_what_is_written(run: Path, exported: Path, shard_set: Manifest) -> None
     for path in exported.iterdir():
         content = path.read_bytes()
         assert str(REPOSITORY).encode() not in content, f"{path.name} names folders of this machine"
-        assert str(shard_set.folder.parent).encode() not in content, f"{path.name} names folders of this machine"
+        assert str(shard_set.folder.parent).encode() not in content, (
+            f"{path.name} names folders of this machine"
+        )
     card = (exported / "README.md").read_text()
     recall = json.loads((run / "metrics.json").read_text())["test"]["sample"]["R@1"]
     assert f"| trained, sample | {recall:.1f} |" in card
     assert shard_set.split_hash("test") in card
 
 
-@pytest.mark.parametrize(("location", "told"), [
-    ("/home/me/shards", "shards"), ("https://me:se/cret@host/all/set?sig=se/cret", "set?…"),
-    ("https://me:secret@host", "…@host"), ("s3://bucket/set/", "set"), (None, None),
-    ("pipe:TOKEN=secret curl https://h/{}", "pipe:…"), ("pipe:/opt/get --key secret {}", "get …"),
-])
-def test_what_is_given_away_has_neither_folders_nor_credentials(location: str | None, told: str | None) -> None:
-    config = Config(recipe="sop", model=ModelConfig(weights=Path("/home/me/weights.pt")), data=DataConfig(
-        path=location, class_list=Path("/home/me/list.txt"), remote=RemoteConfig(cache=Path("/scratch/me"))))
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        ("/home/me/shards", "shards"),
+        ("https://me:se/cret@host/all/set?sig=se/cret", "set?…"),
+        ("https://me:secret@host", "…@host"),
+        ("s3://bucket/set/", "set"),
+        (None, None),
+        ("pipe:TOKEN=secret curl https://h/{}", "pipe:…"),
+        ("pipe:/opt/get --key secret {}", "get …"),
+    ],
+)
+def test_what_is_given_away_has_neither_folders_nor_credentials(
+    location: str | None, told: str | None
+) -> None:
+    config = Config(
+        recipe="sop",
+        model=ModelConfig(weights=Path("/home/me/weights.pt")),
+        data=DataConfig(
+            path=location,
+            class_list=Path("/home/me/list.txt"),
+            remote=RemoteConfig(cache=Path("/scratch/me")),
+        ),
+    )
     given = describe(config, {})["config"]
-    assert (given["data"]["path"], given["data"]["class_list"], given["data"]["remote"]["cache"],
-            given["model"]["weights"]) == (told, "list.txt", "me", "weights.pt")
+    assert (
+        given["data"]["path"],
+        given["data"]["class_list"],
+        given["data"]["remote"]["cache"],
+        given["model"]["weights"],
+    ) == (told, "list.txt", "me", "weights.pt")
     given["data"].update(path=config.data.path, class_list="/home/me/list.txt")
-    given["data"]["remote"]["cache"], given["model"]["weights"] = "/scratch/me", "/home/me/weights.pt"
+    given["data"]["remote"]["cache"], given["model"]["weights"] = (
+        "/scratch/me",
+        "/home/me/weights.pt",
+    )
     assert given == json.loads(config.to_json()), "another field was changed"
     assert shareable({"data": None, "model": {}}) == {"data": None, "model": {}}
 
 
-def test_a_report_has_neither_folders_nor_credentials(run: Path, tmp_path: Path, shard_set: Manifest) -> None:
+def test_a_report_has_neither_folders_nor_credentials(
+    run: Path, tmp_path: Path, shard_set: Manifest
+) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
@@ -106,17 +144,26 @@ def test_a_report_has_neither_folders_nor_credentials(run: Path, tmp_path: Path,
     assert "set?…" in page and "secret" not in page and "host/folder" not in page
 
 
-@pytest.mark.parametrize(("file", "absent"), [
-    ("model.safetensors", "deepspeed"), ("model.pt2", "namr_dist"), ("model.onnx", "torch")])
-def test_model_card_does_what_it_says(run: Path, exported: Path, shard_set: Manifest, tmp_path: Path, file: str,
-                                      absent: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "absent"),
+    [("model.safetensors", "deepspeed"), ("model.pt2", "namr_dist"), ("model.onnx", "torch")],
+)
+def test_model_card_does_what_it_says(
+    run: Path, exported: Path, shard_set: Manifest, tmp_path: Path, file: str, absent: str
+) -> None:
     """Its code in a process of its own, on image files: the embeddings are those of evaluation, at any batch size."""
     positions = (0, 7, 20, 33)
-    source = ShardImages(shard_set, shard_set.index("test"), transform_of(Config.load(run / "config.json")))
+    source = ShardImages(
+        shard_set, shard_set.index("test"), transform_of(Config.load(run / "config.json"))
+    )
     for number, position in enumerate(positions):
-        Image.fromarray(decode_rgb(source.jpeg(position), "an image")).save(tmp_path / f"{number}.png")
+        Image.fromarray(decode_rgb(source.jpeg(position), "an image")).save(
+            tmp_path / f"{number}.png"
+        )
     card = (exported / "README.md").read_text()
-    prepare = re.findall(r"```python\n(.*?)```", card[card.index("## Prepare") : card.index("## Load")], re.S)[0]
+    prepare = re.findall(
+        r"```python\n(.*?)```", card[card.index("## Prepare") : card.index("## Load")], re.S
+    )[0]
     use = re.findall(r"```python\n(.*?)```", card[card.index(f"`{file}`, with") :], re.S)[0]
     files = [str(tmp_path / f"{number}.png") for number in range(len(positions))]
     assert '["photo.jpg"]' in prepare
@@ -133,7 +180,9 @@ assert not {{{absent!r}, "deepspeed"}} & sys.modules.keys()
     evaluated = safetensors.torch.load_file(run / "embeddings.safetensors")
     for line, count in zip(done.stdout.splitlines(), (4, 1), strict=True):
         for vectors, right in zip(json.loads(line), (evaluated["z"], evaluated["s"]), strict=True):
-            np.testing.assert_allclose(vectors, right[list(positions[:count])], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                vectors, right[list(positions[:count])], rtol=1e-4, atol=1e-5
+            )
 
 
 def test_loading_leaves_the_generator_alone(exported: Path) -> None:
@@ -159,7 +208,9 @@ def test_difference(exported: Path) -> None:
 
 
 def test_too_large_a_difference_leaves_nothing(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"model\.safetensors differs from the network by 0\.0e\+00"):
+    with pytest.raises(
+        InputError, match=r"model\.safetensors differs from the network by 0\.0e\+00"
+    ):
         export_run(run, tmp_path / "out", ["safetensors"], tolerance=-1)
     assert not list(tmp_path.iterdir())
 

@@ -21,10 +21,16 @@ from namr_dist.results.page import write_report
 from namr_dist.results.tables import results_table
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 
-NASTY = 'Chair <script>alert("x")</script> & \'co\''
+NASTY = "Chair <script>alert(\"x\")</script> & 'co'"
 CHROMIUM_FLAGS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 ]
 
 
@@ -42,30 +48,49 @@ class SmallRun:
         self.categories = [f"Kind {label % 7}" for label in self.labels]
         self.tensors = {"z": z.astype("f4"), "s": s.astype("f4"), "labels": self.labels}
         self.config = {
-            "recipe": "small", "model": {"backbone": "efficientnet_lite0"}, "train": {"seed": 5},
+            "recipe": "small",
+            "model": {"backbone": "efficientnet_lite0"},
+            "train": {"seed": 5},
             "loss": {"metric": "triplet", "ranking": {"weight": 2.0, "clusters": 2}},
         }
         self.log = [
-            {"step": i, "epoch": 0, "loss": 1.0, "metric_loss": float(0.5 * 0.95**i + 1e-3),
-             "ranking_loss": float(0.2 + 0.01 * rng.standard_normal()), "lr": 1e-3,
-             "img_per_s": 30.0, "time_s": 2.0 * i}
+            {
+                "step": i,
+                "epoch": 0,
+                "loss": 1.0,
+                "metric_loss": float(0.5 * 0.95**i + 1e-3),
+                "ranking_loss": float(0.2 + 0.01 * rng.standard_normal()),
+                "lr": 1e-3,
+                "img_per_s": 30.0,
+                "time_s": 2.0 * i,
+            }
             for i in range(1, 101)
         ]
-        self.log += [{"step": i, "val": {"R@1": 50 + i / 4, "MAP@R": 30 + i / 5}} for i in (25, 50, 75, 100)]
+        self.log += [
+            {"step": i, "val": {"R@1": 50 + i / 4, "MAP@R": 30 + i / 5}} for i in (25, 50, 75, 100)
+        ]
         self.metrics = {
             **evaluate(z, s, self.labels, delta=0.5),
             "baselines": {
                 "raw pixels": evaluate_sample(rng.standard_normal((96, 9)), self.labels),
-                "untrained model": evaluate_sample(z + 2 * rng.standard_normal(z.shape), self.labels),
+                "untrained model": evaluate_sample(
+                    z + 2 * rng.standard_normal(z.shape), self.labels
+                ),
                 "frozen backbone": evaluate_sample(z + rng.standard_normal(z.shape), self.labels),
             },
-            "protocol": {"data set": "stripes", "commit": NASTY, "versions": {"torch": "2", "numpy": "2"}},
+            "protocol": {
+                "data set": "stripes",
+                "commit": NASTY,
+                "versions": {"torch": "2", "numpy": "2"},
+            },
             "train": {"seconds": 200.4, "steps": 100},
         }
 
     def save(self) -> None:
         (self.folder / "config.json").write_text(json.dumps(self.config))
-        (self.folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
+        (self.folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(entry) + "\n" for entry in self.log)
+        )
         (self.folder / "metrics.json").write_text(json.dumps(self.metrics))
         save_file(self.tensors, self.folder / "embeddings.safetensors")
 
@@ -110,7 +135,12 @@ def test_page_is_self_contained_and_complete(run):
     path = run.report()
     assert path == run.folder / "report.html" and path.stat().st_size < 3_000_000
     assert sorted(p.name for p in run.folder.iterdir()) == [
-        "config.json", "embeddings.safetensors", "metrics.json", "metrics.jsonl", "report.html"]
+        "config.json",
+        "embeddings.safetensors",
+        "metrics.json",
+        "metrics.jsonl",
+        "report.html",
+    ]
     page = Page(path)
     assert not re.search(r"https?:|url\(|@import", page.html)
     assert not page.all("script")
@@ -126,10 +156,21 @@ def test_page_is_self_contained_and_complete(run):
     assert len(page.all("svg")) == 4 + 7
     figure = run.metrics["test"]["sample"]["R@1"]
     assert f"The nearest image was of the same class for {figure:.1f} % of them" in page.text
-    trained = "EfficientNet-Lite0 was trained for 100 steps (3 min 20 s) on stripes with the triplet loss"
+    trained = (
+        "EfficientNet-Lite0 was trained for 100 steps (3 min 20 s) on stripes with the triplet loss"
+    )
     assert trained in page.text
-    for words in ("raw pixels", "frozen backbone", "symmetric", "looks at the gallery", "versions, torch",
-                  "✓", "✗", "First neighbour wrong", "t-SNE"):
+    for words in (
+        "raw pixels",
+        "frozen backbone",
+        "symmetric",
+        "looks at the gallery",
+        "versions, torch",
+        "✓",
+        "✗",
+        "First neighbour wrong",
+        "t-SNE",
+    ):
         assert words in page.text, words
     assert NASTY in page.text  # shown as text, never run
 
@@ -168,8 +209,12 @@ def test_bad_lines_of_the_log_are_left_out_and_counted(run, capsys):
 
 
 def test_values_of_wrong_types_are_gaps(run):
-    run.log += [{"step": 101, "loss": "x", "metric_loss": [], "time_s": None}, {"step": 102, "loss": None},
-                {"step": 103, "val": 3}, {"step": 104, "val": {"R@1": "high", "MAP@R": None}}]
+    run.log += [
+        {"step": 101, "loss": "x", "metric_loss": [], "time_s": None},
+        {"step": 102, "loss": None},
+        {"step": 103, "val": 3},
+        {"step": 104, "val": {"R@1": "high", "MAP@R": None}},
+    ]
     page = Page(run.report())
     assert "Metric loss" in page.text and "Validation, %" in page.text
 
@@ -197,7 +242,9 @@ def test_many_super_categories_share_a_last_symbol(run):
     assert "all others" in page.text and len(page.all("svg")) == 4 + 12
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "metrics.json", "embeddings.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "metrics.json", "embeddings.safetensors"]
+)
 def test_missing_and_damaged_files_are_named(run, name):
     run.save()
     if name != "metrics.jsonl":  # of that, what can be read is shown
@@ -227,26 +274,50 @@ def test_console_table(run):
     text = console.export_text()
     lines = [line for line in text.splitlines() if "│" in line]
     assert [line.split("│")[1].strip() for line in lines] == [
-        "raw pixels", "untrained model", "frozen backbone", "trained, sample", "trained, rerank",
-        "with s shuffled between images", "trained, adaptive", "with s = 1 everywhere",
-        "with s shuffled between images", "trained, symmetric", "with s = 1 everywhere",
-        "with s shuffled between images", "trained, calibrated *"]
-    assert f"{run.metrics['test']['symmetric']['MAP@R']:.1f}" in text and "looks at the whole gallery" in text
+        "raw pixels",
+        "untrained model",
+        "frozen backbone",
+        "trained, sample",
+        "trained, rerank",
+        "with s shuffled between images",
+        "trained, adaptive",
+        "with s = 1 everywhere",
+        "with s shuffled between images",
+        "trained, symmetric",
+        "with s = 1 everywhere",
+        "with s shuffled between images",
+        "trained, calibrated *",
+    ]
+    assert (
+        f"{run.metrics['test']['symmetric']['MAP@R']:.1f}" in text
+        and "looks at the whole gallery" in text
+    )
     del run.metrics["baselines"], run.metrics["test_counts"]
     results_table(run.metrics)
 
 
 def test_chart_parts():
-    assert nice_ticks(0, 100) == [0, 20, 40, 60, 80, 100] and nice_ticks(3, 3)[0] < 3 < nice_ticks(3, 3)[-1]
+    assert (
+        nice_ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+        and nice_ticks(3, 3)[0] < 3 < nice_ticks(3, 3)[-1]
+    )
     assert nice_ticks(0.1, 0.3) == [0.1, 0.15, 0.2, 0.25, 0.3]
-    for low, high in ((1e-14, 3e-14), (48.6191, 48.6191 + 1e-13)):  # rounding alone apart, as two logged steps may be
+    for low, high in (
+        (1e-14, 3e-14),
+        (48.6191, 48.6191 + 1e-13),
+    ):  # rounding alone apart, as two logged steps may be
         assert len(set(nice_ticks(low, high))) > 2
-    assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2, 2, 2]) and len(thinned(range(1001))) == 400
+    assert (
+        smoothed([2.0, 2.0, 2.0]) == pytest.approx([2, 2, 2]) and len(thinned(range(1001))) == 400
+    )
     line = Line(name="a", xs=[1, 2, 3], ys=[1, 100, float("nan")], css="c0", dots=True, label=True)
     chart = line_chart([line], title='a "b"', x_label="step", allow_log=True)
     assert chart and "logarithmic" in chart and "nan" not in chart and chart.count("<circle") == 2
     assert 'aria-label="a &#34;b&#34;"' in chart
-    assert line_chart([Line(name="a", xs=[1], ys=[float("inf")], css="c0")], title="", x_label="") is None
+    assert (
+        line_chart([Line(name="a", xs=[1], ys=[float("inf")], css="c0")], title="", x_label="")
+        is None
+    )
     dot = Line(name="a", xs=[7], ys=[0.5], css="c0", dots=True)
     single = line_chart([dot], title="", x_label="", allow_log=True)
     assert single and "<circle" in single
@@ -257,7 +328,11 @@ def browser(tmp_path_factory):
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("google-chrome")
+        or shutil.which("chromium-browser")
+    )
     driver = shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("no Chromium with chromedriver is installed (Debian: chromium chromium-driver)")
@@ -287,13 +362,22 @@ def test_page_in_a_browser(browser, small_report, width, scheme):
     browser.get(small_report.as_uri())
     assert browser.get_log("browser") == []
     scroll_width, inner_width = browser.execute_script(
-        "return [document.documentElement.scrollWidth, window.innerWidth]")
+        "return [document.documentElement.scrollWidth, window.innerWidth]"
+    )
     assert inner_width == width and scroll_width <= inner_width
     images = browser.execute_script(
-        "return [...document.images].map(i => [i.complete, i.naturalWidth, i.width])")
-    assert len(images) == 90 and all(done and natural > 0 and shown > 30 for done, natural, shown in images)
-    assert browser.execute_script("return performance.getEntriesByType('resource')"
-                                  ".filter(e => !e.name.startsWith('data:')).length") == 0
+        "return [...document.images].map(i => [i.complete, i.naturalWidth, i.width])"
+    )
+    assert len(images) == 90 and all(
+        done and natural > 0 and shown > 30 for done, natural, shown in images
+    )
+    assert (
+        browser.execute_script(
+            "return performance.getEntriesByType('resource')"
+            ".filter(e => !e.name.startsWith('data:')).length"
+        )
+        == 0
+    )
     # Small text stands out from what is behind it (WCAG AA: 4.5), in both schemes.
     ratios = browser.execute_script(CONTRAST)
     assert ratios and min(ratios.values()) >= 4.5, ratios

@@ -17,8 +17,12 @@ LABELS = np.repeat(np.arange(12), 5)
 _rng = np.random.default_rng(5)
 Z = _rng.standard_normal((12, 8))[LABELS] + _rng.standard_normal((60, 8))
 S = _rng.uniform(0.5, 1.5, Z.shape)
-SQUARED = Mode(name="squared", sentence="distance with the squares of the query’s weights", uses_s=True,
-               vectors=lambda queries, items: adaptive_vectors(queries.z, queries.s**2, items.z))
+SQUARED = Mode(
+    name="squared",
+    sentence="distance with the squares of the query’s weights",
+    uses_s=True,
+    vectors=lambda queries, items: adaptive_vectors(queries.z, queries.s**2, items.z),
+)
 
 
 def plain(queries: Side, items: Side) -> Served:
@@ -30,8 +34,12 @@ def test_an_own_mode_stands_beside_the_others_with_its_controls():
     result = evaluate(Z, S, LABELS, delta=0.5, modes=[SQUARED])
     added = {"squared", "squared_s1", "squared_shuffled"}
     assert result["test"].keys() == before["test"].keys() | added
-    assert result["own_modes"] == {"squared": {"sentence": SQUARED.sentence, "looks_at_gallery": False}}
-    assert {name: result["test"][name] for name in before["test"]} == before["test"] and "own_modes" not in before
+    assert result["own_modes"] == {
+        "squared": {"sentence": SQUARED.sentence, "looks_at_gallery": False}
+    }
+    assert {name: result["test"][name] for name in before["test"]} == before[
+        "test"
+    ] and "own_modes" not in before
     assert result["test"]["squared_s1"] == before["test"]["adaptive_s1"]
     assert result["test"]["squared"] != before["test"]["adaptive"]
     again = reidentify(Z, S, LABELS, draws=2, seed=0, modes=[SQUARED])["modes"]
@@ -43,7 +51,9 @@ def test_an_own_mode_stands_beside_the_others_with_its_controls():
 @pytest.mark.parametrize("roles", [None, np.arange(60) % 3])
 def test_a_copy_of_a_mode_gets_its_figures(mode, roles):
     """Whatever a built-in mode is given, one from outside is given too."""
-    test = evaluate(Z, S, LABELS, delta=0.5, roles_N=roles, ks=(1, 50), modes=[replace(mode, name="copy")])["test"]
+    test = evaluate(
+        Z, S, LABELS, delta=0.5, roles_N=roles, ks=(1, 50), modes=[replace(mode, name="copy")]
+    )["test"]
     for name in ("", *(f"_{control}" for control in mode.controls)):
         assert test["copy" + name] == test[mode.name + name]
 
@@ -55,8 +65,10 @@ def test_a_mode_is_given_what_it_says_it_uses_and_no_more():
         seen.append((queries, items))
         return plain(queries, items)
 
-    for own, measured in ((Mode(name="a", sentence="", vectors=noted), 1),
-                          (Mode(name="b", sentence="", vectors=noted, uses_s=True, looks_at_gallery=True), 3)):
+    for own, measured in (
+        (Mode(name="a", sentence="", vectors=noted), 1),
+        (Mode(name="b", sentence="", vectors=noted, uses_s=True, looks_at_gallery=True), 3),
+    ):
         seen.clear()
         result = evaluate(Z, S, LABELS, delta=0.5, modes=[own])
         assert len(seen) == measured
@@ -67,24 +79,40 @@ def test_a_mode_is_given_what_it_says_it_uses_and_no_more():
 
 
 def served(**changes) -> Mode:
-    return Mode(name="own", sentence="", vectors=lambda queries, items: replace(plain(queries, items), **changes))
+    return Mode(
+        name="own",
+        sentence="",
+        vectors=lambda queries, items: replace(plain(queries, items), **changes),
+    )
 
 
-@pytest.mark.parametrize(("mode", "told"), [
-    ("plain", "'plain' is no retrieval mode; make it a Mode"),
-    (plain, "is no retrieval mode"),
-    (replace(SQUARED, name="rerank"), "figures called rerank, as another's are"),
-    (replace(SQUARED, name="adaptive_s1"), "figures called adaptive_s1"),
-    (replace(SQUARED, name=" "), "give it a name of printable letters"),
-    (replace(SQUARED, vectors=None), "mode squared has no vectors"),
-    (Mode(name="own", sentence="", vectors=lambda queries, items: queries.z), "as ndarray; return them as a Served"),
-    (served(queries_QV=np.ones((59, 8))), r"mode own, vectors of queries: shape \(59, 8\) where \(60, width\)"),
-    (served(items_NV=np.ones(60)), r"mode own, vectors of items: shape \(60,\)"),
-    (served(items_NV=np.ones((60, 9))), "queries 8 wide and of items 9 wide"),
-    (served(items_NV=np.where(np.eye(60, 8) > 0, np.nan, 1)), r"vectors of items: row 0 holds NaN .*8 such rows of 60"),
-    (served(queries_QV=np.full((60, 8), 1e60)), "row 0 holds NaN or infinity"),
-    (served(metric="cosine"), "mode own asks for the metric 'cosine'"),
-])
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("plain", "'plain' is no retrieval mode; make it a Mode"),
+        (plain, "is no retrieval mode"),
+        (replace(SQUARED, name="rerank"), "figures called rerank, as another's are"),
+        (replace(SQUARED, name="adaptive_s1"), "figures called adaptive_s1"),
+        (replace(SQUARED, name=" "), "give it a name of printable letters"),
+        (replace(SQUARED, vectors=None), "mode squared has no vectors"),
+        (
+            Mode(name="own", sentence="", vectors=lambda queries, items: queries.z),
+            "as ndarray; return them as a Served",
+        ),
+        (
+            served(queries_QV=np.ones((59, 8))),
+            r"mode own, vectors of queries: shape \(59, 8\) where \(60, width\)",
+        ),
+        (served(items_NV=np.ones(60)), r"mode own, vectors of items: shape \(60,\)"),
+        (served(items_NV=np.ones((60, 9))), "queries 8 wide and of items 9 wide"),
+        (
+            served(items_NV=np.where(np.eye(60, 8) > 0, np.nan, 1)),
+            r"vectors of items: row 0 holds NaN .*8 such rows of 60",
+        ),
+        (served(queries_QV=np.full((60, 8), 1e60)), "row 0 holds NaN or infinity"),
+        (served(metric="cosine"), "mode own asks for the metric 'cosine'"),
+    ],
+)
 def test_modes_that_are_refused(mode, told):
     with pytest.raises(InputError, match=told):
         evaluate(Z, S, LABELS, delta=0.5, modes=[mode])

@@ -21,18 +21,34 @@ def by_loops(z, s, labels, draws, mode):
             if query in gallery:
                 continue
             squares = (z[query] - z[gallery]) ** 2
-            weights = {"sample": np.ones_like(squares), "adaptive": s[query], "symmetric": s[query] + s[gallery]}[mode]
-            ranked = labels[gallery][np.argsort((weights * squares).sum(-1), kind="stable")].tolist()
+            weights = {
+                "sample": np.ones_like(squares),
+                "adaptive": s[query],
+                "symmetric": s[query] + s[gallery],
+            }[mode]
+            ranked = labels[gallery][
+                np.argsort((weights * squares).sum(-1), kind="stable")
+            ].tolist()
             ranks.append(ranked.index(labels[query]) + 1)
-        rows.append([100 * np.mean([rank <= 1 for rank in ranks]), 100 * np.mean([rank <= 5 for rank in ranks]),
-                     100 * np.mean([1 / rank for rank in ranks])])
+        rows.append(
+            [
+                100 * np.mean([rank <= 1 for rank in ranks]),
+                100 * np.mean([rank <= 5 for rank in ranks]),
+                100 * np.mean([1 / rank for rank in ranks]),
+            ]
+        )
     figures = dict(zip(METRICS, np.mean(rows, axis=0), strict=True))
-    return figures | {f"{name} std": value for name, value in zip(METRICS, np.std(rows, axis=0), strict=True)}
+    return figures | {
+        f"{name} std": value for name, value in zip(METRICS, np.std(rows, axis=0), strict=True)
+    }
 
 
 def galleries(labels, draws, seed):
     """What the module draws."""
-    return [reidentification._draw(labels, np.random.default_rng([seed, draw]))[1] for draw in range(draws)]
+    return [
+        reidentification._draw(labels, np.random.default_rng([seed, draw]))[1]
+        for draw in range(draws)
+    ]
 
 
 def test_equals_loops():
@@ -71,19 +87,28 @@ def test_a_case_by_hand():
     assert [right[name] for name in METRICS] == [100, 100, 100] and right["mAP std"] == 0
     # Classes 0 and 1 have changed one image each: whichever is drawn, both queries find the other class first.
     z = np.array([[0.0], [10.0], [10.5], [0.5], [99.0], [99.0]])
-    wrong = {tuple(gallery): reidentify(z, None, labels, draws=1, seed=seed)["modes"]["sample"]
-             for seed in range(40) for gallery in galleries(labels, 1, seed)}
+    wrong = {
+        tuple(gallery): reidentify(z, None, labels, draws=1, seed=seed)["modes"]["sample"]
+        for seed in range(40)
+        for gallery in galleries(labels, 1, seed)
+    }
     # Gallery 0 and 10.5: 10 finds 10.5 first, then its own at 0; 0.5 likewise: rank 2 each.
-    assert [wrong[0, 2, 4][name] for name in METRICS] == pytest.approx([100 / 3, 100, 100 * (1 / 2 + 1 / 2 + 1) / 3])
+    assert [wrong[0, 2, 4][name] for name in METRICS] == pytest.approx(
+        [100 / 3, 100, 100 * (1 / 2 + 1 / 2 + 1) / 3]
+    )
     # Gallery 0 and 0.5: 10 finds 0.5 first, its own at rank 2; 10.5 finds 0.5, its own, first.
-    assert [wrong[0, 3, 4][name] for name in METRICS] == pytest.approx([200 / 3, 100, 100 * (1 / 2 + 1 + 1) / 3])
+    assert [wrong[0, 3, 4][name] for name in METRICS] == pytest.approx(
+        [200 / 3, 100, 100 * (1 / 2 + 1 + 1) / 3]
+    )
 
 
 def test_ties_go_to_the_image_that_comes_first():
     """All at one point: the class whose gallery image stands first is found by everybody."""
     labels = np.array([7, 7, 3, 3, 5, 5])
     figures = reidentify(np.ones((6, 4)), None, labels, draws=5, seed=1)["modes"]["sample"]
-    assert [figures[name] for name in METRICS] == pytest.approx([100 / 3, 100, 100 * (1 + 1 / 2 + 1 / 3) / 3])
+    assert [figures[name] for name in METRICS] == pytest.approx(
+        [100 / 3, 100, 100 * (1 + 1 / 2 + 1 / 3) / 3]
+    )
 
 
 def test_bad_input_is_named():

@@ -30,7 +30,9 @@ def by_loops(ranked, query_labels, item_labels, own, ks):
     totals = {f"R@{k}": 0.0 for k in ks} | {"MAP@R": 0.0, "R-precision": 0.0}
     counted = 0
     for query, label in enumerate(query_labels):
-        relevant = sum(1 for i, other in enumerate(item_labels) if other == label and i != own[query])
+        relevant = sum(
+            1 for i, other in enumerate(item_labels) if other == label and i != own[query]
+        )
         if relevant == 0:
             continue
         counted += 1
@@ -38,7 +40,9 @@ def by_loops(ranked, query_labels, item_labels, own, ks):
         for k in ks:
             totals[f"R@{k}"] += any(hits[:k])
         totals["R-precision"] += sum(hits[:relevant]) / relevant
-        totals["MAP@R"] += sum(sum(hits[: i + 1]) / (i + 1) for i in range(relevant) if hits[i]) / relevant
+        totals["MAP@R"] += (
+            sum(sum(hits[: i + 1]) / (i + 1) for i in range(relevant) if hits[i]) / relevant
+        )
     return {name: 100 * total / counted for name, total in totals.items()}, counted
 
 
@@ -61,7 +65,9 @@ def test_equals_pytorch_metric_learning():
 
     oracle = AccuracyCalculator(
         include=("precision_at_1", "mean_average_precision_at_r", "r_precision", "NMI", "AMI"),
-        k="max_bin_count", device=torch.device("cpu"), kmeans_func=same_clusters,
+        k="max_bin_count",
+        device=torch.device("cpu"),
+        kmeans_func=same_clusters,
     ).get_accuracy(torch.from_numpy(z), torch.from_numpy(labels))
     scores = retrieval_scores(search_excluding_self(z, z, 11)[1], labels, labels).percent
     assert scores["R@1"] == pytest.approx(100 * oracle["precision_at_1"], abs=1e-4)
@@ -111,7 +117,11 @@ def test_a_gallery_of_its_own():
 def test_nothing_to_find():
     z, labels = clusters(5, sizes=[1] * 6)
     scores = retrieval_scores(search_excluding_self(z, z, 8)[1], labels, labels)
-    assert scores.queries == 0 and scores.left_out == 6 and all(np.isnan(v) for v in scores.percent.values())
+    assert (
+        scores.queries == 0
+        and scores.left_out == 6
+        and all(np.isnan(v) for v in scores.percent.values())
+    )
 
 
 def test_fewer_items_than_the_cut_off():

@@ -24,11 +24,15 @@ from namr_dist.retrieval.vectors import (
 DELTA = 0.5
 
 
-def embeddings(seed: int, count: int, width: int = 16, *, mean: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+def embeddings(
+    seed: int, count: int, width: int = 16, *, mean: float = 3.0
+) -> tuple[np.ndarray, np.ndarray]:
     """z around a point far from the origin, s anywhere in (1 − δ, 1 + δ)."""
     rng = np.random.default_rng(seed)
     z = rng.standard_normal((count, width)) + mean
-    return z.astype(np.float32), rng.uniform(1 - DELTA, 1 + DELTA, (count, width)).astype(np.float32)
+    return z.astype(np.float32), rng.uniform(1 - DELTA, 1 + DELTA, (count, width)).astype(
+        np.float32
+    )
 
 
 def squared(mode: str, zq, sq, z, s, rho=None):
@@ -80,7 +84,9 @@ def test_served_vectors_give_the_modes_own_distance(mode, mean):
 def test_density_is_the_mean_over_the_ten_nearest_others():
     z, _ = embeddings(3, 60)
     z[11] = z[10]
-    truth = np.sort(squared("sample", z, z, z, z) + np.where(np.eye(60, dtype=bool), np.inf, 0), axis=1)
+    truth = np.sort(
+        squared("sample", z, z, z, z) + np.where(np.eye(60, dtype=bool), np.inf, 0), axis=1
+    )
     np.testing.assert_allclose(local_density(z), truth[:, :10].mean(1), rtol=1e-5)
     few = z[:4]
     others = squared("sample", few, few, few, few).sum(axis=1) / 3  # only three others exist
@@ -118,7 +124,9 @@ def test_certificate_is_truthful(seed, width):
     shares = []
     for candidates in (5, 20, 80, 399, 400):
         result = rerank(z, s, z, k=5, delta=DELTA, candidates=candidates)
-        np.testing.assert_array_equal(result.ids_QK[result.certified_Q], full[result.certified_Q][:, :5])
+        np.testing.assert_array_equal(
+            result.ids_QK[result.certified_Q], full[result.certified_Q][:, :5]
+        )
         shares.append(result.certified_percent)
     assert shares == sorted(shares) and shares[-1] == 100
     if width == 2:
@@ -149,26 +157,46 @@ def test_evaluate_measures_every_mode_and_control():
     assert set(test["sample"]) == names | {"NMI", "AMI"} and set(test["rerank"]) == names
     assert all(0 <= value <= 100 for figures in test.values() for value in figures.values())
     assert result["test_counts"] == {
-        "queries": 199, "left_out": 1, "items": 200, "classes": 41, "largest_R": 4,
-        "rerank_candidates": 200, "rerank_certified_percent": 100.0,
+        "queries": 199,
+        "left_out": 1,
+        "items": 200,
+        "classes": 41,
+        "largest_R": 4,
+        "rerank_candidates": 200,
+        "rerank_certified_percent": 100.0,
     }
     # All candidates re-scored is the adaptive mode; weights of one are the sample mode.
     assert test["rerank"] == pytest.approx(test["adaptive"])
     assert test["rerank_shuffled"] == pytest.approx(test["adaptive_shuffled"])
     plain = {name: test["sample"][name] for name in names}
-    assert test["adaptive_s1"] == pytest.approx(plain) and test["symmetric_s1"] == pytest.approx(plain)
-    assert test["adaptive"] != test["adaptive_shuffled"] and test["symmetric"] != test["symmetric_shuffled"]
+    assert test["adaptive_s1"] == pytest.approx(plain) and test["symmetric_s1"] == pytest.approx(
+        plain
+    )
+    assert (
+        test["adaptive"] != test["adaptive_shuffled"]
+        and test["symmetric"] != test["symmetric_shuffled"]
+    )
     assert evaluate_sample(z, labels) == pytest.approx(plain)
     again = evaluate(z, s, labels, delta=DELTA, candidates=200)
     assert again == result
     moved = evaluate(z, s, labels, delta=DELTA, candidates=200, seed=1)["test"]
-    assert moved["adaptive"] == test["adaptive"] and moved["adaptive_shuffled"] != test["adaptive_shuffled"]
+    assert (
+        moved["adaptive"] == test["adaptive"]
+        and moved["adaptive_shuffled"] != test["adaptive_shuffled"]
+    )
 
 
 def test_the_documented_modes_are_those_that_there_are():
-    section = (REPOSITORY / "docs" / "algorithm.md").read_text(encoding="utf-8").split("## Retrieval\n\n")[1]
+    section = (
+        (REPOSITORY / "docs" / "algorithm.md")
+        .read_text(encoding="utf-8")
+        .split("## Retrieval\n\n")[1]
+    )
     table = section.split("\n\n")[0]
-    assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE) == ["mode", *(mode.name for mode in MODES)]
+    assert re.findall(r"^\| (\w+) \|", table, re.MULTILINE) == [
+        "mode",
+        *(mode.name for mode in MODES),
+    ]
 
 
 def test_evaluate_without_structure_and_by_cosine():

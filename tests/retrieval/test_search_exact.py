@@ -71,7 +71,9 @@ def rng():
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_back_ends_agree_beyond_the_spare_candidates(metric, rng):
     # 40 copies of each point: more than the spare candidates, so every query must be searched again.
-    items = np.repeat(rng.standard_normal((30, 8)), 40, axis=0)[rng.permutation(1200)].astype(np.float32)
+    items = np.repeat(rng.standard_normal((30, 8)), 40, axis=0)[rng.permutation(1200)].astype(
+        np.float32
+    )
     values, order = full_sort(items[:50], items, metric)
     for backend in BACKENDS:
         found_values, found_ids = search(items[:50], items, 10, metric=metric, backend=backend)
@@ -84,7 +86,9 @@ def test_more_neighbours_than_the_gpu_code_of_faiss_returns(rng):
     pytest.importorskip("faiss")
     items = rng.integers(0, 4, (2200, 3)).astype(float)
     _, order = full_sort(items[:5], items, "l2")
-    np.testing.assert_array_equal(search(items[:5], items, 2100, backend="faiss-gpu")[1], order[:, :2100])
+    np.testing.assert_array_equal(
+        search(items[:5], items, 2100, backend="faiss-gpu")[1], order[:, :2100]
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,10 +107,17 @@ def test_a_sloppy_library_changes_nothing(backend, monkeypatch, rng):
 
     class Sloppy:
         def search(self, queries_QD, count):
-            wide_q, wide = queries_QD.astype(np.float64), items.astype(np.float32).astype(np.float64)
-            keys = Keys(torch.from_numpy(queries_QD), torch.from_numpy(items.astype(np.float32)), "l2")
+            wide_q, wide = (
+                queries_QD.astype(np.float64),
+                items.astype(np.float32).astype(np.float64),
+            )
+            keys = Keys(
+                torch.from_numpy(queries_QD), torch.from_numpy(items.astype(np.float32)), "l2"
+            )
             bound = error(keys, torch.arange(len(queries_QD)), "fp32").numpy()
-            values = ((wide_q[:, None] - wide) ** 2).sum(-1) + bound[:, None] * rng.uniform(-1, 1, (40, 400))
+            values = ((wide_q[:, None] - wide) ** 2).sum(-1) + bound[:, None] * rng.uniform(
+                -1, 1, (40, 400)
+            )
             ids = np.argsort(values, axis=1)[:, :count]
             return np.take_along_axis(values, ids, 1), ids
 
@@ -125,7 +136,9 @@ def test_tensors_of_any_float_type(rng):
     items = torch.from_numpy(rng.standard_normal((30, 6)))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         rounded = items.to(dtype).requires_grad_()
-        _, order = full_sort(rounded.detach().double().numpy(), rounded.detach().double().numpy(), "l2")
+        _, order = full_sort(
+            rounded.detach().double().numpy(), rounded.detach().double().numpy(), "l2"
+        )
         np.testing.assert_array_equal(search(rounded, rounded, 4)[1], order[:, :4])
 
 

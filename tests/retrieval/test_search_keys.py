@@ -62,7 +62,9 @@ def test_products_stay_within_their_error(metric, scale, rng):
 
 
 def test_packed_numbers_sort_as_key_and_index_do(rng):
-    keys = np.array([-np.inf, -3e38, -1.5, -1e-45, -0.0, 0.0, 1e-45, 1.5, 1.5, 3e38, np.inf], dtype=np.float32)
+    keys = np.array(
+        [-np.inf, -3e38, -1.5, -1e-45, -0.0, 0.0, 1e-45, 1.5, 1.5, 3e38, np.inf], dtype=np.float32
+    )
     keys = rng.choice(keys, 500)
     ids = rng.integers(0, 2**32 - 1, 500)
     packed = pack(torch.from_numpy(keys), torch.from_numpy(ids))
@@ -85,11 +87,15 @@ def test_all_back_ends_return_the_same_bits_whatever_the_blocks(metric, monkeypa
     monkeypatch.setitem(keys_module._TERM_NUMBERS, "cpu", 24 * 1000)
     for backend in BACKENDS:
         for k in (1, 4, 32, 200):
-            found_values, found_ids = search_excluding_self(rows, rows, k, metric=metric, backend=backend)
+            found_values, found_ids = search_excluding_self(
+                rows, rows, k, metric=metric, backend=backend
+            )
             np.testing.assert_array_equal(found_ids, ids[:, :k])
             np.testing.assert_array_equal(found_values.view(np.int32), values[:, :k].view(np.int32))
     for position in (0, 3, 60, 199):
-        np.testing.assert_array_equal(ranks_of(rows, rows, ids[:, position], metric=metric), position + 1)
+        np.testing.assert_array_equal(
+            ranks_of(rows, rows, ids[:, position], metric=metric), position + 1
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,10 +105,14 @@ def test_rows_end_with_none_where_items_run_out(metric, backend):
     nothing = np.inf if metric == "l2" else -np.inf
     for k in (29, 30, 45):
         values, ids = search_excluding_self(rows, rows, k, metric=metric, backend=backend)
-        assert (np.sort(ids[:, :29], axis=1) == [[i for i in range(30) if i != q] for q in range(30)]).all()
+        assert (
+            np.sort(ids[:, :29], axis=1) == [[i for i in range(30) if i != q] for q in range(30)]
+        ).all()
         assert (ids[:, 29:] == -1).all() and (values[:, 29:] == nothing).all()
     some = np.array([4, -1])
-    values, ids = search_excluding_self(rows[4:6], rows, 30, query_ids_Q=some, metric=metric, backend=backend)
+    values, ids = search_excluding_self(
+        rows[4:6], rows, 30, query_ids_Q=some, metric=metric, backend=backend
+    )
     assert ids[0, -1] == -1 and 4 not in ids[0] and sorted(ids[1]) == list(range(30))
 
 
@@ -123,15 +133,21 @@ def test_a_gpu_returns_the_bits_of_the_cpu(metric, monkeypatch):
     """Also in blocks, beyond the spare candidates, and for 1,000 neighbours."""
     rows, _ = clustered_rows(6007, 96, seed=5)
     rows[3000:3040] = rows[100]
-    cpu, gpu = (Keys(*(torch.from_numpy(rows).to(device),) * 2, metric) for device in ("cpu", "cuda"))
+    cpu, gpu = (
+        Keys(*(torch.from_numpy(rows).to(device),) * 2, metric) for device in ("cpu", "cuda")
+    )
     row_P, id_P = torch.from_numpy(np.random.default_rng(0).integers(0, len(rows), (2, 100_000)))
     assert torch.equal(gpu.of_pairs(row_P.cuda(), id_P.cuda()).cpu(), cpu.of_pairs(row_P, id_P))
     values, ids = search_excluding_self(rows, rows, 1000, metric=metric, backend="torch-cpu")
     for numbers in (keys_module._BLOCK_NUMBERS["cuda"], 100 * len(rows)):
         monkeypatch.setitem(keys_module._BLOCK_NUMBERS, "cuda", numbers)
         for k in (1, 32, 1000):
-            found_values, found_ids = search_excluding_self(rows, rows, k, metric=metric, backend="torch-gpu")
+            found_values, found_ids = search_excluding_self(
+                rows, rows, k, metric=metric, backend="torch-gpu"
+            )
             np.testing.assert_array_equal(found_ids, ids[:, :k])
             np.testing.assert_array_equal(found_values.view(np.int32), values[:, :k].view(np.int32))
     for position in (0, 999):
-        np.testing.assert_array_equal(ranks_of(rows, rows, ids[:, position], metric=metric), position + 1)
+        np.testing.assert_array_equal(
+            ranks_of(rows, rows, ids[:, position], metric=metric), position + 1
+        )

@@ -21,12 +21,31 @@ from namr_dist.run.log import (
     time_of,
 )
 
-GOOD = [{"step": 1, "loss": 2.5, "time_s": 0.5}, {"step": 2, "loss": float("nan"), "time_s": 1.0},
-        {"step": 2, "val": {"R@1": 50.0}, "time_s": 1.5}, {"step": 3, "img_per_s": 40.0, "time_s": 2.0}]
-BAD = [b"no JSON", b'{"step": 4, "lo', b"[1, 2]", b"7", b"null", b"{}", b'{"loss": 1.0}', b'{"step": 1.0}',
-       b'{"step": "1"}', b'{"step": true}', b'{"step": null}', b'{"step": 1, "host": "\xff"}',
-       "{}".encode("utf-16"), b"\x00\x00", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}",
-       b'{"step": 1, "loss": 1' + b"0" * 400 + b"}"]
+GOOD = [
+    {"step": 1, "loss": 2.5, "time_s": 0.5},
+    {"step": 2, "loss": float("nan"), "time_s": 1.0},
+    {"step": 2, "val": {"R@1": 50.0}, "time_s": 1.5},
+    {"step": 3, "img_per_s": 40.0, "time_s": 2.0},
+]
+BAD = [
+    b"no JSON",
+    b'{"step": 4, "lo',
+    b"[1, 2]",
+    b"7",
+    b"null",
+    b"{}",
+    b'{"loss": 1.0}',
+    b'{"step": 1.0}',
+    b'{"step": "1"}',
+    b'{"step": true}',
+    b'{"step": null}',
+    b'{"step": 1, "host": "\xff"}',
+    "{}".encode("utf-16"),
+    b"\x00\x00",
+    b"[" * 100_000,
+    b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+]
 WRONG: list[Any] = [None, "x", [1], {"a": 1}, True, float("nan"), float("inf")]
 
 
@@ -39,10 +58,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "metrics.jsonl"
 
 
-def test_good_lines_are_read_and_empty_ones_are_nothing(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_good_lines_are_read_and_empty_ones_are_nothing(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path.write_bytes(b"\n".join([b"", *lines(*GOOD), b"  ", b"\r", b""]))
     log = read_log(path)
-    assert repr(log.entries) == repr(tuple(GOOD)) and log.unreadable == 0  # by their texts, for NaN is not itself
+    assert (
+        repr(log.entries) == repr(tuple(GOOD)) and log.unreadable == 0
+    )  # by their texts, for NaN is not itself
     log.warn()
     assert capsys.readouterr().err == ""
 
@@ -63,10 +86,15 @@ def test_a_bad_line_anywhere_is_skipped_and_counted_by_all_readers(path: Path, b
         assert read_log(path).unreadable == 0
 
 
-def test_the_number_of_bad_lines_is_told_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_number_of_bad_lines_is_told_once(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path.write_bytes(b"\n".join([*BAD, *lines(GOOD[0]), b""]))
     read_log(path).warn()
-    assert capsys.readouterr().err == f"WARNING: {len(BAD)} lines of {path} could not be read; left out\n"
+    assert (
+        capsys.readouterr().err
+        == f"WARNING: {len(BAD)} lines of {path} could not be read; left out\n"
+    )
     path.write_bytes(b"{")
     read_log(path).warn()
     assert capsys.readouterr().err == f"WARNING: 1 line of {path} could not be read; left out\n"
@@ -100,7 +128,13 @@ def test_a_growing_log_is_read_once(path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_fields_of_wrong_types_are_missing(wrong: Any) -> None:
-    entry = {"step": 1, "time_s": wrong, "loss": wrong, "val": {"R@1": wrong, "MAP@R": 3}, "slowest_rank": wrong}
+    entry = {
+        "step": 1,
+        "time_s": wrong,
+        "loss": wrong,
+        "val": {"R@1": wrong, "MAP@R": 3},
+        "slowest_rank": wrong,
+    }
     assert number_of(entry, "loss") is time_of(entry) is count_of(entry, "slowest_rank") is None
     assert figures_of(entry) == {"MAP@R": 3}
     if not isinstance(wrong, dict):
@@ -112,7 +146,15 @@ def test_fields_of_wrong_types_are_missing(wrong: Any) -> None:
 def test_evaluation_and_resumption_pass_over_wrong_values(path: Path) -> None:
     wrong = [{"step": 2, "loss": value, "time_s": value, "img_per_s": value} for value in WRONG]
     path.write_bytes(b"".join(line + b"\n" for line in lines(*GOOD, *wrong)))
-    assert _training_figures(path.parent, {"steps": 3}) == {"steps": 3, "seconds": 2.0, "img_per_s": 40.0}
+    assert _training_figures(path.parent, {"steps": 3}) == {
+        "steps": 3,
+        "seconds": 2.0,
+        "img_per_s": 40.0,
+    }
     assert max(time_of(entry) or 0.0 for entry in cut_log(path, 2).entries) == 1.5
     path.write_bytes(b"".join(line + b"\n" for line in lines(*wrong)))
-    assert _training_figures(path.parent, {"steps": 3}) == {"steps": 3, "seconds": None, "img_per_s": None}
+    assert _training_figures(path.parent, {"steps": 3}) == {
+        "steps": 3,
+        "seconds": None,
+        "img_per_s": None,
+    }

@@ -15,12 +15,17 @@ from namr_dist.run.folder import EMBEDDINGS, METRICS, RunFolder, of_split, runs_
 
 NAMES = re.compile(
     r"config\.json|metrics[\w{}*-]*\.jsonl?|embeddings[\w{}*-]*\.safetensors|report\.html|step-[\d{}*(]|"
-    r"final\.safetensors|^\.lock$|^\.writable$|log\.txt|^checkpoints$|^tensorboard$|checkpoints/|tensorboard/")
+    r"final\.safetensors|^\.lock$|^\.writable$|log\.txt|^checkpoints$|^tensorboard$|checkpoints/|tensorboard/"
+)
 """As they stand in a string; {} is where an f-string puts a value."""
 ELSEWHERE = {
-    ("namr_dist/data/remote/cache.py", ".lock"), ("namr_dist/data/staging.py", ".lock"),
-    ("namr_dist/reproduce.py", ".lock"), ("namr_dist/results/export.py", "config.json"),
-    ("namr_dist/results/model_card.py", "config.json"), ("namr_dist/results/page.py", "report.html")}
+    ("namr_dist/data/remote/cache.py", ".lock"),
+    ("namr_dist/data/staging.py", ".lock"),
+    ("namr_dist/reproduce.py", ".lock"),
+    ("namr_dist/results/export.py", "config.json"),
+    ("namr_dist/results/model_card.py", "config.json"),
+    ("namr_dist/results/page.py", "report.html"),
+}
 """Files of the same name in other folders: locks of a cache, of a staged set and of a grid of runs, what an exported
 folder holds, and the template of a report."""
 
@@ -28,33 +33,77 @@ folder holds, and the template of a report."""
 def texts(tree: ast.Module) -> Iterator[str]:
     """All string constants but those that only document, which are statements by themselves."""
     documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    parts = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents | parts:
+            yield "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values
+            )
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in documents | parts
+        ):
             yield node.value
 
 
 def test_each_name_stands_in_one_file() -> None:
     """Help and errors that people read are made of the folder's names as well."""
-    met = {(str(path.relative_to(REPOSITORY)), name)
-           for folder in ("namr_dist", "kernels", "launchers") for path in (REPOSITORY / folder).rglob("*.py")
-           for text in texts(ast.parse(path.read_text())) for name in NAMES.findall(text)}
+    met = {
+        (str(path.relative_to(REPOSITORY)), name)
+        for folder in ("namr_dist", "kernels", "launchers")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        for text in texts(ast.parse(path.read_text()))
+        for name in NAMES.findall(text)
+    }
     assert {name for file, name in met if file == "namr_dist/run/folder.py"} >= {
-        "config.json", "metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html", "final.safetensors",
-        ".lock", ".writable", "log.txt", "checkpoints", "tensorboard"}
+        "config.json",
+        "metrics.jsonl",
+        "metrics.json",
+        "embeddings.safetensors",
+        "report.html",
+        "final.safetensors",
+        ".lock",
+        ".writable",
+        "log.txt",
+        "checkpoints",
+        "tensorboard",
+    }
     assert {(file, name) for file, name in met if file != "namr_dist/run/folder.py"} == ELSEWHERE
 
 
 def test_the_names_are_those_of_the_docs(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    files = [run.config, run.log, run.metrics, run.embeddings, run.report, run.tensorboard, run.output, run.final,
-             run.checkpoint(120), *(tmp_path / of_split(name, "test_800") for name in (METRICS, EMBEDDINGS))]
+    files = [
+        run.config,
+        run.log,
+        run.metrics,
+        run.embeddings,
+        run.report,
+        run.tensorboard,
+        run.output,
+        run.final,
+        run.checkpoint(120),
+        *(tmp_path / of_split(name, "test_800") for name in (METRICS, EMBEDDINGS)),
+    ]
     assert [str(path.relative_to(tmp_path)) for path in files] == [
-        "config.json", "metrics.jsonl", "metrics.json", "embeddings.safetensors", "report.html", "tensorboard",
-        "log.txt", "checkpoints/final.safetensors", "checkpoints/step-00000120.safetensors", "metrics-test_800.json",
-        "embeddings-test_800.safetensors"]
+        "config.json",
+        "metrics.jsonl",
+        "metrics.json",
+        "embeddings.safetensors",
+        "report.html",
+        "tensorboard",
+        "log.txt",
+        "checkpoints/final.safetensors",
+        "checkpoints/step-00000120.safetensors",
+        "metrics-test_800.json",
+        "embeddings-test_800.safetensors",
+    ]
 
 
 def test_runs_of_a_folder(tmp_path: Path) -> None:
@@ -71,7 +120,11 @@ def test_checkpoints_are_listed_by_step_and_unfinished_ones_are_not(tmp_path: Pa
     run.checkpoint_folder.mkdir()
     for step in (100_000_000, 8, 12):
         run.checkpoint(step).touch()
-    for name in ("step-x.safetensors", ".step-00000016.safetensors.0123456789ab.tmp", "final.safetensors"):
+    for name in (
+        "step-x.safetensors",
+        ".step-00000016.safetensors.0123456789ab.tmp",
+        "final.safetensors",
+    ):
         (run.checkpoint_folder / name).touch()
     assert run.checkpoints() == [(step, run.checkpoint(step)) for step in (8, 12, 100_000_000)]
     run.remove_unfinished()
@@ -92,7 +145,13 @@ def test_a_damaged_file_is_not_one_of_those_kept(tmp_path: Path) -> None:
 
 def test_overwriting_leaves_no_figures_of_the_old_network(tmp_path: Path) -> None:
     """Those of other splits have the splits' names."""
-    for name in ("config.json", "metrics.json", "metrics-test_800.json", "embeddings-test_800.safetensors", "mine.txt"):
+    for name in (
+        "config.json",
+        "metrics.json",
+        "metrics-test_800.json",
+        "embeddings-test_800.safetensors",
+        "mine.txt",
+    ):
         (tmp_path / name).write_text("{}")
     RunFolder(tmp_path).claim(overwrite=True, goes_on=False, need_bytes=0)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "mine.txt"}
@@ -111,7 +170,10 @@ def test_what_another_program_left_is_replaced_only_if_asked_for(tmp_path: Path)
 
 def test_folders_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for run, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
+    for run, reason in (
+        (tmp_path / "file", "File exists"),
+        (tmp_path / "file" / "run", "Not a directory"),
+    ):
         for check in (RunFolder(run).check, RunFolder(run).claim):
             with pytest.raises(InputError, match=f"cannot be written \\({reason}\\)"):
                 check(overwrite=False, goes_on=False, need_bytes=0)

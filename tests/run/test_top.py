@@ -29,17 +29,40 @@ from namr_dist.run.folder import RunFolder
 from namr_dist.run.state import RunReader, RunState
 from namr_dist.run.top import duration, view
 
-CONFIG = Config(recipe="sop", data=DataConfig(classes_per_batch=50, images_per_class=4), optim=OptimConfig(steps=1000))
+CONFIG = Config(
+    recipe="sop",
+    data=DataConfig(classes_per_batch=50, images_per_class=4),
+    optim=OptimConfig(steps=1000),
+)
 
 
 def step_line(step: int, time_s: float) -> dict[str, Any]:
-    return {"step": step, "epoch": step // 100, "loss": 3 / step, "metric_loss": 2 / step, "ranking_loss": 1 / step,
-            "lr": 1e-4, "time_s": time_s}
+    return {
+        "step": step,
+        "epoch": step // 100,
+        "loss": 3 / step,
+        "metric_loss": 2 / step,
+        "ranking_loss": 1 / step,
+        "lr": 1e-4,
+        "time_s": time_s,
+    }
 
 
-SPEED = {"step": 100, "img_per_s": 400.0, "mfu": 0.25, "damaged_images": 3, "replacements": 7, "time_s": 50.0,
-         "data_s": 0.1, "forward_s": 0.2, "backward_s": 0.15, "slowest_rank": 5, "slowest_host": "node07",
-         "slowest_s": 0.32, "gathered_mib": 2.04}
+SPEED = {
+    "step": 100,
+    "img_per_s": 400.0,
+    "mfu": 0.25,
+    "damaged_images": 3,
+    "replacements": 7,
+    "time_s": 50.0,
+    "data_s": 0.1,
+    "forward_s": 0.2,
+    "backward_s": 0.15,
+    "slowest_rank": 5,
+    "slowest_host": "node07",
+    "slowest_s": 0.32,
+    "gathered_mib": 2.04,
+}
 
 
 class Folder:
@@ -92,16 +115,29 @@ def text_of(state: RunState, *, width: int = 100) -> str:
 
 
 def test_the_picture_has_what_the_log_says(folder: Folder) -> None:
-    folder.log(*(step_line(step, step / 2) for step in range(1, 101)), SPEED,
-               {"step": 50, "val": {"R@1": 71.26, "MAP@R": 40.1}, "time_s": 25.0},
-               {"step": 100, "val": {"R@1": 70.0, "MAP@R": 41.0}, "time_s": 50.0})
+    folder.log(
+        *(step_line(step, step / 2) for step in range(1, 101)),
+        SPEED,
+        {"step": 50, "val": {"R@1": 71.26, "MAP@R": 40.1}, "time_s": 25.0},
+        {"step": 100, "val": {"R@1": 70.0, "MAP@R": 41.0}, "time_s": 50.0},
+    )
     for step in (50, 100):
         (folder.path / "checkpoints" / f"step-{step:08d}.safetensors").touch()
     state = RunReader(folder.path).look()
-    assert (state.step, state.steps, state.epoch, state.loss, state.metric_loss) == (100, 1000, 1, 0.03, 0.02)
+    assert (state.step, state.steps, state.epoch, state.loss, state.metric_loss) == (
+        100,
+        1000,
+        1,
+        0.03,
+        0.02,
+    )
     assert state.step_s == 0.5 and state.phases_s == {"data": 0.1, "forward": 0.2, "backward": 0.15}
     assert (state.slowest_rank, state.slowest_host, state.checkpoint_step) == (5, "node07", 100)
-    assert state.best_validation and state.best_validation.step == 50 and state.left_s == pytest.approx(450, abs=1)
+    assert (
+        state.best_validation
+        and state.best_validation.step == 50
+        and state.left_s == pytest.approx(450, abs=1)
+    )
     lines = {line[:13].strip(): " ".join(line[13:].split()) for line in text_of(state).splitlines()}
     assert lines["step"] == "100 of 1,000, 10.0 %, epoch 1"
     assert lines["loss"] == "0.0300 (metric 0.0200, ranking 0.0100), lr 1.0e-04"
@@ -116,11 +152,16 @@ def test_the_picture_has_what_the_log_says(folder: Folder) -> None:
 
 def test_time_left_counts_pauses_and_only_steps_since_the_last_start(folder: Folder) -> None:
     """Of 200 steps since the restart, the later 100 took 1 s each and a validation of 60 s: 1.6 s a step."""
-    folder.log(*(step_line(step, 9.0 * step) for step in range(1, 101)), {"step": 100, "resumed": "x", "time_s": 900.0},
-               *(step_line(100 + step, 900.0 + step + 60 * (step > 150)) for step in range(1, 201)))
+    folder.log(
+        *(step_line(step, 9.0 * step) for step in range(1, 101)),
+        {"step": 100, "resumed": "x", "time_s": 900.0},
+        *(step_line(100 + step, 900.0 + step + 60 * (step > 150)) for step in range(1, 201)),
+    )
     state = RunReader(folder.path).look()
     assert state.resumed_from == (100,) and state.state == "training"
-    assert state.left_s == pytest.approx(700 * 1.6, abs=2) and state.elapsed_s == pytest.approx(1160, abs=2)
+    assert state.left_s == pytest.approx(700 * 1.6, abs=2) and state.elapsed_s == pytest.approx(
+        1160, abs=2
+    )
     assert "restarts" in text_of(state) and "1, from step 100" in text_of(state)
 
 
@@ -148,13 +189,24 @@ def test_bad_lines_are_counted(folder: Folder) -> None:
     assert reader.look().unreadable_lines == 0
 
 
-@pytest.mark.parametrize("wrong", [None, "x", [1], {"a": 1}, True, float("nan"), float("inf"), -1, 10**17, 1e300])
+@pytest.mark.parametrize(
+    "wrong", [None, "x", [1], {"a": 1}, True, float("nan"), float("inf"), -1, 10**17, 1e300]
+)
 def test_values_of_wrong_types_are_not_shown(folder: Folder, wrong: Any) -> None:
     """In every field of every kind of line."""
-    folder.log(step_line(1, 1.0), *({**line, name: wrong} for line in (step_line(2, 2.0), SPEED) for name in line
-                                    if name != "step"),
-               {"step": 2, "val": wrong}, {"step": 2, "val": {"R@1": wrong}}, {"step": 2, "resumed": wrong},
-               dict.fromkeys([*step_line(3, 3.0), *SPEED], wrong) | {"step": 3})
+    folder.log(
+        step_line(1, 1.0),
+        *(
+            {**line, name: wrong}
+            for line in (step_line(2, 2.0), SPEED)
+            for name in line
+            if name != "step"
+        ),
+        {"step": 2, "val": wrong},
+        {"step": 2, "val": {"R@1": wrong}},
+        {"step": 2, "resumed": wrong},
+        dict.fromkeys([*step_line(3, 3.0), *SPEED], wrong) | {"step": 3},
+    )
     state = RunReader(folder.path).look()
     text_of(state)
     json.dumps(dataclasses.asdict(state))
@@ -165,12 +217,19 @@ def test_values_of_wrong_types_are_not_shown(folder: Folder, wrong: Any) -> None
 
 def test_a_log_that_was_cut_or_replaced_is_read_anew(folder: Folder) -> None:
     reader = RunReader(folder.path)
-    folder.log(*(step_line(step, step) for step in range(1, 21)), {"step": 20, "val": {"R@1": 50.0}, "time_s": 20.0})
+    folder.log(
+        *(step_line(step, step) for step in range(1, 21)),
+        {"step": 20, "val": {"R@1": 50.0}, "time_s": 20.0},
+    )
     assert reader.look().step == 20
     kept = [json.dumps(step_line(step, step)) + "\n" for step in range(1, 11)]
     new = folder.path / "new"
     # A longer file in its place: its size alone would not tell.
-    new.write_text("".join(kept) + json.dumps({"step": 10, "resumed": "x", "time_s": 10.0, "note": "x" * 3000}) + "\n")
+    new.write_text(
+        "".join(kept)
+        + json.dumps({"step": 10, "resumed": "x", "time_s": 10.0, "note": "x" * 3000})
+        + "\n"
+    )
     assert new.stat().st_size > (folder.path / "metrics.jsonl").stat().st_size
     os.replace(new, folder.path / "metrics.jsonl")
     state = reader.look()
@@ -193,7 +252,9 @@ def test_only_what_was_added_is_read(folder: Folder) -> None:
 
 
 def test_a_held_lock_means_training_and_a_free_one_stopped(folder: Folder) -> None:
-    assert RunReader(folder.path).look().state == "training"  # no lock to ask, and a fresh config.json
+    assert (
+        RunReader(folder.path).look().state == "training"
+    )  # no lock to ask, and a fresh config.json
     with held_lock(folder.path) as process:
         assert RunReader(folder.path).look().state == "training"
         folder.log(step_line(1, 1.0), step_line(2, 2.0))
@@ -217,7 +278,9 @@ def test_without_a_lock_the_age_of_the_last_line_decides(folder: Folder) -> None
     assert RunReader(folder.path).look().state == "training"
     folder.age(59)
     assert RunReader(folder.path).look().state == "training"
-    folder.age(150)  # five times the ten steps between two writes are 50 s, and a minute is the least
+    folder.age(
+        150
+    )  # five times the ten steps between two writes are 50 s, and a minute is the least
     assert RunReader(folder.path).look().state == "stopped"
 
 
@@ -233,9 +296,13 @@ def test_nothing_begun_finished_and_evaluated(folder: Folder) -> None:
 
 def test_looking_never_turns_away_a_run_that_starts(folder: Folder) -> None:
     RunFolder(folder.path).lock().close()
-    code = ("import sys; from pathlib import Path; from namr_dist.run.state import RunReader\n"
-            "print('looking', flush=True)\nwhile True: RunReader(Path(sys.argv[1])).look()")
-    with subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, text=True) as process:
+    code = (
+        "import sys; from pathlib import Path; from namr_dist.run.state import RunReader\n"
+        "print('looking', flush=True)\nwhile True: RunReader(Path(sys.argv[1])).look()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout and process.stdout.readline() == "looking\n"
         for _ in range(2000):
             RunFolder(folder.path).lock().close()
@@ -250,7 +317,11 @@ def test_looking_needs_no_torch() -> None:
 
 def test_durations_are_told_in_two_units() -> None:
     assert [duration(seconds) for seconds in (0.4, 59.6, 7380, 3 * 86400 + 4 * 3600)] == [
-        "0 s", "1 min 00 s", "2 h 03 min", "3 d 04 h"]
+        "0 s",
+        "1 min 00 s",
+        "2 h 03 min",
+        "3 d 04 h",
+    ]
 
 
 def test_the_command_prints_once_and_as_json(folder: Folder, namr: Callable[..., Any]) -> None:
@@ -259,16 +330,26 @@ def test_the_command_prints_once_and_as_json(folder: Folder, namr: Callable[...,
     assert plain.returncode == 0 and plain.stdout.count("400 img/s") == 1
     facts = json.loads(namr("top", folder.path, "--json").stdout)
     assert facts["unreadable_lines"] == 0
-    assert facts["img_per_s"] == 400.0 and facts["state"] == "training" and facts["phases_s"]["data"] == 0.1
+    assert (
+        facts["img_per_s"] == 400.0
+        and facts["state"] == "training"
+        and facts["phases_s"]["data"] == 0.1
+    )
     nowhere = namr("top", folder.path / "checkpoints")
-    assert nowhere.returncode == 2 and nowhere.stderr.count("\n") == 1 and "--run-dir" in nowhere.stderr
+    assert (
+        nowhere.returncode == 2
+        and nowhere.stderr.count("\n") == 1
+        and "--run-dir" in nowhere.stderr
+    )
 
 
 def on_terminal(run: Path) -> tuple[int, int]:
     """`namr top` on a terminal of its own; its process and the terminal."""
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a script starts in the background
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # ignored in what a script starts in the background
         os.environ["TERM"] = "xterm"
         os.execv(sys.executable, [sys.executable, "-m", "namr_dist.cli", "top", str(run)])
     return pid, terminal
@@ -311,13 +392,34 @@ def test_ctrl_c_on_a_terminal_ends_it_with_code_0(folder: Folder) -> None:
 def test_a_real_run_is_seen_training_and_killed(tmp_path: Path, shard_set: Manifest) -> None:
     start_parent()
     run = tmp_path / "run"
-    training = Run(1, ["homeware_conv4", "--run-dir", run, "--resume", *small_run(shard_set, steps=100_000),
-                       "--set.train.checkpoint_every", 10], tmp_path / "said.txt")
+    training = Run(
+        1,
+        [
+            "homeware_conv4",
+            "--run-dir",
+            run,
+            "--resume",
+            *small_run(shard_set, steps=100_000),
+            "--set.train.checkpoint_every",
+            10,
+        ],
+        tmp_path / "said.txt",
+    )
     try:
-        state = watch_until(run, lambda state: state.checkpoint_step is not None and state.img_per_s is not None)
+        state = watch_until(
+            run, lambda state: state.checkpoint_step is not None and state.img_per_s is not None
+        )
         assert state.state == "training" and state.steps == 100000 and state.left_s
         assert state.slowest_rank == 0 and state.slowest_host == os.uname().nodename
-        assert set(state.phases_s) == {"data", "forward", "heads", "gather", "loss", "backward", "step"}
+        assert set(state.phases_s) == {
+            "data",
+            "forward",
+            "heads",
+            "gather",
+            "loss",
+            "backward",
+            "step",
+        }
         assert sum(state.phases_s.values()) < 1.1 * (state.step_s or 0)
     finally:
         training.kill()

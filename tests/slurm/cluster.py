@@ -25,16 +25,24 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         if missing := [name for name in _PROGRAMS if not shutil.which(name)]:
-            pytest.skip(f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")
+            pytest.skip(
+                f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
+            )
         if os.geteuid():
             pytest.skip("a cluster of one's own needs root")
         self.folder = folder
         self._lab = folder / "lab"
         self._environment = {
-            **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "LAB": str(self._lab),
-            "LAB_PORT": str(_three_ports()), "SLURM_CONF": str(self._lab / "slurm.conf"), "GLOO_SOCKET_IFNAME": "lo",
-            "NAMR_HOME": str(REPOSITORY), "SBATCH_GPUS_PER_NODE": "0",
-            "NAMR_PREFLIGHT_SECONDS": "120"}  # the machine is busy with other tests
+            **ENVIRONMENT,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "LAB": str(self._lab),
+            "LAB_PORT": str(_three_ports()),
+            "SLURM_CONF": str(self._lab / "slurm.conf"),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NAMR_HOME": str(REPOSITORY),
+            "SBATCH_GPUS_PER_NODE": "0",
+            "NAMR_PREFLIGHT_SECONDS": "120",
+        }  # the machine is busy with other tests
 
     def __enter__(self) -> Lab:
         self.run(_SCRIPT, "start")
@@ -45,8 +53,15 @@ class Lab:
 
     def run(self, *words: object, **variables: str) -> str:
         """What a command says on stdout, run as a user of the cluster would."""
-        done = subprocess.run([str(word) for word in words], cwd=self.folder, env={**self._environment, **variables},
-                              capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [str(word) for word in words],
+            cwd=self.folder,
+            env={**self._environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -80,18 +95,27 @@ class Job:
         give_up = time.monotonic() + timeout_s
         while not condition():
             ended = self.fields()["JobState"] in _ENDS
-            assert condition() or not ended and time.monotonic() < give_up, f"{self.fields()}\n{self.log()}"
+            assert condition() or not ended and time.monotonic() < give_up, (
+                f"{self.fields()}\n{self.log()}"
+            )
             time.sleep(0.2)
 
     def starts(self, restarts: int) -> None:
         """Wait until it has been started again so often."""
-        self.until(lambda: (fields := self.fields())["JobState"] == "RUNNING" and int(fields["Restarts"]) == restarts)
+        self.until(
+            lambda: (
+                (fields := self.fields())["JobState"] == "RUNNING"
+                and int(fields["Restarts"]) == restarts
+            )
+        )
 
     def ends(self, state: str, *, code: int = 0) -> None:
         """Wait for its end, and see that Slurm calls it that."""
         self.until(lambda: self.fields()["JobState"] in _ENDS)
         fields = self.fields()
-        assert (fields["JobState"], fields["ExitCode"].split(":")[0]) == (state, str(code)), f"{fields}\n{self.log()}"
+        assert (fields["JobState"], fields["ExitCode"].split(":")[0]) == (state, str(code)), (
+            f"{fields}\n{self.log()}"
+        )
 
 
 def _three_ports() -> int:

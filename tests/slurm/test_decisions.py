@@ -30,13 +30,21 @@ def started(tmp_path: Path) -> Path:
 def submit(lab: Lab, started: Path, *options: str, steps: str = "") -> Job:
     """A job whose steps, instead of what they are, do what `steps` says: shell that sees the step's name as $step."""
     inside = started.with_name("inside")
-    inside.write_text("#!/bin/bash\n"
-                      'case $* in *preflight*) step=preflight ;; *torchrun*) step=train ;; *) step=$2 ;; esac\n'
-                      f'echo "${{SLURM_ARRAY_TASK_ID-job}} $step $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES" >>{started}\n'
-                      f"{steps}\n")
+    inside.write_text(
+        "#!/bin/bash\n"
+        "case $* in *preflight*) step=preflight ;; *torchrun*) step=train ;; *) step=$2 ;; esac\n"
+        f'echo "${{SLURM_ARRAY_TASK_ID-job}} $step $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES" >>{started}\n'
+        f"{steps}\n"
+    )
     inside.chmod(0o755)
-    return lab.submit("--cpus-per-task=1", *options, TRAIN, NAMR_CONTAINER=str(inside),
-                      NAMR_RUN_DIR=str(started.with_name("run")), NAMR_MAX_RESTARTS="1")
+    return lab.submit(
+        "--cpus-per-task=1",
+        *options,
+        TRAIN,
+        NAMR_CONTAINER=str(inside),
+        NAMR_RUN_DIR=str(started.with_name("run")),
+        NAMR_MAX_RESTARTS="1",
+    )
 
 
 def steps_of(started: Path) -> Counter[str]:
@@ -62,32 +70,54 @@ def test_a_job_that_only_crashes_gives_up(lab: Lab, started: Path) -> None:
 
 def test_jobs_of_an_array_start_again_each_by_itself(lab: Lab, started: Path) -> None:
     """Job 0 ends well at once. Later 1 and 2 crash, once each: neither 0 nor each other is started again for that."""
-    array = submit(lab, started, "--nodes=1", "--array=0-2", steps=(
-        f'if [[ $step == train && $SLURM_ARRAY_TASK_ID != 0 ]]; then sleep $((3 * SLURM_ARRAY_TASK_ID)); '
-        f'[[ $(grep -c "^$SLURM_ARRAY_TASK_ID train" {started}) == 2 ]] || exit 9; fi'))
+    array = submit(
+        lab,
+        started,
+        "--nodes=1",
+        "--array=0-2",
+        steps=(
+            f"if [[ $step == train && $SLURM_ARRAY_TASK_ID != 0 ]]; then sleep $((3 * SLURM_ARRAY_TASK_ID)); "
+            f'[[ $(grep -c "^$SLURM_ARRAY_TASK_ID train" {started}) == 2 ]] || exit 9; fi'
+        ),
+    )
     jobs = [Job(lab, f"{array.number}_{task}") for task in range(3)]
     for job in jobs:
         job.ends("COMPLETED")
     assert [job.fields()["Restarts"] for job in jobs] == ["0", "1", "1"]
-    assert steps_of(started) == {f"{task} {step}": 2 if task and step in ("preflight", "train") else 1
-                                 for task in range(3) for step in ("preflight", "train", "evaluate", "report")}
+    assert steps_of(started) == {
+        f"{task} {step}": 2 if task and step in ("preflight", "train") else 1
+        for task in range(3)
+        for step in ("preflight", "train", "evaluate", "report")
+    }
 
 
-@pytest.mark.parametrize(("option", "gpus"), [("--gres=gpu:1", 1), ("--gpus=4", 2), ("--gpus-per-node=2", 2)])
-def test_however_gpus_are_asked_for_each_step_has_all_of_its_node(lab: Lab, started: Path, option: str,
-                                                                  gpus: int) -> None:
+@pytest.mark.parametrize(
+    ("option", "gpus"), [("--gres=gpu:1", 1), ("--gpus=4", 2), ("--gpus-per-node=2", 2)]
+)
+def test_however_gpus_are_asked_for_each_step_has_all_of_its_node(
+    lab: Lab, started: Path, option: str, gpus: int
+) -> None:
     job = submit(lab, started, option)
     job.ends("COMPLETED")
     seen = [line.split(maxsplit=3) for line in started.read_text().splitlines()]
     assert {len(line[3].split(",")) for line in seen} == {gpus}
-    assert steps_of(started) == {"job preflight": 2, "job train": 2, "job evaluate": 1, "job report": 1}
+    assert steps_of(started) == {
+        "job preflight": 2,
+        "job train": 2,
+        "job evaluate": 1,
+        "job report": 1,
+    }
     assert f"{gpus} ranks a node" in job.log()
 
 
-def test_variables_that_sbatch_was_told_to_leave_out_are_not_needed(lab: Lab, started: Path) -> None:
+def test_variables_that_sbatch_was_told_to_leave_out_are_not_needed(
+    lab: Lab, started: Path
+) -> None:
     run = started.with_name("run")
     inside = started.with_name("inside")
-    submitted = submit(lab, started, f"--export=NAMR_HOME={REPOSITORY},NAMR_CONTAINER={inside},NAMR_RUN_DIR={run}")
+    submitted = submit(
+        lab, started, f"--export=NAMR_HOME={REPOSITORY},NAMR_CONTAINER={inside},NAMR_RUN_DIR={run}"
+    )
     submitted.ends("COMPLETED")
     assert steps_of(started)["job train"] == 2
 
@@ -102,8 +132,26 @@ def test_a_time_limit_that_leaves_no_time_is_told(lab: Lab, started: Path) -> No
 
 def test_code_that_a_job_names_is_named_to_all_its_steps() -> None:
     """As module:NAME, in either form of an option; a backbone of timm is none."""
-    done = launch("bash", "-c", 'source slurm/env.sh; allowed_code "$@"', "env.sh", "--set.optim.steps", "9",
-                  "--set.loss.metric", "my.losses:Loss", "--set.model.backbone=nets:Small", "--set.loss.options",
-                  '{"a": "b:c"}', "--set.model.backbone", "timm:resnet50", cwd=REPOSITORY,
-                  env={"NAMR_HOME": str(REPOSITORY), "SLURM_JOB_ID": "1"})
-    assert done.stdout.split() == ["--allow-code", "my.losses:Loss", "--allow-code", "nets:Small"], done.stderr
+    done = launch(
+        "bash",
+        "-c",
+        'source slurm/env.sh; allowed_code "$@"',
+        "env.sh",
+        "--set.optim.steps",
+        "9",
+        "--set.loss.metric",
+        "my.losses:Loss",
+        "--set.model.backbone=nets:Small",
+        "--set.loss.options",
+        '{"a": "b:c"}',
+        "--set.model.backbone",
+        "timm:resnet50",
+        cwd=REPOSITORY,
+        env={"NAMR_HOME": str(REPOSITORY), "SLURM_JOB_ID": "1"},
+    )
+    assert done.stdout.split() == [
+        "--allow-code",
+        "my.losses:Loss",
+        "--allow-code",
+        "nets:Small",
+    ], done.stderr

@@ -31,11 +31,26 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 def settings() -> list[str]:
     """The SOP recipe, small; by itself it writes no checkpoint."""
-    return [str(word) for name, value in {
-        "data.classes_per_batch": 4, "data.images_per_class": 3, "data.image_size": 32, "data.workers": 1,
-        "model.backbone": "conv4", "model.pretrained": False, "model.batchnorm": "train", "model.width": 16,
-        "model.structure_hidden": 24, "optim.steps": STEPS, "optim.warmup_steps": 4, "train.log_every": 5,
-        "train.tensorboard": False, "train.checkpoint_minutes": 0}.items() for word in (f"--set.{name}", value)]
+    return [
+        str(word)
+        for name, value in {
+            "data.classes_per_batch": 4,
+            "data.images_per_class": 3,
+            "data.image_size": 32,
+            "data.workers": 1,
+            "model.backbone": "conv4",
+            "model.pretrained": False,
+            "model.batchnorm": "train",
+            "model.width": 16,
+            "model.structure_hidden": 24,
+            "optim.steps": STEPS,
+            "optim.warmup_steps": 4,
+            "train.log_every": 5,
+            "train.tensorboard": False,
+            "train.checkpoint_minutes": 0,
+        }.items()
+        for word in (f"--set.{name}", value)
+    ]
 
 
 def submit(lab: Lab, shards: Manifest, *words: str, options: tuple[str, ...] = ()) -> Job:
@@ -43,8 +58,16 @@ def submit(lab: Lab, shards: Manifest, *words: str, options: tuple[str, ...] = (
     inside = lab.folder / "inside"
     inside.write_text('#!/bin/bash\nif [[ $* != *preflight* ]]; then exec "$@"; fi\n')
     inside.chmod(0o755)
-    return lab.submit("--cpus-per-task=2", *options, TRAIN, *settings(), *words, NAMR_SHARDS=str(shards.folder),
-                      NAMR_RUN_DIR=str(lab.folder / "run"), NAMR_CONTAINER=str(inside))
+    return lab.submit(
+        "--cpus-per-task=2",
+        *options,
+        TRAIN,
+        *settings(),
+        *words,
+        NAMR_SHARDS=str(shards.folder),
+        NAMR_RUN_DIR=str(lab.folder / "run"),
+        NAMR_CONTAINER=str(inside),
+    )
 
 
 @contextmanager
@@ -59,8 +82,15 @@ def paused(run: Path) -> Iterator[None]:
 def steps_done(run: Path) -> int:
     """Steps done, as metrics.jsonl has them."""
     path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] \
-        if path.exists() else []
+    lines = (
+        [
+            json.loads(line)
+            for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
+        if path.exists()
+        else []
+    )
     return max((line["step"] for line in lines), default=0)
 
 
@@ -74,7 +104,11 @@ def unbroken(shards: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The run of two ranks that nothing happens to."""
     start_parent()
     folder = tmp_path_factory.mktemp("unbroken")
-    run = Run(2, ["sop", "--run-dir", folder / "run", "--set.data.path", shards.folder, *settings()], folder / "said")
+    run = Run(
+        2,
+        ["sop", "--run-dir", folder / "run", "--set.data.path", shards.folder, *settings()],
+        folder / "said",
+    )
     assert run.wait() == [0, 0], run.said()
     return folder / "run"
 
@@ -103,7 +137,9 @@ def test_no_step_is_lost(lab: Lab, shards: Manifest, unbroken: Path) -> None:
     job.until(lambda: steps_done(run) >= kept + 3)
     assert f"resumed   at step {kept} from" in job.log()
     with paused(run):
-        lab.run("scontrol", "update", f"jobid={job.number}", "timelimit=4")  # less than the 300 s of --signal
+        lab.run(
+            "scontrol", "update", f"jobid={job.number}", "timelimit=4"
+        )  # less than the 300 s of --signal
         job.until(lambda: "USR1" in job.log())
     job.until(lambda: job.fields()["JobState"] == "PENDING")
     lab.run("scontrol", "update", f"jobid={job.number}", "timelimit=60")
@@ -114,7 +150,14 @@ def test_no_step_is_lost(lab: Lab, shards: Manifest, unbroken: Path) -> None:
     job.until(lambda: steps_done(run) >= kept + 3)
     assert f"resumed   at step {kept} from" in job.log() and job.fields()["Restarts"] == "1"
     with paused(run):
-        urgent = lab.submit("--partition=high", "--exclusive", "--nodes=2", "--output=%x-%j.log", "--wrap", "sleep 1")
+        urgent = lab.submit(
+            "--partition=high",
+            "--exclusive",
+            "--nodes=2",
+            "--output=%x-%j.log",
+            "--wrap",
+            "sleep 1",
+        )
         job.until(lambda: job.log().count("USR1") > 1)
     urgent.ends("COMPLETED")
     kept = newest(run)

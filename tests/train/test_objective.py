@@ -18,30 +18,51 @@ def rows() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     z_BD = 40 * torch.randn(CLASSES * EACH, WIDTH, generator=generator, dtype=torch.float64)
     s_BD = 0.6 + 0.8 * torch.rand(CLASSES * EACH, WIDTH, generator=generator, dtype=torch.float64)
-    return z_BD.requires_grad_(), s_BD.requires_grad_(), torch.arange(CLASSES).repeat_interleave(EACH)
+    return (
+        z_BD.requires_grad_(),
+        s_BD.requires_grad_(),
+        torch.arange(CLASSES).repeat_interleave(EACH),
+    )
 
 
-def definition(config: LossConfig, objective: Objective, z_BD: Tensor, s_BD: Tensor, labels_B: Tensor) -> Tensor:
+def definition(
+    config: LossConfig, objective: Objective, z_BD: Tensor, s_BD: Tensor, labels_B: Tensor
+) -> Tensor:
     x_BD = z_BD / reference.mean_pairwise_distance(z_BD)
     unit_BD = torch.nn.functional.normalize(x_BD, dim=1)
     learnt = dict(objective.metric_loss.named_parameters())
     metric = {
-        "triplet": lambda: reference.triplet_loss(x_BD, labels_B, margin=0.2, mining=config.triplet.mining, seed=7),
-        "margin": lambda: reference.margin_loss(unit_BD, labels_B, alpha=0.2, beta=learnt["beta"], seed=7),
+        "triplet": lambda: reference.triplet_loss(
+            x_BD, labels_B, margin=0.2, mining=config.triplet.mining, seed=7
+        ),
+        "margin": lambda: reference.margin_loss(
+            unit_BD, labels_B, alpha=0.2, beta=learnt["beta"], seed=7
+        ),
         "multi_similarity": lambda: reference.multi_similarity_loss(unit_BD, labels_B),
         "proxy_anchor": lambda: reference.proxy_anchor_loss(
-            unit_BD, labels_B, torch.nn.functional.normalize(learnt["proxies"], dim=1)),
+            unit_BD, labels_B, torch.nn.functional.normalize(learnt["proxies"], dim=1)
+        ),
     }[config.metric]()
     ranking = reference.multi_cluster_ranking(x_BD, s_BD, clusters=config.ranking.clusters)
     return metric + config.ranking.weight * ranking
 
 
-@pytest.mark.parametrize("config", [
-    LossConfig(metric="triplet"), LossConfig(metric="triplet", triplet=TripletConfig(mining="hardest")),
-    LossConfig(metric="triplet", triplet=TripletConfig(mining="distance_weighted")), LossConfig(metric="margin"),
-    LossConfig(metric="multi_similarity"), LossConfig(metric="proxy_anchor"),
-    LossConfig(ranking=RankingConfig(weight=0.0)), LossConfig(ranking=RankingConfig(weight=4.0, clusters=3)),
-], ids=lambda config: f"{config.metric}-{config.triplet.mining}-{config.ranking.weight:g}x{config.ranking.clusters}")
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(metric="triplet"),
+        LossConfig(metric="triplet", triplet=TripletConfig(mining="hardest")),
+        LossConfig(metric="triplet", triplet=TripletConfig(mining="distance_weighted")),
+        LossConfig(metric="margin"),
+        LossConfig(metric="multi_similarity"),
+        LossConfig(metric="proxy_anchor"),
+        LossConfig(ranking=RankingConfig(weight=0.0)),
+        LossConfig(ranking=RankingConfig(weight=4.0, clusters=3)),
+    ],
+    ids=lambda config: (
+        f"{config.metric}-{config.triplet.mining}-{config.ranking.weight:g}x{config.ranking.clusters}"
+    ),
+)
 def test_loss_and_gradients_are_the_definitions(config: LossConfig) -> None:
     z_BD, s_BD, labels_B = rows()
     objective = Objective(config, classes=CLASSES, images_per_class=EACH, width=WIDTH).double()
@@ -51,7 +72,11 @@ def test_loss_and_gradients_are_the_definitions(config: LossConfig) -> None:
     parts = losses.metric + config.ranking.weight * losses.ranking
     torch.testing.assert_close(parts, want.detach(), rtol=1e-12, atol=0)
     # Beside another term of a larger loss, with a factor: what reaches z and s is the gradient times the factor.
-    leaves = [z_BD, s_BD, *objective.parameters()] if config.ranking.weight else [z_BD, *objective.parameters()]
+    leaves = (
+        [z_BD, s_BD, *objective.parameters()]
+        if config.ranking.weight
+        else [z_BD, *objective.parameters()]
+    )
     got = torch.autograd.grad(3 * losses.total + z_BD.sum(), leaves)
     for ours, theirs in zip(got, torch.autograd.grad(3 * want + z_BD.sum(), leaves), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -60,7 +85,9 @@ def test_loss_and_gradients_are_the_definitions(config: LossConfig) -> None:
 @pytest.mark.parametrize("metric", ["triplet", "margin", "multi_similarity", "proxy_anchor"])
 def test_collapsed_embeddings_stay_finite(metric: str) -> None:
     """All rows equal: the mean distance is 0, and nothing may be divided by it."""
-    objective = Objective(LossConfig(metric=metric), classes=CLASSES, images_per_class=EACH, width=WIDTH)
+    objective = Objective(
+        LossConfig(metric=metric), classes=CLASSES, images_per_class=EACH, width=WIDTH
+    )
     z_BD = torch.full((CLASSES * EACH, WIDTH), 0.5, requires_grad=True)
     s_BD = torch.ones(CLASSES * EACH, WIDTH, requires_grad=True)
     losses = objective(z_BD, s_BD, torch.arange(CLASSES).repeat_interleave(EACH))

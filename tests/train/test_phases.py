@@ -16,7 +16,14 @@ from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.ranks import Rank
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.logging import RunLog, spent
-from namr_dist.train.mfu import PEAKS, ImageFlops, Peak, image_flops, peak_img_per_s, run_peak_img_per_s
+from namr_dist.train.mfu import (
+    PEAKS,
+    ImageFlops,
+    Peak,
+    image_flops,
+    peak_img_per_s,
+    run_peak_img_per_s,
+)
 from namr_dist.train.phases import IDLE, STEP_PHASES, Phases, StepTimes
 
 CPU = torch.device("cpu")
@@ -78,7 +85,11 @@ def test_an_exception_leaves_the_phases_as_they_were_and_says_where() -> None:
     with phases("data"):
         assert phases.broken is None and phases.now == "data"
     seconds = phases.take()
-    assert seconds["forward"] >= 0.01 and seconds["loss"] >= 0.02 and set(seconds) == {IDLE, "forward", "loss", "data"}
+    assert (
+        seconds["forward"] >= 0.01
+        and seconds["loss"] >= 0.02
+        and set(seconds) == {IDLE, "forward", "loss", "data"}
+    )
 
 
 @pytest.mark.gpu
@@ -108,7 +119,9 @@ def test_kernels_are_booked_where_they_were_issued() -> None:
 def times_on(rank: int) -> StepTimes:
     # Rank 0 waits in the gather for what rank 1 does in its forward.
     seconds = [{"data": 0.2, "forward": 1.0, "gather": 3.0}, {"data": 0.4, "forward": 4.0}][rank]
-    return StepTimes.of_all_ranks(seconds, steps=2, rank=Rank(rank=rank, world_size=2, local_rank=rank, device=CPU))
+    return StepTimes.of_all_ranks(
+        seconds, steps=2, rank=Rank(rank=rank, world_size=2, local_rank=rank, device=CPU)
+    )
 
 
 def own_times() -> StepTimes:
@@ -129,15 +142,35 @@ def test_small_phases_are_the_rest() -> None:
 
 
 def test_speed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    times = StepTimes(mean_s={**dict.fromkeys(STEP_PHASES, 0.0), "forward": 0.03, "backward": 0.06}, slowest_rank=1,
-                      slowest_s=0.04)
-    with RunLog(RunFolder(tmp_path), steps=9, hosts=["left", "right"], peak_img_per_s=5000.0, tensorboard=False,
-                name="x") as log:
-        log.step({"step": 3, "epoch": 2, "loss": 1.5, "metric_loss": 0.5, "ranking_loss": 0.5, "lr": 1e-4})
+    times = StepTimes(
+        mean_s={**dict.fromkeys(STEP_PHASES, 0.0), "forward": 0.03, "backward": 0.06},
+        slowest_rank=1,
+        slowest_s=0.04,
+    )
+    with RunLog(
+        RunFolder(tmp_path),
+        steps=9,
+        hosts=["left", "right"],
+        peak_img_per_s=5000.0,
+        tensorboard=False,
+        name="x",
+    ) as log:
+        log.step(
+            {
+                "step": 3,
+                "epoch": 2,
+                "loss": 1.5,
+                "metric_loss": 0.5,
+                "ranking_loss": 0.5,
+                "lr": 1e-4,
+            }
+        )
         log.speed(3, 2000.0, times, images=200, gathered_bytes=2**20, peak_bytes=3 * 2**20)
     line = " ".join(capsys.readouterr().err.split())
     assert "loss 1.5000 (metric 0.5000, ranking 0.5000) lr 1.0e-04 2000 img/s, 40 % of peak" in line
-    assert line.endswith("100 ms/step: forward 30, backward 60, rest 10 slowest: rank 1 on right, 40 ms")
+    assert line.endswith(
+        "100 ms/step: forward 30, backward 60, rest 10 slowest: rank 1 on right, 40 ms"
+    )
     logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert logged["img_per_s"] == 2000.0 and logged["mfu"] == 0.4 and logged["gathered_mib"] == 1.0
     assert logged["peak_mib"] == 3.0
@@ -145,11 +178,20 @@ def test_speed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert logged["slowest_host"] == "right"
 
 
-@pytest.mark.parametrize(("name", "giga_multiply_adds", "share_of_products"), [
-    # He et al. 2016 and Dosovitskiy et al. 2021, as timm's tables count them; a class head of 2 M left out.
-    ("timm:resnet50", 4.09, 0.0), ("timm:vit_small_patch16_224", 4.6, 0.987)])
-def test_flops_of_known_networks(name: str, giga_multiply_adds: float, share_of_products: float) -> None:
-    backbone = build_backbone(name, batchnorm="train", pretrained=False, weights=None, image_size=224).train()
+@pytest.mark.parametrize(
+    ("name", "giga_multiply_adds", "share_of_products"),
+    [
+        # He et al. 2016 and Dosovitskiy et al. 2021, as timm's tables count them; a class head of 2 M left out.
+        ("timm:resnet50", 4.09, 0.0),
+        ("timm:vit_small_patch16_224", 4.6, 0.987),
+    ],
+)
+def test_flops_of_known_networks(
+    name: str, giga_multiply_adds: float, share_of_products: float
+) -> None:
+    backbone = build_backbone(
+        name, batchnorm="train", pretrained=False, weights=None, image_size=224
+    ).train()
     flops = image_flops(backbone, size=224, device=CPU)
     total = flops.convolution + flops.product
     assert total / 2e9 == pytest.approx(giga_multiply_adds, rel=0.01)
@@ -158,11 +200,20 @@ def test_flops_of_known_networks(name: str, giga_multiply_adds: float, share_of_
 
 
 def test_peak_is_of_each_operations_precision() -> None:
-    flops, peak = ImageFlops(convolution=2 * 10**9, product=3 * 10**9), Peak(bf16=100.0, tf32=50.0, fp32=10.0)
+    flops, peak = (
+        ImageFlops(convolution=2 * 10**9, product=3 * 10**9),
+        Peak(bf16=100.0, tf32=50.0, fp32=10.0),
+    )
 
     def seconds(*, bf16: bool = False, convolution: bool = False, product: bool = False) -> float:
         # A training step is three forward passes' worth.
-        return 1 / peak_img_per_s(flops, peak, bf16=bf16, tf32_convolution=convolution, tf32_product=product) / 3
+        return (
+            1
+            / peak_img_per_s(
+                flops, peak, bf16=bf16, tf32_convolution=convolution, tf32_product=product
+            )
+            / 3
+        )
 
     assert seconds(bf16=True) == pytest.approx(5e9 / 100e12)
     assert seconds() == pytest.approx(5e9 / 10e12)
@@ -172,7 +223,9 @@ def test_peak_is_of_each_operations_precision() -> None:
 
 def test_peak_of_a_run() -> None:
     peak = Peak(bf16=100.0, tf32=50.0, fp32=10.0)
-    model = ModelConfig(backbone="timm:resnet10t", batchnorm="train", pretrained=False, width=8, structure_hidden=8)
+    model = ModelConfig(
+        backbone="timm:resnet10t", batchnorm="train", pretrained=False, width=8, structure_hidden=8
+    )
 
     def at_peak(*, pieces: int = 1, ranks: int = 1, bf16: bool = True) -> float:
         network = EmbeddingNetwork(model, image_size=32, pieces=pieces, bf16=bf16)
@@ -182,7 +235,9 @@ def test_peak_of_a_run() -> None:
 
     assert at_peak(ranks=5) == pytest.approx(5 * at_peak())
     assert at_peak() == at_peak(pieces=2)  # the forward pass that is done once more is no progress
-    assert at_peak() == pytest.approx(2 * at_peak(bf16=False))  # cuDNN's convolutions are TF32 unless told otherwise
+    assert at_peak() == pytest.approx(
+        2 * at_peak(bf16=False)
+    )  # cuDNN's convolutions are TF32 unless told otherwise
     network = EmbeddingNetwork(model, image_size=32)
     assert run_peak_img_per_s(network, None, size=32, device=CPU, ranks=1) is None
 
@@ -190,4 +245,6 @@ def test_peak_of_a_run() -> None:
 def test_tensor_cores_are_the_faster_ones() -> None:
     for name, peak in PEAKS.items():
         # A figure with sparsity beside one without would be 4 times it, or equal.
-        assert peak.bf16 == pytest.approx(2 * peak.tf32, rel=0.03) and peak.tf32 > 1.9 * peak.fp32, name
+        assert (
+            peak.bf16 == pytest.approx(2 * peak.tf32, rel=0.03) and peak.tf32 > 1.9 * peak.fp32
+        ), name

@@ -40,8 +40,19 @@ def start(shard_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Star
     folder = tmp_path_factory.mktemp("said")
 
     def begin(run: Path, *more: object, ranks: int = 1, steps: int = STEPS) -> Run:
-        words = ["homeware_conv4", "--run-dir", run, *small_run(shard_set, steps=steps), "--set.data.workers", 0,
-                 "--set.train.checkpoint_every", 4, "--set.train.zero_stage", 2, *more]
+        words = [
+            "homeware_conv4",
+            "--run-dir",
+            run,
+            *small_run(shard_set, steps=steps),
+            "--set.data.workers",
+            0,
+            "--set.train.checkpoint_every",
+            4,
+            "--set.train.zero_stage",
+            2,
+            *more,
+        ]
         return Run(ranks, words, folder / f"{len(list(folder.iterdir()))}.txt")
 
     return begin
@@ -61,7 +72,9 @@ def same(run: Path, other: Path) -> None:
     """The same losses, one for each step, and the same network, bit for bit."""
     by_step = losses(run)
     assert by_step == losses(other)
-    assert list(by_step) == list(range(1, len(by_step) + 1)) and {len(values) for values in by_step.values()} == {1}
+    assert list(by_step) == list(range(1, len(by_step) + 1)) and {
+        len(values) for values in by_step.values()
+    } == {1}
     assert network(run) == network(other)
 
 
@@ -83,7 +96,9 @@ KILLS = [("step", "all"), ("write", "all"), ("step", "one"), ("write", "one"), (
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 1), (2, 0)])
-def test_ten_kills(start: Start, unbroken: dict[int, Path], tmp_path: Path, ranks: int, workers: int) -> None:
+def test_ten_kills(
+    start: Start, unbroken: dict[int, Path], tmp_path: Path, ranks: int, workers: int
+) -> None:
     """kill -9 after a random step or in the middle of writing a checkpoint, then the same command again."""
     rng = np.random.default_rng(ranks)
     folder, reached = tmp_path / "run", 0
@@ -96,8 +111,15 @@ def test_ten_kills(start: Start, unbroken: dict[int, Path], tmp_path: Path, rank
             run.until(lambda wanted=wanted: max(losses(folder), default=0) >= wanted)
             run.kill(*victims)
         else:
-            run = start(folder, "--resume", "--set.data.workers", workers, "--set.train.checkpoint_every", 1,
-                        ranks=ranks)
+            run = start(
+                folder,
+                "--resume",
+                "--set.data.workers",
+                workers,
+                "--set.train.checkpoint_every",
+                1,
+                ranks=ranks,
+            )
             halt_inside_a_write(run, folder)
             run.kill(*victims)
             os.kill(run.pid(0), signal.SIGCONT)
@@ -133,6 +155,7 @@ def test_one_process_trains_in_a_folder(start: Start, tmp_path: Path) -> None:
 
 def halt_inside_a_write(run: Run, folder: Path) -> None:
     """Stop the first rank while the temporary file of a checkpoint is there."""
+
     def unfinished() -> bool:
         return any((folder / "checkpoints").glob(".step-*.tmp"))
 
@@ -146,9 +169,17 @@ def halt_inside_a_write(run: Run, folder: Path) -> None:
         os.kill(run.pid(0), signal.SIGCONT)
 
 
-@pytest.mark.parametrize(("ranks", "number", "target"), [(1, signal.SIGUSR1, 0), (2, signal.SIGTERM, 1)])
-def test_signals_stop_and_resume(start: Start, unbroken: dict[int, Path], tmp_path: Path, ranks: int,
-                                 number: signal.Signals, target: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "number", "target"), [(1, signal.SIGUSR1, 0), (2, signal.SIGTERM, 1)]
+)
+def test_signals_stop_and_resume(
+    start: Start,
+    unbroken: dict[int, Path],
+    tmp_path: Path,
+    ranks: int,
+    number: signal.Signals,
+    target: int,
+) -> None:
     """To any rank, and first to its worker processes, for launchers signal the whole process group."""
     folder = tmp_path / "run"
     run = start(folder, "--set.data.workers", 1, "--set.train.checkpoint_every", 0, ranks=ranks)
@@ -162,13 +193,16 @@ def test_signals_stop_and_resume(start: Start, unbroken: dict[int, Path], tmp_pa
     os.killpg(run.pid(target), number)
     assert run.wait() == [75] * ranks, run.said()
     stopped = len(losses(folder))
-    assert [step for step, _ in RunFolder(folder).checkpoints()] == [stopped] and later <= stopped < STEPS
+    assert [step for step, _ in RunFolder(folder).checkpoints()] == [
+        stopped
+    ] and later <= stopped < STEPS
     assert f"stopped after step {stopped}" in run.said() and "--resume" in run.said()
     run = start(folder, "--set.train.checkpoint_every", 0, "--resume", ranks=ranks)
     assert run.wait() == [0] * ranks, run.said()
     same(folder, unbroken[ranks])
-    assert [(entry["step"], entry["resumed"]) for entry in entries(folder) if "resumed" in entry] == [
-        (stopped, f"step-{stopped:08d}.safetensors")]
+    assert [
+        (entry["step"], entry["resumed"]) for entry in entries(folder) if "resumed" in entry
+    ] == [(stopped, f"step-{stopped:08d}.safetensors")]
 
 
 @pytest.fixture
@@ -196,7 +230,13 @@ def test_damaged_checkpoints(start: Start, unbroken: dict[int, Path], half: Path
     (half / "checkpoints" / "final.safetensors").unlink()
     for _, path in RunFolder(half).checkpoints():
         path.write_bytes(path.read_bytes()[:-1])
-    refused(start(half, "--resume"), "no checkpoint in", "is whole", "is damaged (its SHA-256", "--overwrite")
+    refused(
+        start(half, "--resume"),
+        "no checkpoint in",
+        "is whole",
+        "is damaged (its SHA-256",
+        "--overwrite",
+    )
     safetensors.torch.save_file({"weight": torch.ones(1)}, older)
     refused(start(half, "--resume"), "no checkpoint in", "it has no SHA-256 of itself")
 
@@ -214,7 +254,9 @@ def test_a_checkpoint_of_another_run(start: Start, half: Path) -> None:
     refused(start(half, "--resume", "--set.train.seed", 7), str(newest), "train.seed is 7, there 0")
 
 
-def test_a_damaged_final_network_is_made_again(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> None:
+def test_a_damaged_final_network_is_made_again(
+    start: Start, unbroken: dict[int, Path], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(unbroken[1], run)
     final = run / "checkpoints" / "final.safetensors"
@@ -225,7 +267,9 @@ def test_a_damaged_final_network_is_made_again(start: Start, unbroken: dict[int,
     same(run, unbroken[1])
 
 
-def test_the_other_ranks_end_with_the_first(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> None:
+def test_the_other_ranks_end_with_the_first(
+    start: Start, unbroken: dict[int, Path], tmp_path: Path
+) -> None:
     """What only the first rank sees ends all, told once, and before anything is lost."""
     run = tmp_path / "run"
     shutil.copytree(unbroken[2], run)
@@ -235,15 +279,32 @@ def test_the_other_ranks_end_with_the_first(start: Start, unbroken: dict[int, Pa
     same(run, unbroken[2])
 
 
-def test_other_settings_and_images(start: Start, unbroken: dict[int, Path], half: Path, shard_set: Manifest,
-                                   tmp_path: Path) -> None:
+def test_other_settings_and_images(
+    start: Start, unbroken: dict[int, Path], half: Path, shard_set: Manifest, tmp_path: Path
+) -> None:
     refused(start(half), "already holds a run", "--resume", "--overwrite")
-    refused(start(half, "--resume", "--set.optim.head_lr", 0.5, "--set.train.seed", 3),
-            "optim.head_lr is 0.5, there 0.001", "train.seed is 3, there 0")
+    refused(
+        start(half, "--resume", "--set.optim.head_lr", 0.5, "--set.train.seed", 3),
+        "optim.head_lr is 0.5, there 0.001",
+        "train.seed is 3, there 0",
+    )
     other = make_shards(tmp_path / "other", classes={"train": 12, "val": 4, "test": 6}, images=7)
-    refused(start(half, "--resume", "--set.data.path", other.folder), "trained on other images than", "data.path")
+    refused(
+        start(half, "--resume", "--set.data.path", other.folder),
+        "trained on other images than",
+        "data.path",
+    )
     moved = shutil.copytree(shard_set.folder, tmp_path / "moved")
-    run = start(half, "--resume", "--set.data.path", moved, "--set.train.zero_stage", 3, "--set.train.log_every", 1)
+    run = start(
+        half,
+        "--resume",
+        "--set.data.path",
+        moved,
+        "--set.train.zero_stage",
+        3,
+        "--set.train.log_every",
+        1,
+    )
     assert run.wait() == [0], run.said()
     same(half, unbroken[1])
     run = start(half, "--resume")
@@ -257,7 +318,9 @@ def test_the_images_that_are_trained_on_name_a_run(shard_set: Manifest, tmp_path
     hashes = []
     for words in ("1 2 3", "1 2 4", "1 2 3"):
         path.write_text("\n".join(words.split()))
-        hashes.append(hash_images(shard_set, training_images(shard_set, DataConfig(class_list=path), seed=0)))
+        hashes.append(
+            hash_images(shard_set, training_images(shard_set, DataConfig(class_list=path), seed=0))
+        )
     assert hashes[0] == hashes[2] != hashes[1]
 
 
@@ -288,8 +351,18 @@ def test_checkpoints_by_time(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
 def test_other_number_of_ranks(start: Start, tmp_path: Path, before: int, after: int) -> None:
     """The same batches go on to the same losses; at learning rates at which training amplifies no rounding."""
-    words = ("--set.data.classes_per_batch", 4, "--set.loss.metric", "multi_similarity",
-             "--set.optim.backbone_lr", 1e-5, "--set.optim.head_lr", 1e-5, "--set.train.validate_every", 1000)
+    words = (
+        "--set.data.classes_per_batch",
+        4,
+        "--set.loss.metric",
+        "multi_similarity",
+        "--set.optim.backbone_lr",
+        1e-5,
+        "--set.optim.head_lr",
+        1e-5,
+        "--set.train.validate_every",
+        1000,
+    )
     folder = tmp_path / "run"
     run = start(folder, *words, ranks=before, steps=12)
     assert run.wait() == [0] * before, run.said()
@@ -301,13 +374,21 @@ def test_other_number_of_ranks(start: Start, tmp_path: Path, before: int, after:
     assert "resumed   at step 4 from" in run.said()  # epochs have three steps
     by_step = losses(folder)
     assert [by_step[step] for step in range(1, 5)] == [expected[step] for step in range(1, 5)]
-    assert [by_step[step][0] for step in range(5, 13)] == pytest.approx([expected[step][0] for step in range(5, 13)],
-                                                                        rel=1e-6)
+    assert [by_step[step][0] for step in range(5, 13)] == pytest.approx(
+        [expected[step][0] for step in range(5, 13)], rel=1e-6
+    )
 
 
 def test_the_memory_goes_on(start: Start, tmp_path: Path) -> None:
     """Bit for bit, with what a cross-batch memory holds and the drift it sees; ZeRO-2 on two ranks."""
-    words = ("--set.loss.metric", "margin", "--set.loss.memory.rows", 40, "--set.loss.memory.start_step", 2)
+    words = (
+        "--set.loss.metric",
+        "margin",
+        "--set.loss.memory.rows",
+        40,
+        "--set.loss.memory.start_step",
+        2,
+    )
     folder = tmp_path / "run"
     run = start(folder, *words, ranks=2, steps=12)
     assert run.wait() == [0, 0], run.said()
@@ -322,5 +403,8 @@ def test_the_memory_goes_on(start: Start, tmp_path: Path) -> None:
 
 def steps_of(folder: Path) -> list[dict]:
     """The step lines, but for the clock."""
-    return [{name: value for name, value in entry.items() if name != "time_s"}
-            for entry in entries(folder) if "loss" in entry]
+    return [
+        {name: value for name, value in entry.items() if name != "time_s"}
+        for entry in entries(folder)
+        if "loss" in entry
+    ]

@@ -17,5 +17,9 @@ def test_warmup_then_half_a_cosine() -> None:
 
 
 def test_steps_down() -> None:
-    config = OptimConfig(steps=100, warmup_steps=0, schedule="step", step_at=(0.5, 0.8), step_factor=0.1)
-    assert [lr_factor(step, config) for step in (0, 49, 50, 79, 80, 99)] == pytest.approx([1, 1, .1, .1, .01, .01])
+    config = OptimConfig(
+        steps=100, warmup_steps=0, schedule="step", step_at=(0.5, 0.8), step_factor=0.1
+    )
+    assert [lr_factor(step, config) for step in (0, 49, 50, 79, 80, 99)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )

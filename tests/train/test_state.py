@@ -16,7 +16,11 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.batchnorm import GlobalBatchNorm
 from namr_dist.parallel.pool import Ranks
 from namr_dist.train.checkpoints.state import SavedState, check_fits, open_state, save_state
-from namr_dist.train.checkpoints.verified_file import DamagedFileError, TensorSpec, VerifiedFileWriter
+from namr_dist.train.checkpoints.verified_file import (
+    DamagedFileError,
+    TensorSpec,
+    VerifiedFileWriter,
+)
 from namr_dist.train.checkpoints.zero_fragments import full_shape
 
 ROWS, WIDTH = 8, 5
@@ -48,22 +52,51 @@ def build(stage: int, *, dropout: float = 0.0):  # type: ignore[no-untyped-def]
     """A fresh engine over all ranks of the pool, set as training sets it."""
     import torch.distributed as dist
 
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()),
-                      LOCAL_RANK=str(dist.get_rank()), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        RANK=str(dist.get_rank()),
+        WORLD_SIZE=str(dist.get_world_size()),
+        LOCAL_RANK=str(dist.get_rank()),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+    )
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     module = Oddities(dropout=dropout)
-    groups = [{"params": [module.first.weight, module.last.weight], "weight_decay": 0.1},
-              {"params": [module.first.bias, module.norm.weight, module.norm.bias, module.unused, module.scale],
-               "weight_decay": 0.0}]
-    settings = {"train_batch_size": ROWS, "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
-                "gradient_clipping": 1.0, "zero_force_ds_cpu_optimizer": False, "steps_per_print": None,
-                "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True,
-                                      "stage3_param_persistence_threshold": 0}}
-    engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings,
-                                      dist_init_required=False)
+    groups = [
+        {"params": [module.first.weight, module.last.weight], "weight_decay": 0.1},
+        {
+            "params": [
+                module.first.bias,
+                module.norm.weight,
+                module.norm.bias,
+                module.unused,
+                module.scale,
+            ],
+            "weight_decay": 0.0,
+        },
+    ]
+    settings = {
+        "train_batch_size": ROWS,
+        "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+        "gradient_clipping": 1.0,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=torch.optim.AdamW(groups, lr=1e-2),
+        config=settings,
+        dist_init_required=False,
+    )
     engine.train()
     return engine
 
@@ -95,8 +128,14 @@ def write(path: Path, stage: int, steps: int, dropout: float, after: int) -> lis
     advance(engine, range(steps))
     assert save_state(engine, path, step=steps, config=CONFIG, data_hash="d", host=host) is None
     losses = advance(engine, range(steps, steps + after))
-    save_state(engine, path.with_name("end.safetensors"), step=steps + after, config=CONFIG, data_hash="d",
-               host=host)
+    save_state(
+        engine,
+        path.with_name("end.safetensors"),
+        step=steps + after,
+        config=CONFIG,
+        data_hash="d",
+        host=host,
+    )
     return losses
 
 
@@ -112,8 +151,14 @@ def resume(path: Path, stage: int, dropout: float, after: int) -> list[str]:
     load_state(engine, saved, host=host, seed=0)
     step = host.from_first(saved.step if saved else None)
     losses = advance(engine, range(step, step + after))
-    save_state(engine, path.with_name("resumed.safetensors"), step=step + after, config=CONFIG, data_hash="d",
-               host=host)
+    save_state(
+        engine,
+        path.with_name("resumed.safetensors"),
+        step=step + after,
+        config=CONFIG,
+        data_hash="d",
+        host=host,
+    )
     return losses
 
 
@@ -132,7 +177,9 @@ def tensors(path: Path) -> dict[str, Tensor]:
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_resumed_is_unbroken(pools: dict[int, Ranks], tmp_path: Path, ranks: int, stage: int) -> None:
+def test_resumed_is_unbroken(
+    pools: dict[int, Ranks], tmp_path: Path, ranks: int, stage: int
+) -> None:
     """Losses and every byte of the state three steps later, with a dropout that draws from each rank's generator."""
     path = tmp_path / "step.safetensors"
     unbroken = pools[ranks](write, path, stage, 4, 0.5, 3)
@@ -147,7 +194,12 @@ def test_resumed_is_unbroken(pools: dict[int, Ranks], tmp_path: Path, ranks: int
 
 def there_and_back(stage: int) -> list[tuple[bytes, bytes]]:
     """Of each optimized parameter, a moment with every kind of number as it was set and as it is read."""
-    from namr_dist.train.checkpoints.zero_fragments import MOMENTS, get_moment, optimizer_step, set_moments
+    from namr_dist.train.checkpoints.zero_fragments import (
+        MOMENTS,
+        get_moment,
+        optimizer_step,
+        set_moments,
+    )
 
     engine = build(stage)
     kinds = torch.tensor([-0.0, 0.0, 1e-42, -1e-42, float("inf"), 3.0, -1.5, float("nan")])
@@ -159,7 +211,9 @@ def there_and_back(stage: int) -> list[tuple[bytes, bytes]]:
         moment = kinds.repeat(shape.numel())[: shape.numel()].reshape(shape)
         set_moments(engine, parameter, {key: moment for key in MOMENTS}, torch.tensor(7.0))
         assert optimizer_step(engine, parameter) == 7
-        pairs.append((moment.numpy().tobytes(), get_moment(engine, parameter, MOMENTS[0]).numpy().tobytes()))
+        pairs.append(
+            (moment.numpy().tobytes(), get_moment(engine, parameter, MOMENTS[0]).numpy().tobytes())
+        )
     return pairs
 
 
@@ -173,9 +227,12 @@ def test_moments_keep_every_bit(two_ranks: Ranks, stage: int) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 2)), ((1, 2), (2, 2)), ((4, 2), (2, 2)), ((2, 3), (4, 0))])
-def test_other_ranks_and_stages_go_on(pools: dict[int, Ranks], tmp_path: Path, before: tuple[int, int],
-                                      after: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2), (1, 2)), ((1, 2), (2, 2)), ((4, 2), (2, 2)), ((2, 3), (4, 0))]
+)
+def test_other_ranks_and_stages_go_on(
+    pools: dict[int, Ranks], tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+) -> None:
     """(ranks, ZeRO stage): the state arrives bit for bit, and the same batches go on to the same losses."""
     path = tmp_path / "step.safetensors"
     (ranks, stage), (other_ranks, other_stage) = before, after
@@ -197,9 +254,18 @@ def small_file(path: Path, **metadata: str) -> Path:
     """What a checkpoint of Oddities holds of the model, written without an engine."""
     values = {f"model/{name}": value for name, value in Oddities(dropout=0.0).state_dict().items()}
     values = dict(sorted(values.items(), key=lambda entry: -entry[1].dtype.itemsize))
-    told = {"format": "namr-training/1", "version": "0", "step": "4", "ranks": "1", "data": "d",
-            "config": CONFIG.to_json(), **metadata}
-    writer = VerifiedFileWriter(path, told, {name: TensorSpec.of(value) for name, value in values.items()})
+    told = {
+        "format": "namr-training/1",
+        "version": "0",
+        "step": "4",
+        "ranks": "1",
+        "data": "d",
+        "config": CONFIG.to_json(),
+        **metadata,
+    }
+    writer = VerifiedFileWriter(
+        path, told, {name: TensorSpec.of(value) for name, value in values.items()}
+    )
     for value in values.values():
         writer.add(value)
     writer.commit()
@@ -228,7 +294,9 @@ def test_foreign_files(tmp_path: Path) -> None:
     safetensors.torch.save_file({"weight": torch.ones(3)}, foreign, {"format": "pt"})
     with pytest.raises(DamagedFileError, match="no SHA-256 of itself"):
         open_state(foreign)
-    with pytest.raises(InputError, match="has format 'namr-training/2', expected 'namr-training/1'"):
+    with pytest.raises(
+        InputError, match="has format 'namr-training/2', expected 'namr-training/1'"
+    ):
         open_state(small_file(tmp_path / "newer.safetensors", format="namr-training/2"))
     saved = open_state(small_file(tmp_path / "step.safetensors"))
     check_fits(saved, Oddities(dropout=0.5))
@@ -290,4 +358,6 @@ def test_disk_that_refuses_is_told_on_every_rank(pools: dict[int, Ranks], tmp_pa
     unbroken = pools[2](write, tmp_path / "step.safetensors", 2, 2, 0.0, 2)
     (tmp_path / "small").mkdir()
     path = tmp_path / "small" / "step.safetensors"
-    assert [(f"File too large: {path}", 0, losses) for losses in unbroken] == pools[2](save_on_a_small_disk, path)
+    assert [(f"File too large: {path}", 0, losses) for losses in unbroken] == pools[2](
+        save_on_a_small_disk, path
+    )

@@ -40,7 +40,9 @@ def test_leaves_what_the_docs_say(trained: Path) -> None:
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
     for line in lines[:10]:
-        assert line["loss"] == pytest.approx(line["metric_loss"] + 2 * line["ranking_loss"], rel=1e-5)
+        assert line["loss"] == pytest.approx(
+            line["metric_loss"] + 2 * line["ranking_loss"], rel=1e-5
+        )
     assert set(lines[-1]["val"]) >= {"R@1", "MAP@R"}
     assert list((trained / "tensorboard").iterdir())
     state = safetensors.torch.load_file(trained / "checkpoints" / "final.safetensors")
@@ -52,7 +54,9 @@ def test_learns(trained: Path) -> None:
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_same_seed_same_curve(trained: Path, shard_set: Manifest, forked_namr: Callable, tmp_path: Path) -> None:
+def test_same_seed_same_curve(
+    trained: Path, shard_set: Manifest, forked_namr: Callable, tmp_path: Path
+) -> None:
     words = ("train", "homeware_conv4", *small_run(shard_set, steps=10))
     again = forked_namr(*words, "--run-dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
@@ -62,11 +66,21 @@ def test_same_seed_same_curve(trained: Path, shard_set: Manifest, forked_namr: C
     assert curve(tmp_path / "other") != curve(trained)
 
 
-def test_a_profile_holds_the_steps_and_changes_no_loss(trained: Path, shard_set: Manifest, forked_namr: Callable,
-                                                       tmp_path: Path) -> None:
+def test_a_profile_holds_the_steps_and_changes_no_loss(
+    trained: Path, shard_set: Manifest, forked_namr: Callable, tmp_path: Path
+) -> None:
     trace = tmp_path / "trace.json"
-    done = forked_namr("train", "homeware_conv4", *small_run(shard_set, steps=10), "--run-dir", tmp_path / "run",
-                       "--set.train.profile", trace, "--set.train.profile_after", 7)
+    done = forked_namr(
+        "train",
+        "homeware_conv4",
+        *small_run(shard_set, steps=10),
+        "--run-dir",
+        tmp_path / "run",
+        "--set.train.profile",
+        trace,
+        "--set.train.profile_after",
+        7,
+    )
     assert done.returncode == 0, done.stderr
     assert curve(tmp_path / "run") == curve(trained)
     names = Counter(event["name"] for event in json.loads(trace.read_text())["traceEvents"])
@@ -76,48 +90,98 @@ def test_a_profile_holds_the_steps_and_changes_no_loss(trained: Path, shard_set:
     assert names["aten::convolution_backward"] == 3 * 4 and names["aten::convolution"] >= 3 * 4
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--set.train.profile", "nowhere/trace.json"], "train.profile nowhere/trace.json is not a file in a folder"),
-    (["--set.train.profile", "trace.json"], "train.profile_after is 10, and the 3 steps behind those are recorded of "
-     "optim.steps (6); set it between 0 and 3")])
-def test_a_profile_that_cannot_be_is_refused_before_the_run(shard_set: Manifest, forked_namr: Callable, tmp_path: Path,
-                                                            words: list[str], said: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--set.train.profile", "nowhere/trace.json"],
+            "train.profile nowhere/trace.json is not a file in a folder",
+        ),
+        (
+            ["--set.train.profile", "trace.json"],
+            "train.profile_after is 10, and the 3 steps behind those are recorded of "
+            "optim.steps (6); set it between 0 and 3",
+        ),
+    ],
+)
+def test_a_profile_that_cannot_be_is_refused_before_the_run(
+    shard_set: Manifest, forked_namr: Callable, tmp_path: Path, words: list[str], said: str
+) -> None:
     for more in ([], ["--dry-run"]):
-        done = forked_namr("train", "homeware_conv4", *small_run(shard_set), "--run-dir", tmp_path / "run", *words,
-                           *more)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+        done = forked_namr(
+            "train",
+            "homeware_conv4",
+            *small_run(shard_set),
+            "--run-dir",
+            tmp_path / "run",
+            *words,
+            *more,
+        )
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 3), ("deepspeed", 2)])
-def test_two_ranks_follow_the_same_curve(trained: Path, shard_set: Manifest, tmp_path: Path, launcher: str,
-                                         stage: int) -> None:
-    start = {"torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", 2],
-             "deepspeed": [BIN / "deepspeed", "--num_accelerators", 2]}[launcher]
-    done = launch(*start, LAUNCHER, "homeware_conv4", "--run-dir", tmp_path / "two", *small_run(shard_set, steps=10),
-                  "--set.train.zero_stage", stage, cwd=tmp_path, env={"PATH": f"{BIN}:/usr/bin:/bin"})
+def test_two_ranks_follow_the_same_curve(
+    trained: Path, shard_set: Manifest, tmp_path: Path, launcher: str, stage: int
+) -> None:
+    start = {
+        "torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", 2],
+        "deepspeed": [BIN / "deepspeed", "--num_accelerators", 2],
+    }[launcher]
+    done = launch(
+        *start,
+        LAUNCHER,
+        "homeware_conv4",
+        "--run-dir",
+        tmp_path / "two",
+        *small_run(shard_set, steps=10),
+        "--set.train.zero_stage",
+        stage,
+        cwd=tmp_path,
+        env={"PATH": f"{BIN}:/usr/bin:/bin"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     # Sums over ranks run in another order, and training multiplies the difference tenfold from step to step: batches of
     # 18 under batch norm, Adam's first steps. tests/parity/test_parity.py compares gradients.
     together, alone = curve(tmp_path / "two"), curve(trained)
-    assert together[0] == pytest.approx(alone[0], rel=1e-5) and together[1] == pytest.approx(alone[1], rel=1e-4)
+    assert together[0] == pytest.approx(alone[0], rel=1e-5) and together[1] == pytest.approx(
+        alone[1], rel=1e-4
+    )
     assert together == pytest.approx(alone, rel=2e-2)
     one = safetensors.torch.load_file(trained / "checkpoints" / "final.safetensors")
     two = safetensors.torch.load_file(tmp_path / "two" / "checkpoints" / "final.safetensors")
-    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in two.items()}
+    assert {name: value.shape for name, value in one.items()} == {
+        name: value.shape for name, value in two.items()
+    }
 
 
 @pytest.mark.parametrize("metric", ["margin", "multi_similarity", "proxy_anchor"])
-def test_other_losses_train(shard_set: Manifest, forked_namr: Callable, tmp_path: Path, metric: str) -> None:
-    done = forked_namr("train", "homeware_conv4", "--run-dir", tmp_path / "run", *small_run(shard_set, steps=3),
-                       "--set.loss.metric", metric, "--set.train.tensorboard", "False")
+def test_other_losses_train(
+    shard_set: Manifest, forked_namr: Callable, tmp_path: Path, metric: str
+) -> None:
+    done = forked_namr(
+        "train",
+        "homeware_conv4",
+        "--run-dir",
+        tmp_path / "run",
+        *small_run(shard_set, steps=3),
+        "--set.loss.metric",
+        metric,
+        "--set.train.tensorboard",
+        "False",
+    )
     assert done.returncode == 0, done.stderr
     assert len(curve(tmp_path / "run")) == 3
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_evaluate_report_embed(trained: Path, shard_set: Manifest, namr: Callable, tmp_path: Path) -> None:
+def test_evaluate_report_embed(
+    trained: Path, shard_set: Manifest, namr: Callable, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     done = namr("evaluate", run)
@@ -128,7 +192,9 @@ def test_evaluate_report_embed(trained: Path, shard_set: Manifest, namr: Callabl
         assert set(metrics["test"][mode]) >= {"R@1", "R@2", "R@4", "R@8", "MAP@R", "R-precision"}
     assert metrics["protocol"]["test hash"] == shard_set.split_hash("test")
     assert metrics["train"]["steps"] == 10
-    assert json.loads(namr("evaluate", run, "--json").stdout)["test"] == metrics["test"], "evaluation is not repeatable"
+    assert json.loads(namr("evaluate", run, "--json").stdout)["test"] == metrics["test"], (
+        "evaluation is not repeatable"
+    )
     assert namr("report", run).returncode == 0
     assert (run / "report.html").stat().st_size > 10_000
 
@@ -149,4 +215,6 @@ def test_evaluate_report_embed(trained: Path, shard_set: Manifest, namr: Callabl
     assert done.returncode == 0, done.stderr
     from_files = safetensors.torch.load_file(out)
     assert from_files["z"].shape == (3, 16)
-    assert (from_files["z"] - evaluated["z"][:3]).abs().max() < 0.05  # another JPEG decoder, a bit or two apart
+    assert (
+        from_files["z"] - evaluated["z"][:3]
+    ).abs().max() < 0.05  # another JPEG decoder, a bit or two apart

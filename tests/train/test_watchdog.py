@@ -23,7 +23,7 @@ from namr_dist.errors import InputError
 from namr_dist.train.watchdog import EXIT_CODE, Place, backend_timeout, describe
 
 # Steps of 20 ms under a watchdog of 3 s. A rank that is named hangs in its third step, or raises.
-STEPS = '''
+STEPS = """
 import sys, time
 import torch
 import torch.distributed as dist
@@ -46,33 +46,54 @@ with Watchdog(phases, rank, timeout_minutes=0.05):
             dist.all_reduce(torch.ones(1))
         if phases.step == 3:
             print("running", flush=True)
-'''
+"""
 
 
 def lines_of(*places: Place, silent: set[int] = frozenset()) -> list[str]:  # type: ignore[assignment]
     return describe(places, silent=silent, now_unix_s=1000.0)
 
 
-def place(rank: int, *, step: int = 7, phase: str = "gather", ended: str | None = None, lost: bool = False) -> Place:
-    return Place(rank=rank, host=f"node{rank}", pid=100 + rank, beat=1, beat_unix_s=990.0, step=step, phase=phase,
-                 since_unix_s=970.0, ended=ended, lost=lost)
+def place(
+    rank: int, *, step: int = 7, phase: str = "gather", ended: str | None = None, lost: bool = False
+) -> Place:
+    return Place(
+        rank=rank,
+        host=f"node{rank}",
+        pid=100 + rank,
+        beat=1,
+        beat_unix_s=990.0,
+        step=step,
+        phase=phase,
+        since_unix_s=970.0,
+        ended=ended,
+        lost=lost,
+    )
 
 
 def test_ranks_at_one_place_share_a_line_and_the_last_comes_first() -> None:
-    assert lines_of(*map(place, (0, 1, 2, 4, 6, 7)), place(3, step=6, phase="step"), place(5, phase="data")) == [
+    assert lines_of(
+        *map(place, (0, 1, 2, 4, 6, 7)), place(3, step=6, phase="step"), place(5, phase="data")
+    ) == [
         "rank 3 on node3 (pid 103): in 'step' of step 6 for 30 s",
         "rank 5 on node5 (pid 105): in 'data' of step 7 for 30 s",
-        "ranks 0-2, 4, 6-7: in 'gather' of step 7 for 30 s"]
+        "ranks 0-2, 4, 6-7: in 'gather' of step 7 for 30 s",
+    ]
 
 
 def test_silent_ranks_come_first_then_errors_then_what_they_caused() -> None:
-    assert lines_of(place(0, ended="Connection reset", lost=True), place(1), place(2, step=8),
-                    place(3, step=9, ended="ValueError: no"), silent={2, 4}) == [
+    assert lines_of(
+        place(0, ended="Connection reset", lost=True),
+        place(1),
+        place(2, step=8),
+        place(3, step=9, ended="ValueError: no"),
+        silent={2, 4},
+    ) == [
         "rank 4: never published anything",
         "rank 2 on node2 (pid 102): silent for 10 s (dead, frozen or cut off); last heard of in 'gather' of step 8",
         "rank 3 on node3 (pid 103): ended in 'gather' of step 9 by ValueError: no",
         "rank 1 on node1 (pid 101): in 'gather' of step 7 for 30 s",
-        "rank 0 on node0 (pid 100): ended in 'gather' of step 7 by Connection reset"]
+        "rank 0 on node0 (pid 100): ended in 'gather' of step 7 by Connection reset",
+    ]
 
 
 def test_speaks_before_the_backend() -> None:
@@ -99,13 +120,16 @@ class Group:
         """Exit codes of these ranks, once they have ended, and the reports of all."""
         codes = [self.ranks[rank].wait(timeout=120) for rank in numbers]
         lines = "".join(path.read_text() for path in self.said).splitlines(keepends=True)
-        return codes, "".join(line for line in lines if line.startswith(("namr:", "  rank", "  the ")))
+        return codes, "".join(
+            line for line in lines if line.startswith(("namr:", "  rank", "  the "))
+        )
 
     def wait_until(self, true: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + 120
         while not true():
-            assert time.monotonic() < deadline_s and all(process.poll() is None for process in self.ranks), \
-                "".join(path.read_text() for path in self.said)
+            assert time.monotonic() < deadline_s and all(
+                process.poll() is None for process in self.ranks
+            ), "".join(path.read_text() for path in self.said)
             time.sleep(0.2)
 
 
@@ -115,14 +139,24 @@ def started(folder: Path, world_size: int, *words: object) -> Iterator[Group]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**ENVIRONMENT, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {
+        **ENVIRONMENT,
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     group = Group(ranks=[], said=[folder / f"said-{rank}" for rank in range(world_size)])
     try:
         for rank, said in enumerate(group.said):
             with said.open("wb") as file:
-                group.ranks.append(subprocess.Popen(
-                    [sys.executable, *map(str, words)], stdout=file, stderr=subprocess.STDOUT,
-                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+                group.ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, *map(str, words)],
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    )
+                )
         yield group
     finally:
         for process in group.ranks:
@@ -162,7 +196,10 @@ def test_hung_alone(program: Path) -> None:
     with started(program.parent, 1, program, 0, -1) as group:
         codes, reports = group.outcome(0)
     assert codes == [EXIT_CODE]
-    assert re.search(r"no progress for 3 s .*\n  rank 0 on \S+ \(pid \d+\): in 'data' of step 3 for \d+ s", reports)
+    assert re.search(
+        r"no progress for 3 s .*\n  rank 0 on \S+ \(pid \d+\): in 'data' of step 3 for \d+ s",
+        reports,
+    )
 
 
 @pytest.mark.dist
@@ -174,8 +211,11 @@ def test_frozen_rank_is_named_once(program: Path) -> None:
         pid = group.ranks[1].pid
     assert codes == [EXIT_CODE] * 2
     assert reports.count("namr: error:") == 1, reports
-    assert re.search(rf"no progress .*\n  rank 1 on \S+ \(pid {pid}\): silent for \d+ s .*\n"
-                     r"  ranks 0, 2: in 'gather' of step \d+ for \d+ s", reports), reports
+    assert re.search(
+        rf"no progress .*\n  rank 1 on \S+ \(pid {pid}\): silent for \d+ s .*\n"
+        r"  ranks 0, 2: in 'gather' of step \d+ for \d+ s",
+        reports,
+    ), reports
 
 
 @pytest.mark.dist
@@ -183,8 +223,11 @@ def test_error_of_one_rank_is_told_by_another(program: Path) -> None:
     with started(program.parent, 2, program, -1, 1) as group:
         codes, reports = group.outcome(0, 1)
     assert codes == [EXIT_CODE, 1]
-    assert re.search(r"rank 0, in 'gather' of step 3, lost .*\n"
-                     r"  rank 1 .*: ended in 'loss' of step 3 by ValueError: a wrong number\n", reports), reports
+    assert re.search(
+        r"rank 0, in 'gather' of step 3, lost .*\n"
+        r"  rank 1 .*: ended in 'loss' of step 3 by ValueError: a wrong number\n",
+        reports,
+    ), reports
 
 
 @pytest.mark.dist
@@ -194,13 +237,22 @@ def test_store_lost_with_the_first_rank(program: Path) -> None:
         group.ranks[0].kill()
         codes, reports = group.outcome(0, 1)
     assert codes == [-signal.SIGKILL, EXIT_CODE]
-    assert re.search(r"rank 1, in 'gather' of step \d+, lost .*\n  the store at 127.0.0.1:\d+ does not answer: rank 0",
-                     reports), reports
+    assert re.search(
+        r"rank 1, in 'gather' of step \d+, lost .*\n  the store at 127.0.0.1:\d+ does not answer: rank 0",
+        reports,
+    ), reports
 
 
 def begin(shard_set: Manifest, run: Path) -> list[object]:
-    return [REPOSITORY / "launchers" / "train.py", "homeware_conv4", "--run-dir", run,
-            *small_run(shard_set, steps=10**6), "--set.train.timeout_minutes", 0.2]
+    return [
+        REPOSITORY / "launchers" / "train.py",
+        "homeware_conv4",
+        "--run-dir",
+        run,
+        *small_run(shard_set, steps=10**6),
+        "--set.train.timeout_minutes",
+        0.2,
+    ]
 
 
 def has_begun(group: Group, run: Path) -> None:
@@ -221,8 +273,11 @@ def test_training_with_a_hung_loader(shard_set: Manifest, tmp_path: Path) -> Non
     assert codes == [EXIT_CODE] * 2
     assert reports.count("namr: error:") == 1, reports
     # Rank 0 waits in the batch norm over all ranks.
-    assert re.search(r"no progress for 12 s .*\n  rank 1 on .*: in 'data' of step (\d+) for \d+ s\n"
-                     r"  rank 0 on .*: in 'forward' of step \1 for \d+ s\n", reports), reports
+    assert re.search(
+        r"no progress for 12 s .*\n  rank 1 on .*: in 'data' of step (\d+) for \d+ s\n"
+        r"  rank 0 on .*: in 'forward' of step \1 for \d+ s\n",
+        reports,
+    ), reports
 
 
 @pytest.mark.dist
@@ -234,4 +289,6 @@ def test_training_with_a_killed_rank(shard_set: Manifest, tmp_path: Path) -> Non
         codes, reports = group.outcome(0, 1)
         pid = group.ranks[1].pid
     assert codes == [EXIT_CODE, -signal.SIGKILL]
-    assert re.search(rf"rank 0, in '\w+' of step \d+, lost .*\n  rank 1 on \S+ \(pid {pid}\): silent", reports), reports
+    assert re.search(
+        rf"rank 0, in '\w+' of step \d+, lost .*\n  rank 1 on \S+ \(pid {pid}\): silent", reports
+    ), reports

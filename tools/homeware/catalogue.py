@@ -129,7 +129,9 @@ def write_products_csv(products: list[Product], path: Path) -> None:
 
 def _read_catalogue(path: Path, licence: str) -> list[Product]:
     with zipfile.ZipFile(path) as archive:
-        entries = _parse_entries(archive.read("PluginFurnitureCatalog.properties").decode("latin-1"))
+        entries = _parse_entries(
+            archive.read("PluginFurnitureCatalog.properties").decode("latin-1")
+        )
         notes = _licence_notes(archive)
         return [_product(path, entry, licence, notes) for entry in entries]
 
@@ -165,7 +167,9 @@ def _product(path: Path, entry: dict[str, str], licence: str, notes: dict[str, s
     # An underscore is kept out of the id because it sets off the view number in file names.
     local_id = entry["id"].split("#", 1)[1]
     product_id = re.sub(r"[^a-z0-9]+", "-", f"{path.stem}-{local_id}".lower()).strip("-")
-    rotation = tuple(float(number) for number in entry.get("modelRotation", "1 0 0 0 1 0 0 0 1").split())
+    rotation = tuple(
+        float(number) for number in entry.get("modelRotation", "1 0 0 0 1 0 0 0 1").split()
+    )
     if len(rotation) != 9:
         raise ValueError(f"{product_id}: modelRotation has {len(rotation)} numbers, not 9")
     return Product(

@@ -185,7 +185,9 @@ def render_product(product: Product, out_dir: Path, force: bool) -> Counter[str]
                     break
                 redrawn[fault] += 1
             else:
-                raise UnusableViewError(f"{product.product_id}: view {index} stayed {fault} every time")
+                raise UnusableViewError(
+                    f"{product.product_id}: view {index} stayed {fault} every time"
+                )
     finally:
         studio.close()
     return redrawn
@@ -292,11 +294,15 @@ def _image(archive: zipfile.ZipFile, member: str) -> Image.Image:
 
 def main(arguments: list[str] | None = None) -> None:
     """Render what is missing, then write the attribution table."""
-    parser = argparse.ArgumentParser(description="Render the homeware images from furniture catalogues.")
+    parser = argparse.ArgumentParser(
+        description="Render the homeware images from furniture catalogues."
+    )
     parser.add_argument("catalogue_dir", type=Path, help="folder with the *.sh3f files")
     parser.add_argument("out_dir", type=Path, help="receives the images and products.csv")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="render only the first LIMIT products of the table")
+    parser.add_argument(
+        "--limit", type=int, help="render only the first LIMIT products of the table"
+    )
     parser.add_argument("--force", action="store_true", help="render again what is already there")
     options = parser.parse_args(arguments)
 
@@ -310,7 +316,9 @@ def main(arguments: list[str] | None = None) -> None:
         for done, counts in enumerate(pool.imap_unordered(work, products), start=1):
             redrawn += counts
             if done % 50 == 0 or done == len(products):
-                print(f"{done}/{len(products)} products, {time.monotonic() - begin:.0f} s", flush=True)
+                print(
+                    f"{done}/{len(products)} products, {time.monotonic() - begin:.0f} s", flush=True
+                )
     write_products_csv(products, options.out_dir / "products.csv")
     reasons = ", ".join(f"{count} {fault}" for fault, count in sorted(redrawn.items())) or "none"
     print(f"views drawn again: {reasons}")

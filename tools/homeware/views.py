@@ -26,11 +26,15 @@ class View:
     distance: float  # of the camera, in radii of the object
     fill: float  # share of the frame that the object's longer side takes
     shift: tuple[float, float]  # of the object's middle, in half frames
-    lights: tuple[tuple[float, float, float], ...]  # azimuth, elevation (seen from the camera), intensity
+    lights: tuple[
+        tuple[float, float, float], ...
+    ]  # azimuth, elevation (seen from the camera), intensity
     warmth: float  # -1 (bluish) .. 1 (yellowish)
     ambient: float
     shadow: float  # darkness of the shadow on the ground, 0 for none
-    background: tuple[tuple[float, ...], tuple[float, ...]]  # RGB in 0..1 at both ends of the gradient
+    background: tuple[
+        tuple[float, ...], tuple[float, ...]
+    ]  # RGB in 0..1 at both ends of the gradient
     gradient_angle: float
 
 
@@ -67,7 +71,9 @@ def draw_view(product_id: str, index: int, attempt: int) -> View:
         shadow=rng.uniform(0.2, 0.55) if elevation > 5.0 and rng.uniform() < 0.6 else 0.0,
         background=(
             _hsv_to_rgb(hue, saturation, value),
-            _hsv_to_rgb(hue + rng.normal(0.0, 0.05), saturation * rng.uniform(0.5, 1.0), other_value),
+            _hsv_to_rgb(
+                hue + rng.normal(0.0, 0.05), saturation * rng.uniform(0.5, 1.0), other_value
+            ),
         ),
         gradient_angle=rng.uniform(0.0, 360.0),
     )
@@ -77,7 +83,9 @@ def backdrop(view: View, size: int) -> FloatArray:
     """The background (size, size, 3) in 0..255."""
     ramp = np.linspace(-0.5, 0.5, size)
     angle = np.radians(view.gradient_angle)
-    share = np.clip(0.5 + ramp[None, :] * np.cos(angle) + ramp[:, None] * np.sin(angle), 0.0, 1.0)[..., None]
+    share = np.clip(0.5 + ramp[None, :] * np.cos(angle) + ramp[:, None] * np.sin(angle), 0.0, 1.0)[
+        ..., None
+    ]
     first, second = (np.array(colour) * 255.0 for colour in view.background)
     return first * (1.0 - share) + second * share
 
@@ -100,7 +108,9 @@ def direction(azimuth: float, elevation: float) -> FloatArray:
 
 def _hsv_to_rgb(hue: float, saturation: float, value: float) -> tuple[float, ...]:
     ramps = np.abs((hue * 6.0 + np.array([0.0, 4.0, 2.0])) % 6.0 - 3.0) - 1.0
-    return tuple(float(c) for c in value * (1.0 - saturation + saturation * np.clip(ramps, 0.0, 1.0)))
+    return tuple(
+        float(c) for c in value * (1.0 - saturation + saturation * np.clip(ramps, 0.0, 1.0))
+    )
 
 
 def _generator(*key: object) -> np.random.Generator:

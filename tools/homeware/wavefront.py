@@ -57,7 +57,10 @@ class _Faces:
 
 
 def load_model(
-    archive: zipfile.ZipFile, member: str, rotation: tuple[float, ...], size: tuple[float, float, float]
+    archive: zipfile.ZipFile,
+    member: str,
+    rotation: tuple[float, ...],
+    size: tuple[float, float, float],
 ) -> list[Mesh]:
     """Read an OBJ file of ``archive`` and place it: rotated, stretched to ``size`` and centred.
 
@@ -68,7 +71,9 @@ def load_model(
     if not len(faces.size):
         raise ValueError(f"{member} has no faces")
     folder = posixpath.dirname(member)
-    members = {name.lower(): name for name in archive.namelist() if posixpath.dirname(name) == folder}
+    members = {
+        name.lower(): name for name in archive.namelist() if posixpath.dirname(name) == folder
+    }
     materials: dict[str, Material] = {}
     # Besides the named libraries, the one that bears the model's own name: one OBJ names a wrong file.
     for library in [*libraries, posixpath.splitext(member)[0] + ".mtl"]:
@@ -84,11 +89,17 @@ def load_model(
     stretch = np.where(extent > 1e-9, np.array(size) / np.maximum(extent, 1e-9), 1.0)
     vertices = (vertices - (low + high) / 2) * stretch
     given = _unit(normals @ matrix.T / stretch) if len(normals) else normals
-    return list(_split(vertices, textures, given, faces, [materials.get(n, Material()) for n in names]))
+    return list(
+        _split(vertices, textures, given, faces, [materials.get(n, Material()) for n in names])
+    )
 
 
 def _split(
-    vertices: FloatArray, textures: FloatArray, given: FloatArray, faces: _Faces, materials: list[Material]
+    vertices: FloatArray,
+    textures: FloatArray,
+    given: FloatArray,
+    faces: _Faces,
+    materials: list[Material],
 ) -> Iterator[Mesh]:
     """One mesh per material."""
     normals = _corner_normals(vertices, faces)
@@ -101,9 +112,13 @@ def _split(
         if not corners.any():
             continue
         chosen = faces.texture[corners]
-        coordinates = textures[np.maximum(chosen, 0)] if len(textures) and (chosen >= 0).any() else None
+        coordinates = (
+            textures[np.maximum(chosen, 0)] if len(textures) and (chosen >= 0).any() else None
+        )
         offsets = np.concatenate([[0], np.cumsum(faces.size[faces.material == index])])
-        yield Mesh(material, vertices[faces.vertex[corners]], normals[corners], coordinates, offsets)
+        yield Mesh(
+            material, vertices[faces.vertex[corners]], normals[corners], coordinates, offsets
+        )
 
 
 def _corner_normals(vertices: FloatArray, faces: _Faces) -> FloatArray:
@@ -117,7 +132,9 @@ def _corner_normals(vertices: FloatArray, faces: _Faces) -> FloatArray:
     area: FloatArray = np.add.reduceat(np.cross(local, local[following]), starts, axis=0)
     flat = np.repeat(_unit(area), faces.size, axis=0)
     weight = np.repeat(area * faces.smooth[:, None], faces.size, axis=0)
-    total = np.stack([np.bincount(faces.vertex, weight[:, axis], len(vertices)) for axis in range(3)], axis=1)
+    total = np.stack(
+        [np.bincount(faces.vertex, weight[:, axis], len(vertices)) for axis in range(3)], axis=1
+    )
     average = _unit(total.astype(np.float64))[faces.vertex]
     rounded = np.repeat(faces.smooth, faces.size) & ((average * flat).sum(axis=1) > _CREASE_COSINE)
     return np.where(rounded[:, None], average, flat)

@@ -100,7 +100,14 @@ class _Finished:
     broken: list[_Broken]
 
 
-def build(listing: Listing, out: Path, options: BuildOptions, *, workers: int = 1, skip_broken: bool = False) -> Built:
+def build(
+    listing: Listing,
+    out: Path,
+    options: BuildOptions,
+    *,
+    workers: int = 1,
+    skip_broken: bool = False,
+) -> Built:
     """Write the listing's images as a shard set into `out`, which is new, empty, or of the same build.
 
     Raises InputError for a folder with anything else in it, or with a finished set of which a tar is gone, for too
@@ -110,20 +117,35 @@ def build(listing: Listing, out: Path, options: BuildOptions, *, workers: int = 
     listing = with_validation(listing, share=options.validation, seed=options.seed)
     inside = _paths_inside(listing)
     tasks = _tasks(listing, inside, options)
-    record = {"format": _FORMAT, "name": listing.name, "description": listing.description,
-              "options": _options_json(options), "listing": _digest(_listing_lines(listing, inside))}
+    record = {
+        "format": _FORMAT,
+        "name": listing.name,
+        "description": listing.description,
+        "options": _options_json(options),
+        "listing": _digest(_listing_lines(listing, inside)),
+    }
     sources = _digest(task.depends for task in tasks)
     there = _read_record(out, record)
     if there.get("sources") and (out / FILE_NAME).is_file():
         if there["sources"] != sources:
-            raise InputError(f"{out} is a finished set, and files of its source have changed since; give a new folder")
+            raise InputError(
+                f"{out} is a finished set, and files of its source have changed since; give a new folder"
+            )
         manifest = Manifest.load(out)
         _check_tars(manifest)
         _remove(out, _TEMPORARY, _FINISHED_SHARD)
-        return Built(manifest=manifest, treated=there["treated"], skipped=there["skipped"],
-                     lost=tuple(there["lost"]), was_there=True)
-    finished = {task.plan.file: finished_shard for task in tasks
-                if (finished_shard := _read_finished(out, task, skip_broken=skip_broken))}
+        return Built(
+            manifest=manifest,
+            treated=there["treated"],
+            skipped=there["skipped"],
+            lost=tuple(there["lost"]),
+            was_there=True,
+        )
+    finished = {
+        task.plan.file: finished_shard
+        for task in tasks
+        if (finished_shard := _read_finished(out, task, skip_broken=skip_broken))
+    }
     waiting = [task for task in tasks if task.plan.file not in finished]
     if options.encoding.size is None:  # else nobody knows what the smaller images will take
         _check_space(out, waiting)
@@ -139,20 +161,39 @@ def build(listing: Listing, out: Path, options: BuildOptions, *, workers: int = 
             _write_broken(out / BROKEN, broken)
             raise InputError(_told(broken, out / BROKEN, images=len(listing.images)))
         built = _complete(listing, out, done, broken)
-        write_atomic(out / RECORD, json.dumps({**record, "sources": sources, "treated": built.treated,
-                                               "skipped": built.skipped, "lost": built.lost}, indent=2) + "\n")
+        write_atomic(
+            out / RECORD,
+            json.dumps(
+                {
+                    **record,
+                    "sources": sources,
+                    "treated": built.treated,
+                    "skipped": built.skipped,
+                    "lost": built.lost,
+                },
+                indent=2,
+            )
+            + "\n",
+        )
         _remove(out, _FINISHED_SHARD)
     return built
 
 
-def _write(name: str, out: Path, tasks: list[_Task], encoding: Encoding, workers: int) -> dict[str, _Finished]:
+def _write(
+    name: str, out: Path, tasks: list[_Task], encoding: Encoding, workers: int
+) -> dict[str, _Finished]:
     """Write these shards; returns them by file name."""
     if tasks:
-        (out / FILE_NAME).unlink(missing_ok=True)  # of a build killed at its very end, whose sources changed since
+        (out / FILE_NAME).unlink(
+            missing_ok=True
+        )  # of a build killed at its very end, whose sources changed since
     finished = {}
     try:
-        with BuildProgress(name, images=sum(len(task.plan.images) for task in tasks),
-                           size=sum(task.size for task in tasks)) as progress:
+        with BuildProgress(
+            name,
+            images=sum(len(task.plan.images) for task in tasks),
+            size=sum(task.size for task in tasks),
+        ) as progress:
             work = functools.partial(_make_shard, out, encoding)
             for one in run_tasks(work, tasks, workers=workers, advance=progress.advance):
                 finished[one.shard.file] = one
@@ -167,37 +208,59 @@ def _check_tars(manifest: Manifest) -> None:
         path = manifest.folder / shard.file
         size = path.stat().st_size if path.is_file() else None
         if size != shard.bytes:
-            state = "is missing" if size is None else f"has {size} bytes, its manifest says {shard.bytes}"
-            raise InputError(f"{manifest.folder} is a finished set, but {shard.file} {state}; remove the folder and "
-                             "build again")
+            state = (
+                "is missing"
+                if size is None
+                else f"has {size} bytes, its manifest says {shard.bytes}"
+            )
+            raise InputError(
+                f"{manifest.folder} is a finished set, but {shard.file} {state}; remove the folder and "
+                "build again"
+            )
 
 
 def _paths_inside(listing: Listing) -> dict[str, str]:
     """Each image's path inside its source, by key."""
     inside = functools.cache(lambda folder: os.path.relpath(folder, listing.root))
-    return {image.key: os.path.normpath(os.path.join(inside(folder), name))
-            for image in listing.images for folder, name in [os.path.split(image.path)]}
+    return {
+        image.key: os.path.normpath(os.path.join(inside(folder), name))
+        for image in listing.images
+        for folder, name in [os.path.split(image.path)]
+    }
 
 
 def _tasks(listing: Listing, inside: dict[str, str], options: BuildOptions) -> list[_Task]:
     stat_of = {image.key: image.path.stat() for image in listing.images}
     size_of = {key: stat.st_size for key, stat in stat_of.items()}
     classes = {entry.label: entry for entry in listing.classes}
-    plans = shard_plans(listing, size_of, target_bytes=int(options.shard_mib * 2**20), seed=options.seed)
+    plans = shard_plans(
+        listing, size_of, target_bytes=int(options.shard_mib * 2**20), seed=options.seed
+    )
     tasks = []
     for plan in plans:
         own = {image.label: classes[image.label] for image in plan.images}
         lines = [repr((_FORMAT, plan.file, options.encoding, *own.values()))]
         for image in plan.images:
-            lines.append(f"{_image_line(image, inside)}\t{size_of[image.key]}\t{stat_of[image.key].st_mtime_ns}")
-        tasks.append(_Task(plan=plan, paths=tuple(inside[image.key] for image in plan.images), classes=own,
-                           depends=_digest(lines), size=sum(size_of[image.key] for image in plan.images),
-                           tar_size=sum(tar_bytes(size_of[image.key]) for image in plan.images)))
+            lines.append(
+                f"{_image_line(image, inside)}\t{size_of[image.key]}\t{stat_of[image.key].st_mtime_ns}"
+            )
+        tasks.append(
+            _Task(
+                plan=plan,
+                paths=tuple(inside[image.key] for image in plan.images),
+                classes=own,
+                depends=_digest(lines),
+                size=sum(size_of[image.key] for image in plan.images),
+                tar_size=sum(tar_bytes(size_of[image.key]) for image in plan.images),
+            )
+        )
     return tasks
 
 
 def _image_line(image: SourceImage, inside: dict[str, str]) -> str:
-    return "\t".join((image.key, str(image.label), image.split, image.role, image.group, inside[image.key]))
+    return "\t".join(
+        (image.key, str(image.label), image.split, image.role, image.group, inside[image.key])
+    )
 
 
 def _listing_lines(listing: Listing, inside: dict[str, str]) -> Iterator[str]:
@@ -221,7 +284,9 @@ def _options_json(options: BuildOptions) -> dict[str, Any]:
 
 def _read_record(out: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What a build of this before has left in build.json; empty for a new folder. Raises InputError for another's."""
-    if not out.exists() or (out.is_dir() and all(_TEMPORARY.fullmatch(path.name) for path in out.iterdir())):
+    if not out.exists() or (
+        out.is_dir() and all(_TEMPORARY.fullmatch(path.name) for path in out.iterdir())
+    ):
         return {}
     try:
         existing = json.loads((out / RECORD).read_text(encoding="utf-8"))
@@ -231,11 +296,15 @@ def _read_record(out: Path, record: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"{out} is there and not from a build; give a new folder")
     for option, value in record["options"].items():
         if existing["options"].get(option) != value:
-            raise InputError(f"{out} is of a build with other options ({option} {existing['options'].get(option)}, "
-                             f"here {value}); give the same, or a new folder")
+            raise InputError(
+                f"{out} is of a build with other options ({option} {existing['options'].get(option)}, "
+                f"here {value}); give the same, or a new folder"
+            )
     if any(existing[key] != record[key] for key in ("name", "description", "listing")):
-        raise InputError(f"{out} is of a build from another listing ({existing['name']}: {existing['description']}); "
-                         "give a new folder")
+        raise InputError(
+            f"{out} is of a build from another listing ({existing['name']}: {existing['description']}); "
+            "give a new folder"
+        )
     return existing
 
 
@@ -258,8 +327,13 @@ def _read_finished(out: Path, task: _Task, *, skip_broken: bool) -> _Finished | 
         return None
     if any(kind == _UNREADABLE or not skip_broken for _, kind, _ in value["broken"]):
         return None
-    return _Finished(**{**value, "shard": Shard.from_json(value["shard"]),
-                        "broken": [tuple(entry) for entry in value["broken"]]})
+    return _Finished(
+        **{
+            **value,
+            "shard": Shard.from_json(value["shard"]),
+            "broken": [tuple(entry) for entry in value["broken"]],
+        }
+    )
 
 
 def _check_space(out: Path, waiting: list[_Task]) -> None:
@@ -267,8 +341,10 @@ def _check_space(out: Path, waiting: list[_Task]) -> None:
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
-        raise InputError(f"the shards need about {needed / 2**20:,.0f} MiB, and {there} has {free / 2**20:,.0f} MiB "
-                         "free; free some space or give another folder")
+        raise InputError(
+            f"the shards need about {needed / 2**20:,.0f} MiB, and {there} has {free / 2**20:,.0f} MiB "
+            "free; free some space or give another folder"
+        )
 
 
 @contextlib.contextmanager
@@ -319,10 +395,19 @@ def _make_shard(out: Path, encoding: Encoding, task: _Task, advance: Advance) ->
                 broken.append((path, error.kind, error.detail))
                 continue
             except MemoryError:
-                raise InputError(f"{image.path} needs more memory than there is; give the same command again with "
-                                 "fewer --workers: finished shards are kept") from None
+                raise InputError(
+                    f"{image.path} needs more memory than there is; give the same command again with "
+                    "fewer --workers: finished shards are kept"
+                ) from None
             treated[treatment] += 1
-            yield Sample(key=image.key, jpeg=jpeg, label=image.label, source=path, role=image.role, group=image.group)
+            yield Sample(
+                key=image.key,
+                jpeg=jpeg,
+                label=image.label,
+                source=path,
+                role=image.role,
+                group=image.group,
+            )
 
     shard = write_shard(out, task.plan.file, task.plan.split, samples(), task.classes)
     finished = _Finished(depends=task.depends, shard=shard, treated=dict(treated), broken=broken)
@@ -338,19 +423,26 @@ def _read(path: Path) -> bytes:
 
 
 def _told(broken: list[_Broken], path: Path, *, images: int) -> str:
-    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(Counter(kind for _, kind, _ in broken).items()))
+    kinds = ", ".join(
+        f"{number} {kind}"
+        for kind, number in sorted(Counter(kind for _, kind, _ in broken).items())
+    )
     named = ", ".join(f"{file} ({kind})" for file, kind, _ in broken[:_TOLD])
     more = f" and {len(broken) - _TOLD} more" if len(broken) > _TOLD else ""
-    return (f"{len(broken)} of {images} images are broken ({kinds}): {named}{more}; all are in {path}; add "
-            "--skip-broken to leave them out, or repair them: finished shards are kept (to delete them would change "
-            "the listing, which takes a new folder)")
+    return (
+        f"{len(broken)} of {images} images are broken ({kinds}): {named}{more}; all are in {path}; add "
+        "--skip-broken to leave them out, or repair them: finished shards are kept (to delete them would change "
+        "the listing, which takes a new folder)"
+    )
 
 
 def _write_broken(path: Path, broken: list[_Broken]) -> None:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("path", "reason"))
-    writer.writerows((file, f"{kind} ({detail})" if detail else kind) for file, kind, detail in broken)
+    writer.writerows(
+        (file, f"{kind} ({detail})" if detail else kind) for file, kind, detail in broken
+    )
     write_atomic(path, table.getvalue())
 
 
@@ -360,15 +452,24 @@ def _complete(listing: Listing, out: Path, done: list[_Finished], broken: list[_
     keys = {key for shard in shards for key in shard.keys}
     labels = {label for shard in shards for label in shard.labels}
     if not keys:
-        raise InputError(f"no image of {listing.name} is whole: there is nothing to build; unpack the download again")
+        raise InputError(
+            f"no image of {listing.name} is whole: there is nothing to build; unpack the download again"
+        )
     for one in done:
         if not one.shard.keys:
             (out / one.shard.file).unlink(missing_ok=True)
-    subsets = {name: tuple(key for key in members if key in keys) for name, members in listing.subsets.items()}
+    subsets = {
+        name: tuple(key for key in members if key in keys)
+        for name, members in listing.subsets.items()
+    }
     manifest = Manifest(
-        name=listing.name, description=listing.description,
-        classes=tuple(entry for entry in listing.classes if entry.label in labels), shards=shards, folder=out,
-        subsets={name: members for name, members in subsets.items() if members})
+        name=listing.name,
+        description=listing.description,
+        classes=tuple(entry for entry in listing.classes if entry.label in labels),
+        shards=shards,
+        folder=out,
+        subsets={name: members for name, members in subsets.items() if members},
+    )
     (out / BROKEN).unlink(missing_ok=True)
     if broken:
         _write_broken(out / SKIPPED, broken)
@@ -378,6 +479,10 @@ def _complete(listing: Listing, out: Path, done: list[_Finished], broken: list[_
     treated: Counter[str] = Counter()
     for one in done:
         treated.update(one.treated)
-    return Built(manifest=manifest, treated=dict(sorted(treated.items())),
-                 skipped=dict(sorted(Counter(kind for _, kind, _ in broken).items())),
-                 lost=tuple(entry.name for entry in listing.classes if entry.label not in labels), was_there=False)
+    return Built(
+        manifest=manifest,
+        treated=dict(sorted(treated.items())),
+        skipped=dict(sorted(Counter(kind for _, kind, _ in broken).items())),
+        lost=tuple(entry.name for entry in listing.classes if entry.label not in labels),
+        was_there=False,
+    )

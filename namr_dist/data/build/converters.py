@@ -12,8 +12,13 @@ from namr_dist.data.build.listing import Listing
 from namr_dist.errors import InputError
 
 CONVERTERS: dict[str, Callable[[Path], Listing]] = {
-    "sop": sop.read, "inshop": inshop.read, "cub": cub.read, "cars": cars.read, "vehicleid": vehicleid.read,
-    "folder": folder.read}
+    "sop": sop.read,
+    "inshop": inshop.read,
+    "cub": cub.read,
+    "cars": cars.read,
+    "vehicleid": vehicleid.read,
+    "folder": folder.read,
+}
 
 
 def read_source(name: str, source: Path, *, highres: bool = False) -> Listing:
@@ -28,15 +33,21 @@ def read_source(name: str, source: Path, *, highres: bool = False) -> Listing:
     if name in CONVERTERS:
         return CONVERTERS[name](source)
     if not named_code.is_named_code(name):
-        raise InputError(f"FORMAT is {name!r}; known are {', '.join(CONVERTERS)}, or module:NAME for a converter of "
-                         "your own")
+        raise InputError(
+            f"FORMAT is {name!r}; known are {', '.join(CONVERTERS)}, or module:NAME for a converter of "
+            "your own"
+        )
     converter: Any = named_code.load(name, use="FORMAT")
     if not callable(converter):
-        raise InputError(f"FORMAT {name} is no function ({type(converter).__name__}); name one that takes the source's "
-                         "path and returns a Listing (namr_dist.data.build.listing)")
+        raise InputError(
+            f"FORMAT {name} is no function ({type(converter).__name__}); name one that takes the source's "
+            "path and returns a Listing (namr_dist.data.build.listing)"
+        )
     listing = converter(source)
     if not isinstance(listing, Listing):
-        raise InputError(f"FORMAT {name} returned {type(listing).__name__}; let it return a Listing "
-                         "(namr_dist.data.build.listing)")
+        raise InputError(
+            f"FORMAT {name} returned {type(listing).__name__}; let it return a Listing "
+            "(namr_dist.data.build.listing)"
+        )
     listing.check()  # the package's own converters have done so
     return listing

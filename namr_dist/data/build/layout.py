@@ -1,5 +1,4 @@
-"""Which class of a new shard set is for validation, and which goes into which shard. Pure functions; no file is opened.
-"""
+"""Which class of a new shard set is for validation, and which goes into which shard. Pure functions; no file is opened."""
 
 from __future__ import annotations
 
@@ -41,22 +40,33 @@ def with_validation(listing: Listing, *, share: float, seed: int) -> Listing:
     if not share:
         return listing
     if any(entry.split == "val" for entry in listing.classes):
-        raise InputError(f"--validation is {share}, but {listing.name} has a split val of its own; leave it out")
+        raise InputError(
+            f"--validation is {share}, but {listing.name} has a split val of its own; leave it out"
+        )
     labels = sorted(entry.label for entry in listing.classes if entry.split == "train")
     number = round(share * len(labels))
     if not 0 < number < len(labels):
-        raise InputError(f"--validation is {share}, which is {number} of {len(labels)} training classes; give a share "
-                         "that leaves at least one class on either side")
+        raise InputError(
+            f"--validation is {share}, which is {number} of {len(labels)} training classes; give a share "
+            "that leaves at least one class on either side"
+        )
     drawn = set(_shuffled(labels, [_VALIDATION_STREAM, seed])[:number])
     return dataclasses.replace(
         listing,
-        classes=tuple(dataclasses.replace(entry, split="val") if entry.label in drawn else entry
-                      for entry in listing.classes),
-        images=tuple(dataclasses.replace(image, split="val") if image.label in drawn else image
-                     for image in listing.images))
+        classes=tuple(
+            dataclasses.replace(entry, split="val") if entry.label in drawn else entry
+            for entry in listing.classes
+        ),
+        images=tuple(
+            dataclasses.replace(image, split="val") if image.label in drawn else image
+            for image in listing.images
+        ),
+    )
 
 
-def shard_plans(listing: Listing, size_of: dict[str, int], *, target_bytes: int, seed: int) -> list[ShardPlan]:
+def shard_plans(
+    listing: Listing, size_of: dict[str, int], *, target_bytes: int, seed: int
+) -> list[ShardPlan]:
     """Every split in shards of much the same size, about `target_bytes` or less, its classes shuffled by the seed.
 
     size_of: bytes of each image's file by its key. A class's images lie together in one shard, in the listing's order.
@@ -66,15 +76,25 @@ def shard_plans(listing: Listing, size_of: dict[str, int], *, target_bytes: int,
         by_class.setdefault(image.label, []).append(image)
     plans = []
     for split in sorted({entry.split for entry in listing.classes}, key=_SPLITS.index):
-        labels = _shuffled(sorted(entry.label for entry in listing.classes if entry.split == split),
-                           [_SHARD_STREAM, seed])
-        bytes_C = np.asarray([sum(tar_bytes(size_of[image.key]) for image in by_class[label]) for label in labels])
+        labels = _shuffled(
+            sorted(entry.label for entry in listing.classes if entry.split == split),
+            [_SHARD_STREAM, seed],
+        )
+        bytes_C = np.asarray(
+            [sum(tar_bytes(size_of[image.key]) for image in by_class[label]) for label in labels]
+        )
         count = -(-int(bytes_C.sum()) // target_bytes)
         # The shard in which the middle of a class falls, were the split one run of bytes cut into equal parts.
         shard_C = ((bytes_C.cumsum() - bytes_C / 2) * count // bytes_C.sum()).astype(int)
         for number, shard in enumerate(np.unique(shard_C)):
-            images = [image for position in np.flatnonzero(shard_C == shard) for image in by_class[labels[position]]]
-            plans.append(ShardPlan(file=f"{split}-{number:06d}.tar", split=split, images=tuple(images)))
+            images = [
+                image
+                for position in np.flatnonzero(shard_C == shard)
+                for image in by_class[labels[position]]
+            ]
+            plans.append(
+                ShardPlan(file=f"{split}-{number:06d}.tar", split=split, images=tuple(images))
+            )
     return plans
 
 

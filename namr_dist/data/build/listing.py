@@ -69,8 +69,11 @@ class Listing:
     def differences(self) -> list[str]:
         """A line for each count that is not as expected, with both numbers."""
         counts = self.counts()
-        return [f"{name}: {counts.get(name, 0):,} found, {number:,} expected"
-                for name, number in self.expected.items() if counts.get(name, 0) != number]
+        return [
+            f"{name}: {counts.get(name, 0):,} found, {number:,} expected"
+            for name, number in self.expected.items()
+            if counts.get(name, 0) != number
+        ]
 
     def check(self) -> None:
         """Raise InputError for contradictions: no image, a class in two splits or in none, a key that is there twice or
@@ -79,24 +82,38 @@ class Listing:
         The first ten missing files are named, and their number.
         """
         if not self.images:
-            raise InputError(f"{self.name}: no image is listed; give the folder that the download unpacks into")
+            raise InputError(
+                f"{self.name}: no image is listed; give the folder that the download unpacks into"
+            )
         split_of = {entry.label: entry.split for entry in self.classes}
-        twice = [key for key, number in Counter(image.key for image in self.images).items() if number > 1]
+        twice = [
+            key for key, number in Counter(image.key for image in self.images).items() if number > 1
+        ]
         if twice:
-            raise InputError(f"{self.name}: {len(twice)} images share a name, the first {twice[0]!r}; each file may be "
-                             "listed once")
+            raise InputError(
+                f"{self.name}: {len(twice)} images share a name, the first {twice[0]!r}; each file may be "
+                "listed once"
+            )
         for image in self.images:
             if {".", "/"} & set(image.key) or not image.key:
-                raise InputError(f"{self.name}: the key {image.key!r} of {image.path} is empty or holds a dot or a "
-                                 "slash, at which readers of tars cut names; make it of other letters")
+                raise InputError(
+                    f"{self.name}: the key {image.key!r} of {image.path} is empty or holds a dot or a "
+                    "slash, at which readers of tars cut names; make it of other letters"
+                )
             if image.role not in ROLES:
-                raise InputError(f"{self.name}: {image.path} has the role {image.role!r}; give it one of "
-                                 f"{', '.join(map(repr, ROLES))}")
+                raise InputError(
+                    f"{self.name}: {image.path} has the role {image.role!r}; give it one of "
+                    f"{', '.join(map(repr, ROLES))}"
+                )
             if split_of.get(image.label) != image.split:
-                raise InputError(f"{self.name}: {image.path} is of split {image.split!r}, but its class {image.label} "
-                                 f"is of {split_of.get(image.label)!r}; splits may share no class")
+                raise InputError(
+                    f"{self.name}: {image.path} is of split {image.split!r}, but its class {image.label} "
+                    f"is of {split_of.get(image.label)!r}; splits may share no class"
+                )
         missing = [str(image.path) for image in self.images if not image.path.is_file()]
         if missing:
             more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            raise InputError(f"{self.name}: {len(missing)} of {len(self.images)} listed images are missing: "
-                             f"{', '.join(missing[:10])}{more}; check the paths, or unpack the download again")
+            raise InputError(
+                f"{self.name}: {len(missing)} of {len(self.images)} listed images are missing: "
+                f"{', '.join(missing[:10])}{more}; check the paths, or unpack the download again"
+            )

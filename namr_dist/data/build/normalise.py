@@ -73,8 +73,12 @@ def as_shard_jpeg(data: bytes, encoding: Encoding) -> tuple[bytes, Treatment]:
     except BrokenImageError:
         raise
     except ValueError as error:
-        image = _open_with_pillow(data)  # which, like viewers, shows grey without a word where data is lost
-        if not (_is_sound(_with_plain_header(data)) or _is_sound(_without_stray_end(data, str(error)))):
+        image = _open_with_pillow(
+            data
+        )  # which, like viewers, shows grey without a word where data is lost
+        if not (
+            _is_sound(_with_plain_header(data)) or _is_sound(_without_stray_end(data, str(error)))
+        ):
             raise BrokenImageError("damaged", str(error)) from None
         return _encode(image, "repaired", encoding)
     if pixels.shape[2] == 4:
@@ -137,7 +141,9 @@ def _without_stray_end(jpeg: bytes, said: str) -> bytes:
     """
     match = _STRAY_END.search(said)
     at = next((start for code, start, _ in _segments(jpeg) if code == _END), 0)
-    return jpeg[: at - int(match[1])] + jpeg[at:] if match and int(match[1]) <= _MOST_STRAY else jpeg
+    return (
+        jpeg[: at - int(match[1])] + jpeg[at:] if match and int(match[1]) <= _MOST_STRAY else jpeg
+    )
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
@@ -181,36 +187,50 @@ def _open_with_pillow(data: bytes) -> Image.Image:
         raise
     except UnidentifiedImageError:
         known = data.startswith((b"\xff\xd8", b"\x89PNG"))
-        raise BrokenImageError("damaged" if known else "not an image",
-                               f"cannot be read as {', '.join(_FORMATS)}") from None
+        raise BrokenImageError(
+            "damaged" if known else "not an image", f"cannot be read as {', '.join(_FORMATS)}"
+        ) from None
     except Image.DecompressionBombError as error:
         raise BrokenImageError("too large", str(error)) from None
     except Exception as error:  # damaged files raise whatever Pillow's parsers run into
-        raise BrokenImageError("truncated" if "truncated" in str(error).lower() else "damaged", str(error)) from None
+        raise BrokenImageError(
+            "truncated" if "truncated" in str(error).lower() else "damaged", str(error)
+        ) from None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     """On white where it was transparent."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _encode(image: Image.Image, treatment: Treatment, encoding: Encoding) -> tuple[bytes, Treatment]:
+def _encode(
+    image: Image.Image, treatment: Treatment, encoding: Encoding
+) -> tuple[bytes, Treatment]:
     image = _as_rgb(image)
     width, height = image.size
     size = encoding.size
     if size is not None and min(width, height) > size:
         scale = size / min(width, height)
-        image = image.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS,
-                             reducing_gap=3.0)
+        image = image.resize(
+            (round(width * scale), round(height * scale)),
+            Image.Resampling.LANCZOS,
+            reducing_gap=3.0,
+        )
         treatment = "shrunk"
     if max(image.size) > _MOST_SIDE:
-        raise BrokenImageError("too large", f"{width} × {height} pixels: a JPEG has {_MOST_SIDE} at most on a side")
-    jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=encoding.quality, colorsubsampling="444")
+        raise BrokenImageError(
+            "too large", f"{width} × {height} pixels: a JPEG has {_MOST_SIDE} at most on a side"
+        )
+    jpeg = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(image), quality=encoding.quality, colorsubsampling="444"
+    )
     return jpeg, treatment
 
 

@@ -22,8 +22,12 @@ class BuildProgress:
         self._console = Console(file=sys.stderr)
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(),
-                                 TextColumn("{task.fields[note]}"), console=self._console)
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
             self._task = self._bar.add_task(name, total=size, note="")
         self._began = self._told = time.perf_counter()
 
@@ -32,8 +36,12 @@ class BuildProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar:
             self._tell()
             self._bar.stop()
@@ -55,4 +63,6 @@ class BuildProgress:
         if self._bar:
             self._bar.update(self._task, completed=self._done_size, note=note)
         else:
-            self._console.print(f"{self._name}  {note}", highlight=False, markup=False, soft_wrap=True)
+            self._console.print(
+                f"{self._name}  {note}", highlight=False, markup=False, soft_wrap=True
+            )

@@ -18,8 +18,13 @@ Advance = Callable[[int, int], None]
 """Called with the images and bytes that have been read since the last call."""
 
 
-def run_tasks(work: Callable[[Task, Advance], Result], tasks: Sequence[Task], *, workers: int,
-              advance: Advance) -> Iterator[Result]:
+def run_tasks(
+    work: Callable[[Task, Advance], Result],
+    tasks: Sequence[Task],
+    *,
+    workers: int,
+    advance: Advance,
+) -> Iterator[Result]:
     """The result of `work` for each task, in the order in which they are ready; one worker is this process itself.
 
     `work`, tasks and results are pickled. What `work` raises is raised here, and InputError if a process ends. All
@@ -70,10 +75,18 @@ def _alive(process: BaseProcess) -> Iterator[None]:
         process.join()
         code = process.exitcode or 0
         if code == -signal.SIGKILL:
-            raise InputError("a worker process was killed, most likely for want of memory; give the same command again "
-                             "with fewer --workers: finished shards are kept") from None
-        end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise InputError(f"a worker process {end}; give the same command again: finished shards are kept") from None
+            raise InputError(
+                "a worker process was killed, most likely for want of memory; give the same command again "
+                "with fewer --workers: finished shards are kept"
+            ) from None
+        end = (
+            f"was ended by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
+        raise InputError(
+            f"a worker process {end}; give the same command again: finished shards are kept"
+        ) from None
 
 
 def _start(work: Callable[[Any, Advance], Any]) -> tuple[Connection, BaseProcess]:
@@ -96,7 +109,10 @@ def _serve(pipe: Connection, work: Callable[[Any, Advance], Any]) -> None:
         while True:
             task = pipe.recv()
             try:
-                answer = ("done", work(task, lambda images, size: pipe.send(("advance", (images, size)))))
+                answer = (
+                    "done",
+                    work(task, lambda images, size: pipe.send(("advance", (images, size)))),
+                )
             except ConnectionError:
                 raise
             except Exception as error:

@@ -40,7 +40,16 @@ class View:
         Powers of two alone: for shares such as 7/8, a JPEG decoder takes longer than for the whole image.
         """
         left, top, right, bottom = self.box
-        return max([1, *(factor for factor in (2, 4, 8) if factor * self.size <= min(right - left, bottom - top))])
+        return max(
+            [
+                1,
+                *(
+                    factor
+                    for factor in (2, 4, 8)
+                    if factor * self.size <= min(right - left, bottom - top)
+                ),
+            ]
+        )
 
     def render(self, image_HW3: np.ndarray, *, shrink: int = 1) -> np.ndarray:
         """The picture, uint8 (size, size, 3), of an image whose sides were divided by `shrink`.
@@ -48,9 +57,13 @@ class View:
         By Pillow's bicubic, which a user of a trained network has, too.
         """
         left, top, right, bottom = self.box
-        return np.asarray(Image.fromarray(image_HW3).resize(
-            (self.size, self.size), Image.Resampling.BICUBIC,
-            box=(left / shrink, top / shrink, right / shrink, bottom / shrink)))
+        return np.asarray(
+            Image.fromarray(image_HW3).resize(
+                (self.size, self.size),
+                Image.Resampling.BICUBIC,
+                box=(left / shrink, top / shrink, right / shrink, bottom / shrink),
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +83,14 @@ class TrainView(View):
         left, right = _whole_pixels(self.box[0] / shrink, self.box[2] / shrink, width)
         top, bottom = _whole_pixels(self.box[1] / shrink, self.box[3] / shrink, height)
         part_hw3 = torch.from_numpy(image_HW3[top:bottom, left:right].copy())
-        picture_3SS = interpolate(part_hw3.permute(2, 0, 1)[None], (self.size, self.size), mode="bicubic",
-                                  antialias=True)[0]
+        picture_3SS = interpolate(
+            part_hw3.permute(2, 0, 1)[None], (self.size, self.size), mode="bicubic", antialias=True
+        )[0]
         picture_3SS = self._jittered(picture_3SS)
         # Stacked, not transposed: that takes a third of the time (tools/resize_time.py).
-        return torch.stack(tuple(picture_3SS.flip(2) if self.mirrored else picture_3SS), dim=-1).numpy()
+        return torch.stack(
+            tuple(picture_3SS.flip(2) if self.mirrored else picture_3SS), dim=-1
+        ).numpy()
 
     def _jittered(self, picture_3SS: Tensor) -> Tensor:
         if self.brightness == self.contrast == self.saturation == 1:
@@ -88,8 +104,16 @@ class TrainView(View):
         offset = (1 - self.contrast) * mean_grey * self.brightness
         red_SS, green_SS, blue_SS = colour_3SS
         grey_SS = red_SS * 77 + green_SS * 150 + blue_SS * 29  # _LUMA in 1/256
-        grey_SS.mul_(round(shared * 256)).add_(round(offset * 65536) + 32768)  # a half, to round to the nearest
-        return colour_3SS.mul_(round(own * 65536)).add_(grey_SS).bitwise_right_shift_(16).clamp_(0, 255).to(torch.uint8)
+        grey_SS.mul_(round(shared * 256)).add_(
+            round(offset * 65536) + 32768
+        )  # a half, to round to the nearest
+        return (
+            colour_3SS.mul_(round(own * 65536))
+            .add_(grey_SS)
+            .bitwise_right_shift_(16)
+            .clamp_(0, 255)
+            .to(torch.uint8)
+        )
 
 
 def _whole_pixels(low: float, high: float, size: int) -> tuple[int, int]:
@@ -117,8 +141,15 @@ class TrainTransform:
     @classmethod
     def configured(cls, data: DataConfig, *, size: int) -> TrainTransform:
         """What a configuration asks for, at any size."""
-        return cls(size=size, crop_scale=data.crop_scale, crop_ratio=data.crop_ratio, flip=data.flip,
-                   brightness=data.brightness, contrast=data.contrast, saturation=data.saturation)
+        return cls(
+            size=size,
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            flip=data.flip,
+            brightness=data.brightness,
+            contrast=data.contrast,
+            saturation=data.saturation,
+        )
 
     def __call__(self, image_HW3: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns uint8 (size, size, 3)."""
@@ -128,11 +159,14 @@ class TrainTransform:
     def view(self, height: int, width: int, rng: np.random.Generator) -> TrainView:
         """Draw a view of an image of so many pixels."""
         # Arguments are drawn in the order they stand in: another order would be other images from the same seed.
-        return TrainView(size=self.size, box=self._crop_box(height, width, rng),
-                         mirrored=self.flip and rng.random() < 0.5,
-                         brightness=rng.uniform(1 - self.brightness, 1 + self.brightness),
-                         contrast=rng.uniform(1 - self.contrast, 1 + self.contrast),
-                         saturation=rng.uniform(1 - self.saturation, 1 + self.saturation))
+        return TrainView(
+            size=self.size,
+            box=self._crop_box(height, width, rng),
+            mirrored=self.flip and rng.random() < 0.5,
+            brightness=rng.uniform(1 - self.brightness, 1 + self.brightness),
+            contrast=rng.uniform(1 - self.contrast, 1 + self.contrast),
+            saturation=rng.uniform(1 - self.saturation, 1 + self.saturation),
+        )
 
     def _crop_box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         low, high = math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])
@@ -164,7 +198,9 @@ class TestTransform:
 
     def view(self, height: int, width: int) -> View:
         """The view of an image of so many pixels."""
-        return View(size=self.size, box=_middle_square(height, width, min(height, width) * self.crop_share))
+        return View(
+            size=self.size, box=_middle_square(height, width, min(height, width) * self.crop_share)
+        )
 
 
 def _middle_square(height: int, width: int, side: float) -> Box:

@@ -27,8 +27,13 @@ class FolderImages(ImageSource):
         self._folder = folder
         self._transform = transform
         self.side = transform.size
-        self.names = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
-                                  if path.suffix.lower() in ENDINGS and path.is_file()))
+        self.names = tuple(
+            sorted(
+                str(path.relative_to(folder))
+                for path in folder.rglob("*")
+                if path.suffix.lower() in ENDINGS and path.is_file()
+            )
+        )
         if not self.names:
             raise InputError(f"{folder} holds no image ({', '.join(ENDINGS)})")
 
@@ -42,11 +47,16 @@ class FolderImages(ImageSource):
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
         positions = [position for position, _ in items]
         try:
-            images = np.stack([self._image(self._folder / self.names[position]) for position in positions])
+            images = np.stack(
+                [self._image(self._folder / self.names[position]) for position in positions]
+            )
         except InputError as error:
             return error
-        return Batch(images_bHW3=torch.from_numpy(images), labels_b=torch.full((len(positions),), -1),
-                     index_b=torch.tensor(positions))
+        return Batch(
+            images_bHW3=torch.from_numpy(images),
+            labels_b=torch.full((len(positions),), -1),
+            index_b=torch.tensor(positions),
+        )
 
     def _image(self, path: Path) -> np.ndarray:
         try:
@@ -54,4 +64,6 @@ class FolderImages(ImageSource):
         except BrokenImageError as error:
             raise InputError(f"{path} cannot be decoded ({error}); repair or remove it") from None
         except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); repair or remove it") from None
+            raise InputError(
+                f"{path} cannot be read ({error.strerror}); repair or remove it"
+            ) from None

@@ -96,14 +96,19 @@ def epoch_plan(index: SplitIndex, sampling: Sampling, *, seed: int, epoch: int) 
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_PLAN_STREAM, seed, epoch])))
     # Sorting by (class, random) puts each class's images in a run of their own, shuffled within.
     random_N = rng.random(len(index))
-    order_N = np.lexsort((random_N, _turn_in_group(index, random_N), index.label_N)) if sampling.across_groups \
+    order_N = (
+        np.lexsort((random_N, _turn_in_group(index, random_N), index.label_N))
+        if sampling.across_groups
         else np.lexsort((random_N, index.label_N))
+    )
     _, first_C, count_C = np.unique(index.label_N[order_N], return_index=True, return_counts=True)
     steps = steps_per_epoch(index, sampling)
     chosen_SP = _chosen(index, sampling, steps, rng)
     # A class that comes again goes on with its next images.
     turn_V = _occurrence(chosen_SP.reshape(-1)) if sampling.sampling == "proportional" else 0
-    start_SP1 = np.broadcast_to(turn_V * sampling.distinct, chosen_SP.size).reshape(*chosen_SP.shape, 1)
+    start_SP1 = np.broadcast_to(turn_V * sampling.distinct, chosen_SP.size).reshape(
+        *chosen_SP.shape, 1
+    )
     chosen_SP1 = chosen_SP[..., None]
     slot_K = np.arange(sampling.images_per_class) // sampling.views
     plan_SPK = order_N[first_C[chosen_SP1] + (start_SP1 + slot_K) % count_C[chosen_SP1]]
@@ -118,7 +123,9 @@ def rank_part(batch_PK: np.ndarray, *, rank: int, world_size: int) -> np.ndarray
 
 def augment_seed(*, seed: int, step: int, slot: int) -> int:
     """Seed of one image's augmentation: its position in the run decides, so no worker or rank count shows."""
-    return int(np.random.SeedSequence([_AUGMENT_STREAM, seed, step, slot]).generate_state(1, np.uint64)[0])
+    return int(
+        np.random.SeedSequence([_AUGMENT_STREAM, seed, step, slot]).generate_state(1, np.uint64)[0]
+    )
 
 
 def _visits(index: SplitIndex, sampling: Sampling) -> np.ndarray:
@@ -130,7 +137,9 @@ def _visits(index: SplitIndex, sampling: Sampling) -> np.ndarray:
     return np.maximum(1, (2 * counts_C + sampling.distinct) // (2 * sampling.distinct))
 
 
-def _chosen(index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator) -> np.ndarray:
+def _chosen(
+    index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator
+) -> np.ndarray:
     """int64 (S, P): the classes of each batch, by their position among the sorted labels; distinct in a batch."""
     per_batch = sampling.classes_per_batch
     visits_C = np.minimum(_visits(index, sampling), steps)
@@ -165,7 +174,9 @@ def _classes_by_stretch(index: SplitIndex, rng: np.random.Generator) -> np.ndarr
     return in_tar_order_C[np.lexsort((position_C, rng.permutation(2 * len(shards))[stretch_C]))]
 
 
-def _by_category(index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator) -> np.ndarray:
+def _by_category(
+    index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator
+) -> np.ndarray:
     """Classes of a category in groups of P / G, and G groups to a batch; a category's last classes, too few for a
     group, make groups with those of others."""
     group = sampling.classes_per_batch // sampling.categories_per_batch
@@ -182,10 +193,14 @@ def _by_category(index: SplitIndex, sampling: Sampling, steps: int, rng: np.rand
     together_C = by_category_C[np.argsort(left_over_C, kind="stable")]
     groups = len(first_C) // group
     grouped = together_C[: groups * group].reshape(groups, group)
-    return rng.permutation(grouped)[: steps * sampling.categories_per_batch].reshape(steps, sampling.classes_per_batch)
+    return rng.permutation(grouped)[: steps * sampling.categories_per_batch].reshape(
+        steps, sampling.classes_per_batch
+    )
 
 
-def _spread(visits_C: np.ndarray, steps: int, per_batch: int, rng: np.random.Generator) -> np.ndarray:
+def _spread(
+    visits_C: np.ndarray, steps: int, per_batch: int, rng: np.random.Generator
+) -> np.ndarray:
     """Each class in as many batches as it has visits, at random, yet evenly over the epoch. Needs visits ≤ S."""
     class_V = np.repeat(np.arange(len(visits_C)), visits_C)
     # One visit in each of as many equal parts of the epoch.
@@ -211,10 +226,14 @@ def _spread(visits_C: np.ndarray, steps: int, per_batch: int, rng: np.random.Gen
             waiting = still
     for step in range(number, steps):
         _fill(batches, step, waiting, per_batch, rng)
-    return np.array([rng.permutation(sorted(batch)) for batch in batches], np.int64).reshape(steps, per_batch)
+    return np.array([rng.permutation(sorted(batch)) for batch in batches], np.int64).reshape(
+        steps, per_batch
+    )
 
 
-def _fill(batches: list[set[int]], step: int, waiting: list[int], per_batch: int, rng: np.random.Generator) -> None:
+def _fill(
+    batches: list[set[int]], step: int, waiting: list[int], per_batch: int, rng: np.random.Generator
+) -> None:
     """Fill a batch at the end of the epoch from the visits that are left, by exchange with others where it has them.
 
     Some batch without the class has another that this one lacks: the class stands in fewer than S, and that batch
@@ -250,7 +269,9 @@ def _occurrence(values_N: np.ndarray) -> np.ndarray:
     order_N = np.argsort(values_N, kind="stable")
     in_order_N = values_N[order_N]
     starts_N = np.r_[True, in_order_N[1:] != in_order_N[:-1]]
-    since_N = np.arange(len(values_N)) - np.maximum.accumulate(np.where(starts_N, np.arange(len(values_N)), 0))
+    since_N = np.arange(len(values_N)) - np.maximum.accumulate(
+        np.where(starts_N, np.arange(len(values_N)), 0)
+    )
     before_N = np.empty(len(values_N), np.int64)
     before_N[order_N] = since_N
     return before_N

@@ -34,15 +34,19 @@ def training_images(manifest: Manifest, data: DataConfig, *, seed: int) -> Split
         first_C = np.r_[0, np.cumsum(count_C)[:-1]]
         keep_N[order_N] &= np.arange(len(index)) - first_C[class_N[order_N]] < data.most_images
     if not keep_N.any():
-        raise InputError(f"no image of {', '.join(data.train_splits)} in {manifest.folder} is left by data.categories, "
-                         f"data.class_list and data.least_images ({data.least_images}); loosen one")
+        raise InputError(
+            f"no image of {', '.join(data.train_splits)} in {manifest.folder} is left by data.categories, "
+            f"data.class_list and data.least_images ({data.least_images}); loosen one"
+        )
     return index if keep_N.all() else index.only(np.flatnonzero(keep_N))
 
 
 def _category(manifest: Manifest, name: str) -> int:
     if name not in manifest.categories:
-        raise InputError(f"data.categories names {name!r}; {manifest.folder} has "
-                         f"{', '.join(filter(None, manifest.categories)) or 'no super-classes'}")
+        raise InputError(
+            f"data.categories names {name!r}; {manifest.folder} has "
+            f"{', '.join(filter(None, manifest.categories)) or 'no super-classes'}"
+        )
     return manifest.categories.index(name)
 
 
@@ -50,8 +54,9 @@ def _listed_labels(manifest: Manifest, path: Path) -> list[int]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.class_list {path} cannot be read ({error}); give a text file with a class a line"
-                         ) from None
+        raise InputError(
+            f"data.class_list {path} cannot be read ({error}); give a text file with a class a line"
+        ) from None
     labels_of: dict[str, set[int]] = {}
     for entry in manifest.classes:
         labels_of.setdefault(entry.name, set()).add(entry.label)
@@ -63,10 +68,14 @@ def _listed_labels(manifest: Manifest, path: Path) -> list[int]:
             continue
         labels = sorted(labels_of.get(word, ()))
         if not labels:
-            raise InputError(f"{path}, line {number}: {manifest.folder} has no class {word!r}; give a name or a label "
-                             "of its manifest")
+            raise InputError(
+                f"{path}, line {number}: {manifest.folder} has no class {word!r}; give a name or a label "
+                "of its manifest"
+            )
         if len(labels) > 1:
-            raise InputError(f"{path}, line {number}: {word!r} is a name or a label of classes {labels[0]} and "
-                             f"{labels[1]} of {manifest.folder}; give another word for the one that is meant")
+            raise InputError(
+                f"{path}, line {number}: {word!r} is a name or a label of classes {labels[0]} and "
+                f"{labels[1]} of {manifest.folder}; give another word for the one that is meant"
+            )
         chosen += labels
     return chosen

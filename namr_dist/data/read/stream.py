@@ -88,8 +88,14 @@ class ShardImages(ImageSource):
     another than the manifest says shows only in the shard's SHA-256.
     """
 
-    def __init__(self, manifest: Manifest, index: SplitIndex, transform: TrainTransform | TestTransform, *,
-                 damaged: Literal["stop", "replace"] = "stop") -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        index: SplitIndex,
+        transform: TrainTransform | TestTransform,
+        *,
+        damaged: Literal["stop", "replace"] = "stop",
+    ) -> None:
         self._manifest = manifest
         self._index = index
         self._transform = transform
@@ -114,10 +120,14 @@ class ShardImages(ImageSource):
                 file.seek(int(self._index.offset_N[position]))
                 jpeg = file.read(length)
         except OSError as error:
-            raise InputError(f"shard {self._named(shard)} cannot be read ({error.strerror}); copy it again") from None
+            raise InputError(
+                f"shard {self._named(shard)} cannot be read ({error.strerror}); copy it again"
+            ) from None
         if size != shard.bytes or len(jpeg) != length:
-            raise InputError(f"shard {self._named(shard)} has {size} bytes, its manifest says {shard.bytes}; copy it "
-                             "again")
+            raise InputError(
+                f"shard {self._named(shard)} has {size} bytes, its manifest says {shard.bytes}; copy it "
+                "again"
+            )
         return jpeg
 
     def _shard(self, position: int) -> Shard:
@@ -125,8 +135,11 @@ class ShardImages(ImageSource):
 
     def _named(self, shard: Shard) -> str:
         # A cache gives its files names of its own.
-        return f"{shard.file} of {self._manifest.name}" if self._manifest.source \
+        return (
+            f"{shard.file} of {self._manifest.name}"
+            if self._manifest.source
             else str(self._manifest.folder / shard.file)
+        )
 
     def _open(self, shard: Shard) -> BinaryIO:
         try:
@@ -142,8 +155,11 @@ class ShardImages(ImageSource):
         jpeg = self.jpeg(position)
         height, width = jpeg_size(jpeg, where)
         # What is to be seen is drawn before the image is decoded: that tells how far the decoder may shrink it.
-        view = (self._transform.view(height, width, np.random.Generator(np.random.Philox(seed)))
-                if isinstance(self._transform, TrainTransform) else self._transform.view(height, width))
+        view = (
+            self._transform.view(height, width, np.random.Generator(np.random.Philox(seed)))
+            if isinstance(self._transform, TrainTransform)
+            else self._transform.view(height, width)
+        )
         return view.render(decode_rgb(jpeg, where, shrink=view.shrink), shrink=view.shrink)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
@@ -153,11 +169,16 @@ class ShardImages(ImageSource):
         except InputError as error:
             return error
         positions = np.array([position for position, _ in shown], np.int64)
-        return Batch(images_bHW3=torch.from_numpy(np.stack([image for _, image in shown])),
-                     labels_b=torch.from_numpy(self._class_N[positions]), index_b=torch.from_numpy(positions),
-                     replaced=tuple(replaced))
+        return Batch(
+            images_bHW3=torch.from_numpy(np.stack([image for _, image in shown])),
+            labels_b=torch.from_numpy(self._class_N[positions]),
+            index_b=torch.from_numpy(positions),
+            replaced=tuple(replaced),
+        )
 
-    def _image_or_next(self, position: int, seed: int, replaced: list[str]) -> tuple[int, np.ndarray]:
+    def _image_or_next(
+        self, position: int, seed: int, replaced: list[str]
+    ) -> tuple[int, np.ndarray]:
         """An image, with its position, or its replacement; `replaced` then gets a line."""
         try:
             return position, self._image(position, seed)
@@ -174,8 +195,10 @@ class ShardImages(ImageSource):
                 continue  # it is counted when its own turn comes
         label = int(self._index.label_N[position])
         name = self._manifest.class_by_label[label].name
-        raise InputError(f"class {label} ({name}) of {self._manifest.folder} has no image that can be decoded: "
-                         f"{replaced[-1]}, or leave the class out by data.class_list")
+        raise InputError(
+            f"class {label} ({name}) of {self._manifest.folder} has no image that can be decoded: "
+            f"{replaced[-1]}, or leave the class out by data.class_list"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +219,13 @@ class TrainPlan:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.sampling.classes_per_batch // self.world_size * self.sampling.images_per_class
         for step, positions in self._parts():
-            yield [(int(position), augment_seed(seed=self.seed, step=step, slot=self.rank * share + slot))
-                   for slot, position in enumerate(positions)]
+            yield [
+                (
+                    int(position),
+                    augment_seed(seed=self.seed, step=step, slot=self.rank * share + slot),
+                )
+                for slot, position in enumerate(positions)
+            ]
 
     def shards(self) -> Iterator[set[int]]:
         """Positions in Manifest.shards that each batch is read from."""
@@ -213,11 +241,15 @@ class TrainPlan:
             if epoch != planned_epoch:
                 plan_SPK = epoch_plan(self.index, self.sampling, seed=self.seed, epoch=epoch)
                 planned_epoch = epoch
-            yield step, rank_part(plan_SPK[step_in_epoch], rank=self.rank, world_size=self.world_size)
+            yield (
+                step,
+                rank_part(plan_SPK[step_in_epoch], rank=self.rank, world_size=self.world_size),
+            )
 
 
-def sequential_batches(count: int, *, batch_size: int, rank: int = 0,
-                       world_size: int = 1) -> list[list[tuple[int, int]]]:
+def sequential_batches(
+    count: int, *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[tuple[int, int]]]:
     """Positions 0..count-1 in order for evaluation, each on one rank exactly once.
 
     Every rank gets the same number of batches (ZeRO-3 needs equal forwards): a rank that runs out repeats its
@@ -227,11 +259,20 @@ def sequential_batches(count: int, *, batch_size: int, rank: int = 0,
     longest = -(-count // world_size)
     own = [int(position) for position in positions[rank]]
     own += own[-1:] * (longest - len(own))
-    return [[(position, 0) for position in own[start : start + batch_size]] for start in range(0, longest, batch_size)]
+    return [
+        [(position, 0) for position in own[start : start + batch_size]]
+        for start in range(0, longest, batch_size)
+    ]
 
 
-def stream(images: ImageSource, batches: TrainPlan | list[list[tuple[int, int]]], *, workers: int,
-           pin_memory: bool = False, timeout_s: float = 600.0) -> Iterator[Batch]:
+def stream(
+    images: ImageSource,
+    batches: TrainPlan | list[list[tuple[int, int]]],
+    *,
+    workers: int,
+    pin_memory: bool = False,
+    timeout_s: float = 600.0,
+) -> Iterator[Batch]:
     """Batches in order, made ahead by `workers` processes (0: in this one, which then cannot tell that a read hangs).
 
     Raises InputError if an image or its shard cannot be read; if a worker is killed; and if no batch comes for
@@ -244,23 +285,30 @@ def stream(images: ImageSource, batches: TrainPlan | list[list[tuple[int, int]]]
     asked: deque[list[tuple[int, int]]] = deque()
     # The sampler is a plan, known before the first read, so raw bytes are shuffled and never decoded images.
     made: DataLoader[Batch | InputError] = DataLoader(
-        images, batch_sampler=_noting(itertools.chain([first], planned), asked), num_workers=workers,
-        collate_fn=_to_parent, pin_memory=pin_memory, worker_init_fn=set_up_worker,
+        images,
+        batch_sampler=_noting(itertools.chain([first], planned), asked),
+        num_workers=workers,
+        collate_fn=_to_parent,
+        pin_memory=pin_memory,
+        worker_init_fn=set_up_worker,
         timeout=min(LOOK_S, timeout_s) if workers else 0,
         prefetch_factor=batches_ahead(images, len(first), workers=workers) if workers else None,
         # Its own, though nothing uses it: a loader draws from the generator it has, and torch's one is the model's.
         generator=torch.Generator(),
     )
     with WatchedLoader(made, timeout_s=timeout_s) as loaded:
-        while (batch := loaded.next(lambda: images.files(position for position, _ in asked[0]))) is not None:
+        while (
+            batch := loaded.next(lambda: images.files(position for position, _ in asked[0]))
+        ) is not None:
             asked.popleft()
             if isinstance(batch, InputError):
                 raise batch
             yield batch
 
 
-def _noting(batches: Iterable[list[tuple[int, int]]],
-            asked: deque[list[tuple[int, int]]]) -> Iterator[list[tuple[int, int]]]:
+def _noting(
+    batches: Iterable[list[tuple[int, int]]], asked: deque[list[tuple[int, int]]]
+) -> Iterator[list[tuple[int, int]]]:
     """The same batches; `asked` has those that were taken, for whoever receives them to take off."""
     for batch in batches:
         asked.append(batch)
@@ -284,6 +332,8 @@ def _to_parent(batch: Any) -> Batch | InputError:
         for tensor in batch.tensors:
             tensor.share_memory_()
     except RuntimeError as error:
-        return InputError(f"a data worker process cannot pass on its images ({str(error).splitlines()[0]}); enlarge "
-                          "/dev/shm (docker run --shm-size), lower data.workers, or set it to 0")
+        return InputError(
+            f"a data worker process cannot pass on its images ({str(error).splitlines()[0]}); enlarge "
+            "/dev/shm (docker run --shm-size), lower data.workers, or set it to 0"
+        )
     return batch

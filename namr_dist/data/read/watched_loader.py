@@ -40,7 +40,9 @@ class WatchedLoader(Generic[_T]):
     def __enter__(self) -> WatchedLoader[_T]:
         before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
         self._batches: Iterator[_T] = iter(self._made)
-        self._workers = [child for child in multiprocessing.active_children() if child not in before]
+        self._workers = [
+            child for child in multiprocessing.active_children() if child not in before
+        ]
         # An error elsewhere may keep this open in its traceback, and at its end Python would wait for the workers.
         atexit.register(self._kill)
         if threading.current_thread() is threading.main_thread():
@@ -49,8 +51,12 @@ class WatchedLoader(Generic[_T]):
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         # Without references to it, DataLoader asks its workers to end, and waits for each for seconds.
         del self._batches
         # One that is blocked in a read heeds neither that nor SIGTERM, and Python waits for it at its own end.
@@ -77,9 +83,11 @@ class WatchedLoader(Generic[_T]):
         self._kill()
         named = files()
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-        return InputError(f"no batch came for {self._timeout_s:g} s (data.batch_minutes); its images are read from "
-                          f"{', '.join(named[:3])}{more}; check that storage answers, or raise data.batch_minutes, and "
-                          "go on with --resume")
+        return InputError(
+            f"no batch came for {self._timeout_s:g} s (data.batch_minutes); its images are read from "
+            f"{', '.join(named[:3])}{more}; check that storage answers, or raise data.batch_minutes, and "
+            "go on with --resume"
+        )
 
     def _dead(self, *, within_s: float) -> BaseProcess | None:
         ending = connection.wait([worker.sentinel for worker in self._workers], timeout=within_s)
@@ -105,7 +113,14 @@ def set_up_worker(number: int) -> None:
 def _obituary(worker: BaseProcess) -> str:
     code = worker.exitcode
     assert code is not None
-    end = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-    remedy = "enlarge /dev/shm (docker run --shm-size) or lower data.workers" if code == -signal.SIGBUS \
+    end = (
+        f"was ended by signal {-code} ({signal.Signals(-code).name})"
+        if code < 0
+        else f"ended with exit code {code}"
+    )
+    remedy = (
+        "enlarge /dev/shm (docker run --shm-size) or lower data.workers"
+        if code == -signal.SIGBUS
         else "lower data.workers or check memory"
+    )
     return f"a data worker process ({worker.pid}) {end}; {remedy}, then go on with --resume"

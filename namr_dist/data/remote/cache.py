@@ -58,14 +58,19 @@ def open_remote(url: str, remote: RemoteConfig) -> Manifest:
     for shard in manifest.shards:
         # Names a file of the cache, so it may hold nothing that leads out of it.
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-            raise InputError(f"{origin.shown(FILE_NAME)}: {shard.file} has sha256 {shard.sha256!r}, not 64 hex digits; "
-                             "rebuild the shard set")
+            raise InputError(
+                f"{origin.shown(FILE_NAME)}: {shard.file} has sha256 {shard.sha256!r}, not 64 hex digits; "
+                "rebuild the shard set"
+            )
     return dataclasses.replace(manifest, source=ShardCache(origin, cache / "shards"))
 
 
 def cache_folder(remote: RemoteConfig) -> Path:
     """The folder for remote shards: the one that is set, or namr-dist in the user's cache folder."""
-    return remote.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "namr-dist"
+    return (
+        remote.cache
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "namr-dist"
+    )
 
 
 def check_cache(training_set: TrainingSet, *, world_size: int, ranks_here: int) -> None:
@@ -84,9 +89,11 @@ def check_cache(training_set: TrainingSet, *, world_size: int, ranks_here: int) 
         need = min(need, 2 * min(slots, len(sizes)) * max(sizes))
     if need > limit:
         other = "" if sampling.shuffle == "shards" else "data.shuffle to shards, or "
-        raise InputError(f"training reads {_gib(need)} GiB of shards at a time, more than data.remote.cache_gib "
-                         f"({limit / 2**30:g}), so that each would be fetched again and again; set {other}"
-                         f"data.remote.cache_gib to at least {_gib(need)}")
+        raise InputError(
+            f"training reads {_gib(need)} GiB of shards at a time, more than data.remote.cache_gib "
+            f"({limit / 2**30:g}), so that each would be fetched again and again; set {other}"
+            f"data.remote.cache_gib to at least {_gib(need)}"
+        )
 
 
 class ShardCache:
@@ -107,15 +114,22 @@ class ShardCache:
         if _used(there, shard):
             return there
         if shard.bytes > self.limit_bytes:
-            raise InputError(f"shard {self._origin.shown(shard.file)} has {_gib(shard.bytes)} GiB, more than "
-                             f"data.remote.cache_gib ({self.limit_bytes / 2**30:g}); set it to at least "
-                             f"{_gib(shard.bytes)}")
+            raise InputError(
+                f"shard {self._origin.shown(shard.file)} has {_gib(shard.bytes)} GiB, more than "
+                f"data.remote.cache_gib ({self.limit_bytes / 2**30:g}); set it to at least "
+                f"{_gib(shard.bytes)}"
+            )
         try:
             while not _used(there, shard):
                 if part := self._claim(shard, there):
                     with _unlocking(part):
-                        fetch(self._origin, shard, part, remedy="check the network and the file there; training goes "
-                              "on with --resume")
+                        fetch(
+                            self._origin,
+                            shard,
+                            part,
+                            remedy="check the network and the file there; training goes "
+                            "on with --resume",
+                        )
                         with self._locked_folder():
                             os.replace(part.name, there)
                 else:
@@ -145,8 +159,13 @@ class ShardCache:
                 unfinished = _UNFINISHED.fullmatch(entry.name)
                 if entry.name != part.name and (unfinished or _WHOLE.fullmatch(entry.name)):
                     status = entry.stat()
-                    others.append((status.st_mtime_ns, int(unfinished[1]) if unfinished else status.st_size,
-                                   Path(entry.path)))
+                    others.append(
+                        (
+                            status.st_mtime_ns,
+                            int(unfinished[1]) if unfinished else status.st_size,
+                            Path(entry.path),
+                        )
+                    )
         total = need_bytes + sum(size for _, size, _ in others)
         dropped = []
         for _, size, path in sorted(others):
@@ -170,13 +189,20 @@ class ShardCache:
                 yield
 
 
-def fetch(origin: Origin, shard: Shard, part: FileIO, *, remedy: str,
-          told: Callable[[int], object] = lambda have: None) -> None:
+def fetch(
+    origin: Origin,
+    shard: Shard,
+    part: FileIO,
+    *,
+    remedy: str,
+    told: Callable[[int], object] = lambda have: None,
+) -> None:
     """Append to `part`, a file open for appending, what it lacks of a shard; check size and hash; flush to disk.
 
     remedy: of an error that outlasts all tries.  told: called with the bytes of the shard that `part` has, as they
     come. Raises InputError if the shard cannot be had, OSError if `part` cannot be written.
     """
+
     def attempt() -> None:
         try:
             _receive(origin, shard, part, told)
@@ -199,7 +225,9 @@ def _receive(origin: Origin, shard: Shard, part: FileIO, told: Callable[[int], o
         return
     with contextlib.closing(origin.open(shard.file, have)) as body:
         if body.total not in (None, shard.bytes):
-            raise TransferError(f"it has {body.total} bytes there, its manifest says {shard.bytes}", afresh=True)
+            raise TransferError(
+                f"it has {body.total} bytes there, its manifest says {shard.bytes}", afresh=True
+            )
         if body.start != have:
             have = part.truncate(0)
         while have < shard.bytes and (block := body.read()):
@@ -230,14 +258,16 @@ def _gib(size_bytes: int) -> str:
 def _write(part: FileIO, block: bytes) -> None:
     rest = memoryview(block)
     while rest:
-        rest = rest[part.write(rest):]
+        rest = rest[part.write(rest) :]
 
 
 def _check(shard: Shard, part: FileIO) -> None:
     part.seek(0)
     digest = sha256_of(part)
     if digest != shard.sha256:
-        raise TransferError(f"it has sha256 {digest[:12]}…, its manifest says {shard.sha256[:12]}…", afresh=True)
+        raise TransferError(
+            f"it has sha256 {digest[:12]}…, its manifest says {shard.sha256[:12]}…", afresh=True
+        )
 
 
 def _open_locked(path: Path) -> FileIO | None:
@@ -279,7 +309,11 @@ def _unlocking(file: FileIO) -> Iterator[None]:
 
 def _unusable(cache: Path, error: OSError) -> InputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"cache folder {cache} is full ({error.strerror}); free some space, or have the "
-                          "cache on a larger disk by data.remote.cache or the environment's XDG_CACHE_HOME")
-    return InputError(f"cache folder {cache} cannot be used ({error.strerror}); name a folder on a disk of this "
-                      "machine that can be written, by data.remote.cache or the environment's XDG_CACHE_HOME")
+        return InputError(
+            f"cache folder {cache} is full ({error.strerror}); free some space, or have the "
+            "cache on a larger disk by data.remote.cache or the environment's XDG_CACHE_HOME"
+        )
+    return InputError(
+        f"cache folder {cache} cannot be used ({error.strerror}); name a folder on a disk of this "
+        "machine that can be written, by data.remote.cache or the environment's XDG_CACHE_HOME"
+    )

@@ -48,7 +48,9 @@ class LookAhead:
         self._manifest = manifest
         context = multiprocessing.get_context("fork")
         self._taken = context.Semaphore(0)
-        self._process = context.Process(target=self._run, args=(shards_by_batch,), name="look-ahead", daemon=True)
+        self._process = context.Process(
+            target=self._run, args=(shards_by_batch,), name="look-ahead", daemon=True
+        )
         self._process.start()
 
     def taken(self) -> None:

@@ -108,14 +108,20 @@ class Origin:
     def __post_init__(self) -> None:
         if is_command(self.url):
             if "{}" not in self.url:
-                raise InputError(f"{shown(self.url)} has no {{}} where the file's name belongs; put it there")
+                raise InputError(
+                    f"{shown(self.url)} has no {{}} where the file's name belongs; put it there"
+                )
             return
         if self._is_http and not _http_host(self.url):
-            raise InputError(f"{shown(self.url)} is no URL; give a folder or a URL such as https://HOST/FOLDER")
+            raise InputError(
+                f"{shown(self.url)} is no URL; give a folder or a URL such as https://HOST/FOLDER"
+            )
 
     def shown(self, file: str) -> str:
         """The file's address without credentials."""
-        return f"{file} from {shown(self.url)}" if is_command(self.url) else shown(self._address(file))
+        return (
+            f"{file} from {shown(self.url)}" if is_command(self.url) else shown(self._address(file))
+        )
 
     def open(self, file: str, start: int) -> Body:
         """A file's bytes from `start` on, or from 0. Raises TransferError and RefusedError."""
@@ -135,7 +141,9 @@ class Origin:
                 while block := body.read():
                     size += len(block)
                     if size > _LONGEST_READ_BYTES:
-                        raise RefusedError(f"it has more than {_LONGEST_READ_BYTES / 2**30:g} GiB; check the address")
+                        raise RefusedError(
+                            f"it has more than {_LONGEST_READ_BYTES / 2**30:g} GiB; check the address"
+                        )
                     blocks.append(block)
             return b"".join(blocks)
 
@@ -151,18 +159,29 @@ class Origin:
             try:
                 return attempt()
             except RefusedError as error:
-                raise InputError(f"{self.shown(file)} cannot be fetched: {shown(str(error))}") from None
+                raise InputError(
+                    f"{self.shown(file)} cannot be fetched: {shown(str(error))}"
+                ) from None
             except TransferError as error:
                 last, wait_s = shown(str(error)), error.wait_s
             if number < tries:
                 # The operating system's generator: equally seeded ranks would all come back at once.
-                backoff_s = _FIRST_WAIT_S * 2 ** min(number - 1, 6) * random.SystemRandom().uniform(0.75, 1.25)
+                backoff_s = (
+                    _FIRST_WAIT_S
+                    * 2 ** min(number - 1, 6)
+                    * random.SystemRandom().uniform(0.75, 1.25)
+                )
                 pause_s = min(_LONGEST_WAIT_S, max(backoff_s, wait_s))
-                print(f"namr: {self.shown(file)}: {last}; try {number + 1} of {tries} in {pause_s:.1f} s",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"namr: {self.shown(file)}: {last}; try {number + 1} of {tries} in {pause_s:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 time.sleep(pause_s)
-        raise InputError(f"{self.shown(file)} cannot be fetched: {tries} {'try' if tries == 1 else 'tries'}, the last "
-                         f"said: {last}; {remedy}")
+        raise InputError(
+            f"{self.shown(file)} cannot be fetched: {tries} {'try' if tries == 1 else 'tries'}, the last "
+            f"said: {last}; {remedy}"
+        )
 
     @property
     def _is_http(self) -> bool:
@@ -172,12 +191,16 @@ class Origin:
         if is_command(self.url):
             # The name comes from a manifest, the command goes to a shell.
             if not re.fullmatch(r"[\w.-]+", file, re.ASCII):
-                raise RefusedError(f"a command can take no name with such characters ({file!r}); rename the shard")
+                raise RefusedError(
+                    f"a command can take no name with such characters ({file!r}); rename the shard"
+                )
             return self.url.replace("{}", file)
         if not self._is_http:
             return f"{self.url.rstrip('/')}/{file}"
         parts = urlsplit(self.url)
-        return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{quote(file)}", parts.query, ""))
+        return urlunsplit(
+            (parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{quote(file)}", parts.query, "")
+        )
 
 
 def _http_host(url: str) -> str | None:
@@ -193,12 +216,23 @@ def _http_host(url: str) -> str | None:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """To http and https alone; credentials go with it only to the same server."""
 
-    def redirect_request(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str,
-                         headers: http.client.HTTPMessage, newurl: str) -> urllib.request.Request | None:
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
         if urlsplit(newurl).scheme not in ("http", "https"):
             raise urllib.error.HTTPError(req.full_url, code, msg, headers, fp)
         made = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if made and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2] and req.has_header("Authorization"):
+        if (
+            made
+            and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]
+            and req.has_header("Authorization")
+        ):
             made.add_unredirected_header("Authorization", str(req.get_header("Authorization")))
         return made
 
@@ -216,21 +250,29 @@ class _HttpBody:
         request = urllib.request.Request(urlunsplit(parts._replace(netloc=host)), headers=headers)
         if at:
             request.add_unredirected_header(
-                "Authorization", "Basic " + base64.b64encode(unquote(user).encode()).decode())
+                "Authorization", "Basic " + base64.b64encode(unquote(user).encode()).decode()
+            )
         self._stall_seconds = stall_seconds
         with self._troubles():
-            self._response = urllib.request.build_opener(_Redirects()).open(request, timeout=stall_seconds)
+            self._response = urllib.request.build_opener(_Redirects()).open(
+                request, timeout=stall_seconds
+            )
         self.start, self.total = self._extent()
         if self.start not in (0, start):
             self.close()
-            raise TransferError(f"the server answers with byte {self.start} where {start} was asked for", afresh=True)
+            raise TransferError(
+                f"the server answers with byte {self.start} where {start} was asked for",
+                afresh=True,
+            )
 
     def read(self) -> bytes:
         with self._troubles():
             # read1 and not read: what has come is kept, whatever becomes of the rest.
             block: bytes = self._response.read1(_BLOCK_BYTES)
         if not block and self._response.length:
-            raise TransferError(f"the connection broke off {self._response.length} bytes before the end")
+            raise TransferError(
+                f"the connection broke off {self._response.length} bytes before the end"
+            )
         return block
 
     def close(self) -> None:
@@ -238,9 +280,13 @@ class _HttpBody:
 
     def _extent(self) -> tuple[int, int | None]:
         if self._response.status == 206:
-            match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", self._response.headers.get("Content-Range", ""))
+            match = re.match(
+                r"bytes (\d+)-\d+/(\d+|\*)", self._response.headers.get("Content-Range", "")
+            )
             if not match:
-                raise TransferError("the server answers with a range and does not say which", afresh=True)
+                raise TransferError(
+                    "the server answers with a range and does not say which", afresh=True
+                )
             return int(match[1]), None if match[2] == "*" else int(match[2])
         return 0, self._response.length
 
@@ -254,8 +300,10 @@ class _HttpBody:
         except (OSError, http.client.HTTPException) as error:
             cause = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(cause, ssl.SSLCertVerificationError):
-                raise RefusedError(f"its certificate is not trusted ({cause.verify_message}); check the address, or "
-                                   "set SSL_CERT_FILE to the authority's certificate") from None
+                raise RefusedError(
+                    f"its certificate is not trusted ({cause.verify_message}); check the address, or "
+                    "set SSL_CERT_FILE to the authority's certificate"
+                ) from None
             raise TransferError(self._words(cause)) from None
         except ValueError as error:  # of a host such as a..b, given or redirected to
             raise RefusedError(f"it is no URL ({error}); check the address") from None
@@ -274,13 +322,19 @@ def _refusal(code: int, headers: Message) -> Exception:
     """What an HTTP status other than success means."""
     answer = f"the server answers {code} {http.client.responses.get(code, '')}".rstrip()
     if code >= 500 or code in _MENDED_BY_TIME:
-        return TransferError(answer, afresh=code == 416, wait_s=_asked_wait(headers.get("Retry-After", "")))
+        return TransferError(
+            answer, afresh=code == 416, wait_s=_asked_wait(headers.get("Retry-After", ""))
+        )
     if code in (401, 403, 407):
-        return RefusedError(f"{answer}; check the credentials in the address or the proxy's, and that they may read it")
+        return RefusedError(
+            f"{answer}; check the credentials in the address or the proxy's, and that they may read it"
+        )
     if code in (404, 410):
         return RefusedError(f"{answer}; check the address, or copy the file there")
     if code < 400:
-        return RefusedError(f"{answer}, without end or to something other than http; check the address")
+        return RefusedError(
+            f"{answer}, without end or to something other than http; check the address"
+        )
     return RefusedError(f"{answer}; check the address")
 
 
@@ -396,6 +450,7 @@ def _fsspec_troubles() -> Iterator[None]:
         raise RefusedError(f"access is refused ({error}); check the store's credentials") from None
     except Exception as error:  # each store has exceptions of its own
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
-            raise RefusedError("nothing here reads such URLs; give one of http, https, s3, gs or pipe:COMMAND"
-                               ) from None
+            raise RefusedError(
+                "nothing here reads such URLs; give one of http, https, s3, gs or pipe:COMMAND"
+            ) from None
         raise TransferError(str(error) or type(error).__name__) from None

@@ -20,7 +20,7 @@ text { font: 12px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill
 
 
 def bin_name(first: int, last: int) -> str:
-    """"6" or "10–19"."""
+    """ "6" or "10–19"."""
     return f"{first}" if first == last else f"{first}–{last}"
 
 
@@ -28,14 +28,18 @@ def histogram_svg(figures: dict[str, Any]) -> str:
     """The `histogram` of statistics(), a panel for each split, each to its own height."""
     histogram = figures["histogram"]
     height = _HEAD + _PANEL * len(histogram["classes"])
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
-             f'height="{height}" role="img"><title>Images per class of {escape(figures["name"])}</title>'
-             f'<style>{_STYLE}</style><rect class="page" width="100%" height="100%"/>'
-             f'<text class="title" x="{_EDGE}" y="34">{escape(figures["name"])}: classes by number of images</text>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
+        f'height="{height}" role="img"><title>Images per class of {escape(figures["name"])}</title>'
+        f'<style>{_STYLE}</style><rect class="page" width="100%" height="100%"/>'
+        f'<text class="title" x="{_EDGE}" y="34">{escape(figures["name"])}: classes by number of images</text>'
+    ]
     for number, (split, counts) in enumerate(histogram["classes"].items()):
         row = figures["splits"][split]
-        parts.append(f'<g transform="translate({_EDGE} {_HEAD + _PANEL * number})"><text class="split" y="16">'
-                     f'{escape(split)}: {row["classes"]:,} classes, {row["images"]:,} images</text>')
+        parts.append(
+            f'<g transform="translate({_EDGE} {_HEAD + _PANEL * number})"><text class="split" y="16">'
+            f"{escape(split)}: {row['classes']:,} classes, {row['images']:,} images</text>"
+        )
         parts += _bars(histogram["bins"], counts)
         parts.append("</g>")
     return "".join(parts) + "</svg>\n"
@@ -52,6 +56,8 @@ def _bars(bins: list[tuple[int, int]], counts: list[int]) -> Iterator[str]:
         if last > first:  # on a line of its own: sixteen ranges side by side would overprint
             yield f'<text x="{middle:.1f}" y="{floor + 31}">–{last}</text>'
         if count:
-            yield (f'<rect class="bar" x="{middle - 0.4 * pitch:.1f}" y="{floor - tall:.1f}" width="{0.8 * pitch:.1f}" '
-                   f'height="{tall:.1f}"/><text x="{middle:.1f}" y="{floor - tall - 5:.1f}">{count:,}</text>')
+            yield (
+                f'<rect class="bar" x="{middle - 0.4 * pitch:.1f}" y="{floor - tall:.1f}" width="{0.8 * pitch:.1f}" '
+                f'height="{tall:.1f}"/><text x="{middle:.1f}" y="{floor - tall - 5:.1f}">{count:,}</text>'
+            )
     yield f'<line class="axis" x2="{across}" y1="{floor}" y2="{floor}"/>'

@@ -65,8 +65,9 @@ class Shard:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Shard:
         """JSON has lists where this has tuples. Raises TypeError for missing or unknown fields."""
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value
-                                  for key, value in entry.items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+        }
         return cls(**fields)
 
 
@@ -96,9 +97,14 @@ class SplitIndex:
     def only(self, chosen_M: np.ndarray) -> SplitIndex:
         """The images at these positions."""
         return SplitIndex(
-            shard_N=self.shard_N[chosen_M], offset_N=self.offset_N[chosen_M], length_N=self.length_N[chosen_M],
-            label_N=self.label_N[chosen_M], category_N=self.category_N[chosen_M], role_N=self.role_N[chosen_M],
-            group_N=self.group_N[chosen_M], keys=tuple(self.keys[position] for position in chosen_M),
+            shard_N=self.shard_N[chosen_M],
+            offset_N=self.offset_N[chosen_M],
+            length_N=self.length_N[chosen_M],
+            label_N=self.label_N[chosen_M],
+            category_N=self.category_N[chosen_M],
+            role_N=self.role_N[chosen_M],
+            group_N=self.group_N[chosen_M],
+            keys=tuple(self.keys[position] for position in chosen_M),
         )
 
 
@@ -138,10 +144,14 @@ class Manifest:
                 "give the folder that holds it"
             ) from None
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} cannot be read as a manifest: {error}; rebuild the shard set") from None
+            raise InputError(
+                f"{path} cannot be read as a manifest: {error}; rebuild the shard set"
+            ) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             actual = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise InputError(f"{path} has format {actual!r}, expected {FORMAT!r}; rebuild the shard set")
+            raise InputError(
+                f"{path} has format {actual!r}, expected {FORMAT!r}; rebuild the shard set"
+            )
         try:
             manifest = cls(
                 name=data["name"],
@@ -152,7 +162,9 @@ class Manifest:
                 subsets={name: tuple(keys) for name, keys in data.get("subsets", {}).items()},
             )
         except (AttributeError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a complete manifest ({error}); rebuild the shard set") from None
+            raise InputError(
+                f"{path} is not a complete manifest ({error}); rebuild the shard set"
+            ) from None
         manifest._check_types(path)
         manifest._check(path)
         return manifest
@@ -160,11 +172,22 @@ class Manifest:
     def save(self) -> None:
         """Write the manifest into its folder, atomically."""
         # What is empty is left out: most sets have neither roles nor groups nor subsets.
-        shards = [{key: value for key, value in vars(shard).items() if value != ()} for shard in self.shards]
-        body = {"format": FORMAT, "name": self.name, "description": self.description,
-                "classes": [asdict(entry) for entry in self.classes], "shards": shards,
-                **({"subsets": self.subsets} if self.subsets else {})}
-        write_atomic(self.folder / FILE_NAME, json.dumps(body, separators=(",", ":"), ensure_ascii=False) + "\n")
+        shards = [
+            {key: value for key, value in vars(shard).items() if value != ()}
+            for shard in self.shards
+        ]
+        body = {
+            "format": FORMAT,
+            "name": self.name,
+            "description": self.description,
+            "classes": [asdict(entry) for entry in self.classes],
+            "shards": shards,
+            **({"subsets": self.subsets} if self.subsets else {}),
+        }
+        write_atomic(
+            self.folder / FILE_NAME,
+            json.dumps(body, separators=(",", ":"), ensure_ascii=False) + "\n",
+        )
 
     def _check_types(self, path: Path) -> None:
         for what, values in self._texts():
@@ -203,21 +226,40 @@ class Manifest:
         seen: set[str] = set()
         for shard in self.shards:
             # Of that length, a cache may add its own parts to it.
-            if not re.fullmatch(rb"[^/]{1,200}", shard.file.encode(), re.DOTALL) or shard.file in (".", ".."):
-                raise InputError(f"{path}: shard name {shard.file[:80]!r} is not a plain file name of at most 200 "
-                                 "bytes; rebuild the shard set")
+            if not re.fullmatch(rb"[^/]{1,200}", shard.file.encode(), re.DOTALL) or shard.file in (
+                ".",
+                "..",
+            ):
+                raise InputError(
+                    f"{path}: shard name {shard.file[:80]!r} is not a plain file name of at most 200 "
+                    "bytes; rebuild the shard set"
+                )
             if "" in shard.keys:
-                raise InputError(f"{path}: {shard.file} has an image with an empty key; rebuild the shard set")
-            lists = (shard.labels, shard.offsets, shard.lengths, shard.roles or shard.keys, shard.groups or shard.keys)
+                raise InputError(
+                    f"{path}: {shard.file} has an image with an empty key; rebuild the shard set"
+                )
+            lists = (
+                shard.labels,
+                shard.offsets,
+                shard.lengths,
+                shard.roles or shard.keys,
+                shard.groups or shard.keys,
+            )
             if any(len(entries) != len(shard.keys) for entries in lists):
-                raise InputError(f"{path}: the lists of {shard.file} differ in length; rebuild the shard set")
+                raise InputError(
+                    f"{path}: the lists of {shard.file} differ in length; rebuild the shard set"
+                )
             if strange := set(shard.roles).difference(ROLES):
-                raise InputError(f"{path}: {shard.file} has an image of role {min(map(str, strange))!r}, not query or "
-                                 "gallery; rebuild the shard set")
+                raise InputError(
+                    f"{path}: {shard.file} has an image of role {min(map(str, strange))!r}, not query or "
+                    "gallery; rebuild the shard set"
+                )
             for offset, length in zip(shard.offsets, shard.lengths, strict=True):
                 if not (offset >= 0 and 0 < length <= shard.bytes - offset):
-                    raise InputError(f"{path}: {shard.file} has an image at byte {offset} of {length} bytes, "
-                                     f"outside its {shard.bytes}; rebuild the shard set")
+                    raise InputError(
+                        f"{path}: {shard.file} has an image at byte {offset} of {length} bytes, "
+                        f"outside its {shard.bytes}; rebuild the shard set"
+                    )
             for label in set(shard.labels):
                 if split_of.get(label) != shard.split:
                     raise InputError(
@@ -226,17 +268,25 @@ class Manifest:
                     )
             if len(set(shard.keys)) != len(shard.keys):
                 twice = next(key for key, number in Counter(shard.keys).items() if number > 1)
-                raise InputError(f"{path}: key {twice!r} occurs twice in {shard.file}; rebuild the shard set")
+                raise InputError(
+                    f"{path}: key {twice!r} occurs twice in {shard.file}; rebuild the shard set"
+                )
             if not seen.isdisjoint(shard.keys):
                 twice = sorted(seen.intersection(shard.keys))[0]
-                raise InputError(f"{path}: key {twice!r} occurs in two shards; rebuild the shard set")
+                raise InputError(
+                    f"{path}: key {twice!r} occurs in two shards; rebuild the shard set"
+                )
             seen.update(shard.keys)
         for name, keys in self.subsets.items():
             if name in self.splits:
-                raise InputError(f"{path}: {name!r} is both a split and a subset; rebuild the shard set")
+                raise InputError(
+                    f"{path}: {name!r} is both a split and a subset; rebuild the shard set"
+                )
             if not keys or not seen.issuperset(keys):
-                raise InputError(f"{path}: subset {name!r} is empty or names images that are in no shard; rebuild the "
-                                 "shard set")
+                raise InputError(
+                    f"{path}: subset {name!r} is empty or names images that are in no shard; rebuild the "
+                    "shard set"
+                )
 
     def path(self, shard: Shard) -> Path:
         """The shard's local file, fetched if the set lies elsewhere. Raises InputError if it cannot be had."""
@@ -267,8 +317,11 @@ class Manifest:
             if split not in known:
                 raise InputError(f"{self.folder} has no split {split!r}; it has {', '.join(known)}")
         named = set().union(*(self.subsets[split] for split in splits if split in self.subsets))
-        chosen = [(number, shard) for number, shard in enumerate(self.shards)
-                  if shard.split in splits or not named.isdisjoint(shard.keys)]
+        chosen = [
+            (number, shard)
+            for number, shard in enumerate(self.shards)
+            if shard.split in splits or not named.isdisjoint(shard.keys)
+        ]
         position_of = {category: position for position, category in enumerate(self.categories)}
         category_of = {entry.label: position_of[entry.category] for entry in self.classes}
         labels = [label for _, shard in chosen for label in shard.labels]
@@ -278,20 +331,32 @@ class Manifest:
             return np.concatenate([np.asarray(getattr(shard, field), dtype) for _, shard in chosen])
 
         whole = SplitIndex(
-            shard_N=np.concatenate([np.full(len(shard.keys), number, np.int32) for number, shard in chosen]),
+            shard_N=np.concatenate(
+                [np.full(len(shard.keys), number, np.int32) for number, shard in chosen]
+            ),
             offset_N=joined("offsets", np.int64),
             length_N=joined("lengths", np.int64),
             label_N=np.asarray(labels, np.int64),
             category_N=np.asarray([category_of[label] for label in labels], np.int64),
-            role_N=np.concatenate([np.asarray([ROLES.index(role) for role in shard.roles], np.int8) if shard.roles
-                                   else np.zeros(len(shard.keys), np.int8) for _, shard in chosen]),
+            role_N=np.concatenate(
+                [
+                    np.asarray([ROLES.index(role) for role in shard.roles], np.int8)
+                    if shard.roles
+                    else np.zeros(len(shard.keys), np.int8)
+                    for _, shard in chosen
+                ]
+            ),
             group_N=np.unique(np.asarray(groups, str), return_inverse=True)[1].astype(np.int64),
             keys=tuple(key for _, shard in chosen for key in shard.keys),
         )
         if not named:
             return whole
-        wanted_N = np.asarray([self.shards[number].split in splits or key in named
-                               for number, key in zip(whole.shard_N, whole.keys, strict=True)])
+        wanted_N = np.asarray(
+            [
+                self.shards[number].split in splits or key in named
+                for number, key in zip(whole.shard_N, whole.keys, strict=True)
+            ]
+        )
         return whole.only(np.flatnonzero(wanted_N))
 
     def shards_of(self, *splits: str) -> tuple[Shard, ...]:
@@ -304,8 +369,10 @@ class Manifest:
 
     def hash_of(self, index: SplitIndex) -> str:
         """The same of any of the set's images."""
-        lines = sorted(f"{key}\t{label}" + (f"\t{ROLES[role]}" if role else "") + "\n"
-                       for key, label, role in zip(index.keys, index.label_N, index.role_N, strict=True))
+        lines = sorted(
+            f"{key}\t{label}" + (f"\t{ROLES[role]}" if role else "") + "\n"
+            for key, label, role in zip(index.keys, index.label_N, index.role_N, strict=True)
+        )
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
@@ -319,5 +386,8 @@ def _are_texts(values: Any) -> bool:
 
 def _are_int64(values: Any) -> bool:
     """Whether it is a tuple of whole numbers, neither true nor false, that fit 64 bits."""
-    return isinstance(values, tuple) and set(map(type, values)) <= {int} and (
-        not values or (min(values) >= -2**63 and max(values) < 2**63))
+    return (
+        isinstance(values, tuple)
+        and set(map(type, values)) <= {int}
+        and (not values or (min(values) >= -(2**63) and max(values) < 2**63))
+    )

@@ -39,7 +39,9 @@ class Hashes:
     """bool: hardly any gradient, so that the bits say little."""
 
 
-def near_duplicates(manifest: Manifest, *, advance: Callable[[int], None] = lambda images: None) -> dict[str, Any]:
+def near_duplicates(
+    manifest: Manifest, *, advance: Callable[[int], None] = lambda images: None
+) -> dict[str, Any]:
     """The audit, ready for JSON: `splits`, the training split first and `test` last, each with its number of images,
     those that are flat, and `against`: for each split before it, how many images are `near` one of that split (within
     NEAR_BITS), and of all that are not flat the ten nearest pairs. `advance` is told of each image hashed.
@@ -53,15 +55,27 @@ def near_duplicates(manifest: Manifest, *, advance: Callable[[int], None] = lamb
 
     Raises InputError if there is no such split, and for a shard or image that cannot be read.
     """
-    order = ["train", *sorted((split for split in manifest.splits if split != "train"), key="test".__eq__)]
+    order = [
+        "train",
+        *sorted((split for split in manifest.splits if split != "train"), key="test".__eq__),
+    ]
     hashes = {split: hash_split(manifest, split, advance) for split in order}
-    return {"near_bits": NEAR_BITS,
-            "splits": {split: {"images": len(own.keys), "flat": int(own.flat_N.sum()),
-                               "against": {other: _compare(own, hashes[other]) for other in order[:position]}}
-                       for position, (split, own) in enumerate(hashes.items())}}
+    return {
+        "near_bits": NEAR_BITS,
+        "splits": {
+            split: {
+                "images": len(own.keys),
+                "flat": int(own.flat_N.sum()),
+                "against": {other: _compare(own, hashes[other]) for other in order[:position]},
+            }
+            for position, (split, own) in enumerate(hashes.items())
+        },
+    }
 
 
-def hash_split(manifest: Manifest, split: str, advance: Callable[[int], None] = lambda images: None) -> Hashes:
+def hash_split(
+    manifest: Manifest, split: str, advance: Callable[[int], None] = lambda images: None
+) -> Hashes:
     """Hashes of all images of a split. Raises InputError for an image that cannot be decoded."""
     index = manifest.index(split)
     grey_NHW = np.empty((len(index), SIDE, SIDE + 1), np.int16)
@@ -69,8 +83,11 @@ def hash_split(manifest: Manifest, split: str, advance: Callable[[int], None] = 
         grey_NHW[position] = grey_HW
         advance(1)
     step_NHH = np.diff(grey_NHW, axis=2)
-    return Hashes(keys=index.keys, bits_N32=np.packbits((step_NHH > _STEP).reshape(len(index), -1), axis=1),
-                  flat_N=(np.abs(step_NHH) > _STEP).sum(axis=(1, 2)) < LEAST_STEPS)
+    return Hashes(
+        keys=index.keys,
+        bits_N32=np.packbits((step_NHH > _STEP).reshape(len(index), -1), axis=1),
+        flat_N=(np.abs(step_NHH) > _STEP).sum(axis=(1, 2)) < LEAST_STEPS,
+    )
 
 
 def nearest(bits_M32: np.ndarray, bits_N32: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,10 +106,17 @@ def _compare(images: Hashes, others: Hashes) -> dict[str, Any]:
     if not len(own_M) or not len(others_N):
         return {"near": 0, "nearest": []}
     distance_M, position_M = nearest(images.bits_N32[own_M], others.bits_N32[others_N])
-    return {"near": int((distance_M <= NEAR_BITS).sum()),
-            "nearest": [{"key": images.keys[own_M[row]], "other_key": others.keys[others_N[position_M[row]]],
-                         "bits": int(distance_M[row])}
-                        for row in np.argsort(distance_M, kind="stable")[:_SHOWN]]}
+    return {
+        "near": int((distance_M <= NEAR_BITS).sum()),
+        "nearest": [
+            {
+                "key": images.keys[own_M[row]],
+                "other_key": others.keys[others_N[position_M[row]]],
+                "bits": int(distance_M[row]),
+            }
+            for row in np.argsort(distance_M, kind="stable")[:_SHOWN]
+        ],
+    }
 
 
 def _thumbnail(jpeg: bytes, where: str) -> np.ndarray:
@@ -100,7 +124,11 @@ def _thumbnail(jpeg: bytes, where: str) -> np.ndarray:
     jpeg_size(jpeg, where)
     try:
         # The decoder shrinks while it decodes, which is cheap, but the less it leaves, the more bits it changes.
-        grey_HW = simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=8 * SIDE, min_width=8 * SIDE)[:, :, 0]
+        grey_HW = simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=8 * SIDE, min_width=8 * SIDE)[
+            :, :, 0
+        ]
     except ValueError as error:
-        raise DamagedImageError(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
+        raise DamagedImageError(
+            f"{where} cannot be decoded ({error}); rebuild the shard set without it"
+        ) from None
     return np.asarray(Image.fromarray(grey_HW).resize((SIDE + 1, SIDE), Image.Resampling.BILINEAR))

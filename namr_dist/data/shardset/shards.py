@@ -64,8 +64,9 @@ class _Digested:
         return self._digest.hexdigest()
 
 
-def write_shard(folder: Path, file: str, split: str, samples: Iterable[Sample],
-                classes: dict[int, ImageClass]) -> Shard:
+def write_shard(
+    folder: Path, file: str, split: str, samples: Iterable[Sample], classes: dict[int, ImageClass]
+) -> Shard:
     """Write one tar of KEY.jpg, KEY.json pairs and return its entry in the manifest.
 
     Samples are taken one at a time and not kept. Deterministic: the same samples give the same bytes. Atomic: the tar
@@ -78,42 +79,61 @@ def write_shard(folder: Path, file: str, split: str, samples: Iterable[Sample],
     try:
         with open(temporary, "wb") as stream:
             digested = _Digested(stream)
-            with webdataset.TarWriter(digested, user="namr", group="namr", mtime=0, encoder=False) as writer:
+            with webdataset.TarWriter(
+                digested, user="namr", group="namr", mtime=0, encoder=False
+            ) as writer:
                 for sample in samples:
                     writer.write({"__key__": sample.key, "jpg": sample.jpeg})
                     # Members are padded to whole blocks, and the JPEG is the last one so far.
                     padded = -(-len(sample.jpeg) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     offsets.append(writer.tarstream.offset - padded)
                     lengths.append(len(sample.jpeg))
-                    writer.write({"__key__": sample.key, "json": _meta(sample, classes[sample.label])})
+                    writer.write(
+                        {"__key__": sample.key, "json": _meta(sample, classes[sample.label])}
+                    )
                     written.append(dataclasses.replace(sample, jpeg=b""))
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, folder / file)
     except OSError as error:
-        error.filename = str(folder / file)  # the file the caller knows, not the temporary one, or none at all
+        error.filename = str(
+            folder / file
+        )  # the file the caller knows, not the temporary one, or none at all
         raise
     finally:
         temporary.unlink(missing_ok=True)
     return Shard(
-        file=file, split=split, bytes=digested.size, sha256=digested.sha256,
+        file=file,
+        split=split,
+        bytes=digested.size,
+        sha256=digested.sha256,
         keys=tuple(sample.key for sample in written),
         labels=tuple(sample.label for sample in written),
-        offsets=tuple(offsets), lengths=tuple(lengths),
-        roles=tuple(sample.role for sample in written) if any(sample.role for sample in written) else (),
-        groups=tuple(sample.group for sample in written) if any(sample.group for sample in written) else (),
+        offsets=tuple(offsets),
+        lengths=tuple(lengths),
+        roles=tuple(sample.role for sample in written)
+        if any(sample.role for sample in written)
+        else (),
+        groups=tuple(sample.group for sample in written)
+        if any(sample.group for sample in written)
+        else (),
     )
 
 
 def _meta(sample: Sample, entry: ImageClass) -> bytes:
     """What KEY.json holds: the class, and what else is known of the image."""
-    known = {name: value for name in ("source", "role", "group") if (value := getattr(sample, name))}
-    return json.dumps({"label": sample.label, "name": entry.name, "category": entry.category, **known},
-                      ensure_ascii=False).encode()
+    known = {
+        name: value for name in ("source", "role", "group") if (value := getattr(sample, name))
+    }
+    return json.dumps(
+        {"label": sample.label, "name": entry.name, "category": entry.category, **known},
+        ensure_ascii=False,
+    ).encode()
 
 
-def verify_shards(manifest: Manifest, splits: Sequence[str], *, decode: bool = False,
-                  hashes_alone: bool = False) -> int:
+def verify_shards(
+    manifest: Manifest, splits: Sequence[str], *, decode: bool = False, hashes_alone: bool = False
+) -> int:
     """Check every shard of the named splits against the manifest; return the number of images.
 
     Each tar must be there, with the stated size and SHA-256, and, but for `hashes_alone`, each JPEG must begin and end
@@ -122,14 +142,19 @@ def verify_shards(manifest: Manifest, splits: Sequence[str], *, decode: bool = F
     """
     images = 0
     for shard in manifest.shards_of(*splits) if splits else ():
-        first = next(shard_problems(manifest.path(shard), shard, decode=decode, hashes_alone=hashes_alone), None)
+        first = next(
+            shard_problems(manifest.path(shard), shard, decode=decode, hashes_alone=hashes_alone),
+            None,
+        )
         if first:
             raise InputError(first)
         images += len(shard.keys)
     return images
 
 
-def shard_problems(path: Path, shard: Shard, *, decode: bool, hashes_alone: bool = False) -> Iterator[str]:
+def shard_problems(
+    path: Path, shard: Shard, *, decode: bool, hashes_alone: bool = False
+) -> Iterator[str]:
     """A line for each difference between the tar at `path` and its entry, as `verify_shards` looks for them."""
     if not path.is_file():
         yield f"shard {path} is missing; copy it there or rebuild the shard set"
@@ -153,12 +178,15 @@ def shard_problems(path: Path, shard: Shard, *, decode: bool, hashes_alone: bool
                 yield str(error)
 
 
-def map_jpegs(manifest: Manifest, index: SplitIndex, work: Callable[[bytes, str], Result]) -> Iterator[Result]:
+def map_jpegs(
+    manifest: Manifest, index: SplitIndex, work: Callable[[bytes, str], Result]
+) -> Iterator[Result]:
     """`work(jpeg, where)` of every image of an index in its order, tar by tar, on all cores.
 
     `where` names image and shard for an error. Threads: hashing, JPEG decoding and Pillow let others run meanwhile.
     Raises InputError for a shard that is missing or cannot be read.
     """
+
     def of_shard(positions_M: np.ndarray) -> list[Result]:
         path = manifest.path(manifest.shards[index.shard_N[positions_M[0]]])
         results = []
@@ -169,8 +197,10 @@ def map_jpegs(manifest: Manifest, index: SplitIndex, work: Callable[[bytes, str]
                     jpeg = stream.read(int(index.length_N[position]))
                     results.append(work(jpeg, f"{index.keys[position]}.jpg in {path}"))
         except OSError as error:
-            raise InputError(f"shard {path} cannot be read ({error.strerror}); copy it there or rebuild the shard "
-                             "set") from None
+            raise InputError(
+                f"shard {path} cannot be read ({error.strerror}); copy it there or rebuild the shard "
+                "set"
+            ) from None
         return results
 
     by_shard = np.split(np.arange(len(index)), np.flatnonzero(np.diff(index.shard_N)) + 1)
@@ -199,10 +229,14 @@ def jpeg_size(jpeg: bytes, where: str) -> tuple[int, int]:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
     except ValueError as error:
-        raise DamagedImageError(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
+        raise DamagedImageError(
+            f"{where} cannot be decoded ({error}); rebuild the shard set without it"
+        ) from None
     if height * width > MOST_PIXELS:
-        raise DamagedImageError(f"{where} has {width} × {height} pixels, more than {MOST_PIXELS:,}; rebuild the shard "
-                                "set with a smaller one")
+        raise DamagedImageError(
+            f"{where} has {width} × {height} pixels, more than {MOST_PIXELS:,}; rebuild the shard "
+            "set with a smaller one"
+        )
     return height, width
 
 
@@ -214,9 +248,13 @@ def decode_rgb(jpeg: bytes, where: str, *, shrink: int = 1) -> np.ndarray:
     """
     height, width = jpeg_size(jpeg, where)
     try:
-        return simplejpeg.decode_jpeg(jpeg, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink))
+        return simplejpeg.decode_jpeg(
+            jpeg, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink)
+        )
     except ValueError as error:
-        raise DamagedImageError(f"{where} cannot be decoded ({error}); rebuild the shard set without it") from None
+        raise DamagedImageError(
+            f"{where} cannot be decoded ({error}); rebuild the shard set without it"
+        ) from None
 
 
 def sha256_of(stream: BinaryIO) -> str:

@@ -21,21 +21,31 @@ def statistics_tables(figures: dict[str, Any]) -> Iterator[Table]:
     rows = {**figures["splits"], **figures["subsets"]}
     table = _table(figures["name"], "", *rows)
     for figure in next(iter(rows.values())):
-        table.add_row(_LABELS.get(figure, figure.replace("_", " ")), *(_number(row[figure]) for row in rows.values()))
+        table.add_row(
+            _LABELS.get(figure, figure.replace("_", " ")),
+            *(_number(row[figure]) for row in rows.values()),
+        )
     yield table
     yield _histogram(figures["histogram"])
     if figures["categories"]:
         table = _table("Super-classes", "super-class", "classes", *figures["splits"])
         for name, row in figures["categories"].items():
-            table.add_row(Text(name or "–"), _number(row["classes"]), *map(_number, row["images"].values()))
+            table.add_row(
+                Text(name or "–"), _number(row["classes"]), *map(_number, row["images"].values())
+            )
         yield table
 
 
 def near_duplicate_tables(audit: dict[str, Any]) -> Iterator[Table]:
     """What `near_duplicates` found: counts for each split, and the nearest pairs of any two."""
     *others, _ = audit["splits"]
-    table = _table(f"Images within {audit['near_bits']} bits of an image of another split", "split", "images",
-                   "flat, not compared", *(f"near {other}" for other in others))
+    table = _table(
+        f"Images within {audit['near_bits']} bits of an image of another split",
+        "split",
+        "images",
+        "flat, not compared",
+        *(f"near {other}" for other in others),
+    )
     for split, row in audit["splits"].items():
         near = [_number(comparison["near"]) for comparison in row["against"].values()]
         table.add_row(Text(split), _number(row["images"]), _number(row["flat"]), *near)
@@ -52,7 +62,9 @@ def near_duplicate_tables(audit: dict[str, Any]) -> Iterator[Table]:
 
 
 def _histogram(histogram: dict[str, Any]) -> Table:
-    table = Table(title="Classes by number of images", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = Table(
+        title="Classes by number of images", title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
     table.add_column("images", justify="right", no_wrap=True)
     for split in histogram["classes"]:
         table.add_column(Text(split), justify="right", no_wrap=True)
@@ -60,7 +72,10 @@ def _histogram(histogram: dict[str, Any]) -> Table:
     for position, (first, last) in enumerate(histogram["bins"]):
         cells: list[RenderableType] = []
         for counts in histogram["classes"].values():
-            cells += [_number(counts[position]), Bar(max(counts), 0, counts[position], width=_BAR_CELLS)]
+            cells += [
+                _number(counts[position]),
+                Bar(max(counts), 0, counts[position], width=_BAR_CELLS),
+            ]
         table.add_row(bin_name(first, last), *cells)
     return table
 

@@ -27,14 +27,16 @@ class Verified:
     """Images that two splits hold byte for byte. Published sets have such pairs, and are what they are."""
 
 
-def verify(manifest: Manifest, *, decode: bool = True, advance: Callable[[int], None] = lambda images: None
-           ) -> Verified:
+def verify(
+    manifest: Manifest, *, decode: bool = True, advance: Callable[[int], None] = lambda images: None
+) -> Verified:
     """Hash each shard, decode each image (unless told not to), compare each tar's members with the manifest's keys,
     labels and byte ranges, and look for images that are in two splits.
 
     Shards that lie elsewhere are fetched. Runs on all cores; `advance` is told the images of each shard that is done.
     That splits share no class is checked when a manifest is loaded.
     """
+
     def of_shard(shard: Shard) -> tuple[list[str], list[bytes]]:
         return _examine(manifest, shard, decode=decode)
 
@@ -42,13 +44,18 @@ def verify(manifest: Manifest, *, decode: bool = True, advance: Callable[[int], 
     first_by_split: dict[bytes, dict[str, str]] = {}
     # Threads: hashing and decoding, nearly all of the work, let others run meanwhile.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for shard, (problems, digests) in zip(manifest.shards, pool.map(of_shard, manifest.shards), strict=True):
+        for shard, (problems, digests) in zip(
+            manifest.shards, pool.map(of_shard, manifest.shards), strict=True
+        ):
             lines += problems
             for key, digest in zip(shard.keys, digests, strict=False):
                 first_by_split.setdefault(digest, {}).setdefault(shard.split, key)
             advance(len(shard.keys))
-    shared = [" and ".join(f"{key}.jpg of {split}" for split, key in keys.items()) + " are the same image"
-              for keys in first_by_split.values() if len(keys) > 1]
+    shared = [
+        " and ".join(f"{key}.jpg of {split}" for split, key in keys.items()) + " are the same image"
+        for keys in first_by_split.values()
+        if len(keys) > 1
+    ]
     return Verified(problems=lines, shared=shared)
 
 
@@ -60,7 +67,11 @@ def unnamed_tars(manifest: Manifest) -> list[str]:
     if manifest.source:
         return []
     named = {shard.file for shard in manifest.shards}
-    return sorted(path.name for path in manifest.folder.iterdir() if ".tar" in path.name and path.name not in named)
+    return sorted(
+        path.name
+        for path in manifest.folder.iterdir()
+        if ".tar" in path.name and path.name not in named
+    )
 
 
 def _examine(manifest: Manifest, shard: Shard, *, decode: bool) -> tuple[list[str], list[bytes]]:
@@ -74,8 +85,10 @@ def _examine(manifest: Manifest, shard: Shard, *, decode: bool) -> tuple[list[st
         return lines, []
     with open(path, "rb") as stream:
         lines += _member_problems(stream, shard, path)
-        return lines, [hashlib.sha256(_read(stream, offset, length)).digest()
-                       for offset, length in zip(shard.offsets, shard.lengths, strict=True)]
+        return lines, [
+            hashlib.sha256(_read(stream, offset, length)).digest()
+            for offset, length in zip(shard.offsets, shard.lengths, strict=True)
+        ]
 
 
 def _member_problems(stream: BinaryIO, shard: Shard, path: Path) -> Iterator[str]:
@@ -90,13 +103,17 @@ def _member_problems(stream: BinaryIO, shard: Shard, path: Path) -> Iterator[str
     except tarfile.TarError as error:
         yield f"{path} cannot be read as a tar ({error}); copy it again or rebuild the shard set"
         return
-    for key, label, offset, length in zip(shard.keys, shard.labels, shard.offsets, shard.lengths, strict=True):
+    for key, label, offset, length in zip(
+        shard.keys, shard.labels, shard.offsets, shard.lengths, strict=True
+    ):
         image, meta = members.pop(f"{key}.jpg", None), members.pop(f"{key}.json", None)
         if image is None or meta is None:
             yield f"{path} has no {key}.{'json' if image else 'jpg'}; rebuild the shard set"
         elif (image.offset_data, image.size) != (offset, length):
-            yield (f"{key}.jpg in {path} is at byte {image.offset_data} and has {image.size} bytes, its manifest says "
-                   f"{offset} and {length}; rebuild the shard set")
+            yield (
+                f"{key}.jpg in {path} is at byte {image.offset_data} and has {image.size} bytes, its manifest says "
+                f"{offset} and {length}; rebuild the shard set"
+            )
         elif (stated := _label(_read(stream, meta.offset_data, meta.size))) != label:
             yield f"{key}.json in {path} says label {stated!r}, its manifest says {label}; rebuild the shard set"
     for name in members:

@@ -21,46 +21,68 @@ from namr_dist.run.folder import CONFIG
 _FORMAT = "namr-network/1"
 
 
-def save_network(path: Path, state: dict[str, torch.Tensor], config: Config, *,
-                 trained: dict[str, Any]) -> None:
+def save_network(
+    path: Path, state: dict[str, torch.Tensor], config: Config, *, trained: dict[str, Any]
+) -> None:
     """Write the network's state dict, atomically. `trained` says how it came to be: steps, ranks, machine."""
-    metadata = {"format": _FORMAT, "version": __version__, "trained": json.dumps(trained), "config": config.to_json()}
+    metadata = {
+        "format": _FORMAT,
+        "version": __version__,
+        "trained": json.dumps(trained),
+        "config": config.to_json(),
+    }
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     data = safetensors.torch.save(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
 
 
-def load_network(path: Path, config: Config, *, device: torch.device) -> tuple[EmbeddingNetwork, dict[str, Any]]:
+def load_network(
+    path: Path, config: Config, *, device: torch.device
+) -> tuple[EmbeddingNetwork, dict[str, Any]]:
     """The network of a checkpoint, in eval mode and fp32, and how it was trained.
 
     Raises InputError if the file is missing or does not fit.
     """
     if not path.is_file():
-        raise InputError(f"{path} is missing: the run has not finished; train it first with "
-                         f"`namr train {config.recipe}`")
+        raise InputError(
+            f"{path} is missing: the run has not finished; train it first with "
+            f"`namr train {config.recipe}`"
+        )
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); copy it again or train again") from None
+        raise InputError(
+            f"{path} is not a whole safetensors file ({error}); copy it again or train again"
+        ) from None
     if metadata.get("format") != _FORMAT:
-        raise InputError(f"{path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; it was not written "
-                         "by this version of namr train")
+        raise InputError(
+            f"{path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; it was not written "
+            "by this version of namr train"
+        )
     network = initial_network(config, device=device, pretrained=False).eval()
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit the run's {CONFIG} ({str(error).splitlines()[-1].strip()}); "
-                         "it belongs to another run") from None
+        raise InputError(
+            f"{path} does not fit the run's {CONFIG} ({str(error).splitlines()[-1].strip()}); "
+            "it belongs to another run"
+        ) from None
     return network, json.loads(metadata["trained"])
 
 
-def initial_network(config: Config, *, device: torch.device, pretrained: bool, bf16: bool = False,
-                    pieces: int = 1) -> EmbeddingNetwork:
+def initial_network(
+    config: Config, *, device: torch.device, pretrained: bool, bf16: bool = False, pieces: int = 1
+) -> EmbeddingNetwork:
     """The network as training starts it; not `pretrained`, only its shape, to be filled from a checkpoint."""
     torch.manual_seed(config.train.seed)
-    model = config.model if pretrained else dataclasses.replace(config.model, pretrained=False, weights=None)
-    return EmbeddingNetwork(model, image_size=config.data.image_size, bf16=bf16, pieces=pieces).to(device)
-
+    model = (
+        config.model
+        if pretrained
+        else dataclasses.replace(config.model, pretrained=False, weights=None)
+    )
+    return EmbeddingNetwork(model, image_size=config.data.image_size, bf16=bf16, pieces=pieces).to(
+        device
+    )

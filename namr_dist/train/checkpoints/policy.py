@@ -17,8 +17,16 @@ if TYPE_CHECKING:
 class CheckpointPolicy:
     """One on each rank. All ranks must make each call together."""
 
-    def __init__(self, engine: DeepSpeedEngine, run: RunFolder, config: Config, *, data_hash: str, host: HostGroup,
-                 first: bool) -> None:
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        run: RunFolder,
+        config: Config,
+        *,
+        data_hash: str,
+        host: HostGroup,
+        first: bool,
+    ) -> None:
         self._engine = engine
         self._run = run
         self._config = config
@@ -44,13 +52,21 @@ class CheckpointPolicy:
         written, and a line for people. Where it was not, the line says why, and the checkpoints before stay."""
         began = time.monotonic()
         path = self._run.checkpoint(step)
-        trouble = save_state(self._engine, path, step=step, config=self._config, data_hash=self._data_hash,
-                             host=self._host)
+        trouble = save_state(
+            self._engine,
+            path,
+            step=step,
+            config=self._config,
+            data_hash=self._data_hash,
+            host=self._host,
+        )
         self._latest_s = time.monotonic()
         if trouble is not None:
             last = [before for before, _ in self._run.checkpoints() if before < step]
-            return False, (f"WARNING: no checkpoint at step {step}: {trouble}; until the next one, a run that breaks "
-                           f"goes on from {f'step {last[-1]}' if last else 'the beginning'}")
+            return False, (
+                f"WARNING: no checkpoint at step {step}: {trouble}; until the next one, a run that breaks "
+                f"goes on from {f'step {last[-1]}' if last else 'the beginning'}"
+            )
         if self._first:
             self._run.remove_old_checkpoints(newest=step, keep=self._config.train.keep_checkpoints)
         return True, f"checkpoint at step {step} in {self._latest_s - began:.1f} s → {path}"

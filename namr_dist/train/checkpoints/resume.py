@@ -18,12 +18,29 @@ from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.state import SavedState, open_state
 from namr_dist.train.checkpoints.verified_file import DamagedFileError
 
-MAY_DIFFER = {"data.path", "data.remote.cache", "data.remote.cache_gib", "data.remote.retries",
-               "data.remote.stall_seconds", "data.workers", "data.batch_minutes", "data.verify",
-               "train.zero_stage", "train.log_every", "train.validate_every", "train.tensorboard",
-               "train.checkpoint_minutes", "train.checkpoint_every", "train.keep_checkpoints", "train.timeout_minutes",
-               "train.micro_batch", "train.profile", "train.profile_after",
-               "evaluation.recall_at", "evaluation.reidentification_draws"}
+MAY_DIFFER = {
+    "data.path",
+    "data.remote.cache",
+    "data.remote.cache_gib",
+    "data.remote.retries",
+    "data.remote.stall_seconds",
+    "data.workers",
+    "data.batch_minutes",
+    "data.verify",
+    "train.zero_stage",
+    "train.log_every",
+    "train.validate_every",
+    "train.tensorboard",
+    "train.checkpoint_minutes",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.timeout_minutes",
+    "train.micro_batch",
+    "train.profile",
+    "train.profile_after",
+    "evaluation.recall_at",
+    "evaluation.reidentification_draws",
+}
 """Settings that the run does not depend on, but for rounding. The images themselves are compared by their hash."""
 
 
@@ -70,29 +87,44 @@ def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
             continue
         check_same(path, saved.config, config)
         if saved.step != step:
-            raise InputError(f"{path} holds step {saved.step}; give it that step's name, or remove it")
+            raise InputError(
+                f"{path} holds step {saved.step}; give it that step's name, or remove it"
+            )
         if saved.data_hash != data_hash:
-            raise InputError(f"{path} was trained on other images than {shown(config.data.path or 'homeware')} holds "
-                             "now; set data.path to those, or start again with --overwrite")
+            raise InputError(
+                f"{path} was trained on other images than {shown(config.data.path or 'homeware')} holds "
+                "now; set data.path to those, or start again with --overwrite"
+            )
         return Start(step=saved.step, saved=saved, goes_on=True, warnings=tuple(warnings))
     if run.checkpoints():
-        raise InputError(f"no checkpoint in {run.checkpoint_folder} is whole: {'; '.join(warnings)}; copy one there "
-                         "again, or start again with --overwrite")
+        raise InputError(
+            f"no checkpoint in {run.checkpoint_folder} is whole: {'; '.join(warnings)}; copy one there "
+            "again, or start again with --overwrite"
+        )
     return Start(goes_on=True, warnings=tuple(warnings))
 
 
 def check_same(path: Path, there: Config, here: Config) -> None:
     """Raise InputError, naming the file `path` and the fields, if two configurations do not make the same run."""
     before, now = _fields(dataclasses.asdict(there)), _fields(dataclasses.asdict(here))
-    changed = [f"{name} is {now[name]}, there {before[name]}" for name in now
-               if name not in MAY_DIFFER and now[name] != before[name]]
+    changed = [
+        f"{name} is {now[name]}, there {before[name]}"
+        for name in now
+        if name not in MAY_DIFFER and now[name] != before[name]
+    ]
     if changed:
-        raise InputError(f"{path} belongs to another run: {'; '.join(changed)}; give its settings, or another folder "
-                         "with --run-dir")
+        raise InputError(
+            f"{path} belongs to another run: {'; '.join(changed)}; give its settings, or another folder "
+            "with --run-dir"
+        )
 
 
 def _fields(section: dict, prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in section.items():
-        flat.update(_fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+        flat.update(
+            _fields(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return flat

@@ -26,7 +26,12 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import world_size
 from namr_dist.train.checkpoints import zero_fragments
-from namr_dist.train.checkpoints.verified_file import DamagedFileError, TensorSpec, VerifiedFileWriter, verify_file
+from namr_dist.train.checkpoints.verified_file import (
+    DamagedFileError,
+    TensorSpec,
+    VerifiedFileWriter,
+    verify_file,
+)
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -64,8 +69,15 @@ def state_bytes(module: nn.Module) -> int:
     return held + 2 * sum(value.numel() * 4 for value in module.parameters() if value.requires_grad)
 
 
-def save_state(engine: DeepSpeedEngine, path: Path, *, step: int, config: Config, data_hash: str,
-               host: HostGroup) -> str | None:
+def save_state(
+    engine: DeepSpeedEngine,
+    path: Path,
+    *,
+    step: int,
+    config: Config,
+    data_hash: str,
+    host: HostGroup,
+) -> str | None:
     """Write the state after `step` steps; None, or why it could not be written. All ranks call it, and learn that.
 
     The file appears whole and verified or not at all. Memory: one whole parameter on the device and on the first
@@ -74,13 +86,22 @@ def save_state(engine: DeepSpeedEngine, path: Path, *, step: int, config: Config
     entries = _entries(engine, host, _generators(engine.device))
     writer: VerifiedFileWriter | None = None
     trouble: str | None = None
-    metadata = {"format": _FORMAT, "version": __version__, "step": str(step), "ranks": str(world_size()),
-                "zero_stage": str(engine.zero_optimization_stage()), "data": data_hash, "config": config.to_json()}
+    metadata = {
+        "format": _FORMAT,
+        "version": __version__,
+        "step": str(step),
+        "ranks": str(world_size()),
+        "zero_stage": str(engine.zero_optimization_stage()),
+        "data": data_hash,
+        "config": config.to_json(),
+    }
     try:
         if dist.get_rank() == 0:
             try:
                 path.parent.mkdir(exist_ok=True)
-                writer = VerifiedFileWriter(path, metadata, {entry.name: entry.spec for entry in entries})
+                writer = VerifiedFileWriter(
+                    path, metadata, {entry.name: entry.spec for entry in entries}
+                )
             except OSError as error:
                 trouble = error.strerror
         for entry in entries:
@@ -117,23 +138,35 @@ def open_state(path: Path) -> SavedState:
     except (safetensors.SafetensorError, OSError) as error:
         raise DamagedFileError(str(error)) from None
     if metadata.get("format") != _FORMAT:
-        raise InputError(f"{path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; it was written by "
-                         f"version {metadata.get('version')} of namr-dist: go on with that one, or start again with "
-                         "--overwrite")
-    return SavedState(path=path, step=int(metadata["step"]), ranks=int(metadata["ranks"]), data_hash=metadata["data"],
-                      config=Config.from_object(json.loads(metadata["config"]), f"{path}: config"))
+        raise InputError(
+            f"{path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; it was written by "
+            f"version {metadata.get('version')} of namr-dist: go on with that one, or start again with "
+            "--overwrite"
+        )
+    return SavedState(
+        path=path,
+        step=int(metadata["step"]),
+        ranks=int(metadata["ranks"]),
+        data_hash=metadata["data"],
+        config=Config.from_object(json.loads(metadata["config"]), f"{path}: config"),
+    )
 
 
 def check_fits(saved: SavedState, module: nn.Module) -> None:
     """Raise InputError unless the checkpoint holds just the parameters and buffers of `module`."""
     with safetensors.safe_open(saved.path, "pt") as file:
-        there = {name.removeprefix("model/"): spec.shape for name, spec in TensorSpec.all_in(file).items()
-                 if name.startswith("model/")}
+        there = {
+            name.removeprefix("model/"): spec.shape
+            for name, spec in TensorSpec.all_in(file).items()
+            if name.startswith("model/")
+        }
     wanted = {name: tuple(value.shape) for name, value in _named_state(module)}
     for name in sorted(there.keys() | wanted.keys()):
         if there.get(name) != wanted.get(name):
-            raise InputError(f"{saved.path} does not fit the model: {name} is {_shape(there, name)} there and "
-                             f"{_shape(wanted, name)} here; it belongs to another run or version")
+            raise InputError(
+                f"{saved.path} does not fit the model: {name} is {_shape(there, name)} there and "
+                f"{_shape(wanted, name)} here; it belongs to another run or version"
+            )
 
 
 def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
@@ -141,7 +174,9 @@ def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
 
 
 @torch.no_grad()
-def load_state(engine: DeepSpeedEngine, saved: SavedState | None, *, host: HostGroup, seed: int) -> None:
+def load_state(
+    engine: DeepSpeedEngine, saved: SavedState | None, *, host: HostGroup, seed: int
+) -> None:
     """Fill a fresh engine. All ranks call it.
 
     saved: on the first rank a checkpoint that fits; it alone reads the file. With as many ranks as wrote it, each
@@ -171,7 +206,9 @@ def load_state(engine: DeepSpeedEngine, saved: SavedState | None, *, host: HostG
         zero_fragments.set_value(engine, parameters[name], read(f"model/{name}"))
         if f"adamw/{name}/step" in specs:
             moments = {key: read(f"adamw/{name}/{key}") for key in zero_fragments.MOMENTS}
-            zero_fragments.set_moments(engine, parameters[name], moments, read(f"adamw/{name}/step"))
+            zero_fragments.set_moments(
+                engine, parameters[name], moments, read(f"adamw/{name}/step")
+            )
     by_rank: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     for name in sorted(specs):
         if name.startswith("rank/"):
@@ -183,7 +220,10 @@ def load_state(engine: DeepSpeedEngine, saved: SavedState | None, *, host: HostG
 def _named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and persistent buffers by name, each once."""
     kept = module.state_dict().keys()
-    return [*module.named_parameters(), *((name, value) for name, value in module.named_buffers() if name in kept)]
+    return [
+        *module.named_parameters(),
+        *((name, value) for name, value in module.named_buffers() if name in kept),
+    ]
 
 
 def _entries(engine: DeepSpeedEngine, host: HostGroup, own: dict[str, Tensor]) -> list[_Entry]:
@@ -196,20 +236,37 @@ def _entries(engine: DeepSpeedEngine, host: HostGroup, own: dict[str, Tensor]) -
             continue
         parameter = parameters[name]
         spec = TensorSpec(dtype=parameter.dtype, shape=zero_fragments.full_shape(parameter))
-        entries.append(_Entry(name=f"model/{name}", spec=spec,
-                              fetch=_bind(zero_fragments.get_value, engine, parameter)))
+        entries.append(
+            _Entry(
+                name=f"model/{name}",
+                spec=spec,
+                fetch=_bind(zero_fragments.get_value, engine, parameter),
+            )
+        )
         count = zero_fragments.optimizer_step(engine, parameter)
         if count is None:
             continue
         entries.append(_entry(f"adamw/{name}/step", count, count.clone))
         for key in zero_fragments.MOMENTS:
-            entries.append(_Entry(name=f"adamw/{name}/{key}", spec=TensorSpec(dtype=torch.float32, shape=spec.shape),
-                                  fetch=_bind(zero_fragments.get_moment, engine, parameter, key)))
-    for rank, specs in enumerate(host.of_all({name: TensorSpec.of(value) for name, value in own.items()})):
+            entries.append(
+                _Entry(
+                    name=f"adamw/{name}/{key}",
+                    spec=TensorSpec(dtype=torch.float32, shape=spec.shape),
+                    fetch=_bind(zero_fragments.get_moment, engine, parameter, key),
+                )
+            )
+    for rank, specs in enumerate(
+        host.of_all({name: TensorSpec.of(value) for name, value in own.items()})
+    ):
         for name, spec in specs.items():
             mine = own.get(name) if rank == dist.get_rank() else None
-            entries.append(_Entry(name=f"rank/{rank:05d}/{name}", spec=spec,
-                                  fetch=_bind(_from_rank, host, rank, spec, mine)))
+            entries.append(
+                _Entry(
+                    name=f"rank/{rank:05d}/{name}",
+                    spec=spec,
+                    fetch=_bind(_from_rank, host, rank, spec, mine),
+                )
+            )
     return sorted(entries, key=lambda entry: -entry.spec.dtype.itemsize)
 
 
@@ -237,11 +294,15 @@ def _generators(device: torch.device) -> dict[str, Tensor]:
 
 def seed_generators(*, seed: int, step: int) -> None:
     """Random generators of this rank from `step` on: every rank draws its own dropout."""
-    words = np.random.SeedSequence([_RNG_STREAM, seed, step, dist.get_rank()]).generate_state(1, np.uint64)
+    words = np.random.SeedSequence([_RNG_STREAM, seed, step, dist.get_rank()]).generate_state(
+        1, np.uint64
+    )
     torch.manual_seed(int(words[0]))
 
 
-def _restore_generators(device: torch.device, by_rank: list[dict[str, Tensor]], *, seed: int, step: int) -> None:
+def _restore_generators(
+    device: torch.device, by_rank: list[dict[str, Tensor]], *, seed: int, step: int
+) -> None:
     rank = dist.get_rank()
     same = len(by_rank) == world_size() and ("rng_cuda" in by_rank[rank]) == (device.type == "cuda")
     if not same:

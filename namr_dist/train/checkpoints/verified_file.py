@@ -19,9 +19,18 @@ import safetensors
 import torch
 from torch import Tensor
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-           torch.bool: "BOOL"}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _BEFORE_DIGEST = b'{"__metadata__":{"sha256":"'
 _NO_DIGEST = b"0" * 64
@@ -50,8 +59,10 @@ class TensorSpec:
         """Of an open file, by name; no tensor is read."""
         dtypes = {name: dtype for dtype, name in _DTYPES.items()}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return {name: cls(dtype=dtypes[part.get_dtype()], shape=tuple(part.get_shape()))
-                for name, part in slices.items()}
+        return {
+            name: cls(dtype=dtypes[part.get_dtype()], shape=tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
 
     @property
     def bytes(self) -> int:
@@ -67,7 +78,9 @@ class VerifiedFileWriter:
     Methods raise OSError where the disk does; then call `discard`.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]) -> None:
+    def __init__(
+        self, path: Path, metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]
+    ) -> None:
         widths = [spec.dtype.itemsize for spec in layout.values()]
         assert widths == sorted(widths, reverse=True)
         self._path = path
@@ -86,7 +99,9 @@ class VerifiedFileWriter:
     def add(self, tensor: Tensor) -> None:
         """Append the layout's next tensor, from the CPU."""
         name, spec = self._awaited.pop()
-        assert TensorSpec.of(tensor) == spec, f"{name} is {TensorSpec.of(tensor)}, announced as {spec}"
+        assert TensorSpec.of(tensor) == spec, (
+            f"{name} is {TensorSpec.of(tensor)}, announced as {spec}"
+        )
         values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._sha256.update(values)
         self._write(values)
@@ -103,7 +118,9 @@ class VerifiedFileWriter:
         try:
             verify_file(self._temporary)
         except DamagedFileError as error:
-            raise OSError(None, f"read back differs from what was written ({error})", str(self._path)) from None
+            raise OSError(
+                None, f"read back differs from what was written ({error})", str(self._path)
+            ) from None
         os.replace(self._temporary, self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
@@ -128,8 +145,11 @@ def _header(metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]) -> by
     entries: dict[str, object] = {"__metadata__": {"sha256": _NO_DIGEST.decode(), **metadata}}
     offset = 0
     for name, spec in layout.items():
-        entries[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape),
-                         "data_offsets": [offset, offset + spec.bytes]}
+        entries[name] = {
+            "dtype": _DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.bytes],
+        }
         offset += spec.bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     assert text.startswith(_BEFORE_DIGEST + _NO_DIGEST)

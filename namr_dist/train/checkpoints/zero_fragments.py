@@ -47,10 +47,17 @@ def _fragment(engine: DeepSpeedEngine, parameter: nn.Parameter) -> _Fragment | N
         if position is None:
             return None
         group, offset, count = position
-        return _Fragment(owner=zero.fp32_partitioned_groups_flat[group], offset=offset,
-                         start=dist.get_rank() * count, count=count)
-    groups = [number for number, members in enumerate(zero.bit16_groups)
-              if any(member is parameter for member in members)]
+        return _Fragment(
+            owner=zero.fp32_partitioned_groups_flat[group],
+            offset=offset,
+            start=dist.get_rank() * count,
+            count=count,
+        )
+    groups = [
+        number
+        for number, members in enumerate(zero.bit16_groups)
+        if any(member is parameter for member in members)
+    ]
     if not groups:
         return None
     owner = zero.single_partition_of_fp32_groups[groups[0]]
@@ -70,7 +77,9 @@ def get_value(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor:
     """The whole parameter, copied to the CPU."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+    with deepspeed.zero.GatheredParameters(
+        [parameter], enabled=engine.zero_optimization_stage() == 3
+    ):
         return parameter.detach().to("cpu", copy=True)
 
 
@@ -79,8 +88,9 @@ def set_value(engine: DeepSpeedEngine, parameter: nn.Parameter, value: Tensor) -
     """Overwrite the parameter, and the optimizer's copy of it, by `value`: the same on all ranks."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0,
-                                           enabled=engine.zero_optimization_stage() == 3):
+    with deepspeed.zero.GatheredParameters(
+        [parameter], modifier_rank=0, enabled=engine.zero_optimization_stage() == 3
+    ):
         parameter.copy_(value)
     fragment = _fragment(engine, parameter)
     if fragment is not None:
@@ -104,17 +114,24 @@ def get_moment(engine: DeepSpeedEngine, parameter: nn.Parameter, key: str) -> Te
         return moment.detach().to("cpu", copy=True)
     shape = torch.Size(full_shape(parameter))
     # ZeRO-3 pads parameters, so that all ranks' slices are equally long.
-    numel = max(shape.numel(), fragment.count * world_size()) if engine.zero_optimization_stage() == 3 \
+    numel = (
+        max(shape.numel(), fragment.count * world_size())
+        if engine.zero_optimization_stage() == 3
         else shape.numel()
+    )
     # As integers: a sum with zeros then keeps every bit, that of a negative zero as well.
     bits = torch.zeros(numel, dtype=torch.int32, device=moment.device)
-    bits[fragment.start : fragment.start + fragment.count] = _cut(moment, fragment).view(torch.int32)
+    bits[fragment.start : fragment.start + fragment.count] = _cut(moment, fragment).view(
+        torch.int32
+    )
     if world_size() > 1:
         dist.all_reduce(bits)
     return bits[: shape.numel()].view(torch.float32).reshape(shape).cpu()
 
 
-def set_moments(engine: DeepSpeedEngine, parameter: nn.Parameter, moments: dict[str, Tensor], step: Tensor) -> None:
+def set_moments(
+    engine: DeepSpeedEngine, parameter: nn.Parameter, moments: dict[str, Tensor], step: Tensor
+) -> None:
     """Overwrite what AdamW knows of a parameter: `moments` by the names of MOMENTS, the same on all ranks."""
     fragment = _fragment(engine, parameter)
     assert fragment is not None
@@ -133,7 +150,9 @@ def set_moments(engine: DeepSpeedEngine, parameter: nn.Parameter, moments: dict[
 
 def _cut(flat: Tensor, fragment: _Fragment) -> Tensor:
     """The fragment's place in a tensor that is laid out as its owner."""
-    if fragment.owner.dim() != 1:  # stage 0: a whole parameter, which may lie in memory in any order
+    if (
+        fragment.owner.dim() != 1
+    ):  # stage 0: a whole parameter, which may lie in memory in any order
         return flat.detach()
     return flat.detach().narrow(0, fragment.offset, fragment.count)
 

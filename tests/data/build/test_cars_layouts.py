@@ -21,8 +21,10 @@ from namr_dist.errors import InputError
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Not to be changed."""
     root = tmp_path_factory.mktemp("cars")
-    return {make.__name__: make(root / make.__name__)
-            for make in (miniatures.cars_flat, miniatures.cars_devkit, miniatures.cars_folders)}
+    return {
+        make.__name__: make(root / make.__name__)
+        for make in (miniatures.cars_flat, miniatures.cars_devkit, miniatures.cars_folders)
+    }
 
 
 @pytest.fixture
@@ -36,7 +38,9 @@ def devkit(layouts: dict[str, Path], tmp_path: Path) -> Path:
 
 def labels_by_content(listing: Listing) -> dict[str, int]:
     """Class of each image by the hash of its file: independent of file names."""
-    return {hashlib.sha256(image.path.read_bytes()).hexdigest(): image.label for image in listing.images}
+    return {
+        hashlib.sha256(image.path.read_bytes()).hexdigest(): image.label for image in listing.images
+    }
 
 
 def change(path: Path, keep: Callable[[int], bool], shift: int = 0) -> None:
@@ -54,15 +58,21 @@ def test_layouts_agree(layouts: dict[str, Path]) -> None:
     assert labels_by_content(flat) == labels_by_content(devkit)
     assert flat.classes == devkit.classes
     names = [{entry.label: entry.name for entry in listing.classes} for listing in (flat, folders)]
-    by_name = [{content: names[position][label] for content, label in labels_by_content(listing).items()}
-               for position, listing in enumerate((flat, folders))]
+    by_name = [
+        {content: names[position][label] for content, label in labels_by_content(listing).items()}
+        for position, listing in enumerate((flat, folders))
+    ]
     assert by_name[0] == by_name[1]
     # Sorted folder names move models within their make, never over the border between the splits.
     assert names[0] != names[1]
     assert {name for label, name in names[0].items() if label <= 98} == {
-        entry.name for entry in folders.classes if entry.split == "train"}
+        entry.name for entry in folders.classes if entry.split == "train"
+    }
     assert [listing.description.split(", ")[2] for listing in (flat, devkit, folders)] == [
-        "flat layout", "devkit layout", "class folder layout"]
+        "flat layout",
+        "devkit layout",
+        "class folder layout",
+    ]
 
 
 def test_classes_are_ordered_by_id(layouts: dict[str, Path]) -> None:
@@ -98,7 +108,9 @@ def test_labels_of_the_test_images(devkit: Path) -> None:
     with_labels.rename(devkit / with_labels.name)
     assert cars.read(devkit) == before
     (devkit / with_labels.name).rename(devkit / "aside.mat")
-    with pytest.raises(InputError, match="cars_test_annos.mat has no classes; get cars_test_annos_withlabels.mat"):
+    with pytest.raises(
+        InputError, match="cars_test_annos.mat has no classes; get cars_test_annos_withlabels.mat"
+    ):
         cars.read(devkit)
     (devkit / "aside.mat").rename(devkit / "devkit" / "cars_test_annos.mat")
     assert cars.read(devkit) == before
@@ -106,7 +118,9 @@ def test_labels_of_the_test_images(devkit: Path) -> None:
 
 def test_names_are_not_needed(devkit: Path) -> None:
     (devkit / "devkit" / "cars_meta.mat").unlink()
-    assert [entry.name for entry in cars.read(devkit).classes] == [str(label) for label in range(1, 197)]
+    assert [entry.name for entry in cars.read(devkit).classes] == [
+        str(label) for label in range(1, 197)
+    ]
 
 
 def test_class_without_images(devkit: Path) -> None:
@@ -116,7 +130,9 @@ def test_class_without_images(devkit: Path) -> None:
         cars.read(devkit)
 
 
-@pytest.mark.parametrize(("shift", "message"), [(-1, "annotation [0-9]+: the class is '0'"), (1, "have class 197")])
+@pytest.mark.parametrize(
+    ("shift", "message"), [(-1, "annotation [0-9]+: the class is '0'"), (1, "have class 197")]
+)
 def test_shifted_classes(devkit: Path, shift: int, message: str) -> None:
     change(devkit / "devkit" / "cars_train_annos.mat", lambda label: True, shift=shift)
     with pytest.raises(InputError, match=message):
@@ -126,9 +142,16 @@ def test_shifted_classes(devkit: Path, shift: int, message: str) -> None:
 def test_damaged_annotations(devkit: Path) -> None:
     path = devkit / "devkit" / "cars_train_annos.mat"
     whole = path.read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], whole[:200] + b"\0" * 50 + whole[250:], b"<html>" * 99):
+    for damaged in (
+        b"",
+        whole[: len(whole) // 2],
+        whole[:200] + b"\0" * 50 + whole[250:],
+        b"<html>" * 99,
+    ):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="cars_train_annos.mat (cannot be read|has no annotations)"):
+        with pytest.raises(
+            InputError, match="cars_train_annos.mat (cannot be read|has no annotations)"
+        ):
             cars.read(devkit)
     savemat(path, {"other": 1})
     with pytest.raises(InputError, match="no annotations with the field 'fname'"):

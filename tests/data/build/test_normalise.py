@@ -44,7 +44,9 @@ def smooth() -> Image.Image:
 def test_a_good_jpeg_keeps_its_bytes(smooth: Image.Image, mode: str, options: dict) -> None:
     data = saved(smooth.convert(mode), "JPEG", **options)
     assert as_shard_jpeg(data, PLAIN) == (data, "kept")
-    assert as_shard_jpeg(data, Encoding(size=48, quality=10)) == (data, "kept"), "no image is larger than asked for"
+    assert as_shard_jpeg(data, Encoding(size=48, quality=10)) == (data, "kept"), (
+        "no image is larger than asked for"
+    )
 
 
 def test_bytes_behind_the_end_are_cut_off(smooth: Image.Image) -> None:
@@ -71,11 +73,21 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     stored = np.full((40, 56, 3), 128, np.uint8)
     stored[:16, :16] = (255, 0, 0)  # first row and column meet here
     stored[:16, -16:] = (0, 0, 255)  # the first row ends here
-    row_at, column_at = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left", 5: "left top",
-                         6: "right top", 7: "right bottom", 8: "left bottom"}[orientation].split()
+    row_at, column_at = {
+        1: "top left",
+        2: "top right",
+        3: "bottom right",
+        4: "bottom left",
+        5: "left top",
+        6: "right top",
+        7: "right bottom",
+        8: "left bottom",
+    }[orientation].split()
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels, treatment = shown(saved(Image.fromarray(stored), "JPEG", exif=exif, quality=95, subsampling=0))
+    pixels, treatment = shown(
+        saved(Image.fromarray(stored), "JPEG", exif=exif, quality=95, subsampling=0)
+    )
     assert treatment == ("kept" if orientation == 1 else "turned")
     if treatment == "kept":
         return
@@ -90,24 +102,51 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "YCCK"])
-@pytest.mark.parametrize(("inks", "colour"), [
-    ((0, 0, 0, 0), (255, 255, 255)), ((255, 0, 0, 0), (0, 255, 255)), ((0, 255, 0, 0), (255, 0, 255)),
-    ((0, 0, 255, 0), (255, 255, 0)), ((0, 0, 0, 255), (0, 0, 0)), ((0, 255, 255, 0), (255, 0, 0))])
-def test_inks_are_the_colours_they_print(kind: str, inks: tuple[int, ...], colour: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("inks", "colour"),
+    [
+        ((0, 0, 0, 0), (255, 255, 255)),
+        ((255, 0, 0, 0), (0, 255, 255)),
+        ((0, 255, 0, 0), (255, 0, 255)),
+        ((0, 0, 255, 0), (255, 255, 0)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+        ((0, 255, 255, 0), (255, 0, 0)),
+    ],
+)
+def test_inks_are_the_colours_they_print(
+    kind: str, inks: tuple[int, ...], colour: tuple[int, ...]
+) -> None:
     """Both are stored inverted, as Adobe's programs do."""
     flat = np.broadcast_to(np.array(inks, np.uint8), (32, 32, 4))
-    data = saved(Image.fromarray(np.ascontiguousarray(flat), "CMYK"), "JPEG") if kind == "CMYK" else \
-        simplejpeg.encode_jpeg(np.ascontiguousarray(255 - flat), colorspace="CMYK", colorsubsampling="420")
+    data = (
+        saved(Image.fromarray(np.ascontiguousarray(flat), "CMYK"), "JPEG")
+        if kind == "CMYK"
+        else simplejpeg.encode_jpeg(
+            np.ascontiguousarray(255 - flat), colorspace="CMYK", colorsubsampling="420"
+        )
+    )
     assert simplejpeg.decode_jpeg_header(data)[2] == kind
     pixels, treatment = shown(data)
     assert treatment == "converted" and np.abs(pixels - colour).max() <= 4
 
 
-@pytest.mark.parametrize(("kind", "mode"), [
-    ("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("BMP", "RGB"), ("BMP", "L"), ("BMP", "P"), ("WEBP", "RGB")])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("PNG", "RGB"),
+        ("PNG", "L"),
+        ("PNG", "P"),
+        ("BMP", "RGB"),
+        ("BMP", "L"),
+        ("BMP", "P"),
+        ("WEBP", "RGB"),
+    ],
+)
 def test_other_formats_look_the_same(smooth: Image.Image, kind: str, mode: str) -> None:
     image = smooth.quantize(16) if mode == "P" else smooth.convert(mode)
-    pixels, treatment = shown(saved(image, kind, lossless=True))  # an option of WEBP, which the others pass over
+    pixels, treatment = shown(
+        saved(image, kind, lossless=True)
+    )  # an option of WEBP, which the others pass over
     assert treatment == "converted" and far(pixels, np.asarray(image.convert("RGB"))) < 2.5
 
 
@@ -118,14 +157,22 @@ def test_transparent_is_white() -> None:
     palette = Image.new("P", (48, 16), 0)
     palette.putpalette([0, 0, 0] * 3)
     palette.putdata([position // 16 for _ in range(16) for position in range(48)])
-    for data in (saved(grey, "PNG"), saved(grey.convert("RGBA"), "PNG"), saved(grey.convert("RGBA"), "WEBP"),
-                 saved(palette, "PNG", transparency=bytes([0, 128, 255]))):
+    for data in (
+        saved(grey, "PNG"),
+        saved(grey.convert("RGBA"), "PNG"),
+        saved(grey.convert("RGBA"), "WEBP"),
+        saved(palette, "PNG", transparency=bytes([0, 128, 255])),
+    ):
         pixels, _ = shown(data)
-        assert [round(float(pixels[:, at:at + 8].mean())) for at in (4, 20, 36)] == pytest.approx([255, 127, 0], abs=2)
+        assert [round(float(pixels[:, at : at + 8].mean())) for at in (4, 20, 36)] == pytest.approx(
+            [255, 127, 0], abs=2
+        )
 
 
 def test_16_bit_grey_keeps_its_range() -> None:
-    steps = np.repeat(np.array([[0, 0x1000, 0x8000, 0xFFFF]], np.uint16), 16, axis=1).repeat(16, axis=0)
+    steps = np.repeat(np.array([[0, 0x1000, 0x8000, 0xFFFF]], np.uint16), 16, axis=1).repeat(
+        16, axis=0
+    )
     pixels, _ = shown(saved(Image.fromarray(steps), "PNG"))
     assert pixels[8, 8::16, 0] == pytest.approx([0, 16, 128, 255], abs=2)
 
@@ -148,8 +195,12 @@ def odd_scan(jpeg: bytes) -> bytes:
     return jpeg[: end - 2] + b"\0" + jpeg[end - 1 :]
 
 
-ODDITIES = [(stray_bytes, "3 extraneous bytes before marker"), (unknown_revision, "unknown JFIF revision"),
-            (odd_profile, "bad ICC marker"), (odd_scan, "Invalid SOS parameters")]
+ODDITIES = [
+    (stray_bytes, "3 extraneous bytes before marker"),
+    (unknown_revision, "unknown JFIF revision"),
+    (odd_profile, "bad ICC marker"),
+    (odd_scan, "Invalid SOS parameters"),
+]
 
 
 def half(jpeg: bytes) -> bytes:
@@ -160,8 +211,12 @@ def hole(jpeg: bytes) -> bytes:
     return jpeg[: len(jpeg) // 2] + bytes(200) + jpeg[len(jpeg) // 2 + 200 :]
 
 
-@pytest.mark.parametrize(("oddity", "warning"), ODDITIES, ids=lambda it: getattr(it, "__name__", ""))
-def test_an_odd_header_is_done_away_with(smooth: Image.Image, oddity: Callable[[bytes], bytes], warning: str) -> None:
+@pytest.mark.parametrize(
+    ("oddity", "warning"), ODDITIES, ids=lambda it: getattr(it, "__name__", "")
+)
+def test_an_odd_header_is_done_away_with(
+    smooth: Image.Image, oddity: Callable[[bytes], bytes], warning: str
+) -> None:
     data = saved(smooth, "JPEG", quality=95)
     with pytest.raises(ValueError, match=warning):
         simplejpeg.decode_jpeg(oddity(data))
@@ -170,8 +225,9 @@ def test_an_odd_header_is_done_away_with(smooth: Image.Image, oddity: Callable[[
 
 
 @pytest.mark.parametrize(("stray", "treatment"), [(10, "repaired"), (16, "repaired"), (40, None)])
-def test_a_few_stray_bytes_before_the_end_are_done_away_with(smooth: Image.Image, stray: int,
-                                                             treatment: str | None) -> None:
+def test_a_few_stray_bytes_before_the_end_are_done_away_with(
+    smooth: Image.Image, stray: int, treatment: str | None
+) -> None:
     data = saved(smooth, "JPEG", quality=95)
     odd = data[:-2] + b"\x5a" * stray + data[-2:]
     with pytest.raises(ValueError, match="extraneous bytes before marker 0xd9"):
@@ -187,9 +243,16 @@ def test_a_few_stray_bytes_before_the_end_are_done_away_with(smooth: Image.Image
 @pytest.mark.parametrize("loss", [half, hole])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
-def test_lost_pixels_are_damage(loss: Callable[[bytes], bytes], progressive: bool, mode: str) -> None:
+def test_lost_pixels_are_damage(
+    loss: Callable[[bytes], bytes], progressive: bool, mode: str
+) -> None:
     """Pillow reads all of these, the lost parts in grey. libjpeg tells only the first of its warnings."""
-    data = saved(Image.fromarray(picture(0, 0, size=80)).convert(mode), "JPEG", quality=95, progressive=progressive)
+    data = saved(
+        Image.fromarray(picture(0, 0, size=80)).convert(mode),
+        "JPEG",
+        quality=95,
+        progressive=progressive,
+    )
     oddities = [oddity for oddity, _ in ODDITIES[: 4 - progressive]] if mode == "RGB" else []
     for broken in (loss(data), *(oddity(loss(data)) for oddity in oddities)):
         with Image.open(io.BytesIO(broken)) as image:
@@ -205,19 +268,22 @@ def png_claiming(width: int, height: int) -> bytes:
     return data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
 
 
-@pytest.mark.parametrize(("data", "kind"), [
-    (b"", "empty"),
-    (b"<html>Not found</html>", "not an image"),
-    (simplejpeg.encode_jpeg(picture(0, 0))[:700], "truncated"),
-    (simplejpeg.encode_jpeg(picture(0, 0))[:-2], "truncated"),
-    (simplejpeg.encode_jpeg(picture(0, 0))[:40], "truncated"),
-    (simplejpeg.encode_jpeg(picture(0, 0))[:2] + b"no more of it", "damaged"),
-    (saved(Image.fromarray(picture(0, 0)), "PNG")[:2000], "truncated"),
-    (saved(Image.fromarray(picture(0, 0)), "GIF"), "not an image"),
-    (jpeg_claiming(20_000, 20_000), "too large"),
-    (png_claiming(20_000, 20_000), "too large"),
-    (saved(Image.new("1", (70_000, 2)), "PNG"), "too large"),
-])
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "empty"),
+        (b"<html>Not found</html>", "not an image"),
+        (simplejpeg.encode_jpeg(picture(0, 0))[:700], "truncated"),
+        (simplejpeg.encode_jpeg(picture(0, 0))[:-2], "truncated"),
+        (simplejpeg.encode_jpeg(picture(0, 0))[:40], "truncated"),
+        (simplejpeg.encode_jpeg(picture(0, 0))[:2] + b"no more of it", "damaged"),
+        (saved(Image.fromarray(picture(0, 0)), "PNG")[:2000], "truncated"),
+        (saved(Image.fromarray(picture(0, 0)), "GIF"), "not an image"),
+        (jpeg_claiming(20_000, 20_000), "too large"),
+        (png_claiming(20_000, 20_000), "too large"),
+        (saved(Image.new("1", (70_000, 2)), "PNG"), "too large"),
+    ],
+)
 def test_broken_files_are_told_by_kind(data: bytes, kind: str) -> None:
     with pytest.raises(BrokenImageError) as caught:
         as_shard_jpeg(data, PLAIN)
@@ -241,5 +307,7 @@ def test_the_shorter_side_is_shrunk(smooth: Image.Image, kind: str) -> None:
 
 def test_quality_is_that_of_the_new_jpeg(smooth: Image.Image) -> None:
     data = saved(smooth, "PNG")
-    assert len(as_shard_jpeg(data, Encoding(quality=50))[0]) < len(as_shard_jpeg(data, Encoding(quality=95))[0])
+    assert len(as_shard_jpeg(data, Encoding(quality=50))[0]) < len(
+        as_shard_jpeg(data, Encoding(quality=95))[0]
+    )
     assert simplejpeg.decode_jpeg_header(as_shard_jpeg(data, PLAIN)[0])[3] == "444"

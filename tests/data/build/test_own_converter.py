@@ -17,8 +17,9 @@ from namr_dist.data.build.converters import CONVERTERS
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.data.shardset.shards import verify_shards
 
-DOCUMENTED = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8"),
-                        re.DOTALL)
+DOCUMENTED = re.findall(
+    r"```python\n(.*?)```", (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8"), re.DOTALL
+)
 MORE = """
 from dataclasses import replace
 from namr_dist.errors import InputError
@@ -46,11 +47,13 @@ def both_splits(source):
 
 
 @pytest.fixture
-def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
+def build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable:
     """Builds the pictures by a converter of flowers.py, the one of docs/data.md, in the working folder."""
     monkeypatch.setattr(named_code, "_allowed", set())
     monkeypatch.chdir(tmp_path)
-    code, = (text for text in DOCUMENTED if "def read" in text)
+    (code,) = (text for text in DOCUMENTED if "def read" in text)
     Path("flowers.py").write_text(code + MORE)
     for label, name in enumerate(("aster", "iris", "rose", "tulip")):
         (tmp_path / "pictures" / name).mkdir(parents=True)
@@ -70,23 +73,33 @@ def test_the_documented_converter_builds_a_set(build: Callable) -> None:
     assert build("flowers:read") == (0, "")
     manifest = Manifest.load(Path("shards"))
     assert [(entry.name, entry.split) for entry in manifest.classes] == [
-        ("aster", "train"), ("iris", "train"), ("rose", "test"), ("tulip", "test")]
+        ("aster", "train"),
+        ("iris", "train"),
+        ("rose", "test"),
+        ("tulip", "test"),
+    ]
     assert verify_shards(manifest, manifest.splits, decode=True) == 12
     assert build("flowers:read")[0] == 0  # and again, which finds it there
 
 
-@pytest.mark.parametrize(("name", "told"), [
-    ("flowers:wrong", "FORMAT flowers:wrong returned list; let it return a Listing"),
-    ("flowers:NUMBER", "FORMAT flowers:NUMBER is no function (int); name one"),
-    ("flowers:raed", "flowers has no raed; did you mean read?"),
-    ("flowers:refuses", "error: pictures holds no flowers"),
-    ("flowers:empty", "flowers: no image is listed"),
-    ("flowers:dotted", "the key 'aster_0.jpg' of pictures/aster/0.jpg is empty or holds a dot"),
-    ("flowers:odd_role", "has the role 'asks'; give it one of '', 'query', 'gallery'"),
-    ("flowers:both_splits", "splits may share no class"),
-    ("no_flowers:read", "no_flowers cannot be imported"),
-    ("sopp", "FORMAT is 'sopp'; known are sop, inshop, cub, cars, vehicleid, folder, or module:NAME"),
-])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("flowers:wrong", "FORMAT flowers:wrong returned list; let it return a Listing"),
+        ("flowers:NUMBER", "FORMAT flowers:NUMBER is no function (int); name one"),
+        ("flowers:raed", "flowers has no raed; did you mean read?"),
+        ("flowers:refuses", "error: pictures holds no flowers"),
+        ("flowers:empty", "flowers: no image is listed"),
+        ("flowers:dotted", "the key 'aster_0.jpg' of pictures/aster/0.jpg is empty or holds a dot"),
+        ("flowers:odd_role", "has the role 'asks'; give it one of '', 'query', 'gallery'"),
+        ("flowers:both_splits", "splits may share no class"),
+        ("no_flowers:read", "no_flowers cannot be imported"),
+        (
+            "sopp",
+            "FORMAT is 'sopp'; known are sop, inshop, cub, cars, vehicleid, folder, or module:NAME",
+        ),
+    ],
+)
 def test_converters_that_do_not_serve(build: Callable, name: str, told: str) -> None:
     code, said = build(name)
     assert code == 2 and len(said.splitlines()) == 1 and told in said

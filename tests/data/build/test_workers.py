@@ -31,7 +31,11 @@ def double(task: int, advance: Advance) -> int:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_task_has_its_result_and_tells_how_far_it_is(workers: int) -> None:
     told: list[tuple[int, int]] = []
-    results = list(run_tasks(double, [10, 20, 30], workers=workers, advance=lambda *so_far: told.append(so_far)))
+    results = list(
+        run_tasks(
+            double, [10, 20, 30], workers=workers, advance=lambda *so_far: told.append(so_far)
+        )
+    )
     assert sorted(results) == [20, 40, 60] and sorted(told) == [(1, 10), (1, 20), (1, 30)]
 
 
@@ -39,9 +43,15 @@ def test_no_task_is_no_work() -> None:
     assert list(run_tasks(double, [], workers=2, advance=lambda images, size: None)) == []
 
 
-@pytest.mark.parametrize(("task", "named"), [
-    (3, "3 is refused"), (4, "a worker process was killed, most likely for want of memory"),
-    (5, "a worker process was ended by SIGSEGV; give the same"), (6, "a worker process ended with exit code 9; give")])
+@pytest.mark.parametrize(
+    ("task", "named"),
+    [
+        (3, "3 is refused"),
+        (4, "a worker process was killed, most likely for want of memory"),
+        (5, "a worker process was ended by SIGSEGV; give the same"),
+        (6, "a worker process ended with exit code 9; give"),
+    ],
+)
 def test_what_goes_wrong_in_a_process_is_one_clear_error(task: int, named: str) -> None:
     with pytest.raises(InputError, match=named):
         list(run_tasks(double, [1, task, 2], workers=2, advance=lambda images, size: None))

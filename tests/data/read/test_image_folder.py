@@ -37,4 +37,6 @@ def test_pictures_are_shown_as_shards_would_show_them(tmp_path: Path) -> None:
 def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.jpg").write_bytes(content)
     result = FolderImages(tmp_path, WHOLE).__getitems__([(0, 0)])
-    assert isinstance(result, InputError) and f"{tmp_path / 'bad.jpg'} cannot be decoded" in str(result)
+    assert isinstance(result, InputError) and f"{tmp_path / 'bad.jpg'} cannot be decoded" in str(
+        result
+    )

@@ -29,7 +29,9 @@ def test_all_by_default(shard_set: Manifest) -> None:
 def test_super_classes(shard_set: Manifest) -> None:
     assert chosen(shard_set, categories=("kind 1",))[0] == [1, 4, 7, 10]
     assert chosen(shard_set, categories=("kind 0", "kind 2"))[0] == [0, 2, 3, 5, 6, 8, 9, 11]
-    with pytest.raises(InputError, match="data.categories names 'kind 9'; .* has kind 0, kind 1, kind 2"):
+    with pytest.raises(
+        InputError, match="data.categories names 'kind 9'; .* has kind 0, kind 1, kind 2"
+    ):
         chosen(shard_set, categories=("kind 9",))
 
 
@@ -48,8 +50,12 @@ def test_class_list_by_name_or_label(shard_set: Manifest, tmp_path: Path) -> Non
 def test_a_class_list_never_guesses(shard_set: Manifest, tmp_path: Path) -> None:
     """Names that are numbers: the class called 2 has another label."""
     names = {0: "1", 1: "2", 2: "3", 3: "same", 4: "same"}
-    named = replace(shard_set, classes=tuple(replace(entry, name=names.get(entry.label, entry.name))
-                                             for entry in shard_set.classes))
+    named = replace(
+        shard_set,
+        classes=tuple(
+            replace(entry, name=names.get(entry.label, entry.name)) for entry in shard_set.classes
+        ),
+    )
     path = tmp_path / "classes.txt"
     path.write_text("0\n11\n")
     assert chosen(named, class_list=path)[0] == [0, 11]
@@ -62,19 +68,30 @@ def test_a_class_list_never_guesses(shard_set: Manifest, tmp_path: Path) -> None
 def test_most_images_are_a_fixed_choice(shard_set: Manifest) -> None:
     assert chosen(shard_set, most_images=4) == (list(range(12)), [4] * 12)
     assert chosen(shard_set, most_images=40) == (list(range(12)), [6] * 12)
-    keys = [training_images(shard_set, DataConfig(most_images=4), seed=seed).keys for seed in (0, 0, 1)]
+    keys = [
+        training_images(shard_set, DataConfig(most_images=4), seed=seed).keys for seed in (0, 0, 1)
+    ]
     assert keys[0] == keys[1] != keys[2]
 
 
 def test_small_classes_are_left_out(shard_set: Manifest) -> None:
     """Class 5 has three images, the others six."""
-    keys = tuple(key for key in shard_set.index("train").keys if key not in ("005_3", "005_4", "005_5"))
+    keys = tuple(
+        key for key in shard_set.index("train").keys if key not in ("005_3", "005_4", "005_5")
+    )
     uneven = replace(shard_set, subsets={"uneven": keys})
-    assert chosen(uneven, train_splits=("uneven",), least_images=3) == (list(range(12)), [6] * 5 + [3] + [6] * 6)
+    assert chosen(uneven, train_splits=("uneven",), least_images=3) == (
+        list(range(12)),
+        [6] * 5 + [3] + [6] * 6,
+    )
     for least_images in (4, 6):
         assert chosen(uneven, train_splits=("uneven",), least_images=least_images) == (
-            [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11], [6] * 11)
-    with pytest.raises(InputError, match=r"no image of uneven .* is left .*data.least_images \(7\)"):
+            [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11],
+            [6] * 11,
+        )
+    with pytest.raises(
+        InputError, match=r"no image of uneven .* is left .*data.least_images \(7\)"
+    ):
         chosen(uneven, train_splits=("uneven",), least_images=7)
 
 

@@ -24,11 +24,19 @@ from namr_dist.data.shardset.shards import decode_rgb
 from namr_dist.errors import InputError
 
 
-def batches(manifest: Manifest, *, workers: int = 0, rank: int = 0, world_size: int = 1,
-            first_step: int = 0) -> Iterator[Batch]:
+def batches(
+    manifest: Manifest, *, workers: int = 0, rank: int = 0, world_size: int = 1, first_step: int = 0
+) -> Iterator[Batch]:
     index = manifest.index("train")
-    plan = TrainPlan(index=index, sampling=SAMPLING, seed=1, rank=rank, world_size=world_size, steps=7,
-                     first_step=first_step)
+    plan = TrainPlan(
+        index=index,
+        sampling=SAMPLING,
+        seed=1,
+        rank=rank,
+        world_size=world_size,
+        steps=7,
+        first_step=first_step,
+    )
     return stream(ShardImages(manifest, index, TRANSFORM), plan, workers=workers)
 
 
@@ -40,7 +48,9 @@ def test_follows_the_plan(shard_set: Manifest) -> None:
     index = shard_set.index("train")
     label_N = index.label_N
     made = list(batches(shard_set))
-    planned = np.concatenate([epoch_plan(index, SAMPLING, seed=1, epoch=epoch) for epoch in range(3)])[:7]
+    planned = np.concatenate(
+        [epoch_plan(index, SAMPLING, seed=1, epoch=epoch) for epoch in range(3)]
+    )[:7]
     assert (torch.stack([batch.index_b for batch in made]).numpy() == planned.reshape(7, 12)).all()
     for batch in made:
         assert batch.images_bHW3.dtype == torch.uint8 and batch.images_bHW3.shape == (12, 32, 32, 3)
@@ -60,14 +70,21 @@ def test_two_ranks_see_the_batches_of_one(shard_set: Manifest) -> None:
 
 
 def test_starts_anywhere(shard_set: Manifest) -> None:
-    for one, other in zip(list(batches(shard_set))[5:], batches(shard_set, first_step=5), strict=True):
+    for one, other in zip(
+        list(batches(shard_set))[5:], batches(shard_set, first_step=5), strict=True
+    ):
         assert same(one, other)
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(36, 1), (36, 2), (35, 2), (7, 5), (5, 5)])
 def test_evaluation_counts_every_image_once(count: int, world_size: int) -> None:
-    ranks = [sequential_batches(count, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert len({tuple(len(batch) for batch in made) for made in ranks}) == 1, "ranks differ in their forwards"
+    ranks = [
+        sequential_batches(count, batch_size=4, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert len({tuple(len(batch) for batch in made) for made in ranks}) == 1, (
+        "ranks differ in their forwards"
+    )
     positions = [position for made in ranks for batch in made for position, _ in batch]
     assert sorted(set(positions)) == list(range(count))
 
@@ -86,16 +103,24 @@ def test_a_damaged_image_is_one_clear_error(own_shard_set: Manifest, workers: in
     with open(own_shard_set.folder / shard.file, "r+b") as file:
         file.seek(shard.offsets[2] + shard.lengths[2] // 2)
         file.write(os.urandom(8) + b"\xff\xd9" + bytes(shard.lengths[2] // 2 - 10))
-    with pytest.raises(InputError, match=rf"^{shard.keys[2]}.jpg in .*{shard.file} cannot be decoded \(.*\); rebuild"):
-        images = ShardImages(own_shard_set, own_shard_set.index("train"), TestTransform(size=48, crop_share=1.0))
+    with pytest.raises(
+        InputError,
+        match=rf"^{shard.keys[2]}.jpg in .*{shard.file} cannot be decoded \(.*\); rebuild",
+    ):
+        images = ShardImages(
+            own_shard_set, own_shard_set.index("train"), TestTransform(size=48, crop_share=1.0)
+        )
         list(stream(images, sequential_batches(len(images), batch_size=10), workers=workers))
 
 
 # Workers that die or hang.
 
+
 def endless(manifest: Manifest, *, workers: int, timeout_s: float = 600.0) -> Iterator[Batch]:
     images = ShardImages(manifest, manifest.index("train"), TestTransform(size=48, crop_share=1.0))
-    return stream(images, sequential_batches(72, batch_size=6) * 1000, workers=workers, timeout_s=timeout_s)
+    return stream(
+        images, sequential_batches(72, batch_size=6) * 1000, workers=workers, timeout_s=timeout_s
+    )
 
 
 def worker_pids() -> set[int]:
@@ -109,8 +134,11 @@ def test_a_killed_worker_is_one_clear_error(shard_set: Manifest, number: signal.
     next(made)
     killed = min(worker_pids() - before)
     os.kill(killed, number)
-    with pytest.raises(InputError, match=rf"^a data worker process \({killed}\) was ended by signal {int(number)} "
-                                         r"\(SIG.*\); lower data.workers or check memory, .*--resume$"):
+    with pytest.raises(
+        InputError,
+        match=rf"^a data worker process \({killed}\) was ended by signal {int(number)} "
+        r"\(SIG.*\); lower data.workers or check memory, .*--resume$",
+    ):
         for _ in made:
             pass
     assert worker_pids() == before
@@ -152,7 +180,9 @@ except InputError as error:
     *batches, said = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, "")
     assert batches == [" ".join(map(str, range(first, first + 9))) for first in range(0, 36, 9)]
-    assert said.startswith("no batch came for 3 s (data.batch_minutes); ") and said.endswith("with --resume")
+    assert said.startswith("no batch came for 3 s (data.batch_minutes); ") and said.endswith(
+        "with --resume"
+    )
     assert str(path) in said and "train-0.tar" not in said
 
 
@@ -161,7 +191,9 @@ def test_a_worker_blocked_in_a_read_does_not_outlive_its_parent(own_shard_set: M
     path.unlink()
     os.mkfifo(path)
     ours, theirs = multiprocessing.Pipe()
-    parent = multiprocessing.get_context("fork").Process(target=take_one_batch, args=(own_shard_set, theirs))
+    parent = multiprocessing.get_context("fork").Process(
+        target=take_one_batch, args=(own_shard_set, theirs)
+    )
     parent.start()
     theirs.close()  # so that one that fails is seen to end
     try:
@@ -198,14 +230,27 @@ try:
 except InputError as error:
     print(error)
 """
-    done = launch("unshare", "--mount", "--map-root-user", "sh", "-c",
-                  'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" -c "$1"', sys.executable, program, timeout=60)
+    done = launch(
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" -c "$1"',
+        sys.executable,
+        program,
+        timeout=60,
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("a data worker process cannot pass on its images (") \
-        and "enlarge /dev/shm" in done.stdout and len(done.stdout.splitlines()) == 1
+    assert (
+        done.stdout.startswith("a data worker process cannot pass on its images (")
+        and "enlarge /dev/shm" in done.stdout
+        and len(done.stdout.splitlines()) == 1
+    )
 
 
 # On the way to the device.
+
 
 def test_batches_for_a_cpu_are_passed_on_as_they_are(shard_set: Manifest) -> None:
     made = list(batches(shard_set))
@@ -217,13 +262,22 @@ def test_batches_for_a_cpu_are_passed_on_as_they_are(shard_set: Manifest) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_batches_on_a_gpu_are_the_same_and_come_while_it_computes() -> None:
     device = torch.device("cuda")
-    made = [Batch(images_bHW3=torch.full((64, 224, 224, 3), number, dtype=torch.uint8), labels_b=torch.arange(64),
-                  index_b=torch.arange(64), replaced=(str(number),)).pin_memory() for number in range(8)]
+    made = [
+        Batch(
+            images_bHW3=torch.full((64, 224, 224, 3), number, dtype=torch.uint8),
+            labels_b=torch.arange(64),
+            index_b=torch.arange(64),
+            replaced=(str(number),),
+        ).pin_memory()
+        for number in range(8)
+    ]
     work = torch.randn(8192, 8192, device=device)
     sums = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for number, batch in enumerate(on_device(iter(made), device)):
-            assert all(tensor.is_cuda for tensor in batch.tensors) and batch.replaced == (str(number),)
+            assert all(tensor.is_cuda for tensor in batch.tensors) and batch.replaced == (
+                str(number),
+            )
             for _ in range(5):
                 work @ work
             sums.append(batch.images_bHW3.long().sum())
@@ -231,12 +285,22 @@ def test_batches_on_a_gpu_are_the_same_and_come_while_it_computes() -> None:
         torch.cuda.synchronize()
     assert [int(value) for value in sums] == [number * 64 * 224 * 224 * 3 for number in range(8)]
     events = profile.profiler.kineto_results.events()
-    copies = [event for event in events if "Memcpy HtoD" in event.name() and event.duration_ns() > 100_000]
+    copies = [
+        event for event in events if "Memcpy HtoD" in event.name() and event.duration_ns() > 100_000
+    ]
     # cuBLAS calls its kernels by either name.
-    products = [event for event in events if any(name in event.name().lower() for name in ("gemm", "nvjet"))]
-    overlapping = [copy for copy in copies if any(
-        product.start_ns() < copy.start_ns() + copy.duration_ns() and copy.start_ns() < product.start_ns()
-        + product.duration_ns() for product in products)]
+    products = [
+        event for event in events if any(name in event.name().lower() for name in ("gemm", "nvjet"))
+    ]
+    overlapping = [
+        copy
+        for copy in copies
+        if any(
+            product.start_ns() < copy.start_ns() + copy.duration_ns()
+            and copy.start_ns() < product.start_ns() + product.duration_ns()
+            for product in products
+        )
+    ]
     assert len(copies) == 8 and len(overlapping) >= 4
 
 
@@ -252,7 +316,10 @@ def test_streams_leave_the_global_generator_alone(shard_set: Manifest) -> None:
 
 def test_an_error_elsewhere_ends_the_program(shard_set: Manifest) -> None:
     """One that is kept in its traceback keeps the stream and its workers, who ignore SIGTERM."""
-    done = launch(sys.executable, "-c", f"""
+    done = launch(
+        sys.executable,
+        "-c",
+        f"""
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.data.read.augment import TestTransform
 from namr_dist.data.read.stream import ShardImages, sequential_batches, stream
@@ -263,5 +330,7 @@ def step():
     next(batches)
     raise RuntimeError("out of memory")
 step()
-""", timeout=60)
+""",
+        timeout=60,
+    )
     assert done.returncode == 1 and "RuntimeError: out of memory" in done.stderr

@@ -43,15 +43,19 @@ def until(condition: Callable[[], bool]) -> None:
 def kept(remote: RemoteConfig) -> list[Path]:
     """Whole shards in the cache."""
     assert remote.cache
-    return sorted(path for path in (remote.cache / "shards").iterdir() if not path.name.startswith("."))
+    return sorted(
+        path for path in (remote.cache / "shards").iterdir() if not path.name.startswith(".")
+    )
 
 
 def batches(manifest: Manifest, *, workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """An epoch."""
     index = manifest.index("train")
     plan = TrainPlan(index=index, sampling=SAMPLING, seed=1, rank=0, world_size=1, steps=3)
-    return [(batch.index_b, batch.images_bHW3)
-            for batch in stream(ShardImages(manifest, index, TRANSFORM), plan, workers=workers)]
+    return [
+        (batch.index_b, batch.images_bHW3)
+        for batch in stream(ShardImages(manifest, index, TRANSFORM), plan, workers=workers)
+    ]
 
 
 def assert_same_batches(one: list, other: list) -> None:
@@ -60,8 +64,9 @@ def assert_same_batches(one: list, other: list) -> None:
         assert all(torch.equal(left, right) for left, right in zip(mine, theirs, strict=True))
 
 
-def test_an_epoch_over_a_bad_network_is_that_of_the_folder(server: BadServer, remote: RemoteConfig,
-                                                           shard_set: Manifest) -> None:
+def test_an_epoch_over_a_bad_network_is_that_of_the_folder(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
     first, second = shard_set.shards_of("train")
     server.faults[first.file] = [drop(20_000), status(503)]
     server.faults[second.file] = [flip(30_000), stall(50_000)]
@@ -71,7 +76,9 @@ def test_an_epoch_over_a_bad_network_is_that_of_the_folder(server: BadServer, re
     assert server.completed == {"manifest.json": 1, first.file: 1, second.file: 1}
 
 
-def test_several_processes_fetch_each_shard_once(server: BadServer, remote: RemoteConfig, shard_set: Manifest) -> None:
+def test_several_processes_fetch_each_shard_once(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
     for shard in shard_set.shards:
         server.faults[shard.file] = [late(0.1)]
 
@@ -90,14 +97,20 @@ def test_several_processes_fetch_each_shard_once(server: BadServer, remote: Remo
     assert server.completed == {"manifest.json": 4, **{shard.file: 1 for shard in shard_set.shards}}
 
 
-def test_after_a_kill_another_process_goes_on(server: BadServer, remote: RemoteConfig, shard_set: Manifest) -> None:
+def test_after_a_kill_another_process_goes_on(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
     shard = shard_set.shards[0]
     server.faults[shard.file] = [stall(40_000)]
     patient = dataclasses.replace(remote, stall_seconds=100)
     process = FORK.Process(target=lambda: open_shards(server.url, patient).path(shard), daemon=True)
     process.start()
     assert remote.cache
-    until(lambda: any(part.stat().st_size == 40_000 for part in (remote.cache / "shards").glob(".*.part")))
+    until(
+        lambda: any(
+            part.stat().st_size == 40_000 for part in (remote.cache / "shards").glob(".*.part")
+        )
+    )
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -105,8 +118,9 @@ def test_after_a_kill_another_process_goes_on(server: BadServer, remote: RemoteC
     assert server.starts(shard.file) == [0, 40_000]
 
 
-def test_a_cache_smaller_than_the_set_keeps_its_limit_and_the_data(server: BadServer, remote: RemoteConfig,
-                                                                   shard_set: Manifest) -> None:
+def test_a_cache_smaller_than_the_set_keeps_its_limit_and_the_data(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
     largest = max(shard.bytes for shard in shard_set.shards)
     small = dataclasses.replace(remote, cache_gib=1.5 * largest / 2**30)
     manifest = open_shards(server.url, small)
@@ -120,9 +134,13 @@ def test_a_cache_smaller_than_the_set_keeps_its_limit_and_the_data(server: BadSe
     assert_same_batches(batches(manifest, workers=2), batches(shard_set, workers=0))
 
 
-def test_what_was_not_used_for_longest_goes_first(server: BadServer, remote: RemoteConfig, shard_set: Manifest) -> None:
+def test_what_was_not_used_for_longest_goes_first(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
     one, two, three = shard_set.shards[:3]
-    room = dataclasses.replace(remote, cache_gib=(max(one.bytes, two.bytes) + two.bytes + three.bytes - 1) / 2**30)
+    room = dataclasses.replace(
+        remote, cache_gib=(max(one.bytes, two.bytes) + two.bytes + three.bytes - 1) / 2**30
+    )
     manifest = open_shards(server.url, room)
     for shard in (one, two, one, three):
         manifest.path(shard)
@@ -130,10 +148,15 @@ def test_what_was_not_used_for_longest_goes_first(server: BadServer, remote: Rem
     assert {path.name.split("-", 1)[1] for path in kept(room)} == {one.file, three.file}
 
 
-def test_nothing_is_dropped_while_that_makes_no_room(server: BadServer, remote: RemoteConfig, shard_set: Manifest,
-                                                     ) -> None:
+def test_nothing_is_dropped_while_that_makes_no_room(
+    server: BadServer,
+    remote: RemoteConfig,
+    shard_set: Manifest,
+) -> None:
     one, two = shard_set.shards[:2]
-    manifest = open_shards(server.url, dataclasses.replace(remote, cache_gib=2.5 * two.bytes / 2**30))
+    manifest = open_shards(
+        server.url, dataclasses.replace(remote, cache_gib=2.5 * two.bytes / 2**30)
+    )
     manifest.path(one)
     assert remote.cache
     part = remote.cache / "shards" / f".{'0' * 32}-other.tar.{2 * two.bytes}.part"
@@ -148,12 +171,18 @@ def test_nothing_is_dropped_while_that_makes_no_room(server: BadServer, remote: 
     assert process.exitcode == 0 and not part.exists()
 
 
-def test_files_of_others_in_the_cache_are_left_alone(server: BadServer, remote: RemoteConfig, shard_set: Manifest,
-                                                     ) -> None:
+def test_files_of_others_in_the_cache_are_left_alone(
+    server: BadServer,
+    remote: RemoteConfig,
+    shard_set: Manifest,
+) -> None:
     largest = max(shard.bytes for shard in shard_set.shards)
     manifest = open_shards(server.url, dataclasses.replace(remote, cache_gib=1.5 * largest / 2**30))
     assert remote.cache
-    strays = [remote.cache / "shards" / name for name in (".DS_Store", ".nfs00000001", ".x.part", "notes.txt")]
+    strays = [
+        remote.cache / "shards" / name
+        for name in (".DS_Store", ".nfs00000001", ".x.part", "notes.txt")
+    ]
     for stray in strays:
         stray.write_bytes(bytes(2 * largest))
     (remote.cache / "shards" / ".gone").symlink_to("nowhere")
@@ -162,9 +191,13 @@ def test_files_of_others_in_the_cache_are_left_alone(server: BadServer, remote: 
     assert all(stray.exists() for stray in strays)
 
 
-def test_what_a_killed_process_left_makes_room(server: BadServer, remote: RemoteConfig, shard_set: Manifest) -> None:
+def test_what_a_killed_process_left_makes_room(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
     one, two = shard_set.shards[:2]
-    manifest = open_shards(server.url, dataclasses.replace(remote, cache_gib=(two.bytes + 100) / 2**30))
+    manifest = open_shards(
+        server.url, dataclasses.replace(remote, cache_gib=(two.bytes + 100) / 2**30)
+    )
     assert remote.cache
     part = remote.cache / "shards" / f".{'0' * 32}-{one.file}.{one.bytes}.part"
     part.write_bytes(b"begun")
@@ -172,8 +205,9 @@ def test_what_a_killed_process_left_makes_room(server: BadServer, remote: Remote
     assert not part.exists()
 
 
-def test_a_new_version_of_a_shard_is_fetched_and_the_old_one_not_used(own_shard_set: Manifest,
-                                                                      remote: RemoteConfig) -> None:
+def test_a_new_version_of_a_shard_is_fetched_and_the_old_one_not_used(
+    own_shard_set: Manifest, remote: RemoteConfig
+) -> None:
     shard = own_shard_set.shards[0]
     with BadServer(own_shard_set.folder) as server:
         changed = bytearray(open_shards(server.url, remote).path(shard).read_bytes())
@@ -185,25 +219,38 @@ def test_a_new_version_of_a_shard_is_fetched_and_the_old_one_not_used(own_shard_
         assert manifest.path(manifest.shards[0]).read_bytes() == bytes(changed)
 
 
-def test_a_cache_that_cannot_be_used_is_one_clear_line(server: BadServer, remote: RemoteConfig, shard_set: Manifest,
-                                                       tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_used_is_one_clear_line(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cache folder .*/file cannot be used \(Not a directory\); name a folder"):
+    with pytest.raises(
+        InputError, match=r"cache folder .*/file cannot be used \(Not a directory\); name a folder"
+    ):
         open_shards(server.url, dataclasses.replace(remote, cache=tmp_path / "file"))
     shard = shard_set.shards[0]
-    manifest = open_shards(server.url, dataclasses.replace(remote, cache_gib=(shard.bytes - 1) / 2**30))
-    with pytest.raises(InputError, match=r"train-0.tar has 0.001 GiB, more than data.remote.cache_gib \(.*\); set it"):
+    manifest = open_shards(
+        server.url, dataclasses.replace(remote, cache_gib=(shard.bytes - 1) / 2**30)
+    )
+    with pytest.raises(
+        InputError,
+        match=r"train-0.tar has 0.001 GiB, more than data.remote.cache_gib \(.*\); set it",
+    ):
         manifest.path(shard)
     manifest = open_shards(server.url, remote)
     # Writing to this device fails as on a full disk.
     assert remote.cache
-    (remote.cache / "shards" / f".{shard.sha256[:32]}-{shard.file}.{shard.bytes}.part").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=rf"cache is full \({os.strerror(errno.ENOSPC)}\); free some space"):
+    (remote.cache / "shards" / f".{shard.sha256[:32]}-{shard.file}.{shard.bytes}.part").symlink_to(
+        "/dev/full"
+    )
+    with pytest.raises(
+        InputError, match=rf"cache is full \({os.strerror(errno.ENOSPC)}\); free some space"
+    ):
         manifest.path(shard)
 
 
-def test_the_cache_must_hold_what_training_reads_at_a_time(server: BadServer, remote: RemoteConfig,
-                                                           shard_set: Manifest) -> None:
+def test_the_cache_must_hold_what_training_reads_at_a_time(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
     here = TrainingSet(manifest=shard_set, index=shard_set.index("train"), sampling=SAMPLING)
     both = sum(shard.bytes for shard in shard_set.shards_of("train"))
 
@@ -213,17 +260,22 @@ def test_the_cache_must_hold_what_training_reads_at_a_time(server: BadServer, re
 
     for sampling in (SAMPLING, dataclasses.replace(SAMPLING, shuffle="shards")):
         check_cache(with_cache(both, sampling), world_size=1, ranks_here=1)
-        with pytest.raises(InputError, match=r"training reads 0.001 GiB of shards at a time, more than data.remote"):
+        with pytest.raises(
+            InputError, match=r"training reads 0.001 GiB of shards at a time, more than data.remote"
+        ):
             check_cache(with_cache(both - 1, sampling), world_size=1, ranks_here=1)
     check_cache(here, world_size=1, ranks_here=1)
 
 
-def test_look_ahead_fetches_in_the_plans_order_and_not_too_far(server: BadServer, remote: RemoteConfig,
-                                                               shard_set: Manifest) -> None:
+def test_look_ahead_fetches_in_the_plans_order_and_not_too_far(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
     manifest = open_shards(server.url, remote)
     files = [shard.file for shard in manifest.shards]
     order = [2, 0, 1, 4, 3, 5]
-    with contextlib.closing(LookAhead(manifest, [{shard} for shard in order for _ in range(3)])) as ahead:
+    with contextlib.closing(
+        LookAhead(manifest, [{shard} for shard in order for _ in range(3)])
+    ) as ahead:
         for done in range(18):
             # The shard of the batch taken last is there, and so is the one after it.
             until(lambda: len(kept(remote)) >= min(6, max(0, done - 1) // 3 + 2))  # noqa: B023 (called at once)
@@ -239,8 +291,9 @@ def children() -> list[str]:
     return [child.name for child in multiprocessing.active_children()]
 
 
-def test_look_ahead_leaves_errors_to_the_reader_and_ends_when_told(server: BadServer, remote: RemoteConfig,
-                                                                   shard_set: Manifest) -> None:
+def test_look_ahead_leaves_errors_to_the_reader_and_ends_when_told(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
     manifest = open_shards(server.url, dataclasses.replace(remote, stall_seconds=100))
     files = [shard.file for shard in manifest.shards]
     server.faults[files[0]] = [status(404), status(404)]

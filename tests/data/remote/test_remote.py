@@ -25,21 +25,25 @@ def impatient(remote: RemoteConfig) -> RemoteConfig:
     return dataclasses.replace(remote, stall_seconds=0.5)
 
 
-@pytest.mark.parametrize(("faults", "starts"), [
-    ([drop(30_000)], [0, 30_000]),
-    ([drop(30_000), drop(40_000)], [0, 30_000, 40_000]),
-    ([drop(30_000), whole], [0, 30_000]),
-    ([shorten(30_000)], [0, 0]),
-    ([chunked(30_000)], [0, 30_000]),
-    ([flip(30_000)], [0, 0]),
-    ([drop(30_000), flip(40_000)], [0, 30_000, 0]),
-    ([drop(30_000), status(416)], [0, 30_000, 0]),
-    ([status(500)], [0, 0]),
-    ([status(503, Retry_After="0"), status(429)], [0, 0, 0]),
-    ([late(0.2)], [0]),
-])
-def test_a_shard_comes_whole_and_from_where_it_broke_off(server: BadServer, remote: RemoteConfig, shard_set: Manifest,
-                                                         faults: list, starts: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("faults", "starts"),
+    [
+        ([drop(30_000)], [0, 30_000]),
+        ([drop(30_000), drop(40_000)], [0, 30_000, 40_000]),
+        ([drop(30_000), whole], [0, 30_000]),
+        ([shorten(30_000)], [0, 0]),
+        ([chunked(30_000)], [0, 30_000]),
+        ([flip(30_000)], [0, 0]),
+        ([drop(30_000), flip(40_000)], [0, 30_000, 0]),
+        ([drop(30_000), status(416)], [0, 30_000, 0]),
+        ([status(500)], [0, 0]),
+        ([status(503, Retry_After="0"), status(429)], [0, 0, 0]),
+        ([late(0.2)], [0]),
+    ],
+)
+def test_a_shard_comes_whole_and_from_where_it_broke_off(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest, faults: list, starts: list[int]
+) -> None:
     shard = shard_set.shards[0]
     server.faults[shard.file] = list(faults)
     path = open_shards(server.url, remote).path(shard)
@@ -48,8 +52,9 @@ def test_a_shard_comes_whole_and_from_where_it_broke_off(server: BadServer, remo
 
 
 @pytest.mark.parametrize("after", [30_000, 0])
-def test_a_stalled_fetch_goes_on_from_where_it_was(server: BadServer, impatient: RemoteConfig, shard_set: Manifest,
-                                                   after: int) -> None:
+def test_a_stalled_fetch_goes_on_from_where_it_was(
+    server: BadServer, impatient: RemoteConfig, shard_set: Manifest, after: int
+) -> None:
     shard = shard_set.shards[0]
     server.faults[shard.file] = [stall(after)]
     path = open_shards(server.url, impatient).path(shard)
@@ -57,12 +62,17 @@ def test_a_stalled_fetch_goes_on_from_where_it_was(server: BadServer, impatient:
     assert server.starts(shard.file) == [0, after]
 
 
-def test_a_redirect_is_followed_without_the_password(server: BadServer, shard_set: Manifest, remote: RemoteConfig,
-                                                     ) -> None:
+def test_a_redirect_is_followed_without_the_password(
+    server: BadServer,
+    shard_set: Manifest,
+    remote: RemoteConfig,
+) -> None:
     shard = shard_set.shards[0]
     with BadServer(shard_set.folder) as other:
-        server.faults[shard.file] = [status(302, Location=f"{server.url}/moved/{shard.file}"),
-                                     status(307, Location=f"{other.url}/{shard.file}")]
+        server.faults[shard.file] = [
+            status(302, Location=f"{server.url}/moved/{shard.file}"),
+            status(307, Location=f"{other.url}/{shard.file}"),
+        ]
         manifest = open_shards(server.url.replace("http://", "http://me:p%40ss@"), remote)
         assert manifest.path(shard).stat().st_size == shard.bytes
     given = "Basic " + base64.b64encode(b"me:p@ss").decode()
@@ -70,52 +80,102 @@ def test_a_redirect_is_followed_without_the_password(server: BadServer, shard_se
     assert [asked.authorization for asked in other.asked] == [None]
 
 
-@pytest.mark.parametrize(("faults", "said"), [
-    ([status(404)], r"cannot be fetched: the server answers 404 Not Found; check the address, or copy the file there$"),
-    ([status(403)], r"cannot be fetched: the server answers 403 Forbidden; check the credentials"),
-    ([status(302, Location="file:///etc/hostname")], r"the server answers 302 Found, without end or to something other "
-                                                     r"than http; check the address$"),
-    ([status(302, Location="ftp://127.0.0.1/x")], r"the server answers 302 Found, without end or"),
-    ([status(500)] * 3, r"cannot be fetched: 3 tries, the last said: the server answers 500 Internal Server Error; "
-                        r"check the network and the file there; training goes on with --resume$"),
-    ([flip(5)] * 3, r"3 tries, the last said: it has sha256 [0-9a-f]{12}…, its manifest says [0-9a-f]{12}…;"),
-    ([shorten(10_000)] * 3, r"3 tries, the last said: it has 10000 bytes there, its manifest says \d+;"),
-    ([drop(10_000)] * 3, r"3 tries, the last said: the connection broke off \d+ bytes before the end;"),
-])
-def test_what_cannot_be_fetched_is_one_clear_line(server: BadServer, remote: RemoteConfig, shard_set: Manifest,
-                                                  faults: list, said: str) -> None:
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        (
+            [status(404)],
+            r"cannot be fetched: the server answers 404 Not Found; check the address, or copy the file there$",
+        ),
+        (
+            [status(403)],
+            r"cannot be fetched: the server answers 403 Forbidden; check the credentials",
+        ),
+        (
+            [status(302, Location="file:///etc/hostname")],
+            r"the server answers 302 Found, without end or to something other "
+            r"than http; check the address$",
+        ),
+        (
+            [status(302, Location="ftp://127.0.0.1/x")],
+            r"the server answers 302 Found, without end or",
+        ),
+        (
+            [status(500)] * 3,
+            r"cannot be fetched: 3 tries, the last said: the server answers 500 Internal Server Error; "
+            r"check the network and the file there; training goes on with --resume$",
+        ),
+        (
+            [flip(5)] * 3,
+            r"3 tries, the last said: it has sha256 [0-9a-f]{12}…, its manifest says [0-9a-f]{12}…;",
+        ),
+        (
+            [shorten(10_000)] * 3,
+            r"3 tries, the last said: it has 10000 bytes there, its manifest says \d+;",
+        ),
+        (
+            [drop(10_000)] * 3,
+            r"3 tries, the last said: the connection broke off \d+ bytes before the end;",
+        ),
+    ],
+)
+def test_what_cannot_be_fetched_is_one_clear_line(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest, faults: list, said: str
+) -> None:
     shard = shard_set.shards[0]
     manifest = open_shards(server.url, remote)
     server.faults[shard.file] = list(faults)
     with pytest.raises(InputError, match=said) as error:
         manifest.path(shard)
-    assert str(error.value).startswith(f"{server.url}/{shard.file} cannot") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{server.url}/{shard.file} cannot") and "\n" not in str(
+        error.value
+    )
     assert len(server.starts(shard.file)) == len(faults)
 
 
-@pytest.mark.parametrize(("location", "said"), [
-    ("http://127.0.0.1:9/set", r"^http://127.0.0.1:9/set/manifest.json cannot be fetched: 3 tries, the last said: .*"
-                               r"Connection refused; check the address and the network$"),
-    ("http://no-such-host.invalid/set", "its host is not known"),
-    ("http://127.0.0.1:port/set", "is no URL; give a folder or a URL such as https://HOST/FOLDER$"),
-    ("https:///set", "is no URL"),
-    ("http://a..b/set", r"^http://a..b/set/manifest.json cannot be fetched: it is no URL \(.*\); check the address$"),
-    (f"http://{'a' * 64}.invalid/set", r"it is no URL \(.*\); check the address$"),
-    ("nonsense://bucket/set", "nothing here reads such URLs; give one of http"),
-    ("s3://bucket/set", "a package is missing: Install s3fs"),
-    ("memory://nothing", "it is not there; check the address"),
-    ("pipe:cat /set", r"^pipe:cat … has no {} where the file's name belongs; put it there$"),
-    ("pipe:cat {}; exit 3", r"^manifest.json from pipe:cat … cannot be fetched: 3 tries, the last said: the command "
-                            r"ended with exit code 3;"),
-])
-def test_a_location_that_is_none_is_one_clear_line(remote: RemoteConfig, location: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("location", "said"),
+    [
+        (
+            "http://127.0.0.1:9/set",
+            r"^http://127.0.0.1:9/set/manifest.json cannot be fetched: 3 tries, the last said: .*"
+            r"Connection refused; check the address and the network$",
+        ),
+        ("http://no-such-host.invalid/set", "its host is not known"),
+        (
+            "http://127.0.0.1:port/set",
+            "is no URL; give a folder or a URL such as https://HOST/FOLDER$",
+        ),
+        ("https:///set", "is no URL"),
+        (
+            "http://a..b/set",
+            r"^http://a..b/set/manifest.json cannot be fetched: it is no URL \(.*\); check the address$",
+        ),
+        (f"http://{'a' * 64}.invalid/set", r"it is no URL \(.*\); check the address$"),
+        ("nonsense://bucket/set", "nothing here reads such URLs; give one of http"),
+        ("s3://bucket/set", "a package is missing: Install s3fs"),
+        ("memory://nothing", "it is not there; check the address"),
+        ("pipe:cat /set", r"^pipe:cat … has no {} where the file's name belongs; put it there$"),
+        (
+            "pipe:cat {}; exit 3",
+            r"^manifest.json from pipe:cat … cannot be fetched: 3 tries, the last said: the command "
+            r"ended with exit code 3;",
+        ),
+    ],
+)
+def test_a_location_that_is_none_is_one_clear_line(
+    remote: RemoteConfig, location: str, said: str
+) -> None:
     with pytest.raises(InputError, match=said) as error:
         open_shards(location, remote)
     assert "\n" not in str(error.value)
 
 
-def test_what_stalls_each_time_is_one_clear_line(server: BadServer, impatient: RemoteConfig, shard_set: Manifest,
-                                                 ) -> None:
+def test_what_stalls_each_time_is_one_clear_line(
+    server: BadServer,
+    impatient: RemoteConfig,
+    shard_set: Manifest,
+) -> None:
     shard = shard_set.shards[0]
     manifest = open_shards(server.url, impatient)
     server.faults[shard.file] = [stall(10_000)] * 3
@@ -126,17 +186,28 @@ def test_what_stalls_each_time_is_one_clear_line(server: BadServer, impatient: R
 
 
 def test_a_command_that_says_nothing_is_one_clear_line(impatient: RemoteConfig) -> None:
-    with pytest.raises(InputError, match=r"^manifest.json from pipe:sleep … cannot be fetched: 3 tries, the last said: "
-                                         r"no byte came for 0.5 s; check the address and the network$"):
+    with pytest.raises(
+        InputError,
+        match=r"^manifest.json from pipe:sleep … cannot be fetched: 3 tries, the last said: "
+        r"no byte came for 0.5 s; check the address and the network$",
+    ):
         open_shards("pipe:sleep 100; cat {}", impatient)
 
 
-def test_pauses_grow_and_are_as_long_as_the_server_asks(server: BadServer, remote: RemoteConfig, shard_set: Manifest,
-                                                        monkeypatch: pytest.MonkeyPatch,
-                                                        capfd: pytest.CaptureFixture[str]) -> None:
+def test_pauses_grow_and_are_as_long_as_the_server_asks(
+    server: BadServer,
+    remote: RemoteConfig,
+    shard_set: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(transport, "_LONGEST_WAIT_S", 0.3)
     shard = shard_set.shards[0]
-    server.faults[shard.file] = [status(503, Retry_After="3600"), status(503, Retry_After="soon"), status(503)]
+    server.faults[shard.file] = [
+        status(503, Retry_After="3600"),
+        status(503, Retry_After="soon"),
+        status(503),
+    ]
     open_shards(server.url, dataclasses.replace(remote, retries=3)).path(shard)
     pauses = [line.rsplit(" in ", 1)[1] for line in capfd.readouterr().err.splitlines()]
     assert pauses == ["0.3 s", "0.0 s", "0.0 s"]
@@ -144,12 +215,23 @@ def test_pauses_grow_and_are_as_long_as_the_server_asks(server: BadServer, remot
     assert transport._asked_wait("Wed, 21 Oct 2195 07:28:00 GMT") > 1e9
 
 
-def test_credentials_are_never_told(server: BadServer, remote: RemoteConfig, capfd: pytest.CaptureFixture[str]) -> None:
+def test_credentials_are_never_told(
+    server: BadServer, remote: RemoteConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
     server.faults["manifest.json"] = [status(500), status(500), status(404)]
-    for location in (server.url.replace("http://", "http://me:secret@") + "?sig=secret#secret", "http://me:secret@:x/y",
-                     "http://me:/secret@:x/y", "http://me:?secret@:x/y", "http://127.0.0.1:x/y?sig=a@secret",
-                     "s3://secret:secret@bucket/x", "pipe:false --token secret {}", "pipe:false --token secret",
-                     "pipe:TOKEN=secret false {}", "pipe:T='a secret' false", "pipe:{false,secret}"):
+    for location in (
+        server.url.replace("http://", "http://me:secret@") + "?sig=secret#secret",
+        "http://me:secret@:x/y",
+        "http://me:/secret@:x/y",
+        "http://me:?secret@:x/y",
+        "http://127.0.0.1:x/y?sig=a@secret",
+        "s3://secret:secret@bucket/x",
+        "pipe:false --token secret {}",
+        "pipe:false --token secret",
+        "pipe:TOKEN=secret false {}",
+        "pipe:T='a secret' false",
+        "pipe:{false,secret}",
+    ):
         with pytest.raises(InputError) as error:
             open_shards(location, remote)
         assert "secret" not in str(error.value)
@@ -159,7 +241,9 @@ def test_credentials_are_never_told(server: BadServer, remote: RemoteConfig, cap
 def test_any_way_to_the_set_gives_the_same_bytes(shard_set: Manifest, tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     store.put(f"{shard_set.folder}/", "/set/", recursive=True)
-    for number, url in enumerate(("memory://set", f"pipe:cat {shard_set.folder}/{{}}", f"file://{shard_set.folder}")):
+    for number, url in enumerate(
+        ("memory://set", f"pipe:cat {shard_set.folder}/{{}}", f"file://{shard_set.folder}")
+    ):
         manifest = open_shards(url, RemoteConfig(cache=tmp_path / str(number), retries=0))
         assert manifest == dataclasses.replace(shard_set, folder=manifest.folder)
         for shard in manifest.shards:
@@ -180,34 +264,52 @@ def test_fsspec_goes_on_where_it_broke_off(shard_set: Manifest, remote: RemoteCo
     assert manifest.path(shard).read_bytes() == whole_file
 
 
-def test_a_manifest_that_is_none_names_its_url(own_shard_set: Manifest, remote: RemoteConfig) -> None:
+def test_a_manifest_that_is_none_names_its_url(
+    own_shard_set: Manifest, remote: RemoteConfig
+) -> None:
     manifest = own_shard_set.folder / "manifest.json"
     good = json.loads(manifest.read_text())
     with BadServer(own_shard_set.folder) as server:
         manifest.write_text(manifest.read_text()[:500])
-        with pytest.raises(InputError, match=rf"^{server.url}/manifest.json, fetched as .* cannot be read"):
+        with pytest.raises(
+            InputError, match=rf"^{server.url}/manifest.json, fetched as .* cannot be read"
+        ):
             open_shards(server.url, remote)
         good["shards"][0]["sha256"] = "../../../x"
         manifest.write_text(json.dumps(good))
-        with pytest.raises(InputError, match=r"train-0.tar has sha256 '../../../x', not 64 hex digits; rebuild"):
+        with pytest.raises(
+            InputError, match=r"train-0.tar has sha256 '../../../x', not 64 hex digits; rebuild"
+        ):
             open_shards(server.url, remote)
 
 
-def test_a_manifest_without_end_is_refused(remote: RemoteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_without_end_is_refused(
+    remote: RemoteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transport, "_LONGEST_READ_BYTES", 5 << 20)
-    with pytest.raises(InputError, match=r"^manifest.json from pipe:yes … cannot be fetched: it has more than 0.0\d+ "
-                                         "GiB; check the address$"):
+    with pytest.raises(
+        InputError,
+        match=r"^manifest.json from pipe:yes … cannot be fetched: it has more than 0.0\d+ "
+        "GiB; check the address$",
+    ):
         open_shards("pipe:yes {}", remote)
 
 
 def test_a_redirect_to_no_host_is_one_clear_line(server: BadServer, remote: RemoteConfig) -> None:
-    server.faults["manifest.json"] = [status(302, Location="http://a..b/"), status(302, Location="http://[x/")]
+    server.faults["manifest.json"] = [
+        status(302, Location="http://a..b/"),
+        status(302, Location="http://[x/"),
+    ]
     for _ in range(2):
-        with pytest.raises(InputError, match=rf"^{server.url}/manifest.json cannot be fetched: it is no URL"):
+        with pytest.raises(
+            InputError, match=rf"^{server.url}/manifest.json cannot be fetched: it is no URL"
+        ):
             open_shards(server.url, remote)
 
 
-def test_a_command_is_given_no_name_that_a_shell_would_read(own_shard_set: Manifest, remote: RemoteConfig) -> None:
+def test_a_command_is_given_no_name_that_a_shell_would_read(
+    own_shard_set: Manifest, remote: RemoteConfig
+) -> None:
     shard = dataclasses.replace(own_shard_set.shards[0], file="$(touch x).tar")
     manifest = open_shards(f"pipe:cat {own_shard_set.folder}/{{}}", remote)
     with pytest.raises(InputError, match="a command can take no name with such characters"):

@@ -34,31 +34,63 @@ def make_set(folder: Path, images: dict[str, dict[str, bytes]]) -> Manifest:
         classes[label] = ImageClass(label=label, name=split, category="", split=split)
         samples = [Sample(key=key, label=label, jpeg=data) for key, data in by_key.items()]
         shards.append(write_shard(folder, f"{split}.tar", split, samples, classes))
-    return Manifest(name="scenes", description="", classes=tuple(classes.values()), shards=tuple(shards), folder=folder)
+    return Manifest(
+        name="scenes",
+        description="",
+        classes=tuple(classes.values()),
+        shards=tuple(shards),
+        folder=folder,
+    )
 
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Manifest:
     flat = Image.new("RGB", (300, 200), (200, 200, 210))
-    return make_set(tmp_path, {
-        "train": {**{f"train{seed}": jpeg(scene(seed)) for seed in range(20)}, "blank": jpeg(flat)},
-        "val": {"mirrored": jpeg(scene(4).transpose(Image.Transpose.FLIP_LEFT_RIGHT)), "own": jpeg(scene(104))},
-        "test": {"copy": jpeg(scene(7).resize((190, 127)), quality=50), "grey": jpeg(scene(3).convert("L")),
-                 "cut": jpeg(scene(12).crop((3, 2, 297, 198))), "val-too": jpeg(scene(104), quality=60),
-                 "blank-too": jpeg(flat, quality=40),
-                 **{f"test{seed}": jpeg(scene(200 + seed)) for seed in range(20)}}})
+    return make_set(
+        tmp_path,
+        {
+            "train": {
+                **{f"train{seed}": jpeg(scene(seed)) for seed in range(20)},
+                "blank": jpeg(flat),
+            },
+            "val": {
+                "mirrored": jpeg(scene(4).transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+                "own": jpeg(scene(104)),
+            },
+            "test": {
+                "copy": jpeg(scene(7).resize((190, 127)), quality=50),
+                "grey": jpeg(scene(3).convert("L")),
+                "cut": jpeg(scene(12).crop((3, 2, 297, 198))),
+                "val-too": jpeg(scene(104), quality=60),
+                "blank-too": jpeg(flat, quality=40),
+                **{f"test{seed}": jpeg(scene(200 + seed)) for seed in range(20)},
+            },
+        },
+    )
 
 
 def test_planted_copies_are_found_by_name(planted: Manifest) -> None:
     told: list[int] = []
     audit = near_duplicates(planted, advance=told.append)
     assert {split: list(row["against"]) for split, row in audit["splits"].items()} == {
-        "train": [], "val": ["train"], "test": ["train", "val"]}
+        "train": [],
+        "val": ["train"],
+        "test": ["train", "val"],
+    }
     test = audit["splits"]["test"]["against"]
-    assert audit["splits"]["test"]["images"] == 25 and (test["train"]["near"], test["val"]["near"]) == (3, 1)
+    assert audit["splits"]["test"]["images"] == 25 and (
+        test["train"]["near"],
+        test["val"]["near"],
+    ) == (3, 1)
     assert {(pair["key"], pair["other_key"]) for pair in test["train"]["nearest"][:3]} == {
-        ("copy", "train7"), ("grey", "train3"), ("cut", "train12")}
-    assert (test["val"]["nearest"][0]["key"], test["val"]["nearest"][0]["other_key"]) == ("val-too", "own")
+        ("copy", "train7"),
+        ("grey", "train3"),
+        ("cut", "train12"),
+    }
+    assert (test["val"]["nearest"][0]["key"], test["val"]["nearest"][0]["other_key"]) == (
+        "val-too",
+        "own",
+    )
     bits = [pair["bits"] for pair in test["train"]["nearest"]]
     assert len(bits) == 10 and bits == sorted(bits) and bits[2] <= NEAR_BITS and bits[3] > 40
     assert sum(told) == 48
@@ -67,10 +99,18 @@ def test_planted_copies_are_found_by_name(planted: Manifest) -> None:
 def test_flat_pictures_are_counted_apart(planted: Manifest) -> None:
     """The two blanks are alike in every bit and say nothing."""
     audit = near_duplicates(planted)
-    assert {split: row["flat"] for split, row in audit["splits"].items()} == {"train": 1, "val": 0, "test": 1}
+    assert {split: row["flat"] for split, row in audit["splits"].items()} == {
+        "train": 1,
+        "val": 0,
+        "test": 1,
+    }
     train, test = (hash_split(planted, split) for split in ("train", "test"))
-    assert (train.bits_N32[train.keys.index("blank")] == test.bits_N32[test.keys.index("blank-too")]).all()
-    assert "blank-too" not in [pair["key"] for pair in audit["splits"]["test"]["against"]["train"]["nearest"]]
+    assert (
+        train.bits_N32[train.keys.index("blank")] == test.bits_N32[test.keys.index("blank-too")]
+    ).all()
+    assert "blank-too" not in [
+        pair["key"] for pair in audit["splits"]["test"]["against"]["train"]["nearest"]
+    ]
 
 
 def test_a_mirrored_copy_is_not_found(planted: Manifest) -> None:
@@ -81,8 +121,11 @@ def test_a_mirrored_copy_is_not_found(planted: Manifest) -> None:
 def test_only_flat_pictures(tmp_path: Path) -> None:
     blank = jpeg(Image.new("RGB", (30, 30), "white"))
     audit = near_duplicates(make_set(tmp_path, {"train": {"a": blank}, "test": {"b": blank}}))
-    assert audit["splits"]["test"] == {"images": 1, "flat": 1,
-                                       "against": {"train": {"near": 0, "nearest": []}}}
+    assert audit["splits"]["test"] == {
+        "images": 1,
+        "flat": 1,
+        "against": {"train": {"near": 0, "nearest": []}},
+    }
 
 
 def test_search_equals_brute_force() -> None:
@@ -98,26 +141,42 @@ def test_search_equals_brute_force() -> None:
 
 def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     whole = jpeg(scene(0))
-    manifest = make_set(tmp_path, {"train": {"good": whole, "half": whole[: len(whole) // 2]}, "test": {"t": whole}})
+    manifest = make_set(
+        tmp_path, {"train": {"good": whole, "half": whole[: len(whole) // 2]}, "test": {"t": whole}}
+    )
     with pytest.raises(InputError, match="half.jpg in .*train.tar cannot be decoded"):
         near_duplicates(manifest)
 
 
 def test_a_missing_shard_is_named(planted: Manifest) -> None:
     (planted.folder / "val.tar").unlink()
-    with pytest.raises(InputError, match="shard .*val.tar cannot be read .*; copy it there or rebuild"):
+    with pytest.raises(
+        InputError, match="shard .*val.tar cannot be read .*; copy it there or rebuild"
+    ):
         near_duplicates(planted)
 
 
 def test_tables_show_names_as_they_are(tmp_path: Path) -> None:
     """Splits of other programs' manifests may have any name, also one that looks like rich's markup."""
-    manifest = make_set(tmp_path, {"train": {"[b]": jpeg(scene(0))}, "[red]": {"[": jpeg(scene(0))},
-                                   "test[i]": {"[bold]": jpeg(scene(9))}})
+    manifest = make_set(
+        tmp_path,
+        {
+            "train": {"[b]": jpeg(scene(0))},
+            "[red]": {"[": jpeg(scene(0))},
+            "test[i]": {"[bold]": jpeg(scene(9))},
+        },
+    )
     console = Console(file=io.StringIO(), width=200)
-    for table in (*near_duplicate_tables(near_duplicates(manifest)), *statistics_tables(statistics(manifest))):
+    for table in (
+        *near_duplicate_tables(near_duplicates(manifest)),
+        *statistics_tables(statistics(manifest)),
+    ):
         console.print(table)
     said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    assert all(text in said for text in ("Nearest pairs of test[i] and [red]", "near [red]", "[b]", "[bold]"))
+    assert all(
+        text in said
+        for text in ("Nearest pairs of test[i] and [red]", "near [red]", "[b]", "[bold]")
+    )
 
 
 def test_a_set_without_training_images_is_refused(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def test_webdataset_reads_them(shard_set: Manifest) -> None:
 def test_same_images_same_bytes(shard_set: Manifest, tmp_path: Path) -> None:
     again = make_shards(tmp_path, classes={"train": 12, "val": 4, "test": 6})
     assert [shard.sha256 for shard in again.shards] == [shard.sha256 for shard in shard_set.shards]
-    assert sorted(os.listdir(tmp_path)) == sorted([*(shard.file for shard in again.shards), "manifest.json"])
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [*(shard.file for shard in again.shards), "manifest.json"]
+    )
 
 
 def test_manifest_survives_its_file(shard_set: Manifest) -> None:
@@ -46,7 +48,10 @@ def test_counts(shard_set: Manifest) -> None:
     assert verify_shards(shard_set, ALL, decode=True) == 22 * 6
     rows = statistics(shard_set)["splits"]
     assert {split: (row["images"], row["classes"]) for split, row in rows.items()} == {
-        "train": (72, 12), "val": (24, 4), "test": (36, 6)}
+        "train": (72, 12),
+        "val": (24, 4),
+        "test": (36, 6),
+    }
 
 
 def test_split_hash_names_the_images(shard_set: Manifest, tmp_path: Path) -> None:
@@ -96,41 +101,105 @@ def test_large_images_are_shrunk_while_decoding() -> None:
     assert decode_rgb(jpeg, "x").shape == (384, 384, 3)
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (lambda body: body.update(format="other"), "format 'other'"),
-    (lambda body: body.pop("classes"), "not a complete manifest .'classes'"),
-    (lambda body: body["shards"][0].update(file="../x.tar"), "not a plain file name"),
-    (lambda body: body["shards"][0]["offsets"].pop(), "differ in length"),
-    (lambda body: body["classes"][0].update(split="test"), "train-0.tar is of split 'train' but holds class 0"),
-    (lambda body: body["shards"][1].update(keys=body["shards"][0]["keys"]), "occurs in two shards"),
-    (lambda body: body.update(shards=[]), "lists no images"),
-    (lambda body: body["shards"][0]["offsets"].__setitem__(3, 10**9), "has an image at byte 1000000000"),
-    (lambda body: body["shards"][0]["lengths"].__setitem__(3, -5), "of -5 bytes"),
-    (lambda body: body["classes"].append(body["classes"][0]), "label occurs twice"),
-    *((lambda body, file=file: body["shards"][0].update(file=file), "not a plain file name of at most 200 bytes")
-      for file in ("", ".", "..", "/x.tar", "a" * 201, "ä" * 101)),
-    (lambda body: body["shards"][0]["keys"].__setitem__(3, ""), "train-0.tar has an image with an empty key"),
-    (lambda body: body.update(name=3), "name and description must be text"),
-    *((lambda body, wrong=wrong, name=name: body["shards"][0].update({name: wrong}), f"{name} of shards must be {kind}")
-      for name, kind, wrong in (("file", "text", 3), ("file", "text", "a\0"), ("split", "text", None),
-                                ("sha256", "text", 3), ("bytes", "whole numbers", "10"),
-                                ("bytes", "whole numbers", 2**70))),
-    *((lambda body, wrong=wrong, name=name: body["classes"][0].update({name: wrong}),
-       f"{name} of classes must be {kind}")
-      for name, kind, wrong in (("category", "text", None), ("name", "text", ["x"]), ("name", "text", "\ud800"),
-                                ("label", "whole numbers", "0"), ("label", "whole numbers", 0.5),
-                                ("label", "whole numbers", [0]), ("label", "whole numbers", 2**70))),
-    *((lambda body, wrong=wrong, name=name: body["shards"][0][name].__setitem__(3, wrong),
-       f"{name} of train-0.tar must be {kind}")
-      for name, kind, wrong in (("keys", "text", 3), ("keys", "text", "a\0"), ("labels", "whole numbers", "0"),
-                                ("labels", "whole numbers", None), ("labels", "whole numbers", [0]),
-                                ("offsets", "whole numbers", 512.0), ("lengths", "whole numbers", True))),
-    *((lambda body, wrong=wrong, name=name: body["shards"][0].update({name: wrong}), f"{name} of train-0.tar must be")
-      for name, wrong in (("keys", "abc"), ("keys", 3), ("labels", {}), ("offsets", None), ("roles", [["query"]] * 36),
-                          ("groups", [[1, 2]] * 36))),
-    (lambda body: body.update(subsets={"part": [["000_0"]]}), "keys of subset 'part' must be text"),
-    (lambda body: body.update(subsets=["part"]), "not a complete manifest"),
-])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda body: body.update(format="other"), "format 'other'"),
+        (lambda body: body.pop("classes"), "not a complete manifest .'classes'"),
+        (lambda body: body["shards"][0].update(file="../x.tar"), "not a plain file name"),
+        (lambda body: body["shards"][0]["offsets"].pop(), "differ in length"),
+        (
+            lambda body: body["classes"][0].update(split="test"),
+            "train-0.tar is of split 'train' but holds class 0",
+        ),
+        (
+            lambda body: body["shards"][1].update(keys=body["shards"][0]["keys"]),
+            "occurs in two shards",
+        ),
+        (lambda body: body.update(shards=[]), "lists no images"),
+        (
+            lambda body: body["shards"][0]["offsets"].__setitem__(3, 10**9),
+            "has an image at byte 1000000000",
+        ),
+        (lambda body: body["shards"][0]["lengths"].__setitem__(3, -5), "of -5 bytes"),
+        (lambda body: body["classes"].append(body["classes"][0]), "label occurs twice"),
+        *(
+            (
+                lambda body, file=file: body["shards"][0].update(file=file),
+                "not a plain file name of at most 200 bytes",
+            )
+            for file in ("", ".", "..", "/x.tar", "a" * 201, "ä" * 101)
+        ),
+        (
+            lambda body: body["shards"][0]["keys"].__setitem__(3, ""),
+            "train-0.tar has an image with an empty key",
+        ),
+        (lambda body: body.update(name=3), "name and description must be text"),
+        *(
+            (
+                lambda body, wrong=wrong, name=name: body["shards"][0].update({name: wrong}),
+                f"{name} of shards must be {kind}",
+            )
+            for name, kind, wrong in (
+                ("file", "text", 3),
+                ("file", "text", "a\0"),
+                ("split", "text", None),
+                ("sha256", "text", 3),
+                ("bytes", "whole numbers", "10"),
+                ("bytes", "whole numbers", 2**70),
+            )
+        ),
+        *(
+            (
+                lambda body, wrong=wrong, name=name: body["classes"][0].update({name: wrong}),
+                f"{name} of classes must be {kind}",
+            )
+            for name, kind, wrong in (
+                ("category", "text", None),
+                ("name", "text", ["x"]),
+                ("name", "text", "\ud800"),
+                ("label", "whole numbers", "0"),
+                ("label", "whole numbers", 0.5),
+                ("label", "whole numbers", [0]),
+                ("label", "whole numbers", 2**70),
+            )
+        ),
+        *(
+            (
+                lambda body, wrong=wrong, name=name: body["shards"][0][name].__setitem__(3, wrong),
+                f"{name} of train-0.tar must be {kind}",
+            )
+            for name, kind, wrong in (
+                ("keys", "text", 3),
+                ("keys", "text", "a\0"),
+                ("labels", "whole numbers", "0"),
+                ("labels", "whole numbers", None),
+                ("labels", "whole numbers", [0]),
+                ("offsets", "whole numbers", 512.0),
+                ("lengths", "whole numbers", True),
+            )
+        ),
+        *(
+            (
+                lambda body, wrong=wrong, name=name: body["shards"][0].update({name: wrong}),
+                f"{name} of train-0.tar must be",
+            )
+            for name, wrong in (
+                ("keys", "abc"),
+                ("keys", 3),
+                ("labels", {}),
+                ("offsets", None),
+                ("roles", [["query"]] * 36),
+                ("groups", [[1, 2]] * 36),
+            )
+        ),
+        (
+            lambda body: body.update(subsets={"part": [["000_0"]]}),
+            "keys of subset 'part' must be text",
+        ),
+        (lambda body: body.update(subsets=["part"]), "not a complete manifest"),
+    ],
+)
 def test_wrong_manifests_are_refused(own_shard_set: Manifest, change, named: str) -> None:  # type: ignore[no-untyped-def]
     edit(own_shard_set, change)
     with pytest.raises(InputError, match=named):
@@ -140,7 +209,9 @@ def test_wrong_manifests_are_refused(own_shard_set: Manifest, change, named: str
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe{}", b"1" * 5000])
 def test_what_is_no_json_is_no_manifest(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"manifest.json cannot be read as a manifest: .*; rebuild the shard set"):
+    with pytest.raises(
+        InputError, match=r"manifest.json cannot be read as a manifest: .*; rebuild the shard set"
+    ):
         Manifest.load(tmp_path)
 
 

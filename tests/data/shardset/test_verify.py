@@ -21,7 +21,9 @@ from namr_dist.data.shardset.shards import Sample, write_shard
 from namr_dist.data.shardset.verify import unnamed_tars, verify
 
 
-def rewrite(manifest: Manifest, change: Callable[[list[tuple[str, bytes]]], None], number: int = 0) -> Manifest:
+def rewrite(
+    manifest: Manifest, change: Callable[[list[tuple[str, bytes]]], None], number: int = 0
+) -> Manifest:
     """Change a tar's members by tarfile alone; the manifest gets its new size, hash and, where they exist, places."""
     shard = manifest.shards[number]
     path = manifest.folder / shard.file
@@ -36,15 +38,24 @@ def rewrite(manifest: Manifest, change: Callable[[list[tuple[str, bytes]]], None
     with tarfile.open(path) as tar:
         span_of = {member.name: (member.offset_data, member.size) for member in tar}
     spans = [span_of.get(f"{key}.jpg", (0, 512)) for key in shard.keys]
-    return with_shard(manifest, number, offsets=tuple(at for at, _ in spans), lengths=tuple(size for _, size in spans))
+    return with_shard(
+        manifest,
+        number,
+        offsets=tuple(at for at, _ in spans),
+        lengths=tuple(size for _, size in spans),
+    )
 
 
 def with_shard(manifest: Manifest, number: int, **changes: object) -> Manifest:
     """The manifest with a changed entry that has its tar's true size and hash."""
     content = (manifest.folder / manifest.shards[number].file).read_bytes()
     shard: Shard = dataclasses.replace(  # type: ignore[arg-type]
-        manifest.shards[number], **{"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), **changes})
-    return dataclasses.replace(manifest, shards=(*manifest.shards[:number], shard, *manifest.shards[number + 1 :]))
+        manifest.shards[number],
+        **{"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), **changes},
+    )
+    return dataclasses.replace(
+        manifest, shards=(*manifest.shards[:number], shard, *manifest.shards[number + 1 :])
+    )
 
 
 def test_a_good_set_has_no_problems(shard_set: Manifest) -> None:
@@ -63,9 +74,17 @@ def test_all_problems_are_told_together(own_shard_set: Manifest) -> None:
     content[end - 300 : end - 2] = bytes(298)
     paths[2].write_bytes(content)
     problems = verify(own_shard_set).problems
-    assert [line.split(";")[0].split(" ")[1] for line in problems[:3]] == [str(path) for path in paths[:3]]
-    assert "is missing" in problems[0] and "bytes, its manifest says" in problems[1] and "has sha256" in problems[2]
-    assert len(problems) == 4 and problems[3].startswith(f"{own_shard_set.shards[2].keys[1]}.jpg in ")
+    assert [line.split(";")[0].split(" ")[1] for line in problems[:3]] == [
+        str(path) for path in paths[:3]
+    ]
+    assert (
+        "is missing" in problems[0]
+        and "bytes, its manifest says" in problems[1]
+        and "has sha256" in problems[2]
+    )
+    assert len(problems) == 4 and problems[3].startswith(
+        f"{own_shard_set.shards[2].keys[1]}.jpg in "
+    )
     assert "cannot be decoded" in problems[3]
     assert len(verify(own_shard_set, decode=False).problems) == 3
 
@@ -94,17 +113,31 @@ def repeat(members: list[tuple[str, bytes]]) -> None:
     members.append(members[0])
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (set_label, ["000_1.json in {path} says label 99, its manifest says 0"]),
-    (no_json, ["000_1.json in {path} says label None, its manifest says 0"]),
-    (drop_meta, ["{path} has no 000_1.json"]),
-    (rename, ["000_1.jpg in {path} is not a JPEG", "{path} has no 000_1.jpg", "{path} holds other.jpg, which its"]),
-    (add, ["{path} holds README, which its manifest does not name"]),
-    (repeat, ["{path} holds 000_0.jpg twice"]),
-])
-def test_the_tar_itself_is_compared(own_shard_set: Manifest, change: Callable, named: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (set_label, ["000_1.json in {path} says label 99, its manifest says 0"]),
+        (no_json, ["000_1.json in {path} says label None, its manifest says 0"]),
+        (drop_meta, ["{path} has no 000_1.json"]),
+        (
+            rename,
+            [
+                "000_1.jpg in {path} is not a JPEG",
+                "{path} has no 000_1.jpg",
+                "{path} holds other.jpg, which its",
+            ],
+        ),
+        (add, ["{path} holds README, which its manifest does not name"]),
+        (repeat, ["{path} holds 000_0.jpg twice"]),
+    ],
+)
+def test_the_tar_itself_is_compared(
+    own_shard_set: Manifest, change: Callable, named: list[str]
+) -> None:
     changed = rewrite(own_shard_set, change)
-    expected = [text.format(path=own_shard_set.folder / own_shard_set.shards[0].file) for text in named]
+    expected = [
+        text.format(path=own_shard_set.folder / own_shard_set.shards[0].file) for text in named
+    ]
     problems = verify(changed).problems
     assert len(problems) == len(expected)
     for line, text in zip(problems, expected, strict=True):
@@ -115,8 +148,12 @@ def test_two_exchanged_images_are_noticed(own_shard_set: Manifest) -> None:
     """Both ranges hold whole images, so only the tar's headers can tell."""
     shard = own_shard_set.shards[0]
     swapped = [1, 0, *range(2, len(shard.keys))]
-    changed = with_shard(own_shard_set, 0, offsets=tuple(shard.offsets[position] for position in swapped),
-                         lengths=tuple(shard.lengths[position] for position in swapped))
+    changed = with_shard(
+        own_shard_set,
+        0,
+        offsets=tuple(shard.offsets[position] for position in swapped),
+        lengths=tuple(shard.lengths[position] for position in swapped),
+    )
     problems = verify(changed).problems
     assert len(problems) == 2 and all("is at byte" in line for line in problems)
     assert str(shard.offsets[0]) in problems[0] and str(shard.offsets[1]) in problems[0]
@@ -133,27 +170,47 @@ def test_what_is_no_tar_is_named(own_shard_set: Manifest) -> None:
 
 def test_an_image_in_two_splits_is_named(own_shard_set: Manifest) -> None:
     own, first = own_shard_set.shards[4], own_shard_set.shards[0]  # of test and of train
-    stolen = (own_shard_set.folder / first.file).read_bytes()[first.offsets[2] : first.offsets[2] + first.lengths[2]]
-    samples = [Sample(key=key, label=label, jpeg=simplejpeg.encode_jpeg(picture(label, position + 100)))
-               for position, (key, label) in enumerate(zip(own.keys, own.labels, strict=True))]
+    stolen = (own_shard_set.folder / first.file).read_bytes()[
+        first.offsets[2] : first.offsets[2] + first.lengths[2]
+    ]
+    samples = [
+        Sample(key=key, label=label, jpeg=simplejpeg.encode_jpeg(picture(label, position + 100)))
+        for position, (key, label) in enumerate(zip(own.keys, own.labels, strict=True))
+    ]
     samples[3] = dataclasses.replace(samples[3], jpeg=stolen)
-    again = write_shard(own_shard_set.folder, own.file, own.split, samples, own_shard_set.class_by_label)
-    changed = dataclasses.replace(own_shard_set, shards=(*own_shard_set.shards[:4], again, own_shard_set.shards[5]))
+    again = write_shard(
+        own_shard_set.folder, own.file, own.split, samples, own_shard_set.class_by_label
+    )
+    changed = dataclasses.replace(
+        own_shard_set, shards=(*own_shard_set.shards[:4], again, own_shard_set.shards[5])
+    )
     verified = verify(changed)
-    assert verified.shared == [f"{first.keys[2]}.jpg of train and {own.keys[3]}.jpg of test are the same image"]
+    assert verified.shared == [
+        f"{first.keys[2]}.jpg of train and {own.keys[3]}.jpg of test are the same image"
+    ]
     assert not verified.problems
 
 
-def test_the_command_tells_twenty_and_the_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_tells_twenty_and_the_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = make_shards(tmp_path / "set", classes={"train": 6, "test": 2})
     shard = manifest.shards[0]
-    with_shard(manifest, 0, labels=(1,) * 6 + (0,) * 6 + shard.labels[12:], offsets=shard.offsets[:12] + tuple(
-        at + 1 for at in shard.offsets[12:])).save()
+    with_shard(
+        manifest,
+        0,
+        labels=(1,) * 6 + (0,) * 6 + shard.labels[12:],
+        offsets=shard.offsets[:12] + tuple(at + 1 for at in shard.offsets[12:]),
+    ).save()
     (manifest.folder / "train-9.tar").write_bytes(b"")
     assert main(["shards", "verify", str(manifest.folder)]) == 2
     said = capsys.readouterr()
     warning, head, *lines = said.err.splitlines()
-    assert warning.startswith("WARNING: ") and "train-9.tar is not in the manifest" in warning and not said.out
+    assert (
+        warning.startswith("WARNING: ")
+        and "train-9.tar is not in the manifest" in warning
+        and not said.out
+    )
     # 12 labels, and 6 images that begin a byte late: no JPEGs, and not where the tar says.
     assert head == f"namr: error: 24 problems in {manifest.folder}:"
     assert len(lines) == 21 and lines[-1] == "  …"

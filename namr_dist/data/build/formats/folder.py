@@ -38,12 +38,23 @@ def read(source: Path) -> Listing:
     elif source.suffix.lower() == ".csv":
         root, description = source.parent, f"table {source.name}"
         entries = read_table(source)
-        kept = all(entry.label.isascii() and entry.label.isdigit() and len(entry.label) <= 18 for entry in entries)
-        numbers = {entry.label: int(entry.label) for entry in entries} if kept else _in_order(entries)
+        kept = all(
+            entry.label.isascii() and entry.label.isdigit() and len(entry.label) <= 18
+            for entry in entries
+        )
+        numbers = (
+            {entry.label: int(entry.label) for entry in entries} if kept else _in_order(entries)
+        )
     else:
         raise InputError(f"{source} is neither a folder nor a .csv file; give one of both")
-    listing = Listing(name=root.resolve().name, description=description, root=root, notes=notes,
-                      classes=_classes(entries, numbers), images=_images(root, entries, numbers))
+    listing = Listing(
+        name=root.resolve().name,
+        description=description,
+        root=root,
+        notes=notes,
+        classes=_classes(entries, numbers),
+        images=_images(root, entries, numbers),
+    )
     listing.check()
     return listing
 
@@ -62,14 +73,20 @@ def class_images(root: Path) -> dict[str, list[Path]]:
             continue
         inside = _entries(folder)
         if deeper := [entry for entry in inside if entry.is_dir()]:
-            raise InputError(f"{deeper[0]} is a folder in the class folder {folder.name!r}; put the images of a class "
-                             "into its folder itself, and only folders named by splits beside one another")
+            raise InputError(
+                f"{deeper[0]} is a folder in the class folder {folder.name!r}; put the images of a class "
+                "into its folder itself, and only folders named by splits beside one another"
+            )
         images[folder.name] = [entry for entry in inside if entry.suffix.lower() in ENDINGS]
         if not images[folder.name]:
-            raise InputError(f"class {folder.name!r} has no images: no file in {folder} ends in {', '.join(ENDINGS)}; "
-                             "add some or remove the folder")
+            raise InputError(
+                f"class {folder.name!r} has no images: no file in {folder} ends in {', '.join(ENDINGS)}; "
+                "add some or remove the folder"
+            )
     if not images:
-        raise InputError(f"{root} has no class folders; give a folder with one of images for each class")
+        raise InputError(
+            f"{root} has no class folders; give a folder with one of images for each class"
+        )
     return images
 
 
@@ -85,27 +102,48 @@ def _entries(folder: Path) -> list[Path]:
 def _read_folders(root: Path) -> tuple[list[Entry], str]:
     tops = [entry.name for entry in _entries(root) if entry.is_dir()]
     if tops and set(tops) <= set(_SPLIT_OF):
-        entries = [_entry(root, path, name, split=_SPLIT_OF[top], role=top if top in ROLES else "")
-                   for top in tops for name, paths in class_images(root / top).items() for path in paths]
+        entries = [
+            _entry(root, path, name, split=_SPLIT_OF[top], role=top if top in ROLES else "")
+            for top in tops
+            for name, paths in class_images(root / top).items()
+            for path in paths
+        ]
         return entries, f"class folders in {', '.join(tops)}"
     classes = class_images(root)
     half = (len(classes) + 1) // 2
-    entries = [_entry(root, path, name, split="train" if position < half else "test")
-               for position, (name, paths) in enumerate(classes.items()) for path in paths]
-    return entries, f"class folders: of {len(classes)} sorted classes the first {half} train, the others test"
+    entries = [
+        _entry(root, path, name, split="train" if position < half else "test")
+        for position, (name, paths) in enumerate(classes.items())
+        for path in paths
+    ]
+    return (
+        entries,
+        f"class folders: of {len(classes)} sorted classes the first {half} train, the others test",
+    )
 
 
 def _other_images(root: Path, entries: list[Entry]) -> tuple[str, ...]:
     """A line for each ending of images that lie beside the listed ones and are not read."""
-    counts = Counter(path.suffix.lower() for folder in {root / entry.path.parent for entry in entries}
-                     for path in _entries(folder) if path.suffix.lower() in OTHER_ENDINGS)
-    return tuple(f"{number:,} {ending} files in {root} are not read; convert them to JPEG or PNG to have them in"
-                 for ending, number in sorted(counts.items()))
+    counts = Counter(
+        path.suffix.lower()
+        for folder in {root / entry.path.parent for entry in entries}
+        for path in _entries(folder)
+        if path.suffix.lower() in OTHER_ENDINGS
+    )
+    return tuple(
+        f"{number:,} {ending} files in {root} are not read; convert them to JPEG or PNG to have them in"
+        for ending, number in sorted(counts.items())
+    )
 
 
 def _entry(root: Path, path: Path, label: str, *, split: str, role: str = "") -> Entry:
-    return Entry(path=PurePosixPath(path.relative_to(root)), label=label, split=split, where=str(path.parent),
-                 role=role)
+    return Entry(
+        path=PurePosixPath(path.relative_to(root)),
+        label=label,
+        split=split,
+        where=str(path.parent),
+        role=role,
+    )
 
 
 def _in_order(entries: list[Entry]) -> dict[str, int]:
@@ -116,21 +154,38 @@ def _classes(entries: list[Entry], numbers: dict[str, int]) -> tuple[ImageClass,
     classes: dict[int, ImageClass] = {}
     for entry in entries:
         label = numbers[entry.label]
-        known = classes.setdefault(label, ImageClass(label=label, name=entry.label, category=entry.category,
-                                                     split=entry.split))
+        known = classes.setdefault(
+            label,
+            ImageClass(label=label, name=entry.label, category=entry.category, split=entry.split),
+        )
         if known.name != entry.label:
-            raise InputError(f"{entry.where}: labels {entry.label!r} and {known.name!r} are the same number; write a "
-                             "class's number in one way")
+            raise InputError(
+                f"{entry.where}: labels {entry.label!r} and {known.name!r} are the same number; write a "
+                "class's number in one way"
+            )
         if known.split != entry.split:
-            raise InputError(f"{entry.where}: class {entry.label!r} is of split {entry.split!r} here and of "
-                             f"{known.split!r} elsewhere; splits may share no class: keep it in one")
+            raise InputError(
+                f"{entry.where}: class {entry.label!r} is of split {entry.split!r} here and of "
+                f"{known.split!r} elsewhere; splits may share no class: keep it in one"
+            )
         if known.category != entry.category:
-            raise InputError(f"{entry.where}: class {entry.label!r} is of category {entry.category!r} here and of "
-                             f"{known.category!r} elsewhere; give each class one")
+            raise InputError(
+                f"{entry.where}: class {entry.label!r} is of category {entry.category!r} here and of "
+                f"{known.category!r} elsewhere; give each class one"
+            )
     return tuple(classes[label] for label in sorted(classes))
 
 
 def _images(root: Path, entries: list[Entry], numbers: dict[str, int]) -> tuple[SourceImage, ...]:
     keys = unique_keys(entry.path for entry in entries)
-    return tuple(SourceImage(path=root / entry.path, key=keys[entry.path], label=numbers[entry.label],
-                             split=entry.split, role=entry.role, group=entry.group) for entry in entries)
+    return tuple(
+        SourceImage(
+            path=root / entry.path,
+            key=keys[entry.path],
+            label=numbers[entry.label],
+            split=entry.split,
+            role=entry.role,
+            group=entry.group,
+        )
+        for entry in entries
+    )

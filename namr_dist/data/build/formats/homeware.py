@@ -39,9 +39,13 @@ def build(images: Path, out: Path) -> Manifest:
     Raises InputError if the folder does not hold 820 products with six views each.
     """
     with open(images / "products.csv", encoding="utf-8", newline="") as file:
-        products = sorted(csv.DictReader(file), key=lambda row: (row["category"], row["product_id"]))
+        products = sorted(
+            csv.DictReader(file), key=lambda row: (row["category"], row["product_id"])
+        )
     if len(products) != PRODUCTS:
-        raise InputError(f"{images / 'products.csv'} lists {len(products)} products, expected {PRODUCTS}; render again")
+        raise InputError(
+            f"{images / 'products.csv'} lists {len(products)} products, expected {PRODUCTS}; render again"
+        )
     classes: dict[int, ImageClass] = {}
     position_in_category: dict[str, int] = {}
     in_training = 0
@@ -50,7 +54,9 @@ def build(images: Path, out: Path) -> Manifest:
         position_in_category[row["category"]] = position + 1
         split = split_of(position, in_training)
         in_training += split != "test"
-        classes[label] = ImageClass(label=label, name=row["name"], category=row["category"], split=split)
+        classes[label] = ImageClass(
+            label=label, name=row["name"], category=row["category"], split=split
+        )
     out.mkdir(parents=True, exist_ok=True)
     shards = []
     for split, count in _SHARDS_PER_SPLIT.items():
@@ -58,11 +64,19 @@ def build(images: Path, out: Path) -> Manifest:
         for number in range(count):
             # Whole classes go to a shard, one after another: their images lie together.
             part = labels[number * len(labels) // count : (number + 1) * len(labels) // count]
-            samples = [_sample(images, products[label]["product_id"], view, label)
-                       for label in part for view in range(VIEWS)]
+            samples = [
+                _sample(images, products[label]["product_id"], view, label)
+                for label in part
+                for view in range(VIEWS)
+            ]
             shards.append(write_shard(out, f"{split}-{number:06d}.tar", split, samples, classes))
-    manifest = Manifest(name="homeware", description=_DESCRIPTION, classes=tuple(classes.values()),
-                        shards=tuple(shards), folder=out)
+    manifest = Manifest(
+        name="homeware",
+        description=_DESCRIPTION,
+        classes=tuple(classes.values()),
+        shards=tuple(shards),
+        folder=out,
+    )
     manifest.save()
     return manifest
 
@@ -78,10 +92,14 @@ def main() -> None:
     """Pack the renderer's folder, by default into the package itself, and print how large the shards are."""
     parser = argparse.ArgumentParser(description="Pack rendered homeware images into shards.")
     parser.add_argument("images", type=Path, help="folder written by the renderer")
-    parser.add_argument("--out", type=Path, default=embedded_shards(), help="folder of the shards (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=embedded_shards(), help="folder of the shards (%(default)s)"
+    )
     arguments = parser.parse_args()
     manifest = build(arguments.images, arguments.out)
-    print(f"{sum(shard.bytes for shard in manifest.shards) / 2**20:.1f} MiB in {len(manifest.shards)} shards")
+    print(
+        f"{sum(shard.bytes for shard in manifest.shards) / 2**20:.1f} MiB in {len(manifest.shards)} shards"
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from namr_dist.data.build.formats.lists import Line, after_header, find_list, image_key, read_lines, relative_path
+from namr_dist.data.build.formats.lists import (
+    Line,
+    after_header,
+    find_list,
+    image_key,
+    read_lines,
+    relative_path,
+)
 from namr_dist.data.build.listing import Listing, SourceImage
 from namr_dist.data.shardset.manifest import ImageClass
 from namr_dist.errors import InputError
@@ -17,9 +24,17 @@ from namr_dist.errors import InputError
 _LIST = "list_eval_partition.txt"
 _HEADER = "image_name item_id evaluation_status"
 _ROLE_OF = {"train": "", "query": "query", "gallery": "gallery"}
-_EXPECTED = {"images": 52_712, "classes": 7_982, "train images": 25_882, "train classes": 3_997,
-             "test classes": 3_985, "query images": 14_218, "query classes": 3_985, "gallery images": 12_612,
-             "gallery classes": 3_985}
+_EXPECTED = {
+    "images": 52_712,
+    "classes": 7_982,
+    "train images": 25_882,
+    "train classes": 3_997,
+    "test classes": 3_985,
+    "query images": 14_218,
+    "query classes": 3_985,
+    "gallery images": 12_612,
+    "gallery classes": 3_985,
+}
 
 
 def read(source: Path, *, highres: bool = False) -> Listing:
@@ -41,20 +56,45 @@ def read(source: Path, *, highres: bool = False) -> Listing:
         relative = relative_path(image_name, line.where)
         label = line.integer("item_id", item_id.removeprefix("id_"))
         if status not in _ROLE_OF:
-            raise InputError(f"{line.where}: evaluation_status is {status!r}, not train, query or gallery; "
-                             "unpack the download again")
+            raise InputError(
+                f"{line.where}: evaluation_status is {status!r}, not train, query or gallery; "
+                "unpack the download again"
+            )
         if relative.parts[0] != "img" or len(relative.parts) != 5 or relative.parts[3] != item_id:
-            raise InputError(f"{line.where}: {image_name!r} is not img/…/…/{item_id}/….jpg; unpack the download again")
+            raise InputError(
+                f"{line.where}: {image_name!r} is not img/…/…/{item_id}/….jpg; unpack the download again"
+            )
         split = "train" if status == "train" else "test"
         splits.setdefault(label, split)
         categories.setdefault(label, Counter())["/".join(relative.parts[1:3])] += 1
         inside = relative.relative_to("img")
-        images.append(SourceImage(path=tree / inside, key=image_key(inside), label=label, split=split,
-                                  role=_ROLE_OF[status], group=relative.name.split("_")[0]))
-    classes = tuple(ImageClass(label=label, name=f"id_{label:08d}", category=_most_common(categories[label]),
-                               split=splits[label]) for label in sorted(splits))
-    listing = Listing(name="inshop", description=f"DeepFashion In-Shop Clothes Retrieval, image tree {tree.name}",
-                      root=tree.parent, classes=classes, images=tuple(images), expected=_EXPECTED)
+        images.append(
+            SourceImage(
+                path=tree / inside,
+                key=image_key(inside),
+                label=label,
+                split=split,
+                role=_ROLE_OF[status],
+                group=relative.name.split("_")[0],
+            )
+        )
+    classes = tuple(
+        ImageClass(
+            label=label,
+            name=f"id_{label:08d}",
+            category=_most_common(categories[label]),
+            split=splits[label],
+        )
+        for label in sorted(splits)
+    )
+    listing = Listing(
+        name="inshop",
+        description=f"DeepFashion In-Shop Clothes Retrieval, image tree {tree.name}",
+        root=tree.parent,
+        classes=classes,
+        images=tuple(images),
+        expected=_EXPECTED,
+    )
     listing.check()
     return listing
 
@@ -64,8 +104,10 @@ def _image_tree(root: Path, highres: bool) -> Path:
     there = [tree for tree in trees if tree.is_dir() and not (highres and tree.name == "img")]
     if not there:
         wanted = [str(tree) for tree in trees if not (highres and tree.name == "img")]
-        raise InputError(f"no image tree in {root}: none of {', '.join(wanted)} is a folder; unpack "
-                         f"{'img_highres.zip' if highres else 'img.zip or img_highres.zip'} there")
+        raise InputError(
+            f"no image tree in {root}: none of {', '.join(wanted)} is a folder; unpack "
+            f"{'img_highres.zip' if highres else 'img.zip or img_highres.zip'} there"
+        )
     return there[0]
 
 
@@ -74,8 +116,10 @@ def _image_lines(path: Path) -> list[Line]:
     count = first.integer("the number of images", first.text)
     lines = after_header(path, rest, _HEADER)
     if count != len(lines):
-        raise InputError(f"{path} lists {len(lines):,} images, but its line 1 says {count:,}; unpack the download "
-                         "again")
+        raise InputError(
+            f"{path} lists {len(lines):,} images, but its line 1 says {count:,}; unpack the download "
+            "again"
+        )
     return lines
 
 

@@ -34,15 +34,21 @@ class Line:
         A path may hold spaces, as the last column or, with `path_first`, as the first.
         """
         divisions = len(names.split()) - 1
-        words = self.text.rsplit(None, divisions) if path_first else self.text.split(None, divisions)
+        words = (
+            self.text.rsplit(None, divisions) if path_first else self.text.split(None, divisions)
+        )
         if len(words) <= divisions:
-            raise InputError(f"{self.where} has {len(words)} columns, not {names!r}; unpack the download again")
+            raise InputError(
+                f"{self.where} has {len(words)} columns, not {names!r}; unpack the download again"
+            )
         return words
 
     def integer(self, name: str, word: str) -> int:
         """The number in the column `name`. Raises InputError if it is none."""
         if not (word.isascii() and word.isdigit()):
-            raise InputError(f"{self.where}: {name} is {word!r}, not a whole number; unpack the download again")
+            raise InputError(
+                f"{self.where}: {name} is {word!r}, not a whole number; unpack the download again"
+            )
         return int(word)
 
 
@@ -52,11 +58,15 @@ def find_root(source: Path, *names: str) -> Path | None:
     None if there is none. Raises InputError if `source` is no folder, or if two folders in it hold one.
     """
     if not source.is_dir():
-        raise InputError(f"{source} is no folder; unpack the download and give the folder that it makes")
+        raise InputError(
+            f"{source} is no folder; unpack the download and give the folder that it makes"
+        )
     for folders in ([source], sorted(entry for entry in source.iterdir() if entry.is_dir())):
         roots = [folder for folder in folders if any((folder / name).exists() for name in names)]
         if len(roots) > 1:
-            raise InputError(f"both {roots[0]} and {roots[1]} hold {' or '.join(names)}; give one of them")
+            raise InputError(
+                f"both {roots[0]} and {roots[1]} hold {' or '.join(names)}; give one of them"
+            )
         if roots:
             return roots[0]
     return None
@@ -66,8 +76,10 @@ def find_list(source: Path, *names: str) -> Path:
     """The first of these names (paths) in their `find_root`. Raises InputError as that does, and if there is none."""
     root = find_root(source, *names)
     if root is None:
-        raise InputError(f"no {' or '.join(names)} in {source} or in a folder in it; give the folder that the download "
-                         "unpacks into")
+        raise InputError(
+            f"no {' or '.join(names)} in {source} or in a folder in it; give the folder that the download "
+            "unpacks into"
+        )
     return next(root / name for name in names if (root / name).exists())
 
 
@@ -81,9 +93,15 @@ def read_lines(path: Path) -> list[Line]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; unpack the download again") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a list ({error}); unpack the download again") from None
+        raise InputError(
+            f"{path} cannot be read as a list ({error}); unpack the download again"
+        ) from None
     # Not splitlines(): it also divides at characters that a file name may hold.
-    lines = [Line(path, number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [
+        Line(path, number, line.strip())
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
     if not lines:
         raise InputError(f"{path} is empty; unpack the download again")
     return lines
@@ -100,7 +118,9 @@ def read_labels(path: Path, header: str) -> dict[int, int]:
         image_id, class_id = line.columns(header)
         image = line.integer(image_name, image_id)
         if image in label_of:
-            raise InputError(f"{line.where} lists image {image_id} a second time; unpack the download again")
+            raise InputError(
+                f"{line.where} lists image {image_id} a second time; unpack the download again"
+            )
         label_of[image] = line.integer(class_name, class_id)
     return label_of
 
@@ -119,7 +139,9 @@ def relative_path(word: str, where: str) -> PurePosixPath:
     """The path in a list. Raises InputError, naming `where`, if it is absolute or leads out of its folder."""
     path = PurePosixPath(word)
     if path.is_absolute() or ".." in path.parts or not path.name:
-        raise InputError(f"{where}: {word!r} is no path inside the folder of the images; give a relative one")
+        raise InputError(
+            f"{where}: {word!r} is no path inside the folder of the images; give a relative one"
+        )
     return path
 
 

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from namr_dist.data.build.formats.lists import after_header, find_list, image_key, read_lines, relative_path
+from namr_dist.data.build.formats.lists import (
+    after_header,
+    find_list,
+    image_key,
+    read_lines,
+    relative_path,
+)
 from namr_dist.data.build.listing import Listing, SourceImage
 from namr_dist.data.shardset.manifest import ImageClass
 from namr_dist.errors import InputError
 
 _HEADER = "image_id class_id super_class_id path"
-_EXPECTED = {"images": 120_053, "classes": 22_634, "categories": 12, "train images": 59_551, "train classes": 11_318,
-             "test images": 60_502, "test classes": 11_316}
+_EXPECTED = {
+    "images": 120_053,
+    "classes": 22_634,
+    "categories": 12,
+    "train images": 59_551,
+    "train classes": 11_318,
+    "test images": 60_502,
+    "test classes": 11_316,
+}
 
 
 def read(source: Path) -> Listing:
@@ -36,13 +49,24 @@ def read(source: Path) -> Listing:
             label = line.integer("class_id", class_id)
             relative = relative_path(file, line.where)
             category = relative.parts[0].removesuffix("_final")
-            known = classes.setdefault(label, ImageClass(label=label, name=str(label), category=category, split=split))
+            known = classes.setdefault(
+                label, ImageClass(label=label, name=str(label), category=category, split=split)
+            )
             if known.category != category:
-                raise InputError(f"{line.where}: class {label} lies in {category!r}, and in {known.category!r} before; "
-                                 "unpack the download again")
-            images.append(SourceImage(path=root / relative, key=image_key(relative), label=label, split=split))
-    listing = Listing(name="sop", description="Stanford Online Products, original images",
-                      root=root, classes=tuple(classes[label] for label in sorted(classes)), images=tuple(images),
-                      expected=_EXPECTED)
+                raise InputError(
+                    f"{line.where}: class {label} lies in {category!r}, and in {known.category!r} before; "
+                    "unpack the download again"
+                )
+            images.append(
+                SourceImage(path=root / relative, key=image_key(relative), label=label, split=split)
+            )
+    listing = Listing(
+        name="sop",
+        description="Stanford Online Products, original images",
+        root=root,
+        classes=tuple(classes[label] for label in sorted(classes)),
+        images=tuple(images),
+        expected=_EXPECTED,
+    )
     listing.check()
     return listing

@@ -40,16 +40,33 @@ def read_table(path: Path) -> list[Entry]:
     for where, row in _rows(path):
         relative = relative_path(row["path"], where)
         if relative.suffix.lower() not in ENDINGS:
-            raise InputError(f"{where}: {row['path']!r} is no image; its ending should be one of {', '.join(ENDINGS)}")
+            raise InputError(
+                f"{where}: {row['path']!r} is no image; its ending should be one of {', '.join(ENDINGS)}"
+            )
         if line_of.setdefault(relative, where) != where:
-            raise InputError(f"{where} lists {row['path']!r} a second time, after {line_of[relative]}; remove one")
+            raise InputError(
+                f"{where} lists {row['path']!r} a second time, after {line_of[relative]}; remove one"
+            )
         if not row["label"]:
-            raise InputError(f"{where} has no label; give each image the name or number of its class")
+            raise InputError(
+                f"{where} has no label; give each image the name or number of its class"
+            )
         if row["split"] not in _SPLITS:
-            raise InputError(f"{where}: split is {row['split']!r}; set it to {', '.join(_SPLITS[:-1])} or "
-                             f"{_SPLITS[-1]}")
-        entries.append(Entry(path=relative, label=row["label"], split=row["split"], where=where,
-                             role=_role(row, where), category=row.get("category", ""), group=row.get("group", "")))
+            raise InputError(
+                f"{where}: split is {row['split']!r}; set it to {', '.join(_SPLITS[:-1])} or "
+                f"{_SPLITS[-1]}"
+            )
+        entries.append(
+            Entry(
+                path=relative,
+                label=row["label"],
+                split=row["split"],
+                where=where,
+                role=_role(row, where),
+                category=row.get("category", ""),
+                group=row.get("group", ""),
+            )
+        )
     if not entries:
         raise InputError(f"{path} lists no image; add a line for each")
     return entries
@@ -65,30 +82,47 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             for words in reader:
                 where = f"{path}, line {reader.line_num}"
                 if words and len(words) != len(header):
-                    raise InputError(f"{where} has {len(words)} columns, the header {len(header)}; put a text that "
-                                     "holds a comma into double quotes")
+                    raise InputError(
+                        f"{where} has {len(words)} columns, the header {len(header)}; put a text that "
+                        "holds a comma into double quotes"
+                    )
                 if words:
-                    yield where, {name: word if name == "path" else word.strip()
-                                  for name, word in zip(header, words, strict=True)}
+                    yield (
+                        where,
+                        {
+                            name: word if name == "path" else word.strip()
+                            for name, word in zip(header, words, strict=True)
+                        },
+                    )
     except FileNotFoundError:
-        raise InputError(f"there is no file {path}; give a folder of class folders or a .csv file") from None
+        raise InputError(
+            f"there is no file {path}; give a folder of class folders or a .csv file"
+        ) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a table ({error}); store it as CSV in UTF-8") from None
+        raise InputError(
+            f"{path} cannot be read as a table ({error}); store it as CSV in UTF-8"
+        ) from None
 
 
 def _check_header(path: Path, header: list[str]) -> None:
     for name in header:
         if name not in _COLUMNS or header.count(name) > 1:
-            raise InputError(f"{path} has the column {name!r}, which is unknown or there twice; the columns are "
-                             f"{', '.join(_COLUMNS)}")
+            raise InputError(
+                f"{path} has the column {name!r}, which is unknown or there twice; the columns are "
+                f"{', '.join(_COLUMNS)}"
+            )
     for name in (*_NEEDED, *(_ROLES if set(_ROLES) & set(header) else ())):
         if name not in header:
-            raise InputError(f"{path} has no column {name!r}; its first line should name the columns "
-                             f"{', '.join(_NEEDED)}, and is_query and is_gallery both or not at all")
+            raise InputError(
+                f"{path} has no column {name!r}; its first line should name the columns "
+                f"{', '.join(_NEEDED)}, and is_query and is_gallery both or not at all"
+            )
 
 
 def _role(row: dict[str, str], where: str) -> str:
-    if "is_query" not in row or (row["split"] == "train" and not (row["is_query"] or row["is_gallery"])):
+    if "is_query" not in row or (
+        row["split"] == "train" and not (row["is_query"] or row["is_gallery"])
+    ):
         return ""
     for name in _ROLES:
         if row[name].lower() not in _FLAGS:
@@ -97,6 +131,8 @@ def _role(row: dict[str, str], where: str) -> str:
     if row["split"] == "train" or query and gallery:
         return ""
     if not (query or gallery):
-        raise InputError(f"{where}: the image is neither query nor gallery; set is_query or is_gallery to true, or "
-                         "remove the line")
+        raise InputError(
+            f"{where}: the image is neither query nor gallery; set is_query or is_gallery to true, or "
+            "remove the line"
+        )
     return "query" if query else "gallery"

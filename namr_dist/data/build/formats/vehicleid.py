@@ -29,23 +29,43 @@ def read(source: Path) -> Listing:
     split_of: dict[int, str] = {}
     images: dict[int, SourceImage] = {}
     subsets: dict[str, tuple[str, ...]] = {}
-    for split, name in (("train", "train_list"), *(("test", f"test_list_{size}") for size in _TEST_SIZES)):
+    for split, name in (
+        ("train", "train_list"),
+        *(("test", f"test_list_{size}") for size in _TEST_SIZES),
+    ):
         listed = read_labels(root / "train_test_split" / f"{name}.txt", "image_id vehicle_id")
         for image, vehicle in listed.items():
             if vehicle_of.setdefault(image, vehicle) != vehicle:
-                raise InputError(f"{name}.txt in {root} says that image {image} shows vehicle {vehicle}, another list "
-                                 f"that it shows {vehicle_of[image]}; unpack the download again")
+                raise InputError(
+                    f"{name}.txt in {root} says that image {image} shows vehicle {vehicle}, another list "
+                    f"that it shows {vehicle_of[image]}; unpack the download again"
+                )
             if split_of.setdefault(vehicle, split) != split:
-                raise InputError(f"vehicle {vehicle} is both in train_list.txt and in {name}.txt in {root}; splits may "
-                                 "share no vehicle: unpack the download again")
+                raise InputError(
+                    f"vehicle {vehicle} is both in train_list.txt and in {name}.txt in {root}; splits may "
+                    "share no vehicle: unpack the download again"
+                )
             key = f"{image:07d}"
-            images.setdefault(image, SourceImage(path=root / "image" / f"{key}.jpg", key=key, label=vehicle,
-                                                 split=split))
+            images.setdefault(
+                image,
+                SourceImage(
+                    path=root / "image" / f"{key}.jpg", key=key, label=vehicle, split=split
+                ),
+            )
         if split == "test":
             subsets[name.replace("_list", "")] = tuple(images[image].key for image in listed)
-    classes = tuple(ImageClass(label=vehicle, name=str(vehicle), category="", split=split_of[vehicle])
-                    for vehicle in sorted(split_of))
-    listing = Listing(name="vehicleid", description="PKU VehicleID, original images; test is the union of its lists",
-                      root=root, classes=classes, images=tuple(images.values()), subsets=subsets, expected=_EXPECTED)
+    classes = tuple(
+        ImageClass(label=vehicle, name=str(vehicle), category="", split=split_of[vehicle])
+        for vehicle in sorted(split_of)
+    )
+    listing = Listing(
+        name="vehicleid",
+        description="PKU VehicleID, original images; test is the union of its lists",
+        root=root,
+        classes=classes,
+        images=tuple(images.values()),
+        subsets=subsets,
+        expected=_EXPECTED,
+    )
     listing.check()
     return listing
