@@ -1,8 +1,9 @@
 """The losses of NAMR-dist as functions of tensors; nothing here knows of models, ranks or training.
 
 `from namr_dist import kernels; kernels.multi_cluster_ranking(z, s)`.
-Each op is defined under the same name in `reference/`; on a GPU it is Triton (`gpu/`), elsewhere blocked PyTorch
-(`cpu/`).  The `*_of_rows` functions are the same ops for one rank's rows among all (docs/kernels.md).
+Each op is defined under the same name in `reference/`; on a GPU it is Triton (`gpu/`), elsewhere
+blocked PyTorch (`cpu/`).  The `*_of_rows` functions are the same ops for one rank's rows among all
+(docs/kernels.md).
 """
 
 from .checks import MINING, STATISTICS, check_clusters, check_mining

@@ -1,9 +1,11 @@
-"""Compiles every Triton kernel ahead of time, for chips that need not be there: `python -m namr_dist.kernels.aot`.
+"""Compiles every Triton kernel ahead of time, for chips that need not be there: `python -m
+namr_dist.kernels.aot`.
 
-CASES calls the primitives on meta tensors while launches are recorded; what was recorded is compiled with the
-specialisations that Triton would choose at run time, and held against LIMITS: registers that spill into memory,
-shared memory beyond the chip's, a matrix product without the chip's matrix instruction. One line a kernel variant;
-embedding widths that need the same one share its line. Exit code 1 if a kernel is beyond a limit, each named.
+CASES calls the primitives on meta tensors while launches are recorded; what was recorded is
+compiled with the specialisations that Triton would choose at run time, and held against LIMITS:
+registers that spill into memory, shared memory beyond the chip's, a matrix product without the
+chip's matrix instruction. One line a kernel variant; embedding widths that need the same one share
+its line. Exit code 1 if a kernel is beyond a limit, each named.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from .gpu.launch import Launch, recording
 
 @dataclass(frozen=True)
 class Limits:
-    """What a chip allows: shared memory of a program in bytes, spilled bytes; the name of its matrix instruction."""
+    """What a chip allows: shared memory of a program in bytes, spilled bytes; the name of its
+    matrix instruction."""
 
     shared: int
     matrix: str
@@ -67,7 +70,8 @@ WIDTHS = (64, 100, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a primitive, which its name begins with, and the kinds of tile sizes that gpu/tune.py times it for."""
+    """A call of a primitive, which its name begins with, and the kinds of tile sizes that
+    gpu/tune.py times it for."""
 
     call: Callable[[Inputs], Any]
     tunes: tuple[str, ...] = ()
@@ -108,7 +112,8 @@ CASES = {
         x.z_bD, x.labels_b, x.z_BD, x.float_B, x.float_B, x.empty(), x.float_B, alpha=32.0, margin=0.1),
         tunes=("gather", "weights")),
 }  # fmt: skip
-"""Every primitive of gpu/, once for each set of kernels that it can launch. A new primitive adds its cases here."""
+"""Every primitive of gpu/, once for each set of kernels that it can launch. A new primitive adds
+its cases here."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,8 @@ def kernel_name(kernel: Any) -> str:
 
 
 def package_kernels() -> set[str]:
-    """All functions of gpu/ that are started from the host: Triton's, less those that another of them calls."""
+    """All functions of gpu/ that are started from the host: Triton's, less those that another of
+    them calls."""
     # Not tune.py, which has none and imports this file.
     modules = [
         import_module(f"{gpu.__name__}.{module.name}")
@@ -245,7 +251,8 @@ def package_kernels() -> set[str]:
 def specialised(
     launch: Launch,
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """Types, constants and attributes of a kernel's arguments, as Triton's run time derives them."""
+    """Types, constants and attributes of a kernel's arguments, as Triton's run time derives
+    them."""
     types, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -344,7 +351,8 @@ def check(variant: Variant) -> Outcome:
 
 
 def _compiled(variant: Variant) -> tuple[Any, str]:
-    """The compiled kernel, from Triton's cache where it can be, and what `ptxas -v` said of it, kept beside it."""
+    """The compiled kernel, from Triton's cache where it can be, and what `ptxas -v` said of it,
+    kept beside it."""
     launch = variant.launch
     source = ASTSource(launch.kernel, *specialised(launch))
 
@@ -375,7 +383,8 @@ def _compiled(variant: Variant) -> tuple[Any, str]:
 
 
 def checked(work: Sequence[Variant], jobs: int) -> Iterator[Outcome]:
-    """Outcomes in the order of `work`, from several processes, with a progress line on a terminal."""
+    """Outcomes in the order of `work`, from several processes, with a progress line on a
+    terminal."""
     # Fork: recorded launches hold kernels and tensors that need not travel.
     _work[:] = work
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -397,7 +406,8 @@ def _check_numbered(number: int) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code: 0, 1 for a kernel beyond its limits, 2 for what cannot be run."""
+    """Run one command line; returns the exit code: 0, 1 for a kernel beyond its limits, 2 for what
+    cannot be run."""
     parser = argparse.ArgumentParser(
         prog="python -m namr_dist.kernels.aot", description="Compile every kernel."
     )

@@ -1,11 +1,13 @@
-"""A point in the middle of a batch, from which rows are taken before distances are made of products."""
+"""A point in the middle of a batch, from which rows are taken before distances are made of
+products."""
 
 import torch
 from torch import Tensor
 
 
 def centre_of(z_BD: Tensor) -> Tensor:
-    """A point (D,) near the middle of the rows: their mean, rounded to a power of two near the rows' spread.
+    """A point (D,) near the middle of the rows: their mean, rounded to a power of two near the
+    rows' spread.
 
     Rounded, because rows of small integers then stay exact, and so do ties between their distances.
     Where all rows agree it is their value, so equal rows become zeros.

@@ -56,7 +56,8 @@ def check_labels(labels_B: Tensor, rows_BD: Tensor) -> None:
 def check_memory(
     rows_BD: Tensor, memory_QD: Tensor | None, *memory_labels_Q: Tensor | None
 ) -> None:
-    """Memory rows must be as wide as the batch's and come with a label each, where the loss reads labels."""
+    """Memory rows must be as wide as the batch's and come with a label each, where the loss reads
+    labels."""
     if any((memory_QD is None) != (labels_Q is None) for labels_Q in memory_labels_Q):
         raise ValueError("memory rows and memory labels belong together; pass both or neither")
     if memory_QD is None:
@@ -82,7 +83,8 @@ def check_mining(mining: str) -> None:
 
 
 def check_clusters(*, clusters: int, floor: float, statistics: str) -> None:
-    """At least two clusters, a near centre between 0 and the far one, a known kind of statistics."""
+    """At least two clusters, a near centre between 0 and the far one, a known kind of
+    statistics."""
     if clusters < 2:
         raise ValueError(f"clusters must be at least 2 (a near and a far one), got {clusters}")
     if not 0.0 <= floor <= 1.0:
@@ -113,7 +115,8 @@ def check_proxies(proxies_CD: Tensor, rows_BD: Tensor) -> None:
 
 
 def check_proxy_labels(labels_B: Tensor, classes: int) -> None:
-    """Every label must lie in 0..classes-1: ValueError on a CPU; on a GPU a device assertion, which does not wait."""
+    """Every label must lie in 0..classes-1: ValueError on a CPU; on a GPU a device assertion, which
+    does not wait."""
     outside_B = (labels_B < 0) | (labels_B >= classes)
     if labels_B.device.type != "cpu":
         torch._assert_async(~outside_B.any(), "a label has no proxy: labels must lie in 0..C-1")

@@ -35,10 +35,11 @@ class Primitives:
 
 
 def implementation(rows: Tensor) -> Primitives:
-    """The primitives for float32 and half types on CUDA: those of `gpu`, and of `cpu` what has no kernel there.
+    """The primitives for float32 and half types on CUDA: those of `gpu`, and of `cpu` what has no
+    kernel there.
 
-    For everything else those of `cpu` alone, which are plain PyTorch and run on any device. float64 is for checks and
-    has no matrix units worth a kernel.
+    For everything else those of `cpu` alone, which are plain PyTorch and run on any device. float64
+    is for checks and has no matrix units worth a kernel.
     """
     if rows.device.type in TRITON_DEVICES and rows.dtype in TRITON_DTYPES:
         from . import gpu  # not at the top: Triton exists on Linux only
@@ -48,9 +49,11 @@ def implementation(rows: Tensor) -> Primitives:
 
 
 def describe(device: torch.device, *ops: str) -> str:
-    """What serves float32 rows on this device, for a start banner, and why it is not Triton where it is not.
+    """What serves float32 rows on this device, for a start banner, and why it is not Triton where
+    it is not.
 
-    Of these ops (none named: of all) it tells the primitives that have no kernel.  Raises KeyError for an unknown op.
+    Of these ops (none named: of all) it tells the primitives that have no kernel.  Raises KeyError
+    for an unknown op.
     """
     if device.type not in TRITON_DEVICES:
         return "blocked PyTorch (Triton's kernels need an NVIDIA GPU)"

@@ -1,6 +1,8 @@
-"""Margin loss with distance-weighted negatives and a learnt boundary.  Definition: reference/losses.py.
+"""Margin loss with distance-weighted negatives and a learnt boundary.  Definition:
+reference/losses.py.
 
-Shapes: b local rows, B rows of the batch, N candidates, D width, R slots for the positives of an anchor.
+Shapes: b local rows, B rows of the batch, N candidates, D width, R slots for the positives of an
+anchor.
 """
 
 import torch
@@ -22,16 +24,18 @@ def margin_loss(
     seed: int = 0,
     most_positives: int | None = None,
 ) -> Tensor:
-    """Margin loss (Wu et al. 2017): positives within beta - alpha, negatives beyond beta + alpha; a scalar.
+    """Margin loss (Wu et al. 2017): positives within beta - alpha, negatives beyond beta + alpha; a
+    scalar.
 
         Σ [max(0, d_ap - β + α) + max(0, β - d_an + α)] / max(1, number of non-zero summands)
 
-    over every (anchor, positive) pair and its one distance-weighted negative, drawn as in `triplet_loss`.
+    over every (anchor, positive) pair and its one distance-weighted negative, drawn as in
+    `triplet_loss`.
     x_BD: rows of unit length (float32, float64, bfloat16, float16).  labels_B: integers.
-    beta: one floating number in a tensor.  Differentiable once in x and beta.  most_positives: as in `triplet_loss`.
-    Memory: O(B·(D + R)) and a block.
-    Raises ValueError for a wrong shape, dtype, B < 2, a beta of more than one element, more positives than
-    most_positives.
+    beta: one floating number in a tensor.  Differentiable once in x and beta.  most_positives: as
+    in `triplet_loss`. Memory: O(B·(D + R)) and a block.
+    Raises ValueError for a wrong shape, dtype, B < 2, a beta of more than one element, more
+    positives than most_positives.
     """
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
@@ -57,11 +61,12 @@ def margin_of_rows(
     most_positives: int | None,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same from rows offset..offset+b alone: the batch's loss, its gradient for those rows, and these rows' share
-    of the gradient for beta: shares add up over ranks.
+    """The same from rows offset..offset+b alone: the batch's loss, its gradient for those rows, and
+    these rows' share of the gradient for beta: shares add up over ranks.
 
-    x_ND: the batch's rows, then any memory rows: constants, which positives and negatives are chosen from too.
-    Ranks exchange two numbers a row for the loss, and the mined pairs with their weights, 4·R numbers a row.
+    x_ND: the batch's rows, then any memory rows: constants, which positives and negatives are
+    chosen from too. Ranks exchange two numbers a row for the loss, and the mined pairs with their
+    weights, 4·R numbers a row.
     """
     primitives = implementation(x_ND)
     slots = (

@@ -25,13 +25,15 @@ def multi_cluster_ranking(
 ) -> Tensor:
     """L_mcr of docs/algorithm.md: a scalar, differentiable once in z and s; no labels.
 
-    z_BD: sample embeddings.  s_BD: structure embeddings, positive weights per dimension, of the same shape.
-    float32, float64, bfloat16 or float16; added up and returned in float32 or wider.
-    clusters M >= 2, spread t, floor φ in [0, 1], sharpness a; statistics: μ and σ over all B² distances ("batch") or
-    over each anchor's B distances ("anchor").  The centres carry no gradient.
-    M = 2 follows the NASA authors' published formulas; M > 2 is this project's reading of NAMR's abstract.
-    Memory: O(B·D) and a block.  All rows equal: loss 0, gradient 0.
-    Raises ValueError for a wrong shape, dtype, B < 2, clusters < 2, a floor outside [0, 1], other statistics.
+    z_BD: sample embeddings.  s_BD: structure embeddings, positive weights per dimension, of the
+    same shape. float32, float64, bfloat16 or float16; added up and returned in float32 or wider.
+    clusters M >= 2, spread t, floor φ in [0, 1], sharpness a; statistics: μ and σ over all B²
+    distances ("batch") or over each anchor's B distances ("anchor").  The centres carry no
+    gradient.
+    M = 2 follows the NASA authors' published formulas; M > 2 is this project's reading of NAMR's
+    abstract. Memory: O(B·D) and a block.  All rows equal: loss 0, gradient 0.
+    Raises ValueError for a wrong shape, dtype, B < 2, clusters < 2, a floor outside [0, 1], other
+    statistics.
     """
     check_rows("z", z_BD)
     check_rows("s", s_BD)
@@ -52,7 +54,8 @@ def centres(
     floor: float,
     statistics: str,
 ) -> tuple[Tensor, Tensor]:
-    """η_m = far − m·step, m = 0..M−1, for each anchor: (B,) and (B,), from `row_moments` of all rows."""
+    """η_m = far − m·step, m = 0..M−1, for each anchor: (B,) and (B,), from `row_moments` of all
+    rows."""
     B, N = mean_B.shape[0], candidates
     if statistics == "batch":
         mean = mean_B.mean()
@@ -81,10 +84,11 @@ def ranking_of_rows(
     statistics: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same from rows offset..offset+b alone: the batch's loss, and its gradients for those rows' z and s.
+    """The same from rows offset..offset+b alone: the batch's loss, and its gradients for those
+    rows' z and s.
 
-    z_ND: the batch's rows, then any memory rows: constants, which are candidates and never anchors, so need no s.
-    Ranks exchange two numbers a row before the gradient, and one for the loss.
+    z_ND: the batch's rows, then any memory rows: constants, which are candidates and never anchors,
+    so need no s. Ranks exchange two numbers a row before the gradient, and one for the loss.
     """
     if z_ND.dtype != s_BD.dtype:
         dtype = compute_dtype(z_ND, s_BD)

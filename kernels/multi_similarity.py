@@ -22,15 +22,18 @@ def multi_similarity_loss(
     base: float = 0.5,
     epsilon: float = 0.1,
 ) -> Tensor:
-    """Multi-similarity loss (Wang et al. 2019), a mean over all B anchors: a scalar, differentiable once in x.
+    """Multi-similarity loss (Wang et al. 2019), a mean over all B anchors: a scalar, differentiable
+    once in x.
 
         mined positives P_i:  S_ip - ε < max over negatives of S_in
         mined negatives N_i:  S_in + ε > min over positives of S_ip
-        L_i = 1/α · log(1 + Σ_{P_i} exp(-α (S_ip - base))) + 1/β · log(1 + Σ_{N_i} exp(β (S_in - base)))
+        L_i = 1/α · log(1 + Σ_{P_i} exp(-α (S_ip - base))) + 1/β · log(1 + Σ_{N_i} exp(β (S_in -
+        base)))
 
-    x_BD: rows of unit length (float32, float64, bfloat16, float16), S_ij = x_i · x_j.  labels_B: integers.
-    `base` is the λ of docs/algorithm.md.  An anchor without a positive or without a negative counts 0 in the mean.
-    Memory: O(B·D) and a block.  Raises ValueError for a wrong shape, dtype, B < 2.
+    x_BD: rows of unit length (float32, float64, bfloat16, float16), S_ij = x_i · x_j.  labels_B:
+    integers. `base` is the λ of docs/algorithm.md.  An anchor without a positive or without a
+    negative counts 0 in the mean. Memory: O(B·D) and a block.  Raises ValueError for a wrong shape,
+    dtype, B < 2.
     """
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
@@ -53,10 +56,11 @@ def multi_similarity_of_rows(
     epsilon: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same from rows offset..offset+b alone: the batch's loss, and its gradient for those rows, (b, D).
+    """The same from rows offset..offset+b alone: the batch's loss, and its gradient for those rows,
+    (b, D).
 
-    x_ND: the batch's rows, then any memory rows: constants, which are positives and negatives and never anchors.
-    Ranks exchange four numbers a row.
+    x_ND: the batch's rows, then any memory rows: constants, which are positives and negatives and
+    never anchors. Ranks exchange four numbers a row.
     """
     primitives = implementation(x_ND)
     statistics_b4 = primitives.similarity_statistics(

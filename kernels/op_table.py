@@ -1,6 +1,8 @@
-"""Every public op: what it is made of, and the cases it is measured in. Plain values, and nothing is imported for them.
+"""Every public op: what it is made of, and the cases it is measured in. Plain values, and nothing
+is imported for them.
 
-An op's name is that of its function in this package, of its definition in reference/, and of its operator `namr::NAME`.
+An op's name is that of its function in this package, of its definition in reference/, and of its
+operator `namr::NAME`.
 """
 
 from collections.abc import Mapping
@@ -9,7 +11,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A case of bench/: an op with some options, the data it is given, its necessary products (bench/cases.py)."""
+    """A case of bench/: an op with some options, the data it is given, its necessary products
+    (bench/cases.py)."""
 
     name: str
     options: Mapping[str, str | int | float] = field(default_factory=dict)
@@ -19,7 +22,8 @@ class Benchmark:
     second: str = ""
     """The leaf beside the rows: "weights" (B, D), "beta" (1,), "proxies" (C, D), or none."""
     kinked: bool = True
-    """A comparison (mining, a hinge, the sign of |D - η|) decides a pair's slope, so rounding may decide a near tie."""
+    """A comparison (mining, a hinge, the sign of |D - η|) decides a pair's slope, so rounding may
+    decide a near tie."""
     sampled: bool = False
     """Negatives are drawn at random; only this project's draws repeat those of the reference."""
     forward_products: int = 2
@@ -28,11 +32,13 @@ class Benchmark:
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """One op. Its parameters without a default are its rows, `labels_B` if it reads labels, and its second leaf."""
+    """One op. Its parameters without a default are its rows, `labels_B` if it reads labels, and its
+    second leaf."""
 
     name: str
     primitives: tuple[str, ...]
-    """Functions of cpu/, all of them, and of gpu/, where those that are missing are done by cpu/ too (dispatch.py)."""
+    """Functions of cpu/, all of them, and of gpu/, where those that are missing are done by cpu/
+    too (dispatch.py)."""
     benchmarks: tuple[Benchmark, ...] = ()
 
 

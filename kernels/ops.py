@@ -1,7 +1,9 @@
-"""A loss that computes its gradients in its forward pass, as an operator PyTorch knows: autograd, torch.compile, fakes.
+"""A loss that computes its gradients in its forward pass, as an operator PyTorch knows: autograd,
+torch.compile, fakes.
 
-A loss over all pairs must walk them again for its gradient, and what it needs for that is at hand in the forward pass:
-one walk fewer, nothing of size B² or of a walk's results to keep. Backward multiplies by the incoming gradient.
+A loss over all pairs must walk them again for its gradient, and what it needs for that is at hand
+in the forward pass: one walk fewer, nothing of size B² or of a walk's results to keep. Backward
+multiplies by the incoming gradient.
 """
 
 import functools
@@ -17,7 +19,8 @@ from .checks import check_finite
 from .reference.pairs import compute_dtype
 
 Gather = Callable[[Tensor], Tensor]
-"""(b, …) of one rank → (B, …) of all, in the order of ranks; every rank must call it with equal trailing shape."""
+"""(b, …) of one rank → (B, …) of all, in the order of ranks; every rank must call it with equal
+trailing shape."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,14 +36,17 @@ def needs_grad(*tensors: Tensor) -> bool:
 
 
 def seed_64(seed: int) -> int:
-    """The low 64 bits of a seed as a signed number, which is what an operator's argument can hold."""
+    """The low 64 bits of a seed as a signed number, which is what an operator's argument can
+    hold."""
     return seed if -(2**63) <= seed < 2**63 else (seed + 2**63) % 2**64 - 2**63
 
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Without autocast, and with float32 products in float32 whatever torch.set_float32_matmul_precision says."""
-    # By backend: torch.get_float32_matmul_precision refuses to answer those who use the newer settings.
+    """Without autocast, and with float32 products in float32 whatever
+    torch.set_float32_matmul_precision says."""
+    # By backend: torch.get_float32_matmul_precision refuses to answer those who use the newer
+    # settings.
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = cuda.fp32_precision, cpu.fp32_precision
     cuda.fp32_precision = cpu.fp32_precision = "ieee"
@@ -52,7 +58,8 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def exactly(function: Function) -> Function:
-    """Run a function of tensors, the first of its arguments one, without autograd and in full precision."""
+    """Run a function of tensors, the first of its arguments one, without autograd and in full
+    precision."""
 
     @functools.wraps(function)
     def wrapped(first: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -67,11 +74,13 @@ def loss_op(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function of tensors and numbers the operator `namr::name`.
 
-    The function's first `differentiable` arguments are tensors that receive gradients, its last is `with_grad`; it
-    returns the loss, a scalar, and one gradient for each of those tensors (None without `with_grad`). Gradients are
-    kept in float32 or wider and rounded to a half type only after the incoming gradient is multiplied in, so that a
-    loss scale does its work. First order only: a second derivative raises RuntimeError.
-    With NAMR_DEBUG=1 in the environment every floating argument is checked first; a row that is not finite is named.
+    The function's first `differentiable` arguments are tensors that receive gradients, its last is
+    `with_grad`; it returns the loss, a scalar, and one gradient for each of those tensors (None
+    without `with_grad`). Gradients are kept in float32 or wider and rounded to a half type only
+    after the incoming gradient is multiplied in, so that a loss scale does its work. First order
+    only: a second derivative raises RuntimeError.
+    With NAMR_DEBUG=1 in the environment every floating argument is checked first; a row that is not
+    finite is named.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +96,8 @@ def loss_op(
                 for other in arguments[differentiable:]
             ]
             loss, *gradients = function(*rows, *others)
-            # An operator's results have fixed positions; a gradient nobody asked for is an empty tensor.
+            # An operator's results have fixed positions; a gradient nobody asked for is an empty
+            # tensor.
             return loss.to(compute_dtype(*leading)), *(
                 _kept(tensor, 0)
                 if gradient is None

@@ -1,7 +1,8 @@
-"""The positives of each anchor as lists of row numbers, without looking at the device's memory from the host.
+"""The positives of each anchor as lists of row numbers, without looking at the device's memory from
+the host.
 
-Shapes: b local rows, B rows of the batch, N candidates, the batch's rows first, R slots: the most positives any anchor
-may have.
+Shapes: b local rows, B rows of the batch, N candidates, the batch's rows first, R slots: the most
+positives any anchor may have.
 """
 
 import torch
@@ -11,7 +12,8 @@ from .ops import Gather
 
 
 def most_positives(labels_b: Tensor, labels_N: Tensor, *, gather: Gather) -> int:
-    """The most positives any row of the batch has among the candidates; on a GPU this waits for the device."""
+    """The most positives any row of the batch has among the candidates; on a GPU this waits for the
+    device."""
     labels_b = labels_b.contiguous()
     ordered_N = labels_N.sort().values
     size_b = torch.searchsorted(ordered_N, labels_b, right=True) - torch.searchsorted(
@@ -23,8 +25,9 @@ def most_positives(labels_b: Tensor, labels_N: Tensor, *, gather: Gather) -> int
 def positives(labels_b: Tensor, labels_N: Tensor, *, offset: int, slots: int) -> Tensor:
     """Candidate numbers of each local row's positives, ascending, -1 behind them: int64 (b, slots).
 
-    A row without any negative has none listed either: it makes no triplet.  labels_b are candidates offset..offset+b.
-    A row with more positives than slots raises ValueError on a CPU, and a device assertion on a GPU.
+    A row without any negative has none listed either: it makes no triplet.  labels_b are candidates
+    offset..offset+b. A row with more positives than slots raises ValueError on a CPU, and a device
+    assertion on a GPU.
     """
     labels_b = labels_b.contiguous()
     ordered_N, order_N = labels_N.sort(stable=True)

@@ -1,4 +1,5 @@
-"""Proxy-anchor loss: every class has a learnt proxy, and the proxy is the anchor.  Definition: reference/losses.py.
+"""Proxy-anchor loss: every class has a learnt proxy, and the proxy is the anchor.  Definition:
+reference/losses.py.
 
 Shapes: b local rows, B rows of the batch, C classes, D width, W ranks.
 """
@@ -21,10 +22,10 @@ def proxy_anchor_loss(
         + 1/C  Σ_p         log(1 + Σ_{x of other classes} exp(α (S_xp + δ)))
 
     x_BD and proxies_CD: unit rows (float32, float64, bfloat16, float16), S_xp = x · p.  δ: margin.
-    P⁺: proxies whose class is in the batch.  labels_B: integers in 0..C-1, a row of proxies_CD each.
-    Memory: O((B + C)·D) and a block.
-    Raises ValueError for a wrong shape, dtype, B < 2, or a label without a proxy; on a GPU that last one is an
-    asynchronous device assertion, since looking would stop the device.
+    P⁺: proxies whose class is in the batch.  labels_B: integers in 0..C-1, a row of proxies_CD
+    each. Memory: O((B + C)·D) and a block.
+    Raises ValueError for a wrong shape, dtype, B < 2, or a label without a proxy; on a GPU that
+    last one is an asynchronous device assertion, since looking would stop the device.
     """
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
@@ -46,8 +47,8 @@ def proxy_anchor_of_rows(
     margin: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same from one rank's rows alone: the batch's loss, its gradient for those rows, and these rows' share of
-    the gradient for the proxies (C, D): shares add up over ranks.
+    """The same from one rank's rows alone: the batch's loss, its gradient for those rows, and these
+    rows' share of the gradient for the proxies (C, D): shares add up over ranks.
 
     Ranks exchange two numbers a proxy; embeddings need not be gathered at all.
     """

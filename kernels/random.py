@@ -1,22 +1,23 @@
 """Random numbers that are a pure function of a seed and of integer counters.
 
-A sampled negative must not depend on how many ranks share the batch, on the device, or on what was drawn
-before it.  So there is no generator with a state: the number for (anchor i, positive p, negative j) is a
-hash of (seed, i, p, j), the three being row numbers in the global batch.
+A sampled negative must not depend on how many ranks share the batch, on the device, or on what was
+drawn before it.  So there is no generator with a state: the number for (anchor i, positive p,
+negative j) is a hash of (seed, i, p, j), the three being row numbers in the global batch.
 
-    mix(x)        x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16    (mod 2^32)
-    absorb(h, c)  mix(((h xor c) + 0x9e3779b9) mod 2^32)
+    mix(x)        x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
+    (mod 2^32) absorb(h, c)  mix(((h xor c) + 0x9e3779b9) mod 2^32)
     h             absorb 0 with the seed's low word, then its high word, then each counter in turn
     v             min(float32(max(h, 1)) · 2^-32, 1 - 2^-24)
     gumbel        -log(-log(1 - v))
 
-The two multipliers are those of "lowbias32" (C. Wellons, hash-prospector, public domain).  Hash and v have
-the same bits on every device: integers only, then one rounding to float32 and a product with a power of two.
-v is densest near 0, where the largest Gumbel values come from, so ties stay rare with millions of candidates.
-The logarithms may differ between devices in their last bit; that moves a draw only where two keys nearly tie.
-The hash spreads bits; it is no cipher, and two (i, p) pairs share their numbers with probability 2^-32.
-In Triton the same lines are plain uint32 arithmetic.  torch has no unsigned 32-bit product; here int32 does it,
-whose sums and products wrap to the same bits, and a mask after each shift clears the copies of the sign.
+The two multipliers are those of "lowbias32" (C. Wellons, hash-prospector, public domain).  Hash and
+v have the same bits on every device: integers only, then one rounding to float32 and a product with
+a power of two. v is densest near 0, where the largest Gumbel values come from, so ties stay rare
+with millions of candidates. The logarithms may differ between devices in their last bit; that moves
+a draw only where two keys nearly tie. The hash spreads bits; it is no cipher, and two (i, p) pairs
+share their numbers with probability 2^-32. In Triton the same lines are plain uint32 arithmetic.
+torch has no unsigned 32-bit product; here int32 does it, whose sums and products wrap to the same
+bits, and a mask after each shift clears the copies of the sign.
 """
 
 import torch
@@ -75,7 +76,8 @@ def _unit_interval(hashed: Tensor) -> Tensor:
 
 
 def uniform(seed: int, *counters: Tensor) -> Tensor:
-    """Uniform float32 in [2^-32, 1 - 2^-24], bit for bit the same on every device; arguments as above."""
+    """Uniform float32 in [2^-32, 1 - 2^-24], bit for bit the same on every device; arguments as
+    above."""
     return _unit_interval(hash_counters(seed, *counters))
 
 

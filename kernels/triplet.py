@@ -1,6 +1,8 @@
-"""Triplet loss with hardest, semi-hard or distance-weighted mining.  Definition: reference/losses.py.
+"""Triplet loss with hardest, semi-hard or distance-weighted mining.  Definition:
+reference/losses.py.
 
-Shapes: b local rows, B rows of the batch, N candidates, D width, R slots for the positives of an anchor.
+Shapes: b local rows, B rows of the batch, N candidates, D width, R slots for the positives of an
+anchor.
 """
 
 import torch
@@ -22,21 +24,25 @@ def triplet_loss(
     seed: int = 0,
     most_positives: int | None = None,
 ) -> Tensor:
-    """mean of max(0, ‖z_a - z_p‖ - ‖z_a - z_n‖ + margin) over the mined triplets, zeros included: a scalar.
+    """mean of max(0, ‖z_a - z_p‖ - ‖z_a - z_n‖ + margin) over the mined triplets, zeros included: a
+    scalar.
 
-    z_BD: embeddings, taken as they are (training scales them first): float32, float64, bfloat16 or float16.
+    z_BD: embeddings, taken as they are (training scales them first): float32, float64, bfloat16 or
+        float16.
     labels_B: integers.  Differentiable once in z.
     mining, over anchors with at least one positive and one negative:
-      "semihard"           for every (a, p) the nearest n strictly farther than p; without one, the nearest n
+      "semihard"           for every (a, p) the nearest n strictly farther than p; without one, the
+                           nearest n
       "hardest"            one triplet an anchor: its farthest p, its nearest n
       "distance_weighted"  for every (a, p) one n drawn as in Wu et al. 2017; seed picks the draw
-    Ties go to the lowest row number among distances that are equal as computed; the loss and its gradient are then
-    taken from the differences of the mined rows, exactly.
+    Ties go to the lowest row number among distances that are equal as computed; the loss and its
+    gradient are then taken from the differences of the mined rows, exactly.
     seed is read by "distance_weighted" only; equal seeds give equal draws.
-    most_positives: the most positives any row has, K - 1 for batches of P classes with K rows each; None counts them,
-    which on a GPU waits for the device.  "hardest" does not need it.
+    most_positives: the most positives any row has, K - 1 for batches of P classes with K rows each;
+    None counts them, which on a GPU waits for the device.  "hardest" does not need it.
     Memory: O(B·(D + R)) and a block.
-    Raises ValueError for a wrong shape, dtype, B < 2, unknown mining, more positives than most_positives.
+    Raises ValueError for a wrong shape, dtype, B < 2, unknown mining, more positives than
+    most_positives.
     """
     check_rows("z", z_BD)
     check_labels(labels_B, z_BD)
@@ -58,7 +64,8 @@ def mined_triplets(
     seed: int,
     slots: int,
 ) -> tuple[Tensor, Tensor]:
-    """Candidate numbers of the local anchors' positives and negatives, int64 (b, R) each; -1 where there is none."""
+    """Candidate numbers of the local anchors' positives and negatives, int64 (b, R) each; -1 where
+    there is none."""
     primitives = implementation(z_ND)
     if mining == "hardest":
         positive_b, negative_b = primitives.hardest_pairs(
@@ -93,10 +100,12 @@ def triplet_of_rows(
     most_positives: int | None,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same from rows offset..offset+b alone: the batch's loss, and its gradient for those rows, (b, D).
+    """The same from rows offset..offset+b alone: the batch's loss, and its gradient for those rows,
+    (b, D).
 
-    z_ND: the batch's rows, then any memory rows: constants, which positives and negatives are chosen from too.
-    Ranks exchange two numbers a row for the loss, and the mined pairs with their weights, 4·R numbers a row, for the
+    z_ND: the batch's rows, then any memory rows: constants, which positives and negatives are
+    chosen from too. Ranks exchange two numbers a row for the loss, and the mined pairs with their
+    weights, 4·R numbers a row, for the
     gradient: a row's gradient includes the triplets of others in which it is positive or negative.
     """
     primitives = implementation(z_ND)

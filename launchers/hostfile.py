@@ -1,9 +1,11 @@
-"""A hostfile (lines of `HOST slots=N`, # for comments) → the command that starts each machine's ranks.
+"""A hostfile (lines of `HOST slots=N`, # for comments) → the command that starts each machine's
+ranks.
 
     python -m namr_dist.launchers.hostfile --ranks hosts
     python -m namr_dist.launchers.hostfile --port 29500 hosts homeware --run-dir runs/many
 
-Prints one command a machine, by ssh, in the order of the file; with --node K that of machine K alone, without ssh.
+Prints one command a machine, by ssh, in the order of the file; with --node K that of machine K
+alone, without ssh.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _PASSED_ON = ("NCCL_", "GLOO_", "OMP_", "PYTHONPATH")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots of each host, in the order of the file. Raises InputError, with the line, if it is no hostfile."""
+    """Slots of each host, in the order of the file. Raises InputError, with the line, if it is no
+    hostfile."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -56,7 +59,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def node_command(hosts: dict[str, int], node: int, *, port: int, words: Sequence[str]) -> list[str]:
-    """What machine number `node` runs: torchrun with its ranks. The first host is where all ranks meet."""
+    """What machine number `node` runs: torchrun with its ranks. The first host is where all ranks
+    meet."""
     return [
         sys.executable,
         "-m",
@@ -78,13 +82,15 @@ def node_command(hosts: dict[str, int], node: int, *, port: int, words: Sequence
 
 
 def ssh_command(host: str, command: Sequence[str]) -> list[str]:
-    """The same by ssh, in this folder and with this Python, which must be at the same place on every machine."""
+    """The same by ssh, in this folder and with this Python, which must be at the same place on
+    every machine."""
     passed_on = [
         f"{name}={value}"
         for name, value in sorted(os.environ.items())
         if name.startswith(_PASSED_ON)
     ]
-    # A terminal of its own: the ranks end when the connection does. One that draws nothing, if this one cannot either.
+    # A terminal of its own: the ranks end when the connection does. One that draws nothing, if this
+    # one cannot either.
     passed_on += [] if sys.stderr.isatty() else ["TERM=dumb"]
     there = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *passed_on, *command])}"
     return ["ssh", "-tt", "-o", "BatchMode=yes", host, there]

@@ -1,10 +1,11 @@
 """torchrun whose ranks may finish what a signal asks of them, and whose exit code is theirs.
 
-    python -m namr_dist.launchers.torchrun --nproc-per-node 2 --module namr_dist.launchers.train homeware
+    python -m namr_dist.launchers.torchrun --nproc-per-node 2 \\
+        --module namr_dist.launchers.train homeware
 
-torchrun itself kills its ranks 30 s after SIGTERM, dies of SIGUSR1 and leaves them behind, and ends with 1 whatever
-they end with. Here both signals go on to the ranks, which write a checkpoint; the first that ends with anything but 0
-gives this program its exit code, and the others are ended.
+torchrun itself kills its ranks 30 s after SIGTERM, dies of SIGUSR1 and leaves them behind, and ends
+with 1 whatever they end with. Here both signals go on to the ranks, which write a checkpoint; the
+first that ends with anything but 0 gives this program its exit code, and the others are ended.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def _pass_on_or_end(number: int, frame: FrameType | None) -> None:
 
 
 def _rank_ended(number: int, frame: FrameType | None) -> None:
-    """From now on a signal without ranks comes late, and must not take the place of their exit code."""
+    """From now on a signal without ranks comes late, and must not take the place of their exit
+    code."""
     for late in _PASSED_ON:
         signal.signal(late, _pass_on)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import signal
 import sys
 
-# Seconds of imports lie ahead, and schedulers signal every process of a job: who asks again is heard once ranks train.
+# Seconds of imports lie ahead, and schedulers signal every process of a job: who asks again is
+# heard once ranks train.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 from namr_dist.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
-    # The deepspeed launcher adds --local_rank=N, which its environment variable LOCAL_RANK says as well.
+    # The deepspeed launcher adds --local_rank=N, which its environment variable LOCAL_RANK says as
+    # well.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     sys.exit(main(["train", *words]))

@@ -1,7 +1,8 @@
 """NAMR-dist: distributed training of image-retrieval embeddings.
 
-In a source tree `kernels/` and `launchers/` stand beside this folder; they are found there, so that one tree serves
-all imports whether it is installed, installed in editable form from elsewhere, or not installed at all.
+In a source tree `kernels/` and `launchers/` stand beside this folder; they are found there, so that
+one tree serves all imports whether it is installed, installed in editable form from elsewhere, or
+not installed at all.
 """
 
 from pathlib import Path as _Path

@@ -13,7 +13,8 @@ from namr_dist.errors import InputError
 
 
 def check_target(option: str, path: Path) -> None:
-    """Raise InputError, naming the command's option, if no file can be made at `path`: before hours of work for it."""
+    """Raise InputError, naming the command's option, if no file can be made at `path`: before hours
+    of work for it."""
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"{option} {path} is not a file in a folder that exists; give one")
 
@@ -49,7 +50,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Replace `path` by a table with a line a row, of which there is one at least; all have the first's columns.
+    """Replace `path` by a table with a line a row, of which there is one at least; all have the
+    first's columns.
 
     Writes and raises as `write_atomic`.
     """

@@ -1,4 +1,5 @@
-"""Bounds of settings, written beside the fields they bound: `rows: Annotated[int, at_least(0)] = 0`."""
+"""Bounds of settings, written beside the fields they bound: `rows: Annotated[int, at_least(0)] =
+0`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from namr_dist.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a number, or each number of a tuple, may be; NaN is out of all bounds, and None is no number."""
+    """What a number, or each number of a tuple, may be; NaN is out of all bounds, and None is no
+    number."""
 
     least: float = float("-inf")
     most: float = float("inf")
@@ -53,7 +55,8 @@ def above_up_to(above: float, most: float) -> Bounds:
 
 
 def check_bounds(settings: Any, prefix: str = "") -> None:
-    """Raise InputError for the first field of a dataclass, or of the dataclasses in it, that is out of its bounds.
+    """Raise InputError for the first field of a dataclass, or of the dataclasses in it, that is out
+    of its bounds.
 
     prefix: what comes before a field's name in the message, such as "loss.".
     """

@@ -1,8 +1,10 @@
-"""A run's whole configuration: frozen dataclasses, one per subject, a line of text under each field.
+"""A run's whole configuration: frozen dataclasses, one per subject, a line of text under each
+field.
 
-A recipe (namr_dist/recipes/) is a function that returns a Config; `--set.section.field value` changes a field.
-The file config.json of a run holds all of it, and `Config.load` reads it back. What a single value may be stands beside
-its field (bounds.py), what values may be together in its section's `check`.
+A recipe (namr_dist/recipes/) is a function that returns a Config; `--set.section.field value`
+changes a field. The file config.json of a run holds all of it, and `Config.load` reads it back.
+What a single value may be stands beside its field (bounds.py), what values may be together in its
+section's `check`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class RemoteConfig:
     """How shards that lie behind a URL are fetched and kept."""
 
     cache: Path | None = None
-    """Folder on this machine for shards that lie behind a URL; None: namr-dist in the user's cache folder."""
+    """Folder on this machine for shards that lie behind a URL; None: namr-dist in the user's cache
+    folder."""
     cache_gib: Annotated[float, above_up_to(0, 1e6)] = 100.0
     """Most GiB of shards kept there; those not used for longest go first."""
     retries: Annotated[int, at_least(0)] = 5
@@ -41,8 +44,8 @@ class DataConfig:
     """Which images are trained on and how they become batches."""
 
     path: str | None = None
-    """Folder of the shard set, with its manifest.json, or its URL (http, https, s3, gs … or pipe:COMMAND with {} for
-    the file). None: homeware, the set that comes with the package."""
+    """Folder of the shard set, with its manifest.json, or its URL (http, https, s3, gs … or
+    pipe:COMMAND with {} for the file). None: homeware, the set that comes with the package."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     train_splits: tuple[str, ...] = ("train",)
     """Splits whose images are trained on."""
@@ -67,24 +70,27 @@ class DataConfig:
     ] = 4
     """K: images of each of those classes."""
     sampling: Literal["uniform", "proportional", "category"] = "uniform"
-    """uniform: an epoch meets every class once. proportional: as often as shows each of its images once. category: as
-    uniform, with batches of few super-classes, for harder negatives."""
+    """uniform: an epoch meets every class once. proportional: as often as shows each of its images
+    once. category: as uniform, with batches of few super-classes, for harder negatives."""
     categories_per_batch: Annotated[int, at_least(1)] = 1
     """G: super-classes that `category` puts into a batch, with P / G classes each."""
     shuffle: Literal["classes", "shards"] = "classes"
-    """classes: any classes may share a batch; shards are read here and there. shards: each is read front to back by
-    few ranks, for sets that lie elsewhere and are larger than the cache."""
+    """classes: any classes may share a batch; shards are read here and there. shards: each is read
+    front to back by few ranks, for sets that lie elsewhere and are larger than the cache."""
     views: Annotated[int, at_least(1)] = 1
     """Times each image stands in a batch, each time augmented anew; divides images_per_class."""
     across_groups: bool = False
-    """Show images of as many of a class's groups as it has: In-Shop's colours, a table's column `group`."""
+    """Show images of as many of a class's groups as it has: In-Shop's colours, a table's column
+    `group`."""
     damaged_images: Literal["stop", "replace"] = "stop"
-    """A training image that cannot be decoded ends the run, or is replaced by the next of its class and counted."""
+    """A training image that cannot be decoded ends the run, or is replaced by the next of its class
+    and counted."""
     image_size: Annotated[int, at_least(1)] = 224
     """Side of the network's square input in pixels."""
     test_size: Annotated[int | None, at_least(1)] = None
-    """The same for validation, evaluation and embedding; None: image_size. Random crops enlarge what they show,
-    so a network that pools often does better at a larger size than it was trained at (Touvron et al. 2019)."""
+    """The same for validation, evaluation and embedding; None: image_size. Random crops enlarge
+    what they show, so a network that pools often does better at a larger size than it was trained
+    at (Touvron et al. 2019)."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of an image's area that a training crop covers, least and most."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
@@ -102,8 +108,8 @@ class DataConfig:
     workers: Annotated[int, at_least(0)] = 2
     """Processes a rank that read, decode and transform images."""
     batch_minutes: Annotated[float, above_up_to(0, 1e6)] = 10.0
-    """Minutes without a batch from them after which the run ends, naming the shards it waits for; fewer than
-    train.timeout_minutes, or that ends it first."""
+    """Minutes without a batch from them after which the run ends, naming the shards it waits for;
+    fewer than train.timeout_minutes, or that ends it first."""
     verify: bool = True
     """Check every shard's size and SHA-256 before the first step."""
 
@@ -135,7 +141,8 @@ class DataConfig:
         self._check_roles()
 
     def _check_roles(self) -> None:
-        """A split that trains may not choose, and neither may be tested on: figures would say nothing."""
+        """A split that trains may not choose, and neither may be tested on: figures would say
+        nothing."""
         if not self.train_splits:
             raise InputError("data.train_splits is empty; name at least one split")
         roles: dict[str, set[str | None]] = {
@@ -202,10 +209,12 @@ class MemoryConfig:
     """Cross-batch memory, which holds embeddings of earlier batches."""
 
     rows: Annotated[int, at_least(0)] = 0
-    """Embeddings of earlier batches that the losses meet beside the batch's own (Wang et al. 2020); 0: none.
-    Not for proxy_anchor, which compares with proxies alone, nor for losses from outside."""
+    """Embeddings of earlier batches that the losses meet beside the batch's own (Wang et al. 2020);
+    0: none. Not for proxy_anchor, which compares with proxies alone, nor for losses from
+    outside."""
     start_step: Annotated[int, at_least(0)] = 1000
-    """Steps before they are met: at first embeddings move too fast. metrics.jsonl has their `drift` from the start."""
+    """Steps before they are met: at first embeddings move too fast. metrics.jsonl has their `drift`
+    from the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +254,8 @@ class OptimConfig:
     weight_decay: Annotated[float, at_least(0)] = 1e-4
     """AdamW's decay of weight matrices; biases, norms, proxies and β have none."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """After the warm-up: down to 0 by a half cosine, or down by `step_factor` at each of `step_at`."""
+    """After the warm-up: down to 0 by a half cosine, or down by `step_factor` at each of
+    `step_at`."""
     warmup_steps: Annotated[int, at_least(0)] = 100
     """Steps of linear rise."""
     step_at: tuple[float, ...] = (0.6, 0.85)
@@ -272,10 +282,11 @@ class TrainConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: share nothing, optimizer state, gradients, parameters among ranks."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the backbone's forward pass; auto: bf16 where the GPU has it, else fp32. Parameters stay fp32."""
+    """Of the backbone's forward pass; auto: bf16 where the GPU has it, else fp32. Parameters stay
+    fp32."""
     micro_batch: Annotated[int | None, at_least(1)] = None
-    """Images that a rank passes through the backbone at a time (gradient caching): batches larger than memory, for one
-    more forward pass. None: all at once. Needs model.batchnorm frozen."""
+    """Images that a rank passes through the backbone at a time (gradient caching): batches larger
+    than memory, for one more forward pass. None: all at once. Needs model.batchnorm frozen."""
     log_every: Annotated[int, at_least(1)] = 10
     """Steps between two lines in the log; metrics.jsonl has every step."""
     validate_every: Annotated[int, at_least(1)] = 500
@@ -283,18 +294,19 @@ class TrainConfig:
     tensorboard: bool = True
     """Write TensorBoard event files into the run's folder."""
     checkpoint_minutes: Annotated[float, at_least(0)] = 15.0
-    """Minutes between two checkpoints, from which --resume goes on; 0: none by time. SIGTERM and SIGUSR1 write one too.
+    """Minutes between two checkpoints, from which --resume goes on; 0: none by time. SIGTERM and
+    SIGUSR1 write one too.
     """
     checkpoint_every: Annotated[int, at_least(0)] = 0
     """Steps between two checkpoints; 0: none by steps."""
     keep_checkpoints: Annotated[int, at_least(1)] = 2
     """Newest checkpoints that are kept."""
     timeout_minutes: Annotated[float, above_up_to(0, 1e5)] = 30.0
-    """Minutes in one phase of a step after which a rank ends the run, saying which rank is where. Longer than one
-    checkpoint takes, or the search among the validation images."""
+    """Minutes in one phase of a step after which a rank ends the run, saying which rank is where.
+    Longer than one checkpoint takes, or the search among the validation images."""
     profile: Path | None = None
-    """Write a Chrome trace of three steps of the first rank to this file (packed, if its name ends in .gz), in place of
-    one that is there; None: none."""
+    """Write a Chrome trace of three steps of the first rank to this file (packed, if its name ends
+    in .gz), in place of one that is there; None: none."""
     profile_after: int = 10
     """Steps of each start before those of the trace: the first are slow."""
 
@@ -306,8 +318,8 @@ class EvaluationConfig:
     recall_at: Annotated[tuple[int, ...], at_least(1)] = (1, 2, 4, 8)
     """The k of R@k on the test split."""
     reidentification_draws: Annotated[int, at_least(0)] = 0
-    """Times that one random image of each class is made the gallery and the others search it (CMC and mAP, as VehicleID
-    is measured), beside the leave-one-out figures; 0: not measured."""
+    """Times that one random image of each class is made the gallery and the others search it (CMC
+    and mAP, as VehicleID is measured), beside the leave-one-out figures; 0: not measured."""
 
     def check(self) -> None:
         """Raise InputError for settings that do not go together."""
@@ -360,7 +372,8 @@ class Config:
         return self.data.test_size or self.data.image_size
 
     def code_names(self) -> dict[str, str]:
-        """Settings that name code from outside the package, each with that name (see named_code.py)."""
+        """Settings that name code from outside the package, each with that name (see
+        named_code.py)."""
         values = {"loss.metric": self.loss.metric, "model.backbone": self.model.backbone}
         return {field: name for field, name in values.items() if is_named_code(name)}
 

@@ -1,4 +1,5 @@
-"""`namr doctor`: what is installed, which fast paths are on, and what to do about what is missing."""
+"""`namr doctor`: what is installed, which fast paths are on, and what to do about what is
+missing."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def show(findings: list[Finding]) -> None:
 
 
 def parity(*, as_json: bool, csv: Path | None) -> int:
-    """Measure the parity table, print it, write it to `csv`; 1 if anything is above its bound, else 0.
+    """Measure the parity table, print it, write it to `csv`; 1 if anything is above its bound, else
+    0.
 
     Raises InputError if the file has no folder.
     """

@@ -1,7 +1,9 @@
-"""Code from outside the package that a command line names as `module:NAME`: a loss, a backbone, a converter, a mode.
+"""Code from outside the package that a command line names as `module:NAME`: a loss, a backbone, a
+converter, a mode.
 
-A run records such names, and whoever made the run chose them. So a name that was read from a file is never enough:
-`load` imports what `allow` was given, and the commands give it what stands on their own command line, no more.
+A run records such names, and whoever made the run chose them. So a name that was read from a file
+is never enough: `load` imports what `allow` was given, and the commands give it what stands on
+their own command line, no more.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ def is_named_code(text: str) -> bool:
 
 
 def allow(names: Iterable[str]) -> None:
-    """Let `load` import these from now on: names that the user typed, never ones that a file holds."""
+    """Let `load` import these from now on: names that the user typed, never ones that a file
+    holds."""
     _allowed.update(names)
 
 
 def check_allowed(names: Mapping[str, str], where: str) -> None:
-    """Raise InputError, naming the file `where`, if one of the names (by what it is for) has not been allowed."""
+    """Raise InputError, naming the file `where`, if one of the names (by what it is for) has not
+    been allowed."""
     if refused := {use: name for use, name in names.items() if name not in _allowed}:
         told = ", ".join(f"{use} is {name}" for use, name in refused.items())
         flags = " ".join(f"--allow-code {name}" for name in dict.fromkeys(refused.values()))
@@ -47,8 +51,8 @@ def check_allowed(names: Mapping[str, str], where: str) -> None:
 def load(name: str, *, use: str) -> Any:
     """Import `module:NAME`; modules in the working folder are found too.
 
-    use: what it is for, such as "loss.metric", for errors. Raises InputError for a name of another form, one that was
-    not allowed, and one that cannot be imported.
+    use: what it is for, such as "loss.metric", for errors. Raises InputError for a name of another
+    form, one that was not allowed, and one that cannot be imported.
     """
     if not is_named_code(name):
         raise InputError(
@@ -78,8 +82,10 @@ def load(name: str, *, use: str) -> Any:
 
 @contextmanager
 def _working_folder() -> Iterator[None]:
-    """Last on the path, so that nothing in it takes the place of an installed module, and not for longer than need
-    be: a library that looks for an optional module later must not find a file of that name there."""
+    """Last on the path, so that nothing in it takes the place of an installed module, and not for
+    longer than need
+    be: a library that looks for an optional module later must not find a file of that name
+    there."""
     here = str(Path.cwd())
     sys.path.append(here)
     try:

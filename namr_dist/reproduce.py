@@ -1,10 +1,13 @@
-"""`namr reproduce`: losses × ranking weights × seeds on this machine, one run at a time, for one table over them.
+"""`namr reproduce`: losses × ranking weights × seeds on this machine, one run at a time, for one
+table over them.
 
-With and without multi-cluster ranking a loss is trained for as many steps, on the same batches and from the same
-weights: all three depend on the recipe and the seed alone. Optimizer settings are the recipe's, for every loss.
+With and without multi-cluster ranking a loss is trained for as many steps, on the same batches and
+from the same
+weights: all three depend on the recipe and the seed alone. Optimizer settings are the recipe's, for
+every loss.
 
-Each run is a process of `namr train --resume`, then one of `namr evaluate`. Nothing is known of them but what stands in
-their folders, so the same command goes on after whatever ended it.
+Each run is a process of `namr train --resume`, then one of `namr evaluate`. Nothing is known of
+them but what stands in their folders, so the same command goes on after whatever ended it.
 """
 
 from __future__ import annotations
@@ -38,9 +41,10 @@ from namr_dist.train.dry_run import launch_commands
 from namr_dist.train.signals import EXIT_CODE
 
 HOMEWARE_STEPS = 450
-"""Steps of the recipe homeware here. Its own 120 are a demo's: multi-cluster ranking regularises, and pays once the
-metric loss begins to over-fit. Prototypes on the same products, measured on test classes, had no gain at 110 steps and
-one with all four losses at 450. The number was taken from them, and not searched for with this recipe."""
+"""Steps of the recipe homeware here. Its own 120 are a demo's: multi-cluster ranking regularises,
+and pays once the metric loss begins to over-fit. Prototypes on the same products, measured on test
+classes, had no gain at 110 steps and one with all four losses at 450. The number was taken from
+them, and not searched for with this recipe."""
 
 _NAMR = [sys.executable, "-m", "namr_dist.cli"]
 _LOOK_EVERY_S = 0.2
@@ -91,8 +95,9 @@ def plan(
 ) -> list[PlannedRun]:
     """The runs of the grid, seed by seed, so that each seed adds to every row of the table.
 
-    base: the recipe with its overrides. folder: holds a folder LOSS-WEIGHT-SEED a run, as those of slurm/sweep.sh.
-    Raises InputError if two runs are the same, or if something else is in the folder.
+    base: the recipe with its overrides. folder: holds a folder LOSS-WEIGHT-SEED a run, as those of
+    slurm/sweep.sh. Raises InputError if two runs are the same, or if something else is in the
+    folder.
     """
     runs: list[PlannedRun] = []
     for seed, weight, loss in itertools.product(seeds, weights, losses):
@@ -148,11 +153,13 @@ def _what_is_left(run: PlannedRun) -> str:
 
 
 def reproduce(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> int:
-    """Train and evaluate all runs that are not evaluated yet, on `ranks` ranks of this machine each.
+    """Train and evaluate all runs that are not evaluated yet, on `ranks` ranks of this machine
+    each.
 
-    Returns 0, 1 if a run failed (each is told, with its reason, and the others go on), or EXIT_CODE if SIGINT, SIGTERM
-    or SIGUSR1 asked for an end: the run that trains then writes a checkpoint first. Each run's output goes to its
-    log.txt; stderr gets a line a run, and a bar if it is a terminal.
+    Returns 0, 1 if a run failed (each is told, with its reason, and the others go on), or EXIT_CODE
+    if SIGINT, SIGTERM or SIGUSR1 asked for an end: the run that trains then writes a checkpoint
+    first. Each run's output goes to its log.txt; stderr gets a line a run, and a bar if it is a
+    terminal.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(folder) as lock, _noted_signals() as noted, transient_bar() as bar:
@@ -225,7 +232,8 @@ class _Grid:
         if self._noted:
             raise _StoppedError
         with open(run.files.output, "ab") as log:
-            # A session of its own: Ctrl-C on the terminal reaches only this process, which asks for a checkpoint.
+            # A session of its own: Ctrl-C on the terminal reaches only this process, which asks for
+            # a checkpoint.
             child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -266,14 +274,16 @@ def _environment(ranks: int) -> dict[str, str]:
 
 
 def _end_with_parent() -> None:
-    """Runs in a child: when this program is killed, the child is asked for an end, as by a signal."""
+    """Runs in a child: when this program is killed, the child is asked for an end, as by a
+    signal."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[BinaryIO]:
-    """Wait until no other command works in the folder. The lock is for children to inherit: one that outlives a killed
-    command, because it still writes its checkpoint, then holds it until it has ended."""
+    """Wait until no other command works in the folder. The lock is for children to inherit: one
+    that outlives a killed command, because it still writes its checkpoint, then holds it until it
+    has ended."""
     with open(folder / ".lock", "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -338,7 +348,8 @@ def _size(path: Path) -> int:
 
 
 def _last_line(path: Path, *, after_bytes: int) -> str:
-    """The last line that was written after so many bytes: what a command that failed says of the reason."""
+    """The last line that was written after so many bytes: what a command that failed says of the
+    reason."""
     with open(path, "rb") as file:
         file.seek(max(after_bytes, _size(path) - _LAST_BYTES))
         lines = file.read().decode("utf-8", errors="replace").split("\n")

@@ -1,4 +1,5 @@
-"""An HTTP server on this machine that serves a folder and misbehaves as told, one fault a request."""
+"""An HTTP server on this machine that serves a folder and misbehaves as told, one fault a
+request."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Asked:
 
 
 class BadServer:
-    """Serves FOLDER/NAME at `url`/NAME. `faults[NAME]` are used up in order, one a request; then it serves well."""
+    """Serves FOLDER/NAME at `url`/NAME. `faults[NAME]` are used up in order, one a request; then it
+    serves well."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,8 +101,8 @@ class Answer:
         self.handler.end_headers()
 
     def send(self, body: bytes, *, until: int | None = None, say: int | None = None) -> None:
-        """The body from `start` on; `until` cuts what is sent and `say` the length that is announced, both in bytes
-        of the whole body."""
+        """The body from `start` on; `until` cuts what is sent and `say` the length that is
+        announced, both in bytes of the whole body."""
         end = len(body) if until is None else until
         length = (say or len(body)) - self.start
         if self.start:

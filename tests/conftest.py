@@ -1,4 +1,5 @@
-"""What all tests share: a small real shard set, the command line as a process, and the rule on skips."""
+"""What all tests share: a small real shard set, the command line as a process, and the rule on
+skips."""
 
 from __future__ import annotations
 
@@ -37,11 +38,13 @@ TRANSFORM = TrainTransform(
 )
 SAMPLING = Sampling(classes_per_batch=4, images_per_class=3)
 
-# One thread a process: tests start several at a time on few cores, and results then never depend on how many.
+# One thread a process: tests start several at a time on few cores, and results then never depend on
+# how many.
 torch.set_num_threads(1)
 # The tests' servers are on this machine, where no proxy finds them.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
-# Without torch.compile, which training has no use for: DeepSpeed imports a compiled function, and that takes seconds.
+# Without torch.compile, which training has no use for: DeepSpeed imports a compiled function, and
+# that takes seconds.
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -53,16 +56,19 @@ ENVIRONMENT = {
 ON_GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 """What tests marked gpu change of it: one GPU."""
 
-# Otherwise to ask whether there is a GPU would start CUDA, which a process must not have done that forks others.
+# Otherwise to ask whether there is a GPU would start CUDA, which a process must not have done that
+# forks others.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-# Triton's kernels run on CPU tensors in these processes, by its interpreter; with a GPU they are compiled instead.
-# Read when a kernel is defined, hence here, and after the environment of launched programs is fixed.
+# Triton's kernels run on CPU tensors in these processes, by its interpreter; with a GPU they are
+# compiled instead. Read when a kernel is defined, hence here, and after the environment of launched
+# programs is fixed.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start several processes come first: they take longest, and one left to the end would run alone."""
+    """Files that start several processes come first: they take longest, and one left to the end
+    would run alone."""
     long = {item.path for item in items if item.get_closest_marker("dist")}
     items.sort(key=lambda item: item.path not in long)
 
@@ -84,7 +90,8 @@ def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def
 
 
 def picture(label: int, view: int, *, size: int = 48) -> np.ndarray:
-    """A class's colours and stripes, shifted and shaded by view: learnable, and never twice the same."""
+    """A class's colours and stripes, shifted and shaded by view: learnable, and never twice the
+    same."""
     rng = np.random.default_rng([label, view])
     base, stripe = np.random.default_rng(label).uniform(30, 225, (2, 3))
     rows, columns = np.mgrid[:size, :size]
@@ -157,9 +164,11 @@ def server(shard_set: Manifest) -> Iterator[BadServer]:
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteConfig:
-    """A cache of its own and short pauses between tries. A pause of the tests' process is not taken for a stall."""
+    """A cache of its own and short pauses between tries. A pause of the tests' process is not taken
+    for a stall."""
     monkeypatch.setattr(transport, "_FIRST_WAIT_S", 0.01)
-    # What a host that is none says, a proxy would say in its own words; and no store of s3 is asked.
+    # What a host that is none says, a proxy would say in its own words; and no store of s3 is
+    # asked.
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setitem(sys.modules, "s3fs", None)
     return RemoteConfig(cache=tmp_path / "cache", retries=2, stall_seconds=10)
@@ -193,8 +202,8 @@ def namr() -> Callable[..., subprocess.CompletedProcess[str]]:
 def forked_namr(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The same in a fork of a process that has imported all, which saves the seconds that a start takes. For tests of
-    what a command does; that it starts, the others show."""
+    """The same in a fork of a process that has imported all, which saves the seconds that a start
+    takes. For tests of what a command does; that it starts, the others show."""
     start_parent()
     folder, counter = tmp_path_factory.mktemp("forked"), itertools.count()
     return lambda *words: fork_namr(folder / str(next(counter)), *words)

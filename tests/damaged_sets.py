@@ -19,7 +19,8 @@ def edit(manifest: Manifest, change: Callable[[dict], object]) -> None:
 
 
 def with_images(manifest: Manifest, jpegs: dict[str, bytes]) -> Manifest:
-    """The set built anew with these bytes in the place of the images of these keys: all sizes and hashes are right."""
+    """The set built anew with these bytes in the place of the images of these keys: all sizes and
+    hashes are right."""
 
     def rebuilt(shard: Shard) -> Shard:
         tar = (manifest.folder / shard.file).read_bytes()

@@ -1,7 +1,8 @@
-"""Every original download in small: the same files, columns and .mat structures, with few and tiny images.
+"""Every original download in small: the same files, columns and .mat structures, with few and tiny
+images.
 
-Each function fills a folder, which it makes, and returns what a reader is given. The counts beside it are of what it
-writes, in the words of `Listing.counts()`.
+Each function fills a folder, which it makes, and returns what a reader is given. The counts beside
+it are of what it writes, in the words of `Listing.counts()`.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ USER_TABLE_COUNTS = {
 
 
 def sop(folder: Path, classes: int = 6) -> Path:
-    """Stanford_Online_Products: so many classes of 2 to 5 images in each split; one image is greyscale."""
+    """Stanford_Online_Products: so many classes of 2 to 5 images in each split; one image is
+    greyscale."""
     folders = {1: "bicycle_final", 4: "coffee_maker_final", 12: "toaster_final"}
     lines = ["image_id class_id super_class_id path"]
     for split, first in (("train", 1), ("test", 11319)):
@@ -114,7 +116,8 @@ def sop(folder: Path, classes: int = 6) -> Path:
 
 
 def inshop(folder: Path, highres: bool = False) -> Path:
-    """In-shop Clothes Retrieval Benchmark: 10 items in two colours; with `highres`, both image trees.
+    """In-shop Clothes Retrieval Benchmark: 10 items in two colours; with `highres`, both image
+    trees.
 
     As in the original, an item may lie in two categories, with the same file name in both.
     """
@@ -181,14 +184,16 @@ def cub(folder: Path) -> Path:
 
 
 def car_names() -> list[str]:
-    """196 class names in the order of their ids: sorted by make, but not within one, as the original's are."""
+    """196 class names in the order of their ids: sorted by make, but not within one, as the
+    original's are."""
     return [
         f"Make{make:02d} Model{6 - model} Sedan 2012" for make in range(28) for model in range(7)
     ]
 
 
 def cars_flat(folder: Path) -> Path:
-    """car_ims/ and cars_annos.mat: 196 classes of two images, the first of three; classes come in no order."""
+    """car_ims/ and cars_annos.mat: 196 classes of two images, the first of three; classes come in
+    no order."""
     rows = _cars()
     for number, (label, view) in enumerate(rows, 1):
         _jpeg(folder / "car_ims" / f"{number:06d}.jpg", label, view, size=40)
@@ -206,7 +211,8 @@ def cars_flat(folder: Path) -> Path:
 
 
 def cars_devkit(folder: Path) -> Path:
-    """devkit/, cars_train/ and cars_test/, with both annotations of the test images: without labels and with them."""
+    """devkit/, cars_train/ and cars_test/, with both annotations of the test images: without labels
+    and with them."""
     for split, part in (("train", 0), ("test", 1)):
         rows = [(label, view) for label, view in _cars() if view % 2 == part]
         for number, (label, view) in enumerate(rows, 1):
@@ -237,7 +243,8 @@ def cars_folders(folder: Path) -> Path:
 
 
 def vehicleid(folder: Path) -> Path:
-    """VehicleID_V1.0: 12 vehicles of three images; the test lists overlap without holding one another."""
+    """VehicleID_V1.0: 12 vehicles of three images; the test lists overlap without holding one
+    another."""
     lists = {
         "train_list": range(1, 7),
         "test_list_800": (101, 102),
@@ -270,7 +277,8 @@ def user_folder(folder: Path) -> Path:
 
 
 def user_table(folder: Path) -> Path:
-    """products.csv with all columns, and its images: 3 + 2 + 3 classes of three, in two categories."""
+    """products.csv with all columns, and its images: 3 + 2 + 3 classes of three, in two
+    categories."""
     rows = []
     for label in range(8):
         split = ("train", "val", "test")[label // 3 if label < 3 else 1 if label < 5 else 2]

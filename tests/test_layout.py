@@ -1,5 +1,5 @@
-"""Where things stand: a room imports what is on lower floors, no file imports itself by way of others, and the list of
-rooms in docs/design.md is that of the tree."""
+"""Where things stand: a room imports what is on lower floors, no file imports itself by way of
+others, and the list of rooms in docs/design.md is that of the tree."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ FLOORS = (
     "cli",
     "launchers",
 )
-"""From the bottom up, without `namr_dist.`; a room may import those above it in this list, and its own files."""
+"""From the bottom up, without `namr_dist.`; a room may import those above it in this list, and its
+own files."""
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 

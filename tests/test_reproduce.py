@@ -1,5 +1,5 @@
-"""`namr reproduce` on real runs: kill -9, a signal and a loss that fails on the way to one table, which is what
-metrics.json of its runs says."""
+"""`namr reproduce` on real runs: kill -9, a signal and a loss that fails on the way to one table,
+which is what metrics.json of its runs says."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def command(manifest: Manifest, folder: Path, *words: object) -> list[str]:
 
 
 class Held:
-    """The command as a process of its own, with the run that it trains held still after a step or more."""
+    """The command as a process of its own, with the run that it trains held still after a step or
+    more."""
 
     def __init__(self, words: list[str], said: Path, *, run: Path) -> None:
         seen = sum(1 for _ in entries(run))
@@ -104,7 +105,8 @@ class Held:
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory, shard_set: Manifest) -> tuple[Path, list[str]]:
-    """The folder in which the tests, one after the other, find what those before have left; and the command's words."""
+    """The folder in which the tests, one after the other, find what those before have left; and the
+    command's words."""
     folder = tmp_path_factory.mktemp("reproduce") / "runs"
     return folder, command(shard_set, folder, *GRID)
 

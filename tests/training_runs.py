@@ -1,4 +1,5 @@
-"""Commands as processes that a test may signal and kill, started from one process that has imported all.
+"""Commands as processes that a test may signal and kill, started from one process that has imported
+all.
 
 A start from nothing takes seconds, most of them imports; a fork of such a process, a tenth of that.
 """
@@ -100,7 +101,8 @@ class Run:
 
 
 def fork_namr(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line with its output in files of a new folder: for what it does, not for how it starts."""
+    """Run the command line with its output in files of a new folder: for what it does, not for how
+    it starts."""
     folder.mkdir()
     stdout, stderr = folder / "stdout.txt", folder / "stderr.txt"
     context = multiprocessing.get_context("forkserver")
@@ -121,7 +123,8 @@ def _texts(*words: object) -> list[str]:
 
 def _namr(words: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
     os.setsid()
-    # Worker processes come from the rank itself, as everywhere else, and not from another such parent.
+    # Worker processes come from the rank itself, as everywhere else, and not from another such
+    # parent.
     multiprocessing.set_start_method("fork", force=True)
     for stream, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
@@ -137,7 +140,8 @@ def _namr(words: list[str], environment: dict[str, str], stdout: Path, stderr: P
 
 
 def start_parent() -> None:
-    """Start the process that imports what runs need and forks them, for CPUs and one thread each."""
+    """Start the process that imports what runs need and forks them, for CPUs and one thread
+    each."""
     before = dict(os.environ)
     os.environ.update(_ENVIRONMENT)
     os.environ.pop("TRITON_INTERPRET", None)

@@ -1,5 +1,5 @@
-"""Seconds that a set of the size of Stanford Online Products takes to build and to verify. Its files are tiny, so this
-is the time of everything but decoding.
+"""Seconds that a set of the size of Stanford Online Products takes to build and to verify. Its
+files are tiny, so this is the time of everything but decoding.
 
     python tools/build_time.py FOLDER > docs/results/build-time.txt
 

@@ -1,5 +1,6 @@
-"""How far a changed copy of an image moves in difference hash, on homeware's training images, and how many validation
-images are as near to a training image of another product: what NEAR_BITS of data/shardset/near_duplicates.py rests on.
+"""How far a changed copy of an image moves in difference hash, on homeware's training images, and
+how many validation images are as near to a training image of another product: what NEAR_BITS of
+data/shardset/near_duplicates.py rests on.
 
     python tools/hash_recall.py > docs/results/hash-recall.txt
 """
@@ -52,7 +53,8 @@ CHANGES: dict[str, tuple[Callable[[Image.Image], Image.Image], int]] = {
 
 
 def main() -> None:
-    """Print how many copies stay near after each change, and how many validation images are near another product."""
+    """Print how many copies stay near after each change, and how many validation images are near
+    another product."""
     here = provenance()
     manifest = Manifest.load(embedded_shards())
     whole = manifest.index("train")

@@ -1,13 +1,15 @@
-"""Gradient caching at a global batch of 4,096 images of 96 px: memory of a real run, and gradients beside a step that
-keeps all activations. Writes docs/results/large-batch.json.
+"""Gradient caching at a global batch of 4,096 images of 96 px: memory of a real run, and gradients
+beside a step that keeps all activations. Writes docs/results/large-batch.json.
 
     python tools/large_batch.py
 
-Memory: the proportional set size of all processes of `torchrun --nproc-per-node 2` (launcher, ranks, loader workers),
-added up five times a second while two steps run. The shards hold homeware's images, four consecutive ones to a made-up
-class, for homeware has too few classes: no retrieval figure comes of this.
-Gradients: one process, a backbone small enough for all activations of 4,096 images, in pieces of 64 and all at once;
-the largest difference of a parameter's gradient, as a share of the whole gradient's norm.
+Memory: the proportional set size of all processes of `torchrun --nproc-per-node 2` (launcher,
+ranks, loader workers), added up five times a second while two steps run. The shards hold homeware's
+images, four consecutive ones to a made-up class, for homeware has too few classes: no retrieval
+figure comes of this.
+Gradients: one process, a backbone small enough for all activations of 4,096 images, in pieces of 64
+and all at once; the largest difference of a parameter's gradient, as a share of the whole
+gradient's norm.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ OUT = Path(__file__).parents[1] / "docs" / "results" / "large-batch.json"
 
 
 def make_shards(folder: Path) -> None:
-    """4,096 of homeware's images as 1,024 training classes, with a class to validate and one to test."""
+    """4,096 of homeware's images as 1,024 training classes, with a class to validate and one to
+    test."""
     source = open_shards(None)
     index = source.index(*source.splits)
     images = ShardImages(source, index, test_transform(homeware()))

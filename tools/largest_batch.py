@@ -1,13 +1,15 @@
-"""The largest batch that a loss finishes on a GPU: rows are doubled until its memory is full or a pass takes too long.
+"""The largest batch that a loss finishes on a GPU: rows are doubled until its memory is full or a
+pass takes too long.
 
     python tools/largest_batch.py --width 512 --csv docs/results/largest-batch-h200.csv
     python tools/largest_batch.py --width 128 --csv docs/results/largest-batch-h200.csv
 
-At each size one forward and backward pass is timed, after one that is not, and its peak memory taken, the gradients
-included. Then the gradient of a few rows is compared with float64 computed for those rows alone, the way a rank
-computes its own: blocked PyTorch gets these rows, all candidates, and what every other row exchanges (statistics, or
-mined pairs) from the pass itself. Errors are relative to the largest number; a row beyond BOUND has a near tie decided
-the other way and is counted instead, and what the sampled rows exchange themselves is compared too.
+At each size one forward and backward pass is timed, after one that is not, and its peak memory
+taken, the gradients included. Then the gradient of a few rows is compared with float64 computed for
+those rows alone, the way a rank computes its own: blocked PyTorch gets these rows, all candidates,
+and what every other row exchanges (statistics, or mined pairs) from the pass itself. Errors are
+relative to the largest number; a row beyond BOUND has a near tie decided the other way and is
+counted instead, and what the sampled rows exchange themselves is compared too.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ OF_ROWS: dict[str, OfRows] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One size of one loss, and why the next was not tried; nothing but the note where it did not finish."""
+    """One size of one loss, and why the next was not tried; nothing but the note where it did not
+    finish."""
 
     loss: str
     dtype: str
@@ -105,14 +108,16 @@ class Measured:
 
 
 class Replay:
-    """A gather that answers with what all rows exchanged in another pass, the local rows' own put in their place."""
+    """A gather that answers with what all rows exchanged in another pass, the local rows' own put
+    in their place."""
 
     def __init__(self, exchanged: list[Tensor], rows: slice) -> None:
         self.exchanged, self.rows = iter(exchanged), rows
         self.error = 0.0
 
     def __call__(self, local: Tensor) -> Tensor:
-        """The next tensor that all rows exchanged, with `local` in its place; keeps the largest error."""
+        """The next tensor that all rows exchanged, with `local` in its place; keeps the largest
+        error."""
         whole = next(self.exchanged).to(local.dtype, copy=True)
         if local.is_floating_point():
             self.error = max(self.error, largest_error(whole[self.rows], local))

@@ -1,4 +1,5 @@
-"""Write the tables of docs/distributed.md from docs/results/gather.csv and docs/results/large-batch.json.
+"""Write the tables of docs/distributed.md from docs/results/gather.csv and
+docs/results/large-batch.json.
 
 namr bench gather --csv docs/results/gather.csv
 python tools/large_batch.py

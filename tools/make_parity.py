@@ -1,4 +1,5 @@
-"""Put the figures of `namr doctor --parity --csv FILE` into docs/results/parity.csv and docs/parity.md.
+"""Put the figures of `namr doctor --parity --csv FILE` into docs/results/parity.csv and
+docs/parity.md.
 
 python tools/make_parity.py FILE
 """

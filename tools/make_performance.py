@@ -1,12 +1,14 @@
-"""Write the kernels' figures into docs/kernels.md and README.md, from what these wrote on each machine:
+"""Write the kernels' figures into docs/kernels.md and README.md, from what these wrote on each
+machine:
 
-    namr bench kernels --csv docs/results/kernels-cpu.csv              (tools/measure_on_gpu.sh: kernels-h200.csv)
-    namr bench kernels --csv docs/results/kernels-h200-cold.csv        (a loss a process, Triton's cache empty)
+    namr bench kernels --csv docs/results/kernels-cpu.csv    (tools/measure_on_gpu.sh: -h200.csv)
+    namr bench kernels --csv docs/results/kernels-h200-cold.csv    (a loss a process, empty cache)
     python tools/largest_batch.py --csv docs/results/largest-batch-h200.csv
     python tools/make_performance.py
 
-That of the CPU was made with `--device cpu --rows 4096 --width 128 --passes forward+backward --samples 7 --budget 30`,
-multi-cluster ranking beside eager, compile and matmul, the others beside eager, pml and matmul.
+That of the CPU was made with `--device cpu --rows 4096 --width 128 --passes forward+backward
+--samples 7 --budget 30`, multi-cluster ranking beside eager, compile and matmul, the others beside
+eager, pml and matmul.
 
 A section appears once its file is there. Of a measurement that was repeated the last counts.
 """
@@ -42,7 +44,8 @@ Size = tuple[str, int, int]
 
 
 class Figures:
-    """The rows of one file that agree with the definition, or differ from it by definition, by what they measure."""
+    """The rows of one file that agree with the definition, or differ from it by definition, by what
+    they measure."""
 
     def __init__(self, path: Path) -> None:
         self.rows: dict[tuple[str, str, str, int, int, str], Row] = {}
@@ -367,7 +370,8 @@ def kernels_page() -> str:
 
 
 def readme() -> str:
-    """What stands between README's marks: the size at which most was measured, on the best machine."""
+    """What stands between README's marks: the size at which most was measured, on the best
+    machine."""
     path = next(
         path
         for path in (RESULTS / "kernels-h200.csv", RESULTS / "kernels-cpu.csv")

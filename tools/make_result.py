@@ -1,9 +1,10 @@
-"""Make README's first result from a run's own files: the table, the picture, and the log they come from.
+"""Make README's first result from a run's own files: the table, the picture, and the log they come
+from.
 
     python tools/make_result.py runs/demo
 
-Copies metrics.json and metrics.jsonl to docs/results/homeware/, writes the table between README's markers, and
-draws docs/homeware.png: test queries with their nearest neighbours.
+Copies metrics.json and metrics.jsonl to docs/results/homeware/, writes the table between README's
+markers, and draws docs/homeware.png: test queries with their nearest neighbours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Time and memory of an epoch's plan: for each way of sampling, the plan of one epoch cut for 64 ranks (least of five
-wall times; memory as tracemalloc sees it, in a pass of its own), and the first batch of a run that resumes at a random
-step (longest of five).
+"""Time and memory of an epoch's plan: for each way of sampling, the plan of one epoch cut for 64
+ranks (least of five wall times; memory as tracemalloc sees it, in a pass of its own), and the first
+batch of a run that resumes at a random step (longest of five).
 
     python tools/plan_time.py FOLDER > docs/results/plan-time.txt
 """

@@ -1,5 +1,5 @@
-"""What keeping freed memory is worth on a CPU: forward and backward of the homeware network, each way in a process
-of its own, taking turns. Prints a line a process.
+"""What keeping freed memory is worth on a CPU: forward and backward of the homeware network, each
+way in a process of its own, taking turns. Prints a line a process.
 
     python tools/step_time.py > docs/results/step-time.txt
 """

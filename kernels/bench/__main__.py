@@ -11,7 +11,8 @@ from .table import RefusedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code: 0, or 2 for bad input, told in one line on stderr."""
+    """Run one command line; returns the exit code: 0, or 2 for bad input, told in one line on
+    stderr."""
     parser = argparse.ArgumentParser(prog="python -m namr_dist.kernels.bench")
     add_arguments(parser)
     try:

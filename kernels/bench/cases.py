@@ -1,22 +1,25 @@
-"""What is measured: the losses, their data, and the floating-point work that none of them can avoid.
+"""What is measured: the losses, their data, and the floating-point work that none of them can
+avoid.
 
 Shapes: B rows of the batch, D width, C = B/4 classes, R = 3 positives of every row.
 
-Data: B rows, four a class, grouped by class, in loose clusters around random centres, so that mining has something
-to choose and every hinge has active and inactive terms.  Rows are scaled to a mean distance near 1 (multi-cluster
-ranking and triplets, as training does) or to length 1 (the others), then rounded to the case's dtype.
+Data: B rows, four a class, grouped by class, in loose clusters around random centres, so that
+mining has something to choose and every hinge has active and inactive terms.  Rows are scaled to a
+mean distance near 1 (multi-cluster ranking and triplets, as training does) or to length 1 (the
+others), then rounded to the case's dtype.
 
-Floor.  FLOPs of the matrix products that a loss needs whatever the implementation, over all B² pairs (no saving from
-symmetry), as multiples of B²D; proxy-anchor as multiples of BCD:
+Floor.  FLOPs of the matrix products that a loss needs whatever the implementation, over all B²
+pairs (no saving from symmetry), as multiples of B²D; proxy-anchor as multiples of BCD:
 
-                                    forward            backward
-    multi-cluster ranking           2 + 4 = 6          8        gradients of the product of inner width 2D, either side
-    margin, triplets                2                  none     sparse: gathers of the mined pairs, O(BD)
-    multi-similarity                2                  4        the products again, and times the gradient matrix
-    proxy-anchor                    2                  4        the gradient matrix times proxies, and times rows
+                             forward     backward
+    multi-cluster ranking    2 + 4 = 6   8      gradients of the product of inner width 2D, twice
+    margin, triplets         2           none   sparse: gathers of the mined pairs, O(BD)
+    multi-similarity         2           4      the products again, and times the gradient matrix
+    proxy-anchor             2           4      the gradient matrix times proxies, and times rows
 
-floor = FLOPs / (2B²D / milliseconds of the bare X·Xᵀ in the same dtype, measured in the same rounds).  In float32 on a
-GPU the library's product uses no matrix units and ours does, in three parts: the floor is then no limit.
+floor = FLOPs / (2B²D / milliseconds of the bare X·Xᵀ in the same dtype, measured in the same
+rounds).  In float32 on a GPU the library's product uses no matrix units and ours does, in three
+parts: the floor is then no limit.
 """
 
 from __future__ import annotations
@@ -71,7 +74,8 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Labels and the tensors that receive a gradient: the rows first, then the loss's second argument."""
+    """Labels and the tensors that receive a gradient: the rows first, then the loss's second
+    argument."""
 
     labels_B: Tensor
     leaves: tuple[Tensor, ...]

@@ -1,8 +1,10 @@
-"""The losses as a good PyTorch user writes them: matrix products, whole (B, B) tensors, plain autograd.
+"""The losses as a good PyTorch user writes them: matrix products, whole (B, B) tensors, plain
+autograd.
 
-Shapes: B rows, D width, R positives of a row, C proxies.  The batch has R + 1 rows of every class, as the
-benchmark's has, which spares these forms the search for positives.  Half types are computed in float32, as the
-definition asks; torch.compile takes the same functions.  Constants are the defaults of the ops.
+Shapes: B rows, D width, R positives of a row, C proxies.  The batch has R + 1 rows of every class,
+as the benchmark's has, which spares these forms the search for positives.  Half types are computed
+in float32, as the definition asks; torch.compile takes the same functions.  Constants are the
+defaults of the ops.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def positives(labels_B: Tensor) -> Tensor:
 
 
 def sample_negatives(x_BD: Tensor, labels_B: Tensor) -> Tensor:
-    """R distance-weighted negatives of every row by torch.multinomial, (B, R): Wu et al. 2017, eq. 3."""
+    """R distance-weighted negatives of every row by torch.multinomial, (B, R): Wu et al. 2017, eq.
+    3."""
     with torch.no_grad():
         D = x_BD.shape[1]
         d_BB = distance(x_BD)
@@ -84,7 +87,8 @@ def _triplets(d_BB: Tensor, positive_BR: Tensor, negative_BR: Tensor) -> Tensor:
 
 
 def triplet_semihard(labels_B: Tensor, z_BD: Tensor) -> Tensor:
-    """Every positive with the nearest negative beyond it, or where there is none, with the nearest of all."""
+    """Every positive with the nearest negative beyond it, or where there is none, with the nearest
+    of all."""
     d_BB = distance(wide(z_BD))
     positive_BR = positives(labels_B)
     with torch.no_grad():

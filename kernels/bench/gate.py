@@ -1,18 +1,20 @@
-"""Who computes the right thing: every provider against the definition in float64, before anything is timed.
+"""Who computes the right thing: every provider against the definition in float64, before anything
+is timed.
 
 Two comparisons, on the values the timed run uses, rounded to its dtype:
     the reference on the first min(B, 512) rows, always;
-    all rows in float64: by the eager form, where there is one, (B, B) tensors of float64 are affordable and nothing is
-    drawn, else, up to a limit, by this project's blocked PyTorch, which serves float64 on every device and shares no
-    kernel with what is timed on a GPU.
-Errors are relative: of the loss; of each gradient the greater of |g - g*| / |g*| in the Euclidean norm and in the
-largest entry.  A NaN agrees with nothing.
+    all rows in float64: by the eager form, where there is one, (B, B) tensors of float64 are
+    affordable and nothing is drawn, else, up to a limit, by this project's blocked PyTorch, which
+    serves float64 on every device and shares no kernel with what is timed on a GPU.
+Errors are relative: of the loss; of each gradient the greater of |g - g*| / |g*| in the Euclidean
+norm and in the largest entry.  A NaN agrees with nothing.
 
-Near ties.  Where a comparison decides a pair's slope (mining, a hinge, the sign in |D - η|), rounding may decide a
-near tie the other way; that moves the gradient of the few rows concerned by as much as a term's weight, in every
-implementation.  Up to 5 % of such a loss's rows may therefore stand apart; they are counted in the note, and the
-errors are those of the other rows.  Their share grows with B in multi-cluster ranking, where all B² pairs have a kink
-(two rows in 512 in float32).  A sampled loss is a mean over other
+Near ties.  Where a comparison decides a pair's slope (mining, a hinge, the sign in |D - η|),
+rounding may decide a near tie the other way; that moves the gradient of the few rows concerned by
+as much as a term's weight, in every implementation.  Up to 5 % of such a loss's rows may therefore
+stand apart; they are counted in the note, and the errors are those of the other rows.  Their share
+grows with B in multi-cluster ranking, where all B² pairs have a kink (two rows in 512 in float32).
+A sampled loss is a mean over other
 draws then, hence its wider bound on the loss itself.
 """
 
@@ -37,7 +39,8 @@ BLOCKED_ROWS = {"cuda": 65536, "cpu": 4096}
 SPARE_SHARE = 0.05
 LOSS_BOUND = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
 GRADIENT_BOUND = {"float32": 1e-4, "bfloat16": 2**-7, "float16": 2**-8}
-"""A gradient of a half type is itself rounded to it, and the plain forms multiply it in TF32 on a GPU."""
+"""A gradient of a half type is itself rounded to it, and the plain forms multiply it in TF32 on a
+GPU."""
 _SAMPLED_LOSS_BOUND = 1e-3
 
 
@@ -125,7 +128,8 @@ def judge(form: Form, case: Case, batch: Batch, against: list[Yardstick]) -> Ver
 
 
 def _keep(got_BD: Tensor, want_BD: Tensor, *, bound: float, spare: int) -> Tensor:
-    """Mask of the rows to compare: all, unless at most `spare` of them, all finite, lie beyond the bound."""
+    """Mask of the rows to compare: all, unless at most `spare` of them, all finite, lie beyond the
+    bound."""
     beyond_B = ~((got_BD - want_BD).abs().amax(1) <= bound * want_BD.abs().max())
     spared = int(beyond_B.sum()) <= spare and bool(got_BD.isfinite().all())
     return ~beyond_B if spared else torch.ones_like(beyond_B)

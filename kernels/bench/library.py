@@ -1,9 +1,10 @@
 """The losses of pytorch-metric-learning with the miner that belongs to each.
 
-Distances and similarities are set to take the rows as they are, as the definition does; rows of half types are
-widened first, because its distances refuse or loop over them.  Multi-cluster ranking has no counterpart there.
-Its semi-hard miners differ by definition.  Timed is the one whose memory is B² (one triplet an anchor: the hardest
-positive, the nearest negative beyond it); TripletMarginMiner lists all triplets.
+Distances and similarities are set to take the rows as they are, as the definition does; rows of
+half types are widened first, because its distances refuse or loop over them.  Multi-cluster ranking
+has no counterpart there. Its semi-hard miners differ by definition.  Timed is the one whose memory
+is B² (one triplet an anchor: the hardest positive, the nearest negative beyond it);
+TripletMarginMiner lists all triplets.
 """
 
 from __future__ import annotations

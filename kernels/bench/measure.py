@@ -1,14 +1,14 @@
 """Time: all providers in one process, turn by turn, on one device.
 
-A round measures every pass of every provider once and the witness once; the order moves on by one each round, so
-that whatever else the machine does, and whatever a predecessor leaves in the caches, meets all of them alike.  A slow
-provider takes part in some rounds only, spread over all of them.
+A round measures every pass of every provider once and the witness once; the order moves on by one
+each round, so that whatever else the machine does, and whatever a predecessor leaves in the caches,
+meets all of them alike.  A slow provider takes part in some rounds only, spread over all of them.
     forward            the loss without gradients (no_grad)
     backward           loss.backward() alone, after a forward pass that is not timed
     forward+backward   both
-CUDA: events around the pass, behind a synchronise and a write over the L2 cache, which also gives the host a head
-start of some 0.1 ms on the launches: a pass of many small kernels takes as long as the host needs to launch them, and
-`host_ms` says how long that was.  CPU: perf_counter.
+CUDA: events around the pass, behind a synchronise and a write over the L2 cache, which also gives
+the host a head start of some 0.1 ms on the launches: a pass of many small kernels takes as long as
+the host needs to launch them, and `host_ms` says how long that was.  CPU: perf_counter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _L2_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one pass on its device, and until the host had issued it; on a CPU the same."""
+    """Milliseconds of one pass on its device, and until the host had issued it; on a CPU the
+    same."""
 
     ms: float
     host_ms: float
@@ -36,7 +37,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What came of the rounds: of every (provider, pass), of the witness, and why a provider fell out with nothing."""
+    """What came of the rounds: of every (provider, pass), of the witness, and why a provider fell
+    out with nothing."""
 
     timings: dict[tuple[str, str], list[Timing]]
     witnessed: list[Timing] = field(default_factory=list)
@@ -103,7 +105,8 @@ def clear_gradients(batch: Batch) -> None:
 
 
 def release(batch: Batch) -> None:
-    """Back to the state before a pass, also after one that broke: what it held is free again for the others."""
+    """Back to the state before a pass, also after one that broke: what it held is free again for
+    the others."""
     clear_gradients(batch)
     gc.collect()
     if batch.labels_B.is_cuda:
@@ -116,7 +119,8 @@ def told(error: Exception) -> str:
 
 
 def affordable(pass_ms: float, *, passes: int, rounds: int, budget_s: float) -> int:
-    """In how many of the rounds a provider takes part whose longest pass takes so long: one at least."""
+    """In how many of the rounds a provider takes part whose longest pass takes so long: one at
+    least."""
     return max(1, min(rounds, int(1000 * budget_s / (passes * pass_ms))))
 
 
@@ -142,7 +146,8 @@ def interleave(
     shares: Mapping[str, int],
     passes: Sequence[str] = PASSES,
 ) -> Rounds:
-    """Time every pass of every provider in its share of the rounds, and the witness's forward pass in each."""
+    """Time every pass of every provider in its share of the rounds, and the witness's forward pass
+    in each."""
     record = Rounds({(name, part): [] for name in forms for part in passes})
     names = [*forms, None]
     for turn in range(rounds):

@@ -1,9 +1,11 @@
-"""Peak extra memory of one forward and backward pass: the most held at any moment, less what was held before.
+"""Peak extra memory of one forward and backward pass: the most held at any moment, less what was
+held before.
 
 The gradients of the leaves are part of it, the inputs are not.
 CUDA: the allocator's own count, in this process.
-CPU: the resident set, in a fresh process for every provider and case, so that no earlier pass hides in memory that
-the allocator kept.  A pass over a few rows first loads libraries; only torch.compile meets its full size before.
+CPU: the resident set, in a fresh process for every provider and case, so that no earlier pass hides
+in memory that the allocator kept.  A pass over a few rows first loads libraries; only torch.compile
+meets its full size before.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def peak_extra_mib(case: Case, provider: str, form: Form, batch: Batch) -> float
 
 
 def _fresh() -> BaseContext:
-    # The server imports once and has never run an op: a process forked from it is as good as a new one.
+    # The server imports once and has never run an op: a process forked from it is as good as a new
+    # one.
     context = get_context("forkserver")
     context.set_forkserver_preload(
         [__name__, "pytorch_metric_learning.losses", "pytorch_metric_learning.miners"]
@@ -48,7 +51,8 @@ def _fresh() -> BaseContext:
 
 
 def cuda_peak_mib(call: Callable[[], object], device: torch.device) -> float:
-    """Most memory of the GPU that tensors took during a call beyond what they took before, in MiB."""
+    """Most memory of the GPU that tensors took during a call beyond what they took before, in
+    MiB."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,6 +1,8 @@
-"""The losses in the loop form of the first public code: anchor by anchor, from the differences of its row to all.
+"""The losses in the loop form of the first public code: anchor by anchor, from the differences of
+its row to all.
 
-Shapes: B rows, D width, C proxies.  Autograd keeps every anchor's (B, D) differences, so a pass holds B²D numbers.
+Shapes: B rows, D width, C proxies.  Autograd keeps every anchor's (B, D) differences, so a pass
+holds B²D numbers.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def triplet_hardest(labels_B: Tensor, z_BD: Tensor) -> Tensor:
 
 
 def triplet_semihard(labels_B: Tensor, z_BD: Tensor) -> Tensor:
-    """One term a positive, with the nearest negative beyond it, or where there is none, with the nearest of all."""
+    """One term a positive, with the nearest negative beyond it, or where there is none, with the
+    nearest of all."""
     d_BB = _distance(wide(z_BD))
     terms = []
     for i, d_B in enumerate(d_BB):
@@ -90,7 +93,8 @@ def triplet_distance_weighted(labels_B: Tensor, z_BD: Tensor) -> Tensor:
 
 
 def margin(labels_B: Tensor, x_BD: Tensor, beta: Tensor) -> Tensor:
-    """The mean over pairs whose term is above 0.  Negatives are drawn as in the eager form; rows have length 1."""
+    """The mean over pairs whose term is above 0.  Negatives are drawn as in the eager form; rows
+    have length 1."""
     x_BD = wide(x_BD)
     terms = _terms(
         labels_B,
@@ -102,7 +106,8 @@ def margin(labels_B: Tensor, x_BD: Tensor, beta: Tensor) -> Tensor:
 
 
 def multi_similarity(labels_B: Tensor, x_BD: Tensor) -> Tensor:
-    """Pairs are mined anchor by anchor, and the others left out of the sums.  Rows have length 1."""
+    """Pairs are mined anchor by anchor, and the others left out of the sums.  Rows have length
+    1."""
     x_BD = wide(x_BD)
     terms = []
     for i in range(x_BD.shape[0]):

@@ -1,4 +1,5 @@
-"""The command line of the benchmark, shared by `namr bench kernels` and `python -m namr_dist.kernels.bench`."""
+"""The command line of the benchmark, shared by `namr bench kernels` and `python -m
+namr_dist.kernels.bench`."""
 
 from __future__ import annotations
 

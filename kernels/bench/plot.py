@@ -1,7 +1,9 @@
-"""Pictures from the CSV alone: time and extra memory of forward and backward against B, one panel a loss.
+"""Pictures from the CSV alone: time and extra memory of forward and backward against B, one panel a
+loss.
 
-One pair of PNG files for each machine, set of versions, dtype and width in the file.  Of repeated measurements the
-last counts.  Rows that do not agree with the definition are left out; dashed lines differ from it by definition.
+One pair of PNG files for each machine, set of versions, dtype and width in the file.  Of repeated
+measurements the last counts.  Rows that do not agree with the definition are left out; dashed lines
+differ from it by definition.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class _Figure:
 
 
 def draw(csv: Path, out: Path) -> list[Path]:
-    """Write the PNG files into `out`; returns their paths.  Raises RefusedError for a file without figures."""
+    """Write the PNG files into `out`; returns their paths.  Raises RefusedError for a file without
+    figures."""
     try:
         import matplotlib
     except ImportError:
@@ -185,7 +188,8 @@ def _scale(panel: Any, sizes: Sequence[int]) -> None:
 
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
-    # Fixed limits: around a single batch size, automatic ones come out upside down on a logarithmic axis.
+    # Fixed limits: around a single batch size, automatic ones come out upside down on a logarithmic
+    # axis.
     panel.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
     panel.set_xticks(sizes, [str(size) for size in sizes])
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

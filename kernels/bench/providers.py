@@ -1,4 +1,5 @@
-"""Who computes a loss: this project, plain PyTorch, torch.compile, loops, another library; and the bare product.
+"""Who computes a loss: this project, plain PyTorch, torch.compile, loops, another library; and the
+bare product.
 
 A provider is a name.  `find_form` gives its form of a loss, `obstacle` says why it sits a case out.
 """
@@ -23,7 +24,8 @@ from .cases import LOSSES, POSITIVES, Case, Form
 
 PROVIDERS = ("ours", "eager", "compile", "naive", "pml", "matmul")
 NAIVE_ROWS = {"cuda": 1024, "cpu": 256}
-"""The loop form is measured up to this batch: it holds B²D numbers, and runs several operations an anchor."""
+"""The loop form is measured up to this batch: it holds B²D numbers, and runs several operations an
+anchor."""
 GRADIENT_IN_FORWARD = ("ours",)
 """These compute the gradient beside the loss, so their backward alone is no measure of anything."""
 _PAIR_TENSORS = 16
@@ -31,7 +33,8 @@ _PAIR_TENSORS = 16
 
 
 def _form(function: Callable[..., Tensor], options: Mapping[str, Any]) -> Form:
-    """A loss of an op or of its definition: what it must be given is the labels, if it reads them, and the leaves."""
+    """A loss of an op or of its definition: what it must be given is the labels, if it reads them,
+    and the leaves."""
     parameters = signature(function).parameters
     needed = [
         name for name, parameter in parameters.items() if parameter.default is parameter.empty
@@ -64,7 +67,8 @@ REFERENCE = _forms(reference)
 
 
 def _compiled(loss: str) -> Form:
-    # One graph a shape, as in training; the reset keeps earlier cases from using up the recompilation limit.
+    # One graph a shape, as in training; the reset keeps earlier cases from using up the
+    # recompilation limit.
     torch._dynamo.reset()
     compiled: Form = torch.compile(eager.FORMS[loss], dynamic=False)
     return compiled

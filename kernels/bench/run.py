@@ -53,8 +53,9 @@ class _Entry:
 
 @contextlib.contextmanager
 def _exact_products(case: Case) -> Iterator[None]:
-    # TF32 holds every value of a half type exactly; for float32 it would be a loss of precision. Not by the newer
-    # fp32_precision, which torch.compile, asking for this one, would find contradicted.
+    # TF32 holds every value of a half type exactly; for float32 it would be a loss of precision.
+    # Not by the newer fp32_precision, which torch.compile, asking for this one, would find
+    # contradicted.
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = case.dtype != "float32"
     try:
@@ -72,7 +73,8 @@ def run(
     budget_s: float,
     csv: Path,
 ) -> list[Row]:
-    """Measure every case; its rows are in the file before the next one starts.  Progress goes to stderr."""
+    """Measure every case; its rows are in the file before the next one starts.  Progress goes to
+    stderr."""
     rows: list[Row] = []
     constant: Row = {**describe(torch.device(cases[0].device))}
     for number, case in enumerate(cases, 1):
@@ -103,9 +105,11 @@ def measure(
     samples: int,
     budget_s: float = 10.0,
 ) -> tuple[list[Row], list[str]]:
-    """The rows of one case without the machine's columns, and what a reader of the progress should know.
+    """The rows of one case without the machine's columns, and what a reader of the progress should
+    know.
 
-    samples: rounds.  budget_s: seconds that the rounds of one provider may take; a slower one takes part in fewer.
+    samples: rounds.  budget_s: seconds that the rounds of one provider may take; a slower one takes
+        part in fewer.
     """
     device = torch.device(case.device)
     batch, watch = make_batch(case), Stopwatch(device)

@@ -2,17 +2,20 @@
 
 Columns beside the obvious:
     pass             forward | backward | forward+backward
-    samples          timed runs behind the quantiles: fewer for a slow provider, 0 with a note where one failed
-    host_ms          GPU only: until the host had issued the pass, median; close to median_ms, launching sets the pace
+    samples          timed runs behind the quantiles: fewer for a slow provider, 0 with a note
+                     where one failed
+    host_ms          GPU only: until the host had issued the pass, median; close to median_ms,
+                     launching sets the pace
     matmul_ms        the bare X·Xᵀ in the same dtype, median over the same rounds
-    ratio_to_ours    this median over ours in the same pass; empty unless both agree with the definition (or differ
-                     from it by definition), and where ours has done the work in its forward pass already
+    ratio_to_ours    this median over ours in the same pass; empty unless both agree with the
+                     definition (or differ from it by definition), and where ours has done the work
+                     in its forward pass already
     peak_extra_mib   of one forward and backward pass, the leaves' gradients included
     floor_share      floor (see cases.py) over the median
     agrees           yes | no | differs by definition | witness
     gate             what the results were compared with, and on how many rows
-    cold_start_s     first call of every pass in this case; what an earlier case of the process, or a cache on disk,
-                     has compiled already is not compiled again
+    cold_start_s     first call of every pass in this case; what an earlier case of the process, or
+                     a cache on disk, has compiled already is not compiled again
 """
 
 from __future__ import annotations
@@ -63,7 +66,8 @@ class RefusedError(ValueError):
 
 
 def check_csv(path: Path) -> None:
-    """Raise RefusedError unless rows can be appended to `path`: no file, an empty one, or one with these columns."""
+    """Raise RefusedError unless rows can be appended to `path`: no file, an empty one, or one with
+    these columns."""
     if path.is_dir():
         raise RefusedError(f"{path} is a folder; give a file")
     if not path.is_file() or path.stat().st_size == 0:
@@ -76,7 +80,8 @@ def check_csv(path: Path) -> None:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add whole lines with one write, on the disk when this returns; the header comes first in a new file.
+    """Add whole lines with one write, on the disk when this returns; the header comes first in a
+    new file.
 
     A line torn by an earlier crash is closed, so that it spoils no other.
     """
@@ -99,7 +104,8 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a file; a torn line is passed over.  Raises RefusedError for any other file."""
+    """The complete rows of a file; a torn line is passed over.  Raises RefusedError for any other
+    file."""
     if not path.is_file():
         raise RefusedError(
             f"there is no file {path}; run the benchmark first, or give the file it wrote"

@@ -1,7 +1,8 @@
-"""The losses' primitives on the CPU: plain functions of tensors in blocked PyTorch, without autograd.
+"""The losses' primitives on the CPU: plain functions of tensors in blocked PyTorch, without
+autograd.
 
-Callers run them under torch.no_grad and with autocast off.  No function ever holds a (b, B) tensor, and each gives
-the same bits every time.  Their GPU counterparts have the same names and signatures.
+Callers run them under torch.no_grad and with autocast off.  No function ever holds a (b, B) tensor,
+and each gives the same bits every time.  Their GPU counterparts have the same names and signatures.
 """
 
 from .distances import distance_sum_gradient, row_moments

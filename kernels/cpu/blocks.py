@@ -1,13 +1,15 @@
-"""What the blocked CPU primitives share: walking over blocks of rows, and squared distances within a block.
+"""What the blocked CPU primitives share: walking over blocks of rows, and squared distances within
+a block.
 
 Shapes: b anchors, B candidates, D width, r anchors of one block, P some pairs (anchor, candidate).
-A block is r rows against all B candidates, about BLOCK_ELEMENTS numbers, so that it stays in cache while
-several cheap operations pass over it.  Memory of every op: O((b + B)·D + block).
+A block is r rows against all B candidates, about BLOCK_ELEMENTS numbers, so that it stays in cache
+while several cheap operations pass over it.  Memory of every op: O((b + B)·D + block).
 
-    D²_ij = Σ_k s_ik (z_ik - c_jk)² = Σ_k s_ik z_ik² - 2 (s_i∘z_i)·c_j + s_i·(c_j∘c_j)     s = 1: Euclidean
+    D²_ij = Σ_k s_ik (z_ik - c_jk)² = Σ_k s_ik z_ik² - 2 (s_i∘z_i)·c_j + s_i·(c_j∘c_j)
 
-as matrix products on centred rows (docs/algorithm.md, "Adaptive distance").  They cancel for near-duplicates:
-pairs with D² below NEAR times the pair's scale are computed again from their differences.
+as matrix products on centred rows (docs/algorithm.md, "Adaptive distance"); s = 1 is Euclidean.
+They cancel for near-duplicates: pairs with D² below NEAR times the pair's scale are computed again
+from their differences.
 """
 
 import math
@@ -19,9 +21,11 @@ from torch import Tensor
 from ..reference.pairs import compute_dtype
 
 BLOCK_ELEMENTS = 3 << 17
-"""Numbers in one block; there are a few buffers of that size.  Larger ones are a little faster, for more memory."""
+"""Numbers in one block; there are a few buffers of that size.  Larger ones are a little faster, for
+more memory."""
 SHORTEST = 16
-"""Rows of a block at least, however many candidates there are: thinner matrix products run slowly."""
+"""Rows of a block at least, however many candidates there are: thinner matrix products run
+slowly."""
 NEAR = 2.0**-8
 """Below this share of its scale a squared distance has lost more than 8 bits to cancellation."""
 
@@ -55,7 +59,8 @@ class SquaredDistances:
     """D² between anchors and candidates, one block of anchors at a time, in one reused buffer.
 
     anchors_bD, candidates_BD, weights_bD (the anchors', or None): all in one computing dtype.
-    Anchor i and candidate i + offset are the same row.  left_bK, right_BK: the factors of the product;
+    Anchor i and candidate i + offset are the same row.  left_bK, right_BK: the factors of the
+    product;
     z_bD, z_BD: the centred rows.
     """
 
@@ -81,7 +86,8 @@ class SquaredDistances:
             self.own_term_b = (weighted_bD * self.z_bD).sum(1)
             # The pair's scale is Σ_k s_ik (z_ik² + z_jk²); this bound needs no product of its own.
             self.limit_b = NEAR * weights_bD.amax(1)
-        # With one value in all rows every distance is an exact 0 already, and nothing needs mending.
+        # With one value in all rows every distance is an exact 0 already, and nothing needs
+        # mending.
         self.largest = self.norm_B.max() if self.norm_B.numel() else self.norm_B.new_zeros(())
         b, B = anchors_bD.shape[0], candidates_BD.shape[0]
         self._buffer_rB = self.left_bK.new_empty(block_rows(b, B), B)
@@ -101,9 +107,11 @@ class SquaredDistances:
         )
 
     def mend(self, rows: slice, squared_rB: Tensor) -> tuple[Tensor, Tensor]:
-        """Replaces what has cancelled in the block by exact values; returns those pairs (row in block, column).
+        """Replaces what has cancelled in the block by exact values; returns those pairs (row in
+        block, column).
 
-        What must not count as a near-duplicate (a row and itself, say) has been filled with inf before.
+        What must not count as a near-duplicate (a row and itself, say) has been filled with inf
+        before.
         """
         limit_r, norm_r = self.limit_b[rows], self.norm_b[rows]
         # One cheap pass finds the rows that may have any; mostly there is none.
@@ -144,12 +152,14 @@ class SquaredDistances:
         return exact_P
 
     def differences(self, anchor_P: Tensor, candidate_P: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of P, z_i - z_j) chunk by chunk, from the rows as given: centring would round them."""
+        """(slice of P, z_i - z_j) chunk by chunk, from the rows as given: centring would round
+        them."""
         for part in chunks(anchor_P.shape[0], self.anchors_bD.shape[1]):
             yield part, self.anchors_bD[anchor_P[part]] - self.candidates_BD[candidate_P[part]]
 
     def squared(self, rows: slice, *, offset: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """A mended block, 0 between a row and itself (row i of all anchors is candidate i + offset), and its pairs."""
+        """A mended block, 0 between a row and itself (row i of all anchors is candidate i +
+        offset), and its pairs."""
         squared_rB = self.product(rows)
         own_r = squared_rB.diagonal(rows.start + offset)
         own_r.fill_(math.inf)
@@ -167,7 +177,8 @@ class Classes:
         self.last_b = torch.searchsorted(sorted_B, labels_b, right=True) - 1
 
     def members(self, rows: slice) -> Tensor:
-        """Row numbers of the anchors' classes, themselves included, ascending; the last one repeats as padding."""
+        """Row numbers of the anchors' classes, themselves included, ascending; the last one repeats
+        as padding."""
         first_r1, last_r1 = self.first_b[rows, None], self.last_b[rows, None]
         most = int((last_r1 - first_r1).max()) + 1
         return self.order_B[

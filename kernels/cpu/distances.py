@@ -1,4 +1,5 @@
-"""Sums over all distances of a batch, d_ij = ‖z_i - z_j‖, on the CPU; see blocks.py for how blocks work.
+"""Sums over all distances of a batch, d_ij = ‖z_i - z_j‖, on the CPU; see blocks.py for how blocks
+work.
 
 Shapes: b local rows (rows offset..offset+b of the batch), B all rows, D width, r rows of one block.
 """
@@ -13,7 +14,8 @@ from .blocks import SquaredDistances, computed
 def row_moments(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> tuple[Tensor, Tensor]:
     """Mean over all B of d_ij (own zero included), and Σ_j (d_ij - mean_i)², both (b,).
 
-    Accumulated about a pivot close to the mean, the root of the mean square, so that nothing cancels.
+    Accumulated about a pivot close to the mean, the root of the mean square, so that nothing
+    cancels.
     """
     z_bD, z_BD = computed(z_bD, z_BD)
     distances = SquaredDistances(z_bD, z_BD, None, centre_D=centre_of(z_BD))
@@ -44,7 +46,8 @@ def distance_sum_gradient(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> Tensor:
         squared_rB, (row_P, column_P) = distances.squared(rows, offset=offset)
         inverse_rB = squared_rB.rsqrt_()
         inverse_rB.diagonal(rows.start + offset).zero_()
-        # Near-duplicates' directions would cancel in the product; they come from the differences instead.
+        # Near-duplicates' directions would cancel in the product; they come from the differences
+        # instead.
         inverse_P = inverse_rB[row_P, column_P]
         inverse_P.masked_fill_(inverse_P.isinf(), 0.0)
         inverse_rB[row_P, column_P] = 0.0

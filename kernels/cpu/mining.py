@@ -1,9 +1,10 @@
 """Which pairs and triplets the metric losses use, found on the CPU block by block.
 
-Shapes: b local rows (rows offset..offset+b of the batch), B all rows, D width, R the most positives any
-anchor has, r anchors of one block, S columns picked in each of its rows.
-Nothing here is differentiated.  Rows of a class are known from one sort (blocks.Classes), so a block's positives
-are picked and overwritten by number; no (r, B) mask of labels is made.  Ties go to the lowest row number.
+Shapes: b local rows (rows offset..offset+b of the batch), B all rows, D width, R the most positives
+any anchor has, r anchors of one block, S columns picked in each of its rows.
+Nothing here is differentiated.  Rows of a class are known from one sort (blocks.Classes), so a
+block's positives are picked and overwritten by number; no (r, B) mask of labels is made.  Ties go
+to the lowest row number.
 """
 
 import math
@@ -21,7 +22,8 @@ from .blocks import Classes, SquaredDistances, computed
 def hardest_pairs(
     z_bD: Tensor, z_BD: Tensor, labels_b: Tensor, labels_B: Tensor, *, offset: int
 ) -> tuple[Tensor, Tensor]:
-    """The farthest row of each anchor's class and the nearest of another, int64 (b,); -1 where there is none."""
+    """The farthest row of each anchor's class and the nearest of another, int64 (b,); -1 where
+    there is none."""
     z_bD, z_BD = computed(z_bD, z_BD)
     distances = SquaredDistances(z_bD, z_BD, None, centre_D=centre_of(z_BD))
     classes = Classes(labels_b, labels_B)
@@ -48,7 +50,8 @@ def hardest_pairs(
 def semihard_negatives(
     z_bD: Tensor, z_BD: Tensor, labels_b: Tensor, labels_B: Tensor, positive_bR: Tensor
 ) -> Tensor:
-    """For each positive the nearest negative strictly farther than it; without one, the nearest negative.
+    """For each positive the nearest negative strictly farther than it; without one, the nearest
+    negative.
 
     positive_bR: row numbers, -1 on padding, where the result (b, R) is -1 too.
     """
@@ -62,7 +65,8 @@ def semihard_negatives(
         squared_rB.scatter_(1, classes.members(rows), math.inf)
         distances.mend(rows, squared_rB)
         nearest_r = squared_rB.min(1).indices
-        # From the nearest positive to the farthest: what lies within reach of one is within reach of the next.
+        # From the nearest positive to the farthest: what lies within reach of one is within reach
+        # of the next.
         reach_rR, order_rR = reach_rR.sort(1)
         for r in range(positive_bR.shape[1]):
             beyond_rB = squared_rB - reach_rR[:, r, None]
@@ -83,12 +87,13 @@ def sampled_negatives(
     offset: int,
     seed: int,
 ) -> Tensor:
-    """One negative for each positive, drawn as in `reference.mining.distance_weighted_negatives`; int64 (b, R).
+    """One negative for each positive, drawn as in `reference.mining.distance_weighted_negatives`;
+    int64 (b, R).
 
-    z: rows of any length; distances are those of the unit rows.  positive_bR: -1 on padding, where the result is
-    -1 too.
-    The reference takes the largest of log weight + gumbel; as gumbel = -log E with E = -log(1 - v), that is
-    the smallest E / weight, and the weights serve all positives of an anchor.
+    z: rows of any length; distances are those of the unit rows.  positive_bR: -1 on padding, where
+    the result is -1 too.
+    The reference takes the largest of log weight + gumbel; as gumbel = -log E with E = -log(1 - v),
+    that is the smallest E / weight, and the weights serve all positives of an anchor.
     """
     x_bD, x_BD = (unit_rows(rows) for rows in computed(z_bD, z_BD))
     # Distances below NEAREST are all alike here, so there is nothing to centre or mend.

@@ -1,7 +1,7 @@
 """Multi-cluster ranking on the CPU: values and gradients in one sweep over blocks of anchors.
 
-Shapes: b local rows, B rows of the batch, N candidates, D width, M clusters, r anchors of one block, C the candidates
-of a sweep that receive a gradient.
+Shapes: b local rows, B rows of the batch, N candidates, D width, M clusters, r anchors of one
+block, C the candidates of a sweep that receive a gradient.
 Formulas: docs/algorithm.md, "Multi-cluster ranking"; blocks.py for the distances.
 """
 
@@ -25,7 +25,8 @@ def ranking(
     sharpness: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """loss_b, one sum over j ≠ i per local anchor, and the gradients of the whole batch's sum for local z and s.
+    """loss_b, one sum over j ≠ i per local anchor, and the gradients of the whole batch's sum for
+    local z and s.
 
     Centres of anchor i: far_i - m·step_i, m = 0..M-1.  The gradients are None without with_grad.
     z_ND: the B anchors first; what follows is constant.
@@ -80,8 +81,8 @@ class _Sweep:
         kappa: float,
         same_rows: bool,
     ):
-        """same_rows: the anchors are the first candidates, both sides of theirs add up in one gradient, and further
-        candidates have none."""
+        """same_rows: the anchors are the first candidates, both sides of theirs add up in one
+        gradient, and further candidates have none."""
         self.distances, self.s_bD, self.far_b, self.step_b = distances, s_bD, far_b, step_b
         self.offset, self.clusters, self.kappa = offset, clusters, kappa
         self.grad_anchors_bD = torch.zeros_like(distances.z_bD)
@@ -120,7 +121,8 @@ class _Sweep:
             W_rN.div_(D_rN)
             W_rN.diagonal(own).zero_()
             if distances.largest == 0:
-                # All candidates are the centre, and so are these anchors: distances 0 that need no mending.
+                # All candidates are the centre, and so are these anchors: distances 0 that need no
+                # mending.
                 W_rN[distances.norm_b[rows] == 0] = 0.0
             if row_P.numel():
                 W_P = W_rN[row_P, column_P].masked_fill_(D_rN[row_P, column_P] == 0, 0.0)
@@ -152,7 +154,8 @@ class _Sweep:
     def _add_near(
         self, anchor_P: Tensor, candidate_P: Tensor, W_P: Tensor, *, anchors: bool, candidates: bool
     ) -> None:
-        """Near-duplicates would cancel in the products over W; they come from the differences instead."""
+        """Near-duplicates would cancel in the products over W; they come from the differences
+        instead."""
         for part, diff_PD in self.distances.differences(anchor_P, candidate_P):
             pull_PD = diff_PD * W_P[part, None]
             if anchors:
@@ -182,7 +185,7 @@ def _two_clusters(
 
     With v = D - (η_far + η_near)/2, h = (η_far - η_near)/2, v' = v held within ±h, w = v - v', and
     t = tanh(κ v'), the softmax over two is a sigmoid and
-        loss = h + |w| - v' t,        d loss / dD = -(t + κ v' (1 - t²)), outside ±h instead sign(w).
+        loss = h + |w| - v' t,     d loss / dD = -(t + κ v' (1 - t²)), outside ±h instead sign(w).
     """
     t_rN, inner_rN, outer_rN, product_rN = buffers
     half_r1 = step_r1.abs() / 2

@@ -1,8 +1,10 @@
-"""Multi-similarity loss on the CPU: what each anchor's terms need, and their gradient, block by block.
+"""Multi-similarity loss on the CPU: what each anchor's terms need, and their gradient, block by
+block.
 
-Shapes: b local rows (rows offset..offset+b of the batch), B all rows, D width, r anchors of one block, S the
-size of the largest class in it.  Definition: reference.multi_similarity_loss; similarities are x_i · x_j.
-Negatives are the dense part of a block; positives are few and are picked from it by number.
+Shapes: b local rows (rows offset..offset+b of the batch), B all rows, D width, r anchors of one
+block, S the size of the largest class in it.  Definition: reference.multi_similarity_loss;
+similarities are x_i · x_j. Negatives are the dense part of a block; positives are few and are
+picked from it by number.
 """
 
 import math
@@ -25,8 +27,9 @@ def similarity_statistics(
     base: float,
     epsilon: float,
 ) -> Tensor:
-    """(b, 4) for each anchor: the farthest positive's similarity (inf without one), the nearest negative's (-inf
-    without one), log(1 + Σ exp(-α (S - base))) over mined positives, log(1 + Σ exp(β (S - base))) over negatives."""
+    """(b, 4) for each anchor: the farthest positive's similarity (inf without one), the nearest
+    negative's (-inf without one), log(1 + Σ exp(-α (S - base))) over mined positives, log(1 + Σ
+    exp(β (S - base))) over negatives."""
     x_bD, x_BD = computed(x_bD, x_BD)
     classes = Classes(labels_b, labels_B)
     b, B = x_bD.shape[0], x_BD.shape[0]
@@ -76,7 +79,8 @@ def similarity_gradient(
     base: float,
     epsilon: float,
 ) -> Tensor:
-    """Gradient (b, D) of Σ_i L_i over the whole batch for the local rows, as anchors and as candidates."""
+    """Gradient (b, D) of Σ_i L_i over the whole batch for the local rows, as anchors and as
+    candidates."""
     x_bD, x_BD = computed(x_bD, x_BD)
     classes = Classes(labels_b, labels_B)
     b, B = x_bD.shape[0], x_BD.shape[0]
@@ -119,14 +123,16 @@ def _others(member_rS: Tensor, rows: slice, offset: int) -> Tensor:
 
 
 def _reach(farthest: Tensor, epsilon: float) -> Tensor:
-    """Negatives above this similarity are mined; without a positive none is, and the number stays finite."""
+    """Negatives above this similarity are mined; without a positive none is, and the number stays
+    finite."""
     return (farthest - epsilon).clamp_max(torch.finfo(farthest.dtype).max)
 
 
 def _repulsion(
     statistics_n4: Tensor, *, beta: float, base: float, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """With T = S - reach, a mined negative's weight is exp(β T + level): (reach, level), each (n,)."""
+    """With T = S - reach, a mined negative's weight is exp(β T + level): (reach, level), each
+    (n,)."""
     farthest_n, _, _, log_n = statistics_n4.unbind(1)
     level_n = beta * (farthest_n - epsilon - base) - log_n
     return _reach(farthest_n, epsilon), level_n.masked_fill_(farthest_n == math.inf, 0.0)

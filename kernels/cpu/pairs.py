@@ -1,6 +1,8 @@
-"""Distances of listed pairs and their gradient, on the CPU, from the differences of rows and so exact.
+"""Distances of listed pairs and their gradient, on the CPU, from the differences of rows and so
+exact.
 
-Shapes: b local rows, B all rows, D width, S pairs each row has as anchor, P pairs in one list, Q of them in one chunk.
+Shapes: b local rows, B all rows, D width, S pairs each row has as anchor, P pairs in one list, Q of
+them in one chunk.
 """
 
 import torch
@@ -25,9 +27,9 @@ def pair_gradient(
 ) -> Tensor:
     """Rows first..first+rows of the gradient of Σ_is weight_is ‖z_i - z_index_is‖, (rows, D).
 
-    weight_BS: d loss / d distance.  Each row receives its own pairs and those in which it is the other one.
-    Pairs at distance 0, with index -1 or weight 0 give nothing.  index_add_ adds in list order on the CPU, so
-    equal calls give equal bits.
+    weight_BS: d loss / d distance.  Each row receives its own pairs and those in which it is the
+    other one. Pairs at distance 0, with index -1 or weight 0 give nothing.  index_add_ adds in list
+    order on the CPU, so equal calls give equal bits.
     """
     (z_BD,) = computed(z_BD)
     grad_rD = z_BD.new_zeros(rows, z_BD.shape[1])

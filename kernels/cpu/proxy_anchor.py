@@ -1,8 +1,8 @@
 """Proxy-anchor loss on the CPU, in blocks of proxies against all local rows.
 
 Shapes: b local rows, C proxies (one a class), D width, p proxies of one block.
-Definition: reference.proxy_anchor_loss; S_px = proxy · row.  A row has one proxy of its own class: those b pairs are
-a list, the others are dense.
+Definition: reference.proxy_anchor_loss; S_px = proxy · row.  A row has one proxy of its own class:
+those b pairs are a list, the others are dense.
 """
 
 import math
@@ -17,7 +17,8 @@ from .blocks import block_rows, computed, row_blocks
 def proxy_sums(
     x_bD: Tensor, labels_b: Tensor, proxies_CD: Tensor, *, alpha: float, margin: float
 ) -> tuple[Tensor, Tensor]:
-    """log Σ exp over the local rows of -α (S - δ) in the proxy's class, and of α (S + δ) in others; both (C,).
+    """log Σ exp over the local rows of -α (S - δ) in the proxy's class, and of α (S + δ) in others;
+    both (C,).
 
     -inf where there is none.  δ: margin.
     """
@@ -94,7 +95,8 @@ def _own_similarity(x_bD: Tensor, labels_b: Tensor, proxies_CD: Tensor) -> Tenso
 def _blocks(
     x_bD: Tensor, labels_b: Tensor, proxies_CD: Tensor, alpha: float
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """For each block of proxies: its slice, α S (p, b), and the own-class pairs in it (row in block, column)."""
+    """For each block of proxies: its slice, α S (p, b), and the own-class pairs in it (row in
+    block, column)."""
     b, C = x_bD.shape[0], proxies_CD.shape[0]
     if b == 0:
         return

@@ -1,4 +1,5 @@
-"""The primitives on an NVIDIA GPU, in Triton: the same functions as in ../cpu, with the same meaning.
+"""The primitives on an NVIDIA GPU, in Triton: the same functions as in ../cpu, with the same
+meaning.
 
 For float32, bfloat16 and float16.  Results are float32.  Nothing here waits for the device.
 """

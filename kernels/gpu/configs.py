@@ -1,4 +1,5 @@
-"""Tile sizes by kind of kernel, architecture, embedding width and dtype: a table, so that nothing is tuned at run time.
+"""Tile sizes by kind of kernel, architecture, embedding width and dtype: a table, so that nothing
+is tuned at run time.
 
 Kinds:
   scan      a row reduction: one product tile, a few numbers a row
@@ -9,8 +10,9 @@ Kinds:
   gather2   the same with two accumulators
   weights   writes its tile of pair weights, for embeddings too wide for an accumulator in registers
   weights2  the same where a gradient has two accumulators: multi-cluster ranking's arithmetic
-Rows were chosen so that every kernel compiles without spills within each chip's shared memory (kernels/aot.py
-checks it); `python -m namr_dist.kernels.gpu.tune` measures candidates on a GPU and prints better rows.
+Rows were chosen so that every kernel compiles without spills within each chip's shared memory
+(kernels/aot.py checks it); `python -m namr_dist.kernels.gpu.tune` measures candidates on a GPU and
+prints better rows.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of block_m × block_n pairs, block_k of the width at a time; warps and pipeline stages of a program."""
+    """Tile of block_m × block_n pairs, block_k of the width at a time; warps and pipeline stages of
+    a program."""
 
     block_m: int
     block_n: int
@@ -33,7 +36,8 @@ class Config:
 
 
 class Row(NamedTuple):
-    """A line of the table: for `arch` and later ones until another row names them, and for widths up to `width`."""
+    """A line of the table: for `arch` and later ones until another row names them, and for widths
+    up to `width`."""
 
     kind: str
     arch: int
@@ -96,9 +100,11 @@ TABLE: tuple[Row, ...] = (
 
 
 def widest_gather(accumulators: int, dtype: torch.dtype) -> int:
-    """Widest embedding whose gradient is accumulated in registers; beyond, weights go through memory in chunks.
+    """Widest embedding whose gradient is accumulated in registers; beyond, weights go through
+    memory in chunks.
 
-    float32 products are three of rounded parts, whose registers leave no room for a second accumulator.
+    float32 products are three of rounded parts, whose registers leave no room for a second
+    accumulator.
     """
     if dtype == torch.float32:
         return 128 if accumulators == 1 else 0
@@ -106,7 +112,8 @@ def widest_gather(accumulators: int, dtype: torch.dtype) -> int:
 
 
 def config(kind: str, arch: int, width: int, dtype: torch.dtype) -> Config:
-    """The row for a kernel; an unknown architecture takes the nearest earlier one's, or the earliest.
+    """The row for a kernel; an unknown architecture takes the nearest earlier one's, or the
+    earliest.
 
     Raises KeyError for an unknown kind.
     """

@@ -28,18 +28,22 @@ from .tiles import (
 
 
 def nearest_counted(dtype: torch.dtype) -> float:
-    """Where a gradient divides by a distance, those below this share of the unit (`root_mean_square`) count as that.
+    """Where a gradient divides by a distance, those below this share of the unit
+    (`root_mean_square`) count as that.
 
-    Otherwise 1/d would blow up the rounding of z_i Σ W − Σ W z_j. float16 has a coarser limit, for its range.
+    Otherwise 1/d would blow up the rounding of z_i Σ W − Σ W z_j. float16 has a coarser limit, for
+    its range.
     """
     return 2.0**-14 if dtype == torch.float16 else 2.0**-18
 
 
 def centred(z_bD: Tensor, z_BD: Tensor, *, half_too: bool = False) -> tuple[Tensor, Tensor]:
-    """Local rows and batch, aligned; float32 rows less a point in their middle, so that less cancels in products.
+    """Local rows and batch, aligned; float32 rows less a point in their middle, so that less
+    cancels in products.
 
-    Half types stay as they are: their products are exact in float32, and a subtraction would round. half_too: for
-    those who round their squares anyway, which far from the origin leaves nothing of their differences.
+    Half types stay as they are: their products are exact in float32, and a subtraction would round.
+    half_too: for those who round their squares anyway, which far from the origin leaves nothing of
+    their differences.
     """
     if z_BD.dtype != torch.float32 and not half_too:
         return both(aligned, z_bD, z_BD)
@@ -70,7 +74,8 @@ def _spreads(z, mean, out, b, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexp
 
 
 def spreads(z: Tensor, mean_D: Tensor) -> Tensor:
-    """‖z_i − mean‖² of each row, float32; from the differences, so that nothing cancels or overflows in half types."""
+    """‖z_i − mean‖² of each row, float32; from the differences, so that nothing cancels or
+    overflows in half types."""
     b, D = z.shape
     size = config("scan", architecture(z.device), D, z.dtype)
     out = torch.empty(b, dtype=torch.float32, device=z.device)
@@ -79,7 +84,8 @@ def spreads(z: Tensor, mean_D: Tensor) -> Tensor:
 
 
 def root_mean_square(z_BD: Tensor) -> Tensor:
-    """Root mean square distance of the batch, the unit that pair weights are kept in; one number."""
+    """Root mean square distance of the batch, the unit that pair weights are kept in; one
+    number."""
     return (2 * spreads(z_BD, z_BD.mean(0, dtype=torch.float32)).mean()).sqrt()
 
 
@@ -109,9 +115,11 @@ def _row_moments(
 
 
 def row_moments(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> tuple[Tensor, Tensor]:
-    """mean_j d_ij of d_ij = ‖z_i − z_j‖ over all B, own zero included, and Σ_j (d_ij − mean_i)²; float32 (b,) each.
+    """mean_j d_ij of d_ij = ‖z_i − z_j‖ over all B, own zero included, and Σ_j (d_ij − mean_i)²;
+    float32 (b,) each.
 
-    Sums are of d less the row's root mean square distance, a pivot known beforehand, so that little cancels.
+    Sums are of d less the row's root mean square distance, a pivot known beforehand, so that little
+    cancels.
     """
     z_bD, z_BD = centred(z_bD, z_BD)
     (b, D), B = z_bD.shape, z_BD.shape[0]
@@ -176,7 +184,8 @@ def _inverse_distances(
 
 
 def distance_sum_gradient(z_bD: Tensor, z_BD: Tensor, *, offset: int) -> Tensor:
-    """Gradient of Σ_{i≠j} ‖z_i − z_j‖ over the batch with respect to the local rows, 2 Σ_j (z_i − z_j) / d_ij."""
+    """Gradient of Σ_{i≠j} ‖z_i − z_j‖ over the batch with respect to the local rows, 2 Σ_j (z_i −
+    z_j) / d_ij."""
     grad_bD = torch.empty_like(z_bD, dtype=torch.float32)
     D = z_BD.shape[1]
     z_bD, z_BD = centred(z_bD, z_BD)

@@ -1,12 +1,16 @@
-"""The sums that a gradient is made of, each row's by the one program that owns it: no atomics, one fixed order.
+"""The sums that a gradient is made of, each row's by the one program that owns it: no atomics, one
+fixed order.
 
-A kernel recomputes its tile of pairs, turns it into pair weights W, and the owner of row i needs Σ_j W_ij y_j for one
-or two matrices y, and Σ_j W_ij. Two ways, chosen by the embedding's width:
-  fused    the sums stay in registers while the program walks the batch; y is loaded (or made) tile by tile
-  chunked  an accumulator as wide as the embedding no longer fits: the kernel writes a chunk of W, some rows by some
-           columns, and the library multiplies it by y; where the columns' own sums are wanted, the same chunk serves
-Shapes: b local rows, N columns (the rows they are paired with), D width, A accumulators (1 or 2), R×C a chunk,
-P parts of a weight: 1, or 2 for float32, which is kept as a rounded part and the rest of it.
+A kernel recomputes its tile of pairs, turns it into pair weights W, and the owner of row i needs
+Σ_j W_ij y_j for one or two matrices y, and Σ_j W_ij. Two ways, chosen by the embedding's width:
+  fused    the sums stay in registers while the program walks the batch; y is loaded (or made) tile
+           by tile
+  chunked  an accumulator as wide as the embedding no longer fits: the kernel writes a chunk of W,
+           some rows by some columns, and the library multiplies it by y; where the columns' own
+           sums are wanted, the same chunk serves
+Shapes: b local rows, N columns (the rows they are paired with), D width, A accumulators (1 or 2),
+R×C a chunk, P parts of a weight: 1, or 2 for float32, which is kept as a rounded part and the rest
+of it.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from .configs import Config, config, widest_gather
 from .launch import architecture, launch, operands, splits
 
 CHUNK_BYTES = 32 * 2**20
-"""Memory of a chunk of pair weights, as square as the batch allows: 4096 × 4096 pairs in half types. Small enough to be
-read out of the cache, large enough to give every multiprocessor a share of its products."""
+"""Memory of a chunk of pair weights, as square as the batch allows: 4096 × 4096 pairs in half
+types. Small enough to be read out of the cache, large enough to give every multiprocessor a share
+of its products."""
 CHUNK_SIDE = 16384
 """Most rows, or columns, of a chunk that is not square: their sums, or y, are kept beside it."""
 
@@ -49,12 +54,14 @@ def owner_sums(
     offset: int | None,
     transposed: Transposed | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some rows at a time: which, Σ_j W_ij y_j for each y, (accumulators, R, D), and `numbers` sums, (numbers, R).
+    """Some rows at a time: which, Σ_j W_ij y_j for each y, (accumulators, R, D), and `numbers`
+    sums, (numbers, R).
 
-    kernel: takes `rows` (tensors with a line a local row, the first of them (b, D)), `columns` (with a line a
-        column), `fixed`, b and B lines of each, width, tiles_per_split and, unless that is None, offset (row i is
-        column i + offset). It writes `totals` (numbers, splits, b) and `sums` (accumulators, splits, b, D), or, when
-        CHUNKED, `weights` (P, b, B) in place of the sums.
+    kernel: takes `rows` (tensors with a line a local row, the first of them (b, D)), `columns`
+        (with a line a column), `fixed`, b and B lines of each, width, tiles_per_split and, unless
+        that is None, offset (row i is column i + offset). It writes `totals` (numbers, splits, b)
+        and `sums` (accumulators, splits, b, D), or, when CHUNKED, `weights` (P, b, B) in place of
+        the sums.
     values: the y of some columns, (C, D) each, for the chunked way; a fused kernel makes its own.
     transposed: called with every chunk before its rows are told, in the chunked way alone.
     All results are float32.
@@ -133,15 +140,16 @@ def _start(
 def product(weights_PRC: Tensor, value_CX: Tensor) -> Tensor:
     """Σ_p weights_p @ value, (R, X), added up and returned in float32 whatever the operands are.
 
-    float32 takes three TF32 products of rounded parts, as the kernels do: as exact as float32 in practice, and on the
-    matrix units.
+    float32 takes three TF32 products of rounded parts, as the kernels do: as exact as float32 in
+    practice, and on the matrix units.
     """
     if not value_CX.is_cuda:
         return weights_PRC.sum(0, dtype=torch.float32) @ value_CX.float()
     if value_CX.dtype != torch.float32:
         return torch.mm(weights_PRC[0], value_CX, out_dtype=torch.float32)
     rounded_RC, rest_RC = weights_PRC
-    # To TF32's 10 bits of mantissa, half away from zero; what is left fits into another such number almost.
+    # To TF32's 10 bits of mantissa, half away from zero; what is left fits into another such number
+    # almost.
     rounded_CX = ((value_CX.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"

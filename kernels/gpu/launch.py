@@ -1,7 +1,8 @@
-"""How kernels are started: tile sizes from the table, operand types, splits over the batch; nothing reads the device.
+"""How kernels are started: tile sizes from the table, operand types, splits over the batch; nothing
+reads the device.
 
-A launch can also be recorded instead of done (`recording`): kernels/aot.py compiles what it finds there, for any
-architecture and without a GPU.
+A launch can also be recorded instead of done (`recording`): kernels/aot.py compiles what it finds
+there, for any architecture and without a GPU.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ _recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 @contextmanager
 def recording(arch: int) -> Iterator[Recording]:
-    """Within, launches are written down for compute capability `arch` (90 = 9.0) and not done; use meta tensors."""
+    """Within, launches are written down for compute capability `arch` (90 = 9.0) and not done; use
+    meta tensors."""
     seen = Recording(arch)
     token = _recording.set(seen)
     try:
@@ -69,7 +71,8 @@ def architecture(device: torch.device) -> int:
 
 def operands(rows: Tensor) -> dict[str, Any]:
     """OPERAND and PRECISION for matrix products of these rows."""
-    # The interpreter computes on bfloat16's raw bits; there products run in float32 whatever the rows are.
+    # The interpreter computes on bfloat16's raw bits; there products run in float32 whatever the
+    # rows are.
     interpreted = architecture(rows.device) == 0
     return {
         "OPERAND": tl.float32 if interpreted else _OPERANDS[rows.dtype],
@@ -78,7 +81,8 @@ def operands(rows: Tensor) -> dict[str, Any]:
 
 
 def aligned(rows: Tensor) -> Tensor:
-    """The rows one after another, their width a multiple of 16: zeros behind them change no product and no distance.
+    """The rows one after another, their width a multiple of 16: zeros behind them change no product
+    and no distance.
 
     Only such rows are loaded in vectors, and the table's tile sizes are for kernels that do.
     """
@@ -87,7 +91,8 @@ def aligned(rows: Tensor) -> Tensor:
 
 
 def both(change: Callable[[Tensor], Tensor], local: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """What `change` makes of the local rows and of all rows; where they are one tensor, one result."""
+    """What `change` makes of the local rows and of all rows; where they are one tensor, one
+    result."""
     changed = change(whole)
     return changed if local is whole else change(local), changed
 
@@ -95,8 +100,8 @@ def both(change: Callable[[Tensor], Tensor], local: Tensor, whole: Tensor) -> tu
 def splits(b: int, B: int, config: Config, *, finer: int = 1) -> tuple[int, int]:
     """In how many parts to walk the batch, and tiles in each part.
 
-    Enough programs to fill a GPU, `finer` times over, when there are few local rows; each part writes partial results
-    of its own and a small sum over parts follows, in a fixed order.
+    Enough programs to fill a GPU, `finer` times over, when there are few local rows; each part
+    writes partial results of its own and a small sum over parts follows, in a fixed order.
     """
     tiles = max(1, triton.cdiv(B, config.block_n))
     wanted = triton.cdiv(finer * TARGET_PROGRAMS, max(1, triton.cdiv(b, config.block_m)))

@@ -1,9 +1,10 @@
 """Which pairs and triplets the metric losses use, found on a GPU in walks over the batch.
 
-Shapes: b local rows (rows offset..offset+b of the batch), B rows of the batch, D width, R the most positives any
-anchor has, S slots (numbers asked of each anchor at once), P parts of the batch.
-Every search is for the least of some key of a pair, ties to the lowest row number: the farthest positive is the one
-of least −d².  There NaN comes before everything, so that a row with NaN is found and its NaN reaches the loss.
+Shapes: b local rows (rows offset..offset+b of the batch), B rows of the batch, D width, R the most
+positives any anchor has, S slots (numbers asked of each anchor at once), P parts of the batch.
+Every search is for the least of some key of a pair, ties to the lowest row number: the farthest
+positive is the one of least −d².  There NaN comes before everything, so that a row with NaN is
+found and its NaN reaches the loss.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from .tiles import (
 )
 
 SLOTS = 16
-"""Slots that one program serves in its walk over the batch; more of them walk in further programs."""
+"""Slots that one program serves in its walk over the batch; more of them walk in further
+programs."""
 NOBODY = tl.constexpr(2**31 - 1)
 """Row number where nothing was found."""
 INF = tl.constexpr(float("inf"))
 NEAREST_SQUARE = tl.constexpr(NEAREST**2)
 FARTHEST_SQUARE = tl.constexpr(FARTHEST**2)
 FAR = tl.constexpr(2.0**40)
-"""A negative beyond FARTHEST has the key FAR·v: above the keys of all within (log q < 1, log E < 3, while
-v ≥ 2^-32), and in the order of the noise alone, to which the power of two does nothing."""
+"""A negative beyond FARTHEST has the key FAR·v: above the keys of all within (log q < 1, log E < 3,
+while v ≥ 2^-32), and in the order of the noise alone, to which the power of two does nothing."""
 
 
 def _inverse_lengths(rows: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ def _inverse_lengths(rows: Tensor) -> Tensor:
 
 
 def _least_of_parts(key_PX: Tensor, chosen_PX: Tensor) -> Tensor:
-    """Row number with the least key over the parts, int64, NOBODY turned into -1; the first part wins ties."""
+    """Row number with the least key over the parts, int64, NOBODY turned into -1; the first part
+    wins ties."""
     part_X = key_PX.argmin(0, keepdim=True)
     chosen_X = chosen_PX.gather(0, part_X).squeeze(0).to(torch.int64)
     return chosen_X.masked_fill(chosen_X == NOBODY.value, -1)
@@ -62,23 +65,27 @@ def _keyed(value, wanted):
 
 @triton.jit
 def _least(key, wanted, columns):
-    """Least key of each row of a tile and the lowest row number that has it, of the wanted pairs."""
+    """Least key of each row of a tile and the lowest row number that has it, of the wanted
+    pairs."""
     least = tl.min(key, 1)
     return least, tl.min(tl.where(wanted & (key == least[:, None]), columns[None, :], NOBODY), 1)
 
 
 @triton.jit
 def _least_of_columns(key, wanted, rows):
-    """Least key of each column of a tile and the lowest row number that has it, of the wanted pairs."""
+    """Least key of each column of a tile and the lowest row number that has it, of the wanted
+    pairs."""
     least = tl.min(key, 0)
     return least, tl.min(tl.where(wanted & (key == least[None, :]), rows[:, None], NOBODY), 0)
 
 
 @triton.jit
 def _offer(best, anchors, key, chosen):
-    """best[anchors] = the lesser of itself and (key, chosen) in 64 bits, key first; nothing where NOBODY was chosen.
+    """best[anchors] = the lesser of itself and (key, chosen) in 64 bits, key first; nothing where
+    NOBODY was chosen.
 
-    The one thing programs do to each other's results: a minimum, which is the same in whatever order it is taken.
+    The one thing programs do to each other's results: a minimum, which is the same in whatever
+    order it is taken.
     """
     bits = (key + 0.0).to(tl.int32, bitcast=True)  # + 0.0: −0 and 0 are a tie
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
@@ -92,10 +99,11 @@ def _hardest(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
-    """Each anchor's farthest row of its class (the first b of best) and nearest of another (the other b).
+    """Each anchor's farthest row of its class (the first b of best) and nearest of another (the
+    other b).
 
-    SYMMETRIC: the local rows are the batch. Then only tiles on the diagonal and to the right of it are made, and
-    their columns are anchors too.
+    SYMMETRIC: the local rows are the batch. Then only tiles on the diagonal and to the right of it
+    are made, and their columns are anchors too.
     """
     rows, rows_exist = local_rows(b, BLOCK_M)
     positive_key = tl.full((BLOCK_M,), INF, tl.float32)
@@ -116,7 +124,8 @@ def _hardest(
         )
         keys = _keyed(-squared, same)
         key, at = _least(keys, same, columns)
-        # Rows are walked upwards: an equal key later on has a higher number. One that is found beats none.
+        # Rows are walked upwards: an equal key later on has a higher number. One that is found
+        # beats none.
         better = (key < positive_key) | (positive == NOBODY)
         positive_key, positive = tl.where(better, key, positive_key), tl.where(better, at, positive)
         if SYMMETRIC:
@@ -136,12 +145,14 @@ def _hardest(
 def hardest_pairs(
     z_bD: Tensor, z_BD: Tensor, labels_b: Tensor, labels_B: Tensor, *, offset: int
 ) -> tuple[Tensor, Tensor]:
-    """The farthest row of each anchor's class and the nearest of another, int64 (b,); -1 where there is none."""
+    """The farthest row of each anchor's class and the nearest of another, int64 (b,); -1 where
+    there is none."""
     z_bD, z_BD = centred(z_bD, z_BD)
     (b, D), B = z_bD.shape, z_BD.shape[0]
     symmetric = b == B
     size = config("hardest" if symmetric else "rank", architecture(z_BD.device), D, z_BD.dtype)
-    # Half of a symmetric grid has nothing to do and the rest walks are of all lengths: more and shorter ones even out.
+    # Half of a symmetric grid has nothing to do and the rest walks are of all lengths: more and
+    # shorter ones even out.
     parts, tiles_per_split = splits(b, B, size, finer=8 if symmetric else 1)
     best = torch.full((2, b), torch.iinfo(torch.int64).max, dtype=torch.int64, device=z_BD.device)
     launch(_hardest, (triton.cdiv(b, size.block_m), parts), size, z=z_bD, norms=squared_norms(z_bD),
@@ -161,9 +172,9 @@ def _reaches(
 ):  # fmt: skip
     """d² of one positive of each of SIDE anchors; inf where there is none.
 
-    Taken the way `_semihard` takes d² of negatives, in the same product tile: here the i-th anchor's positive is the
-    i-th column, and the diagonal counts. A negative that repeats the positive then has the same bits, and is not
-    beyond it. SIDE is the shorter side of the tile.
+    Taken the way `_semihard` takes d² of negatives, in the same product tile: here the i-th
+    anchor's positive is the i-th column, and the diagonal counts. A negative that repeats the
+    positive then has the same bits, and is not beyond it. SIDE is the shorter side of the tile.
     """
     rows = tl.program_id(0) * SIDE + tl.arange(0, BLOCK_M)
     rows_exist = (tl.arange(0, BLOCK_M) < SIDE) & (rows < b)
@@ -204,12 +215,14 @@ def _semihard(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Each anchor's nearest negative strictly beyond each of its reaches, `slots` in all, SLOTS in this program."""
+    """Each anchor's nearest negative strictly beyond each of its reaches, `slots` in all, SLOTS in
+    this program."""
     rows, rows_exist = local_rows(b, BLOCK_M)
     slot = tl.program_id(2) * SLOTS + tl.arange(0, SLOTS)
     positions = rows.to(tl.int64)[:, None] * slots + slot[None, :]
     exist = rows_exist[:, None] & (slot < slots)[None, :]
-    # Positives come first and padding last, so a block of anchors with few positives is done after few slots.
+    # Positives come first and padding last, so a block of anchors with few positives is done after
+    # few slots.
     wanted = tl.load(reaches + positions, mask=exist, other=INF) < INF
     last_slot = tl.max(tl.where(wanted, slot[None, :] + 1, 0))
     row_norm = tl.load(norms + rows, mask=rows_exist, other=0.0)
@@ -227,7 +240,8 @@ def _semihard(
         )
         squared = scale - 2 * product
         _, differ = same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, 0)
-        # Not tiles.squared_distances: that would take near-duplicates of the same class again too, often, in vain.
+        # Not tiles.squared_distances: that would take near-duplicates of the same class again too,
+        # often, in vain.
         close = differ & (squared < scale * CLOSE)
         if tl.max(close.to(tl.int32)) > 0:
             exact = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -254,9 +268,11 @@ def _semihard(
 def semihard_negatives(
     z_bD: Tensor, z_BD: Tensor, labels_b: Tensor, labels_B: Tensor, positive_bR: Tensor
 ) -> Tensor:
-    """For each positive the nearest negative strictly farther than it; without one, the nearest negative.
+    """For each positive the nearest negative strictly farther than it; without one, the nearest
+    negative.
 
-    positive_bR: row numbers, each anchor's padded at the end with -1, where the result int64 (b, R) is -1 too.
+    positive_bR: row numbers, each anchor's padded at the end with -1, where the result int64 (b, R)
+        is -1 too.
     """
     R = positive_bR.shape[1]
     if R == 0:
@@ -294,10 +310,12 @@ def _sampled(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """For each positive the negative of largest log weight + Gumbel noise: log 1/q − log E, so of least log q + log E.
+    """For each positive the negative of largest log weight + Gumbel noise: log 1/q − log E, so of
+    least log q + log E.
 
-    log q = (D − 2) log d + (D − 3)/2 · log(1 − d²/4), d clamped; E: exponential noise of (anchor, positive, negative).
-    d is the distance of the unit rows in D = dimensions; inverses: 1/‖row‖, 0 for a row of zeros, which stays zero.
+    log q = (D − 2) log d + (D − 3)/2 · log(1 − d²/4), d clamped; E: exponential noise of (anchor,
+    positive, negative). d is the distance of the unit rows in D = dimensions; inverses: 1/‖row‖, 0
+    for a row of zeros, which stays zero.
     """
     rows, rows_exist = local_rows(b, BLOCK_M)
     slot = tl.program_id(2) * SLOTS + tl.arange(0, SLOTS)
@@ -353,10 +371,11 @@ def sampled_negatives(
     offset: int,
     seed: int,
 ) -> Tensor:
-    """One negative for each positive, drawn as in `reference.mining.distance_weighted_negatives`; int64 (b, R).
+    """One negative for each positive, drawn as in `reference.mining.distance_weighted_negatives`;
+    int64 (b, R).
 
-    z: rows of any length; distances are those of the unit rows.  positive_bR: each anchor's padded at the end with -1,
-    where the result is -1 too.  seed: its low 64 bits count.
+    z: rows of any length; distances are those of the unit rows.  positive_bR: each anchor's padded
+    at the end with -1, where the result is -1 too.  seed: its low 64 bits count.
     """
     dimensions, R = z_BD.shape[1], positive_bR.shape[1]
     if R == 0:

@@ -1,6 +1,7 @@
 """Multi-cluster ranking on a GPU: adaptive distances, their loss, and its gradients for z and s.
 
-Shapes: b local rows, B rows of the batch, N candidates, D width, M clusters. Formulas: docs/algorithm.md.
+Shapes: b local rows, B rows of the batch, N candidates, D width, M clusters. Formulas:
+docs/algorithm.md.
 
     D²_ij = Σ_k s_ik z_ik² − 2 (s_i∘z_i)·z_j + s_i·(z_j∘z_j)        one product of inner width 2D
     W_ij  = (dloss/dD) / D_ij
@@ -70,7 +71,8 @@ def _adaptive_distances(
         z, s, anchors, anchors_exist, y, others, others_exist, width,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
     )  # fmt: skip
-    # Where D² is small beside the anchor's own term, the candidate's term is as large: the scale is twice it.
+    # Where D² is small beside the anchor's own term, the candidate's term is as large: the scale is
+    # twice it.
     limit = tl.where(constant > 0, constant * (2 * CLOSE), float("-inf"))
     squared = mend(
         constant + product, limit, z, s, anchors, anchors_exist, y, others, width, BLOCK_K=16
@@ -87,7 +89,8 @@ def _sign(x):
 
 @triton.jit
 def _rank(distance, far, step, sharpness, CLUSTERS: tl.constexpr):
-    """Σ_m p_m r_m and its derivative by the distance; r_m = |D − η_m|, p = softmax(−κ r), κ = sharpness.
+    """Σ_m p_m r_m and its derivative by the distance; r_m = |D − η_m|, p = softmax(−κ r), κ =
+    sharpness.
 
     η_m = far − m·step. A centre exactly at the distance has derivative 0.
     """
@@ -163,7 +166,8 @@ def _anchors(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, CLUSTERS: tl.constexpr, NEAREST: tl.constexpr,
     CHUNKED: tl.constexpr,
 ):  # fmt: skip
-    """Local rows as anchors: Σ_j W_ij and their losses (totals), Σ_j W_ij z_j and Σ_j W_ij z_j² (sums)."""
+    """Local rows as anchors: Σ_j W_ij and their losses (totals), Σ_j W_ij z_j and Σ_j W_ij z_j²
+    (sums)."""
     rows, rows_exist = local_rows(b, BLOCK_M)
     row_far = tl.load(far + rows, mask=rows_exist, other=0.0)[:, None]
     row_step = tl.load(step + rows, mask=rows_exist, other=0.0)[:, None]
@@ -269,7 +273,8 @@ def ranking(
     sharpness: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Each local anchor's Σ_{j≠i} Σ_m p r, float32 (b,), and the batch's gradients for the local z and s, (b, D).
+    """Each local anchor's Σ_{j≠i} Σ_m p r, float32 (b,), and the batch's gradients for the local z
+    and s, (b, D).
 
     Centres of anchor i: η_m = far_i − m·step_i, m = 0..clusters − 1.
     z_ND: the B anchors first; what follows is constant.
@@ -317,7 +322,8 @@ def ranking(
             sums_CX = product(weights[..., :candidates].mT, torch.cat(pulled_by(some), 1))
             add_as_candidates(slice(window.start, window.start + candidates), *sums_CX.chunk(2, 1))
 
-    # Where local rows are all there are, a chunk's weights serve its columns too, and no second walk is needed.
+    # Where local rows are all there are, a chunk's weights serve its columns too, and no second
+    # walk is needed.
     once = b == B and is_chunked(z_bD, 2)
     for some, (pulled_RD, pulled_square_RD), (total_R, loss_R) in owner_sums(
         _anchors, rows=anchors, columns={"all_z": z_ND}, fixed=fixed,

@@ -1,13 +1,17 @@
 """Multi-similarity loss on a GPU: its mining and log-sums, and its gradient.
 
-Shapes: b local rows, B rows of the batch, D width. S_ij = x_i·x_j; λ is `base`, ε is `epsilon`; alpha, beta > 0.
+Shapes: b local rows, B rows of the batch, D width. S_ij = x_i·x_j; λ is `base`, ε is `epsilon`;
+alpha, beta > 0.
 
-    mined by anchor i   positives j with S_ij − ε < nearest_i,   nearest_i  = max over its negatives of S_in
-                        negatives j with S_ij + ε > farthest_i,  farthest_i = min over its positives of S_ip
+    mined by anchor i, with n its negatives and p its positives:
+           positives j with S_ij − ε < nearest_i,   nearest_i  = max_n S_in
+           negatives j with S_ij + ε > farthest_i,  farthest_i = min_p S_ip
     e_ij = −α (S_ij − λ) of a positive pair, β (S_ij − λ) of a negative one
-    L_i  = attract_i / α + repel_i / β,   attract_i, repel_i = log(1 + Σ exp e_ij) over the mined of each kind
+    L_i  = attract_i / α + repel_i / β,
+           attract_i, repel_i = log(1 + Σ exp e_ij) over the mined of each kind
     dL_i/dS_ij = ∓ exp(e_ij − attract_i or repel_i),   − for a positive pair
-S is symmetric and the mining is not: W_ij = dL_i/dS_ij + dL_j/dS_ij, and the gradient of row i is Σ_j W_ij x_j.
+S is symmetric and the mining is not: W_ij = dL_i/dS_ij + dL_j/dS_ij, and the gradient of row i is
+Σ_j W_ij x_j.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ from .tiles import (
 
 @triton.jit
 def _mined(similarity, positive, negative, farthest, nearest, epsilon):
-    """Which pairs count for the anchors with these extremes. Written so that NaN counts: it must reach the loss."""
+    """Which pairs count for the anchors with these extremes. Written so that NaN counts: it must
+    reach the loss."""
     return (positive & ~(similarity - epsilon >= nearest)) | (
         negative & ~(similarity + epsilon <= farthest)
     )
@@ -54,7 +59,8 @@ def _extremes(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """farthest_i and nearest_i over one split of the batch; +inf and −inf where there is no such pair."""
+    """farthest_i and nearest_i over one split of the batch; +inf and −inf where there is no such
+    pair."""
     rows, rows_exist = local_rows(b, BLOCK_M)
     farthest = tl.full((BLOCK_M,), float("inf"), tl.float32)
     nearest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -124,7 +130,8 @@ def similarity_statistics(
 ) -> Tensor:
     """farthest, nearest, attract and repel of each local anchor, float32 (b, 4).
 
-    farthest is +inf without a positive, nearest −inf without a negative; attract and repel are then 0.
+    farthest is +inf without a positive, nearest −inf without a negative; attract and repel are then
+    0.
     """
     x_bD, x_BD = aligned(x_bD), aligned(x_BD)
     (b, D), B = x_bD.shape, x_BD.shape[0]
@@ -137,9 +144,9 @@ def similarity_statistics(
     extremes = torch.empty(2, parts, b, dtype=torch.float32, device=x_BD.device)
     launch(_extremes, grid, size, **pairs, extremes=extremes)
     farthest_b, nearest_b = extremes[0].amin(0), extremes[1].amax(0)
-    # If any pair is mined, the farthest positive and the nearest negative are: theirs are the largest exponents.
-    # The 1 of log(1 + Σ) is an exponent 0. Should S differ in its last bit in the second kernel, an exponent passes
-    # the largest by next to nothing.
+    # If any pair is mined, the farthest positive and the nearest negative are: theirs are the
+    # largest exponents. The 1 of log(1 + Σ) is an exponent 0. Should S differ in its last bit in
+    # the second kernel, an exponent passes the largest by next to nothing.
     largest_2b = torch.stack([-alpha * (farthest_b - base), beta * (nearest_b - base)]).clamp_min(0)
     sums = torch.empty_like(extremes)
     launch(_exponential_sums, grid, size, **pairs, extremes=torch.stack([farthest_b, nearest_b]), largest=largest_2b,
@@ -156,9 +163,9 @@ def similarity_statistics(
 def _load_statistics(statistics, rows, rows_exist):
     """farthest, nearest, attract, repel of these rows.
 
-    A log of 0 means that nothing was mined. A pair exactly at its threshold may be mined here all the same, where S
-    is rounded differently; +inf gives it the weight 0. Beside other mined pairs its exponent is the smallest, so that
-    no weight passes 1.
+    A log of 0 means that nothing was mined. A pair exactly at its threshold may be mined here all
+    the same, where S is rounded differently; +inf gives it the weight 0. Beside other mined pairs
+    its exponent is the smallest, so that no weight passes 1.
     """
     at = statistics + rows.to(tl.int64) * 4
     farthest = tl.load(at, mask=rows_exist, other=0.0)
@@ -232,7 +239,8 @@ def similarity_gradient(
     base: float,
     epsilon: float,
 ) -> Tensor:
-    """Gradient of the batch's Σ_i L_i with respect to the local rows, float32 (b, D), given everybody's statistics."""
+    """Gradient of the batch's Σ_i L_i with respect to the local rows, float32 (b, D), given
+    everybody's statistics."""
     grad_bD = torch.empty_like(x_bD, dtype=torch.float32)
     D = x_BD.shape[1]
     x_bD, x_BD = aligned(x_bD), aligned(x_BD)

@@ -1,6 +1,7 @@
 """Distances of listed pairs and their gradient on a GPU, from the differences of rows and so exact.
 
-Shapes: b local rows, B rows of the batch, D width, S pairs each row has as anchor, r rows whose gradient is asked.
+Shapes: b local rows, B rows of the batch, D width, S pairs each row has as anchor, r rows whose
+gradient is asked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ SEGMENT = Config(block_m=1, block_n=16, block_k=128, warps=4, stages=1)
 def _pair_distances(
     z, all_z, index, distances, pairs, slots, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """‖z_i − z_j‖ of the pairs (i, j = index[i, s]), i being pair // slots; 0 where the index is -1."""
+    """‖z_i − z_j‖ of the pairs (i, j = index[i, s]), i being pair // slots; 0 where the index is
+    -1."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     listed = pair < pairs
     other = tl.load(index + pair, mask=listed, other=-1)
@@ -71,9 +73,11 @@ def _pair_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Σ coefficient·(z_i − z_other) over all pairs of a row i: those it is the anchor of, then those it is chosen in.
+    """Σ coefficient·(z_i − z_other) over all pairs of a row i: those it is the anchor of, then
+    those it is chosen in.
 
-    order: numbers of all pairs, sorted by the chosen row; bounds: where the pairs of a row begin and end in it.
+    order: numbers of all pairs, sorted by the chosen row; bounds: where the pairs of a row begin
+        and end in it.
     """
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -96,10 +100,12 @@ def _pair_sums(
 def pair_gradient(
     z_BD: Tensor, index_BS: Tensor, weight_BS: Tensor, *, first: int, rows: int
 ) -> Tensor:
-    """Rows first..first+rows of the gradient of Σ_is weight_is ‖z_i − z_index_is‖, float32 (rows, D).
+    """Rows first..first+rows of the gradient of Σ_is weight_is ‖z_i − z_index_is‖, float32 (rows,
+    D).
 
-    weight_BS: d loss / d distance.  Pairs at distance 0 and those with index -1 give nothing.  One program owns a row
-    and adds up its pairs in a fixed order; a row chosen by everybody takes that program B·S / 16 steps.
+    weight_BS: d loss / d distance.  Pairs at distance 0 and those with index -1 give nothing.  One
+    program owns a row and adds up its pairs in a fixed order; a row chosen by everybody takes that
+    program B·S / 16 steps.
     """
     given, S = z_BD.shape[1], index_BS.shape[1]
     z_BD, index_BS = aligned(z_BD), index_BS.contiguous()

@@ -4,9 +4,11 @@ Shapes: b local rows, C classes with a proxy each, D width. S_xp = x·p; δ is `
 
     e_xp    = −α (S_xp − δ) for rows of the proxy's own class, α (S_xp + δ) for the others
     own_p   = log Σ exp e_xp over the rows of class p,   other_p over all other rows
-    weight  = dloss/dS_xp = −α own_weight_p exp(e_xp − own_log_p),   α other_weight exp(e_xp − other_log_p)
+    weight  = dloss/dS_xp
+            = −α own_weight_p exp(e_xp − own_log_p),   α other_weight exp(e_xp − other_log_p)
     grad x  = Σ_p weight_xp p,   grad p = Σ_x weight_xp x
-where own_log, other_log are log(1 + Σ exp e) over the whole batch. Row x has the class labels[x], proxy p the class p.
+where own_log, other_log are log(1 + Σ exp e) over the whole batch. Row x has the class labels[x],
+proxy p the class p.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def _exponents(similarity, own, alpha, margin):
 
 @triton.jit
 def _shift(largest):
-    """What to take off exponents: the largest so far, 0 as long as there is none (−inf less −inf is NaN)."""
+    """What to take off exponents: the largest so far, 0 as long as there is none (−inf less −inf is
+    NaN)."""
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
@@ -103,7 +106,8 @@ def proxy_sums(
 
 @triton.jit
 def _weights(similarity, own, exist, own_weight, own_log, other_weight, other_log, alpha, margin):
-    """weight_xp · WEIGHT_SCALE / α; what belongs to a proxy comes shaped to broadcast over the tile."""
+    """weight_xp · WEIGHT_SCALE / α; what belongs to a proxy comes shaped to broadcast over the
+    tile."""
     share = tl.exp(_exponents(similarity, own, alpha, margin) - tl.where(own, own_log, other_log))
     weight = tl.where(own, -own_weight, other_weight) * share * WEIGHT_SCALE
     return tl.where(exist, weight, 0.0)
@@ -198,8 +202,8 @@ def proxy_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Σ_p own_weight_p log(1 + Σ own) + other_weight Σ_p log(1 + Σ other), float32.
 
-    own_log, other_log: those logarithms over the whole batch. other_weight: one number in a 0-dim tensor.
-    Returns the local rows' gradient (b, D) and their share of the proxies' gradient (C, D).
+    own_log, other_log: those logarithms over the whole batch. other_weight: one number in a 0-dim
+    tensor. Returns the local rows' gradient (b, D) and their share of the proxies' gradient (C, D).
     """
     D = x_bD.shape[1]
     grad_x_bD, grad_proxies_CD = (
@@ -207,7 +211,8 @@ def proxy_gradient(
     )
     x_bD, proxies_CD = _alike(x_bD, proxies_CD)
     labels_b = labels_b.contiguous()
-    # In units of the largest, so that the weights of pairs lie within ±1 whatever the loss is scaled by.
+    # In units of the largest, so that the weights of pairs lie within ±1 whatever the loss is
+    # scaled by.
     unit = torch.maximum(own_weight_C.abs().amax(), other_weight.abs()).float()
     per_unit = torch.where(unit == 0, 0.0, 1 / unit)
     # A chunk of proxies or of rows does not begin at class 0: each proxy says whose it is.
@@ -233,6 +238,7 @@ def proxy_gradient(
 
 
 def _alike(x_bD: Tensor, proxies_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both aligned and of one type, the wider one: embeddings may be half, learnt proxies are float32."""
+    """Both aligned and of one type, the wider one: embeddings may be half, learnt proxies are
+    float32."""
     dtype = torch.promote_types(x_bD.dtype, proxies_CD.dtype)
     return aligned(x_bD.to(dtype)), aligned(proxies_CD.to(dtype))

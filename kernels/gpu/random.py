@@ -1,6 +1,8 @@
-"""The counter-based random numbers of ../random.py in Triton: the same bits for the same seed and counters.
+"""The counter-based random numbers of ../random.py in Triton: the same bits for the same seed and
+counters.
 
-A hash is built up counter by counter (`absorb`), so a tile of pairs shares what its rows have in common.
+A hash is built up counter by counter (`absorb`), so a tile of pairs shares what its rows have in
+common.
 """
 
 import triton
@@ -13,14 +15,16 @@ LARGEST = tl.constexpr(1.0 - 2.0**-24)
 
 
 def seed_words(seed: int) -> tuple[int, int]:
-    """Low and high word of a seed, as signed 32-bit integers: in this form Triton gives every seed one type."""
+    """Low and high word of a seed, as signed 32-bit integers: in this form Triton gives every seed
+    one type."""
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
 @triton.jit
 def absorb(state, counter):
-    """The hash `state`, uint32, with one more counter in it; of the counter the low 32 bits count."""
+    """The hash `state`, uint32, with one more counter in it; of the counter the low 32 bits
+    count."""
     x = (state ^ counter.to(tl.uint32)) + STEP
     x = (x ^ (x >> 16)) * FIRST
     x = (x ^ (x >> 15)) * SECOND
@@ -44,5 +48,6 @@ def uniform(state):
 def exponential(v):
     """-log(1 - v), accurate for small v too; its negative logarithm is Gumbel noise."""
     rest = 1.0 - v
-    # log(rest) / (rest - 1) is smooth at 1, so that the rounding of `rest` cancels in it (W. Kahan's log1p).
+    # log(rest) / (rest - 1) is smooth at 1, so that the rounding of `rest` cancels in it (W.
+    # Kahan's log1p).
     return tl.where(rest == 1.0, v, tl.log(rest) * v / (rest - 1.0))

@@ -1,17 +1,21 @@
-"""What every kernel does alike with a tile of pairs: which rows, which products, how far apart, who is alike.
+"""What every kernel does alike with a tile of pairs: which rows, which products, how far apart, who
+is alike.
 
-A tile is BLOCK_M local rows (down) by BLOCK_N rows of the batch (across); width D is walked in steps of BLOCK_K.
-Rows lie one after another, D elements each. Row numbers are int32, offsets into memory int64.
-Products run in the type OPERAND (float32, bfloat16, float16) and add up in float32; PRECISION is what tl.dot does
-with float32 operands ("tf32x3": three matrix products of rounded parts, as exact as float32 in practice).
+A tile is BLOCK_M local rows (down) by BLOCK_N rows of the batch (across); width D is walked in
+steps of BLOCK_K. Rows lie one after another, D elements each. Row numbers are int32, offsets into
+memory int64.
+Products run in the type OPERAND (float32, bfloat16, float16) and add up in float32; PRECISION is
+what tl.dot does with float32 operands ("tf32x3": three matrix products of rounded parts, as exact
+as float32 in practice).
 """
 
 import triton
 import triton.language as tl
 
 CLOSE = tl.constexpr(2.0**-8)
-"""A squared distance below this share of the pair's own squared norms has cancelled too far: it is taken again
-from the differences. At this share the rounding of the product form is some 1e-5 of the squared distance."""
+"""A squared distance below this share of the pair's own squared norms has cancelled too far: it is
+taken again from the differences. At this share the rounding of the product form is some 1e-5 of the
+squared distance."""
 
 NO_ROW = tl.constexpr(2**31 - 1)
 """A row number beyond all."""
@@ -26,7 +30,8 @@ def local_rows(b, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def split_tiles(B, BLOCK_N: tl.constexpr, tiles_per_split):
-    """First and last + 1 tile of the batch that this program walks: tl.program_id(1) is its split."""
+    """First and last + 1 tile of the batch that this program walks: tl.program_id(1) is its
+    split."""
     first = tl.program_id(1) * tiles_per_split
     return first, tl.minimum(first + tiles_per_split, tl.cdiv(B, BLOCK_N))
 
@@ -69,11 +74,13 @@ def inner_products(
 
 @triton.jit
 def mend(squared, limit, x, weights, rows, rows_exist, y, columns, width, BLOCK_K: tl.constexpr):
-    """`squared`, its entries below `limit` taken again as Σ_k weights_ik (x_ik − y_jk)²; weights: like x, None for 1.
+    """`squared`, its entries below `limit` taken again as Σ_k weights_ik (x_ik − y_jk)²; weights:
+    like x, None for 1.
 
-    Never negative. Such pairs are few: each turn mends one in every row, so that no second tile of pairs is alive
-    beside `squared`; many of them cost time alone. A row and itself need no mask: they come out exactly 0. The limit
-    must not let a column pass that does not exist: one squared norm alone is never below a share of itself.
+    Never negative. Such pairs are few: each turn mends one in every row, so that no second tile of
+    pairs is alive beside `squared`; many of them cost time alone. A row and itself need no mask:
+    they come out exactly 0. The limit must not let a column pass that does not exist: one squared
+    norm alone is never below a share of itself.
     """
     column = columns[None, :]
     squared = tl.where(squared < limit, -1.0, tl.where(squared < 0, 0.0, squared))
@@ -101,7 +108,8 @@ def squared_distances(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """‖x_i − y_j‖², (BLOCK_M, BLOCK_N) in float32: never negative, 0 for a row and itself (column = row + offset)."""
+    """‖x_i − y_j‖², (BLOCK_M, BLOCK_N) in float32: never negative, 0 for a row and itself (column =
+    row + offset)."""
     product = inner_products(
         x, rows, rows_exist, y, columns, columns_exist, width,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, OPERAND=OPERAND, PRECISION=PRECISION,
@@ -118,7 +126,8 @@ def squared_distances(
 
 @triton.jit
 def same_class(labels, rows, rows_exist, all_labels, columns, columns_exist, offset):
-    """Two masks (BLOCK_M, BLOCK_N): pairs of one class, a row and itself excluded; pairs of two classes."""
+    """Two masks (BLOCK_M, BLOCK_N): pairs of one class, a row and itself excluded; pairs of two
+    classes."""
     row_label = tl.load(labels + rows, mask=rows_exist, other=0)
     column_label = tl.load(all_labels + columns, mask=columns_exist, other=0)
     exist = rows_exist[:, None] & columns_exist[None, :]
@@ -134,7 +143,8 @@ def pull(
 ):  # fmt: skip
     """pulled + W y, and Σ_j W: the two sums from which a row's gradient is made.
 
-    The total is taken of the rounded weights: in `row · total − pulled` two large terms must meet the same rounding.
+    The total is taken of the rounded weights: in `row · total − pulled` two large terms must meet
+    the same rounding.
     """
     weight = weight.to(OPERAND)
     y_tile = load_rows(y, columns, columns_exist, tl.arange(0, BLOCK_D), width).to(OPERAND)
@@ -180,4 +190,5 @@ def store_sums(out, which: tl.constexpr, value, rows, rows_exist, b, width, BLOC
 
 
 WEIGHT_SCALE = tl.constexpr(2.0**12)
-"""Pair weights of at most about 1 are kept times this, so that float16 holds the small ones of a large batch too."""
+"""Pair weights of at most about 1 are kept times this, so that float16 holds the small ones of a
+large batch too."""

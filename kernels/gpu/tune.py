@@ -1,10 +1,12 @@
-"""Measures tile sizes on the GPU at hand and prints better rows for configs.py: `python -m namr_dist.kernels.gpu.tune`.
+"""Measures tile sizes on the GPU at hand and prints better rows for configs.py: `python -m
+namr_dist.kernels.gpu.tune`.
 
-For each kind, type and width of the table its cases of kernels/aot.py are run with the table's tiles and with each
-candidate. Candidates are compiled beforehand, in processes of their own, through Triton's run time, so that this
-process finds them in Triton's cache on disk; compiling would otherwise take an hour. A candidate counts if it gives
-the table's results. All are timed a few times; the fastest FINALISTS and the table's row then in `--rounds` rounds,
-interleaved, so that clocks drift alike for all. The printed row is the fastest that aot.py finds within the chip's
+For each kind, type and width of the table its cases of kernels/aot.py are run with the table's
+tiles and with each candidate. Candidates are compiled beforehand, in processes of their own,
+through Triton's run time, so that this process finds them in Triton's cache on disk; compiling
+would otherwise take an hour. A candidate counts if it gives the table's results. All are timed a
+few times; the fastest FINALISTS and the table's row then in `--rounds` rounds, interleaved, so that
+clocks drift alike for all. The printed row is the fastest that aot.py finds within the chip's
 limits, spills included. Every candidate with its times, or why it has none, goes to `--csv`.
 """
 
@@ -45,7 +47,8 @@ FIRST_ROUNDS, FINALISTS = 3, 6
 
 
 class MetaInputs(aot.Inputs):
-    """The inputs of kernels/aot.py with enough rows that a kernel takes longer than the host needs to launch it."""
+    """The inputs of kernels/aot.py with enough rows that a kernel takes longer than the host needs
+    to launch it."""
 
     @property
     def B(self) -> int:
@@ -65,7 +68,8 @@ class MetaInputs(aot.Inputs):
 
 @dataclass(frozen=True)
 class RealInputs(MetaInputs):
-    """The same with numbers in them, on the GPU: rows of length 1 in classes of four; each tensor is made once."""
+    """The same with numbers in them, on the GPU: rows of length 1 in classes of four; each tensor
+    is made once."""
 
     made: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
@@ -153,7 +157,8 @@ def row_text(row: Row) -> str:
 
 @contextmanager
 def trial(row: Row) -> Iterator[None]:
-    """Within, `row` stands in the table for its kind, architecture, bits and width, before all others."""
+    """Within, `row` stands in the table for its kind, architecture, bits and width, before all
+    others."""
     kept = configs.TABLE
     same = [other for other in kept if other[:3] == row[:3] and other.width <= row.width]
     configs.TABLE = (row, *(other for other in kept if other not in same))
@@ -173,7 +178,8 @@ def fits(row: Row, case: str, dtype: str) -> bool:
 
 
 class _Chip:
-    """Stands in for Triton's driver of a GPU that this process leaves alone: kernels are compiled, never loaded."""
+    """Stands in for Triton's driver of a GPU that this process leaves alone: kernels are compiled,
+    never loaded."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -194,9 +200,11 @@ def stand_in(arch: int) -> None:
 
 
 def compile_ahead(row: Row, dtype: str) -> str:
-    """Fill Triton's cache with what the kind's cases launch with this row; why it cannot run, or "".
+    """Fill Triton's cache with what the kind's cases launch with this row; why it cannot run, or
+    "".
 
-    The process must be one that stands in for a GPU. The signature of a kernel is that of the timed run: same sizes.
+    The process must be one that stands in for a GPU. The signature of a kernel is that of the timed
+    run: same sizes.
     """
     for case in KINDS[row.kind]:
         with trial(row), aot.recording(row.arch) as seen:
@@ -228,7 +236,8 @@ def run(case: str, inputs: aot.Inputs, watch: Stopwatch) -> tuple[float, list[Te
 
 
 def agree(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    """Whether results are the table's: floats to a share of their norm, row numbers but for one in a hundred."""
+    """Whether results are the table's: floats to a share of their norm, row numbers but for one in
+    a hundred."""
     for one, other in zip(results, wanted, strict=True):
         if not one.is_floating_point():
             if (one != other).double().mean() > 0.01:
@@ -239,7 +248,8 @@ def agree(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
 
 
 def measure(tried: Sequence[Candidate], task: Task, watch: Stopwatch, rounds: int) -> None:
-    """Add the times of so many rounds to every candidate without a fault; one that breaks or errs gets its fault."""
+    """Add the times of so many rounds to every candidate without a fault; one that breaks or errs
+    gets its fault."""
     inputs = RealInputs(task.width, aot.DTYPES[task.dtype])
     for case in KINDS[task.kind]:
         _, wanted = run(case, inputs, watch)
@@ -262,7 +272,8 @@ def measure(tried: Sequence[Candidate], task: Task, watch: Stopwatch, rounds: in
 def search(
     task: Task, compiled: Sequence[Future[str]], pool: Executor, rounds: int
 ) -> tuple[Row, list[Candidate]]:
-    """The fastest row that is within the limits, and all that were tried; the table's own takes part."""
+    """The fastest row that is within the limits, and all that were tried; the table's own takes
+    part."""
     watch = Stopwatch(torch.device("cuda"))
     tried = [
         Candidate(row, future.result()) for row, future in zip(task.rows, compiled, strict=True)

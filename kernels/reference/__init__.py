@@ -1,6 +1,7 @@
 """What every op of this package computes, in plain PyTorch.
 
-`losses.py` defines the ops, each under its public name, by the distances of `pairs.py` and the choices of `mining.py`.
+`losses.py` defines the ops, each under its public name, by the distances of `pairs.py` and the
+choices of `mining.py`.
 """
 
 from .losses import (

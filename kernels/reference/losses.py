@@ -1,11 +1,14 @@
-"""The definition of every op of this package, in plain PyTorch.  Faster forms must agree with this one.
+"""The definition of every op of this package, in plain PyTorch.  Faster forms must agree with this
+one.
 
-Shapes: B rows of the global batch, N candidates, D embedding width, M clusters, C classes (one proxy each), R the
-most positives any anchor has.
-Memory rows: Q rows of earlier batches that a loss may be given besides (Wang et al. 2020).  The N = B + Q candidates
-are the rows of the batch and, behind them, these, which are constants and never anchors.
-Dtypes: any floating dtype; half types are computed and returned in float32; float64 is the yardstick.
-Gradients: autograd, first order.  At distance 0 and at the other kinks the subgradient taken is 0.
+Shapes: B rows of the global batch, N candidates, D embedding width, M clusters, C classes (one
+proxy each), R the most positives any anchor has.
+Memory rows: Q rows of earlier batches that a loss may be given besides (Wang et al. 2020).  The N =
+B + Q candidates are the rows of the batch and, behind them, these, which are constants and never
+anchors.
+Dtypes: any floating dtype; half types are computed and returned in float32; float64 is the
+yardstick. Gradients: autograd, first order.  At distance 0 and at the other kinks the subgradient
+taken is 0.
 Memory: O(B·N) forward and backward ((B, C) for proxies); never a (B, N, D) tensor.
 Batches without any term (one class only, no positives) give 0 with a gradient of zeros.
 Formulas: docs/algorithm.md.
@@ -41,8 +44,8 @@ from .pairs import (
 def mean_pairwise_distance(z_BD: Tensor) -> Tensor:
     """mean over i != j of ‖z_i - z_j‖: a scalar; training divides z by it.
 
-    Differentiable.  It is 0 when all rows are equal, so a caller that divides must guard against that.
-    Raises ValueError unless z is a floating (B, D) with B >= 2.
+    Differentiable.  It is 0 when all rows are equal, so a caller that divides must guard against
+    that. Raises ValueError unless z is a floating (B, D) with B >= 2.
     """
     check_rows("z", z_BD)
     B = z_BD.shape[0]
@@ -50,14 +53,16 @@ def mean_pairwise_distance(z_BD: Tensor) -> Tensor:
 
 
 def _with_memory(rows_B: Tensor, memory_Q: Tensor | None) -> Tensor:
-    """The candidates (N, …): the batch's rows or labels and, behind them, the memory's as constants."""
+    """The candidates (N, …): the batch's rows or labels and, behind them, the memory's as
+    constants."""
     return rows_B if memory_Q is None else torch.cat([rows_B, memory_Q.detach()])
 
 
 def _cluster_centres(
     z_BD: Tensor, z_ND: Tensor, *, clusters: int, spread: float, floor: float, statistics: str
 ) -> Tensor:
-    """η_m from far (m = 1) to near (m = M): (M, 1, 1) per batch or (M, B, 1) per anchor, without gradient."""
+    """η_m from far (m = 1) to near (m = M): (M, 1, 1) per batch or (M, B, 1) per anchor, without
+    gradient."""
     with torch.no_grad():
         # The zero diagonal takes part in both, as in the published M = 2 formulas.
         d_BN = pairwise_distance(z_BD, z_ND)
@@ -80,16 +85,20 @@ def multi_cluster_ranking(
     statistics: str = "batch",
     memory_QD: Tensor | None = None,
 ) -> Tensor:
-    """L_mcr: pulls every adaptive distance D_ij towards the nearer ones of M ordered centres; no labels.
+    """L_mcr: pulls every adaptive distance D_ij towards the nearer ones of M ordered centres; no
+    labels.
 
-    z_BD: sample embeddings.  s_BD: structure embeddings, positive weights per dimension.  Returns a scalar.
-    clusters M >= 2, spread t, floor φ in [0, 1], sharpness a: docs/algorithm.md, "Multi-cluster ranking".
-    statistics: μ and σ over all B·N distances ("batch") or over each anchor's N distances ("anchor").
+    z_BD: sample embeddings.  s_BD: structure embeddings, positive weights per dimension.  Returns a
+    scalar. clusters M >= 2, spread t, floor φ in [0, 1], sharpness a: docs/algorithm.md,
+    "Multi-cluster ranking".
+    statistics: μ and σ over all B·N distances ("batch") or over each anchor's N distances
+        ("anchor").
     memory_QD: memory rows; the mean is then over the B·(N - 1) pairs of an anchor and another row.
-    The centres carry no gradient, the soft assignment p does.  M = 2 follows the NASA authors' published
-    formulas; M > 2 is this project's reading of NAMR's abstract.
+    The centres carry no gradient, the soft assignment p does.  M = 2 follows the NASA authors'
+    published formulas; M > 2 is this project's reading of NAMR's abstract.
     Memory O(M·B·N).  All rows equal: loss 0, gradient 0.
-    Raises ValueError for a wrong shape, dtype, B < 2, clusters < 2, a floor outside [0, 1], other statistics.
+    Raises ValueError for a wrong shape, dtype, B < 2, clusters < 2, a floor outside [0, 1], other
+    statistics.
     """
     check_rows("z", z_BD)
     check_rows("s", s_BD)
@@ -121,16 +130,19 @@ def triplet_loss(
     memory_QD: Tensor | None = None,
     memory_labels_Q: Tensor | None = None,
 ) -> Tensor:
-    """mean of max(0, ‖z_a - z_p‖ - ‖z_a - z_n‖ + margin) over the mined triplets, zeros included; a scalar.
+    """mean of max(0, ‖z_a - z_p‖ - ‖z_a - z_n‖ + margin) over the mined triplets, zeros included; a
+    scalar.
 
     z_BD: embeddings, taken as they are (training scales them first).  labels_B: integers.
     mining, over anchors with at least one positive and one negative:
-      "semihard"           for every (a, p) the nearest n strictly farther than p; without one, the nearest n
+      "semihard"           for every (a, p) the nearest n strictly farther than p; without one, the
+                           nearest n
       "hardest"            one triplet an anchor: its farthest p, its nearest n
       "distance_weighted"  for every (a, p) one n drawn as in Wu et al. 2017; seed picks the draw
-    Ties go to the lowest row number.  seed is read by "distance_weighted" only; equal seeds give equal draws.
-    memory_QD, memory_labels_Q: memory rows, in which positives and negatives are found as in the batch.
-    Raises ValueError for a wrong shape, dtype, B < 2, unknown mining.
+    Ties go to the lowest row number.  seed is read by "distance_weighted" only; equal seeds give
+    equal draws.
+    memory_QD, memory_labels_Q: memory rows, in which positives and negatives are found as in the
+    batch. Raises ValueError for a wrong shape, dtype, B < 2, unknown mining.
     """
     check_rows("z", z_BD)
     check_labels(labels_B, z_BD)
@@ -166,14 +178,18 @@ def margin_loss(
     memory_QD: Tensor | None = None,
     memory_labels_Q: Tensor | None = None,
 ) -> Tensor:
-    """Margin loss (Wu et al. 2017): positives within beta - alpha, negatives beyond beta + alpha; a scalar.
+    """Margin loss (Wu et al. 2017): positives within beta - alpha, negatives beyond beta + alpha; a
+    scalar.
 
         Σ [max(0, d_ap - β + α) + max(0, β - d_an + α)] / max(1, number of non-zero summands)
 
-    over every (anchor, positive) pair and its one distance-weighted negative, drawn as in `triplet_loss`.
-    x_BD: rows of unit length.  labels_B: integers.  beta: one number in a tensor; it receives a gradient.
-    memory_QD, memory_labels_Q: memory rows of unit length, in which positives and negatives are found too.
-    Raises ValueError for a wrong shape, dtype, B < 2, or a beta of more than one element.
+    over every (anchor, positive) pair and its one distance-weighted negative, drawn as in
+    `triplet_loss`.
+    x_BD: rows of unit length.  labels_B: integers.  beta: one number in a tensor; it receives a
+        gradient.
+    memory_QD, memory_labels_Q: memory rows of unit length, in which positives and negatives are
+    found too. Raises ValueError for a wrong shape, dtype, B < 2, or a beta of more than one
+    element.
     """
     check_rows("x", x_BD)
     check_labels(labels_B, x_BD)
@@ -211,15 +227,19 @@ def multi_similarity_loss(
     memory_QD: Tensor | None = None,
     memory_labels_Q: Tensor | None = None,
 ) -> Tensor:
-    """Multi-similarity loss with its pair mining (Wang et al. 2019), a mean over all B anchors; a scalar.
+    """Multi-similarity loss with its pair mining (Wang et al. 2019), a mean over all B anchors; a
+    scalar.
 
         mined positives P_i:  S_ip - ε < max over negatives of S_in
         mined negatives N_i:  S_in + ε > min over positives of S_ip
-        L_i = 1/α · log(1 + Σ_{P_i} exp(-α (S_ip - base))) + 1/β · log(1 + Σ_{N_i} exp(β (S_in - base)))
+        L_i = 1/α · log(1 + Σ_{P_i} exp(-α (S_ip - base))) + 1/β · log(1 + Σ_{N_i} exp(β (S_in -
+        base)))
 
-    x_BD: rows of unit length, S_ij = x_i · x_j.  labels_B: integers.  `base` is the λ of docs/algorithm.md.
-    memory_QD, memory_labels_Q: memory rows of unit length, in which positives and negatives are found too.
-    An anchor without a positive or without a negative selects nothing and counts 0 in the mean.
+    x_BD: rows of unit length, S_ij = x_i · x_j.  labels_B: integers.  `base` is the λ of
+        docs/algorithm.md.
+    memory_QD, memory_labels_Q: memory rows of unit length, in which positives and negatives are
+    found too. An anchor without a positive or without a negative selects nothing and counts 0 in
+    the mean.
     Raises ValueError for a wrong shape, dtype, B < 2.
     """
     check_rows("x", x_BD)
@@ -246,7 +266,8 @@ def proxy_anchor_loss(
         1/|P⁺| Σ_{p in P⁺} log(1 + Σ_{x of class p} exp(-α (S_xp - δ)))
         + 1/C  Σ_p         log(1 + Σ_{x of other classes} exp(α (S_xp + δ)))
 
-    x_BD and proxies_CD: unit rows, S_xp = x · p.  P⁺: proxies whose class is in the batch.  δ: margin.
+    x_BD and proxies_CD: unit rows, S_xp = x · p.  P⁺: proxies whose class is in the batch.  δ:
+    margin.
     labels_B: integers in 0..C-1, a row of proxies_CD each.  Memory O(B·C).
     Raises ValueError for a wrong shape, dtype, B < 2, or a label without a proxy.
     """

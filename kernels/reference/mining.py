@@ -1,9 +1,10 @@
 """Which triplets the sampled losses use: for every (anchor, positive) pair, one negative.
 
-Shapes: B rows of the global batch, N candidates (these rows and, behind them, those of a memory), D width, R the most
-positives any anchor has.
-Nothing here is differentiated.  A Python loop runs over the r-th positive of each anchor, so memory is O(B·N)
-whatever the class sizes.  Ties go to the lowest row number (argmin and argmax promise that).
+Shapes: B rows of the global batch, N candidates (these rows and, behind them, those of a memory), D
+width, R the most positives any anchor has.
+Nothing here is differentiated.  A Python loop runs over the r-th positive of each anchor, so memory
+is O(B·N) whatever the class sizes.  Ties go to the lowest row number (argmin and argmax promise
+that).
 """
 
 import math
@@ -16,14 +17,16 @@ from ..random import gumbel
 from .pairs import off_diagonal, pairwise_distance, unit_rows
 
 NEAREST = 0.5
-"""Distance-weighted sampling clamps distances below at this value, to bound the weights (Wu et al. 2017)."""
+"""Distance-weighted sampling clamps distances below at this value, to bound the weights (Wu et al.
+2017)."""
 FARTHEST = 1.4
-"""Negatives farther than this are never drawn: from √2 on the loss has no gradient (Wu et al. 2017)."""
+"""Negatives farther than this are never drawn: from √2 on the loss has no gradient (Wu et al.
+2017)."""
 
 
 class Pairs(NamedTuple):
-    """Who is like whom. The first count_B[i] entries of row i of positive_BR are i's positives, ascending;
-    what follows is padding. An anchor without any negative counts 0."""
+    """Who is like whom. The first count_B[i] entries of row i of positive_BR are i's positives,
+    ascending; what follows is padding. An anchor without any negative counts 0."""
 
     same_BN: Tensor  # bool, an anchor and itself excluded
     differ_BN: Tensor  # bool
@@ -32,7 +35,8 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(labels_B: Tensor, labels_N: Tensor | None = None) -> Pairs:
-    """Positive and negative pairs of a batch among the candidates (None: the batch).  Memory O(B·N)."""
+    """Positive and negative pairs of a batch among the candidates (None: the batch).  Memory
+    O(B·N)."""
     labels_N = labels_B if labels_N is None else labels_N
     equal_BN = labels_B[:, None] == labels_N[None, :]
     same_BN = equal_BN & off_diagonal(
@@ -50,8 +54,9 @@ def pairs_of(labels_B: Tensor, labels_N: Tensor | None = None) -> Pairs:
 def semihard_negatives(squared_BN: Tensor, pairs: Pairs) -> Tensor:
     """The nearest negative strictly farther than the positive; without one, the nearest negative.
 
-    squared_BN: squared distances (their order is that of the distances, free of the root's rounding).
-    Returns int64 (B, R).  Schroff et al. 2015, with a fall-back so that every pair has a triplet.
+    squared_BN: squared distances (their order is that of the distances, free of the root's
+    rounding). Returns int64 (B, R).  Schroff et al. 2015, with a fall-back so that every pair has a
+    triplet.
     """
     negative_BN = squared_BN.masked_fill(~pairs.differ_BN, math.inf)
     hardest_B = negative_BN.argmin(1)
@@ -68,10 +73,12 @@ def semihard_negatives(squared_BN: Tensor, pairs: Pairs) -> Tensor:
 def log_weights(z_BD: Tensor, pairs: Pairs, z_ND: Tensor | None = None) -> Tensor:
     """Logarithm of the unnormalised chance of each negative, (B, N); -inf where it is never drawn.
 
-    1/q(d) with q the density of the distance d between two random points of the unit sphere in D dimensions,
-        log q = (D - 2) log d + (D - 3)/2 · log(1 - d²/4)                        (Wu et al. 2017, eq. 3)
-    d between the L2-normalised rows, clamped below at NEAREST; beyond FARTHEST the chance is 0.  An anchor
-    all of whose negatives lie beyond it draws from them uniformly.  z_ND: the candidates (None: z_BD).
+    1/q(d) with q the density of the distance d between two random points of the unit sphere in D
+        dimensions, log q = (D - 2) log d + (D - 3)/2 · log(1 - d²/4)                        (Wu et
+        al. 2017, eq. 3)
+    d between the L2-normalised rows, clamped below at NEAREST; beyond FARTHEST the chance is 0.  An
+    anchor all of whose negatives lie beyond it draws from them uniformly.  z_ND: the candidates
+    (None: z_BD).
     """
     D = z_BD.shape[1]
     unit_BD, unit_ND = (unit_rows(rows.detach()) for rows in (z_BD, z_BD if z_ND is None else z_ND))
@@ -87,10 +94,12 @@ def log_weights(z_BD: Tensor, pairs: Pairs, z_ND: Tensor | None = None) -> Tenso
 def distance_weighted_negatives(
     z_BD: Tensor, pairs: Pairs, z_ND: Tensor | None = None, *, seed: int
 ) -> Tensor:
-    """One negative for each (anchor, positive) pair, drawn with the chances of `log_weights`; int64 (B, R).
+    """One negative for each (anchor, positive) pair, drawn with the chances of `log_weights`; int64
+    (B, R).
 
-    The largest of log weight + Gumbel noise is such a draw, and needs neither a sum of weights nor an order
-    of summation.  The noise depends on (seed, anchor, positive, negative) alone: see random.py.
+    The largest of log weight + Gumbel noise is such a draw, and needs neither a sum of weights nor
+    an order of summation.  The noise depends on (seed, anchor, positive, negative) alone: see
+    random.py.
     """
     log_weight_BN = log_weights(z_BD, pairs, z_ND)
     row_N = torch.arange(log_weight_BN.shape[1], device=z_BD.device)

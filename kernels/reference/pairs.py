@@ -2,10 +2,11 @@
 
 Shapes: B anchors, N candidates, D width.
 
-    D²_ij = Σ_k s_ik (z_ik - c_jk)²         docs/algorithm.md, "Adaptive distance"; s = 1 is Euclidean
+    D²_ij = Σ_k s_ik (z_ik - c_jk)²     docs/algorithm.md, "Adaptive distance"; s = 1 is Euclidean
 
-The sum runs over the differences themselves, one dimension at a time, so nothing cancels for near-duplicates
-or for embeddings far from the origin, and no (B, N, D) tensor exists in forward or backward.
+The sum runs over the differences themselves, one dimension at a time, so nothing cancels for
+near-duplicates or for embeddings far from the origin, and no (B, N, D) tensor exists in forward or
+backward.
 """
 
 from typing import Any
@@ -24,7 +25,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """D²_BN for anchors_BD, candidates_ND and weights_BD (None: 1 everywhere); first derivatives only."""
+    """D²_BN for anchors_BD, candidates_ND and weights_BD (None: 1 everywhere); first derivatives
+    only."""
 
     @staticmethod
     def forward(
@@ -66,9 +68,9 @@ def pairwise_squared_distance(
 ) -> Tensor:
     """D²_ij = Σ_k s_ik (a_ik - c_jk)², shape (B, N), with the anchor's weights s (None: 1).
 
-    Any floating dtype; half types are computed and returned in float32.  Gradients reach all three arguments,
-    first order only.  Memory O(B·N) forward and backward.  A difference whose square underflows counts as 0.
-    Raises ValueError when the shapes do not fit.
+    Any floating dtype; half types are computed and returned in float32.  Gradients reach all three
+    arguments, first order only.  Memory O(B·N) forward and backward.  A difference whose square
+    underflows counts as 0. Raises ValueError when the shapes do not fit.
     """
     if (
         anchors_BD.dim() != 2

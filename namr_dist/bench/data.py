@@ -1,4 +1,5 @@
-"""`namr bench data`: images a second of one core, stage by stage, beside WebDataset and torchvision's ImageFolder."""
+"""`namr bench data`: images a second of one core, stage by stage, beside WebDataset and
+torchvision's ImageFolder."""
 
 from __future__ import annotations
 
@@ -78,11 +79,12 @@ class Benchmark:
 
 
 def measure(folder: Path | None, *, images: int, size: int, repeats: int) -> Benchmark:
-    """Time all ways in turn, `repeats` times, in this process and one thread, after a pass of each that is not counted
-    and brings the files into the page cache. A second is one that this thread has a core.
+    """Time all ways in turn, `repeats` times, in this process and one thread, after a pass of each
+    that is not counted and brings the files into the page cache. A second is one that this thread
+    has a core.
 
-    Takes the first images of the first split of the shard set in `folder`; None: of a set made for the purpose.
-    Raises InputError as Manifest.load does.
+    Takes the first images of the first split of the shard set in `folder`; None: of a set made for
+    the purpose. Raises InputError as Manifest.load does.
     """
     with tempfile.TemporaryDirectory(prefix="namr-bench-") as name, _one_thread():
         temporary = Path(name)

@@ -1,7 +1,8 @@
 """Ways from files to batches of uint8 images, each timed stage by stage while it runs as it is.
 
-Every way passes one image at a time from stage to stage, so a lap clock suffices: what passed since the last lap is
-added to the stage that ends. All draw the same kind of crop, flip and colour jitter, and none normalises.
+Every way passes one image at a time from stage to stage, so a lap clock suffices: what passed since
+the last lap is added to the stage that ends. All draw the same kind of crop, flip and colour
+jitter, and none normalises.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ STAGES = ("read", "decode", "augment", "collate")
 
 
 class LapClock:
-    """Seconds of this thread on a core, by stage: what else runs on the machine adds little, and nothing is waited for
-    once the files are in the page cache."""
+    """Seconds of this thread on a core, by stage: what else runs on the machine adds little, and
+    nothing is waited for once the files are in the page cache."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
@@ -89,7 +90,8 @@ def namr(work: Work) -> Provider:
 
 
 def plain_webdataset(work: Work) -> Provider:
-    """WebDataset as its own pages show it, in the order of the tars, with this package's augmentation."""
+    """WebDataset as its own pages show it, in the order of the tars, with this package's
+    augmentation."""
     transform = work.transform()
     rng = np.random.default_rng(0)
     return _webdataset(work, lambda image: transform(np.asarray(image), rng))
@@ -101,7 +103,8 @@ def webdataset_torchvision(work: Work) -> Provider:
 
 
 def image_folder(work: Work, folder: Path) -> Provider:
-    """torchvision's ImageFolder behind a DataLoader without workers, of the same images as files in `folder`."""
+    """torchvision's ImageFolder behind a DataLoader without workers, of the same images as files in
+    `folder`."""
     from torchvision.datasets import ImageFolder
 
     images = ShardImages(work.manifest, work.index, work.transform())

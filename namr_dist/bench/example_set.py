@@ -1,4 +1,5 @@
-"""A shard set to measure with: pictures of the size that shops and catalogues have, for homeware's are smaller."""
+"""A shard set to measure with: pictures of the size that shops and catalogues have, for homeware's
+are smaller."""
 
 from __future__ import annotations
 
@@ -19,16 +20,18 @@ IMAGES_PER_CLASS = 4
 _SIDES = (320, 501)
 """Sides are drawn from 320 to 500 pixels."""
 _NOISE = 6.0
-"""Standard deviation of the noise in levels. It stands for the fine detail that enlarged renders lack: without it,
-files would be a quarter as large as photographs of that size, and decoding faster."""
+"""Standard deviation of the noise in levels. It stands for the fine detail that enlarged renders
+lack: without it, files would be a quarter as large as photographs of that size, and decoding
+faster."""
 _QUALITY = 90
 
 
 def make_example_set(folder: Path, *, images: int) -> Manifest:
-    """Write about so many enlarged homeware renders with noise, four to a class, as a shard set of one split.
+    """Write about so many enlarged homeware renders with noise, four to a class, as a shard set of
+    one split.
 
-    JPEG of quality 90 with halved chroma, as cameras and shops write it; one tar a thousand images. The same images
-    for the same number.
+    JPEG of quality 90 with halved chroma, as cameras and shops write it; one tar a thousand images.
+    The same images for the same number.
     """
     homeware = Manifest.load(embedded_shards())
     count = max(2, -(-images // IMAGES_PER_CLASS))

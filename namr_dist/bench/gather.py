@@ -1,9 +1,11 @@
-"""`namr bench gather`: bytes and time of a loss over many ranks, beside a gather that autograd differentiates.
+"""`namr bench gather`: bytes and time of a loss over many ranks, beside a gather that autograd
+differentiates.
 
-Both sides compute the same loss of the same batch: ours gathers rows and keeps each rank's gradient at home; the other
-is torch.distributed.nn.functional.all_gather, whose backward pass sends every row's gradient back to its rank
-(reduce-scatter; on gloo a scatter from each rank, which moves as much), with the whole batch's loss on every rank, as
-is usual. Bytes are what the kernel counted on the processes' TCP sockets.
+Both sides compute the same loss of the same batch: ours gathers rows and keeps each rank's gradient
+at home; the other is torch.distributed.nn.functional.all_gather, whose backward pass sends every
+row's gradient back to its rank (reduce-scatter; on gloo a scatter from each rank, which moves as
+much), with the whole batch's loss on every rank, as is usual. Bytes are what the kernel counted on
+the processes' TCP sockets.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class Measured:
 
 
 def measure(*, ranks: int, rows: int, width: int, steps: int) -> list[Measured]:
-    """Both providers on so many CPU ranks (gloo), a batch of `rows` in all, triplet loss with multi-cluster ranking."""
+    """Both providers on so many CPU ranks (gloo), a batch of `rows` in all, triplet loss with
+    multi-cluster ranking."""
     with Ranks(ranks) as pool:
         answers = pool(measure_here, rows, width, steps)
     return [_largest([answer[column] for answer in answers]) for column in range(2)]

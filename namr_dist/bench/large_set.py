@@ -1,4 +1,5 @@
-"""A shard set of the size of Stanford Online Products, to measure training with: real tars, pictures that repeat."""
+"""A shard set of the size of Stanford Online Products, to measure training with: real tars,
+pictures that repeat."""
 
 from __future__ import annotations
 
@@ -21,18 +22,19 @@ from namr_dist.data.shardset.shards import Sample, write_shard
 IMAGES, CLASSES = 59_551, 11_318
 """Of the training split of Stanford Online Products (Oh Song et al. 2016)."""
 _DISTINCT = 256
-"""Different pictures. Each stands in the tars many times, under other keys and at other places of the disk, so that
-only making them is saved."""
+"""Different pictures. Each stands in the tars many times, under other keys and at other places of
+the disk, so that only making them is saved."""
 _CLASSES_PER_SHARD = 200
 _TEST_IMAGES = 2
 
 
 def make_large_set(folder: Path, *, images: int = IMAGES) -> Manifest:
-    """Write so many training images in the empty folder, as many to a class as in Stanford Online Products (5 or 6),
-    and one class to test, for training asks for a test split. At least two classes are made.
+    """Write so many training images in the empty folder, as many to a class as in Stanford Online
+    Products (5 or 6), and one class to test, for training asks for a test split. At least two
+    classes are made.
 
-    Pictures of 320 to 500 px (example_set.py), which follow each other in a class. Written by a process a core. The
-    same files for the same number.
+    Pictures of 320 to 500 px (example_set.py), which follow each other in a class. Written by a
+    process a core. The same files for the same number.
     """
     pool = folder / "pool"
     pool.mkdir()

@@ -1,9 +1,10 @@
-"""`namr bench search`: seconds of exact search by every back end that works here, beside searches that are not exact.
+"""`namr bench search`: seconds of exact search by every back end that works here, beside searches
+that are not exact.
 
 Shapes: Q queries, N items, D width, K neighbours.
 
-Queries are the first Q items, each left out of its own list. All ways of a case run in turn in one process. A way's
-time counts only where its list is that of the others, index for index.
+Queries are the first Q items, each left out of its own list. All ways of a case run in turn in one
+process. A way's time counts only where its list is that of the others, index for index.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One way in one case; seconds are medians over the repeats with the 20th and 80th percentile."""
+    """One way in one case; seconds are medians over the repeats with the 20th and 80th
+    percentile."""
 
     provider: str
     queries: int
@@ -69,7 +71,8 @@ class Measured:
     agrees: str
     """yes | no | witness (not exact)"""
     gpu_mib: float | None
-    """Most memory that torch held on the GPU; None where the work is not torch's or not on a GPU."""
+    """Most memory that torch held on the GPU; None where the work is not torch's or not on a
+    GPU."""
     machine: dict[str, str]
 
     def to_row(self) -> dict[str, Any]:
@@ -79,7 +82,8 @@ class Measured:
 
 
 def clustered_rows(items: int, width: int, *, seed: int) -> tuple[Float32, Int64]:
-    """(N, D) fp32 rows of length 1 around random class means, five a class, in random order, and their labels (N,).
+    """(N, D) fp32 rows of length 1 around random class means, five a class, in random order, and
+    their labels (N,).
 
     In every tenth class the first two rows are one vector, so that there are ties.
     """
@@ -98,8 +102,8 @@ def clustered_rows(items: int, width: int, *, seed: int) -> tuple[Float32, Int64
 
 
 def measure(case: Case, backends: Sequence[BackendName], *, repeats: int) -> list[Measured]:
-    """Every back end, the search with its metrics, and the witnesses, `repeats` times in turn after one call each
-    that is not counted. Raises InputError for sizes that make no such search."""
+    """Every back end, the search with its metrics, and the witnesses, `repeats` times in turn after
+    one call each that is not counted. Raises InputError for sizes that make no such search."""
     if not (IMAGES_A_CLASS <= case.k + 1 <= case.items and 1 <= case.queries <= case.items):
         raise InputError(
             f"--queries {case.queries}, --items {case.items}, -k {case.k} is no such search; give at most "
@@ -116,7 +120,8 @@ def measure(case: Case, backends: Sequence[BackendName], *, repeats: int) -> lis
 def timed(
     case: Case, exact: dict[str, Way], witnesses: dict[str, Way], *, repeats: int
 ) -> list[Measured]:
-    """Run all ways in turn, each repeat from another one on, and compare with the first exact one."""
+    """Run all ways in turn, each repeat from another one on, and compare with the first exact
+    one."""
     ways = {**exact, **witnesses}
     expected_QK = next(iter(exact.values()))()
     same = {name: 100 * float((way() == expected_QK).mean()) for name, way in ways.items()}

@@ -30,13 +30,14 @@ class Summary:
     """What a trace holds."""
 
     on_device: bool
-    """Operations are a GPU's kernels and copies; otherwise torch's operators on the CPU, each without those that it
-    calls."""
+    """Operations are a GPU's kernels and copies; otherwise torch's operators on the CPU, each
+    without those that it calls."""
     steps: int
     span_ms: float
     """From the begin of the first operation to the end of the last."""
     busy_share: float
-    """Of the span in which at least one operation ran. The profiler slows down the CPU, and so a GPU that waits for
+    """Of the span in which at least one operation ran. The profiler slows down the CPU, and so a
+    GPU that waits for
     it: without the profiler it is at least as busy."""
     top: tuple[Operation, ...]
     """Those that took longest, longest first."""

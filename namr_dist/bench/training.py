@@ -1,7 +1,7 @@
 """`namr bench train`: training end to end on this machine's first device, and where its time goes.
 
-Each figure comes from the log of a real `namr train`. Beside it: what the loader's workers make when nobody trains, and
-what the loss would take in plain PyTorch.
+Each figure comes from the log of a real `namr train`. Beside it: what the loader's workers make
+when nobody trains, and what the loss would take in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class Measured:
 
     @property
     def loss_shares(self) -> tuple[float | None, float | None]:
-        """Of a step, what the loss takes; and what it would take in the eager form, all else being equal."""
+        """Of a step, what the loss takes; and what it would take in the eager form, all else being
+        equal."""
         if self.figures is None:
             return None, None
         step_ms, loss_ms = self.figures.step_ms.median, self.figures.phases_ms["loss"].median
@@ -193,7 +194,8 @@ class Measured:
 
 
 def measure(work: Work) -> Iterator[Measured | Summary]:
-    """Each run as it ends; last, if a trace is asked for, what it says. Raises InputError for bad input."""
+    """Each run as it ends; last, if a trace is asked for, what it says. Raises InputError for bad
+    input."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="namr-bench-") as name:
         folder = Path(name)
@@ -260,10 +262,11 @@ def _common_words(work: Work, folder: Path, device: torch.device) -> list[str]:
 
 
 def random_weights(config: Config) -> dict[str, torch.Tensor]:
-    """A state dict for a timm: backbone, so that nothing is downloaded: a file, for batch norm may then be frozen.
+    """A state dict for a timm: backbone, so that nothing is downloaded: a file, for batch norm may
+    then be frozen.
 
-    Where batch norm begins with a scale of 0, as at the end of ResNet's blocks, it gets a small one: products with
-    zeros take a GPU less power and time than those of a trained network.
+    Where batch norm begins with a scale of 0, as at the end of ResNet's blocks, it gets a small
+    one: products with zeros take a GPU less power and time than those of a trained network.
     """
     torch.manual_seed(0)
     backbone = build_backbone(
@@ -302,7 +305,8 @@ def _source(config: Config, training_set: TrainingSet) -> ShardImages:
 
 
 def _in_flight(config: Config, source: ShardImages, batch: int) -> int:
-    """Batches that have been begun while one is trained on: a worker's, and the one on its way to the device."""
+    """Batches that have been begun while one is trained on: a worker's, and the one on its way to
+    the device."""
     workers = config.data.workers
     return 1 + (workers * batches_ahead(source, batch, workers=workers) if workers else 0)
 
@@ -310,8 +314,9 @@ def _in_flight(config: Config, source: ShardImages, batch: int) -> int:
 def loader_img_per_s(config: Config, training_set: TrainingSet) -> float:
     """Images a second that the configuration's workers make while nobody trains.
 
-    In batches of the smallest size, or of _LOADER_IMAGES if that is less: what a worker makes a second does not depend
-    on it. Twice as many batches are counted as are made at a time, after the first ones: they come in bursts.
+    In batches of the smallest size, or of _LOADER_IMAGES if that is less: what a worker makes a
+    second does not depend on it. Twice as many batches are counted as are made at a time, after the
+    first ones: they come in bursts.
     """
     source, sampling = _source(config, training_set), training_set.sampling
     each = config.data.images_per_class

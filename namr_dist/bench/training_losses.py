@@ -1,4 +1,5 @@
-"""Milliseconds of a step's loss with its gradient: as training computes it, and as plain PyTorch does.
+"""Milliseconds of a step's loss with its gradient: as training computes it, and as plain PyTorch
+does.
 
 B rows, D width.
 """
@@ -37,8 +38,9 @@ class LossTimes:
 
 
 def time_losses(config: Config, *, rows: int, device: torch.device) -> LossTimes:
-    """Both forms of the recipe's objective on the same fp32 embeddings of `rows` images, one after the other within a
-    round, after a call of each that is not counted. What the GPU's allocator keeps for them is given back."""
+    """Both forms of the recipe's objective on the same fp32 embeddings of `rows` images, one after
+    the other within a round, after a call of each that is not counted. What the GPU's allocator
+    keeps for them is given back."""
     batch, watch = embeddings(config, rows=rows, device=device), Stopwatch(device)
     forms, note = {"ours": objective_form(config, rows=rows, device=device)}, why_no_eager(config)
     if not note:
@@ -76,7 +78,8 @@ def embeddings(config: Config, *, rows: int, device: torch.device) -> Batch:
 
 
 def objective_form(config: Config, *, rows: int, device: torch.device) -> Form:
-    """Training's objective on one rank, with the fused kernels where the device has them: (labels, z, s) → loss."""
+    """Training's objective on one rank, with the fused kernels where the device has them: (labels,
+    z, s) → loss."""
     each = config.data.images_per_class
     objective = Objective(
         config.loss, classes=rows // each, images_per_class=each, width=config.model.width
@@ -89,8 +92,8 @@ def objective_form(config: Config, *, rows: int, device: torch.device) -> Form:
 
 
 def eager_form(config: Config) -> Form:
-    """The same by kernels/bench/eager.py, for a configuration that `why_no_eager` lets pass. Its margin is the
-    default's, whatever the configuration says: that costs no time."""
+    """The same by kernels/bench/eager.py, for a configuration that `why_no_eager` lets pass. Its
+    margin is the default's, whatever the configuration says: that costs no time."""
     triplet = eager.FORMS[f"triplet-{config.loss.triplet.mining.replace('_', '-')}"]
     weight = config.loss.ranking.weight
 

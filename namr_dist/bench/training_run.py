@@ -1,4 +1,5 @@
-"""One run of `namr train` for a benchmark: the command, in a process of its own, and the figures in its log."""
+"""One run of `namr train` for a benchmark: the command, in a process of its own, and the figures in
+its log."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ class Length:
     interval: int
     """Steps between two lines of speed."""
     warm_up: int
-    """Steps that do not count, whole intervals: kernels are compiled, memory is asked for, and the batches arrive that
-    the workers made while training had not yet begun."""
+    """Steps that do not count, whole intervals: kernels are compiled, memory is asked for, and the
+    batches arrive that the workers made while training had not yet begun."""
 
     @classmethod
     def of(cls, steps: int, *, in_flight: int) -> Length:
@@ -52,7 +53,8 @@ class Figures:
     mfu: float | None
     """Share of the device's peak; None where that is not known."""
     idle_share: float
-    """Of all time that counts, how much was spent waiting for images. A mean: workers deliver in bursts."""
+    """Of all time that counts, how much was spent waiting for images. A mean: workers deliver in
+    bursts."""
     device_img_per_s: float
     """Images a second, had none been waited for."""
     peak_mib: float
@@ -62,7 +64,8 @@ class Figures:
 def command(
     recipe: str, run: Path, words: Sequence[str], *, steps: int, log_every: int
 ) -> list[str]:
-    """Words of `namr train` in the folder `run` that do nothing beside steps.  words: further overrides."""
+    """Words of `namr train` in the folder `run` that do nothing beside steps.  words: further
+    overrides."""
     settings = {
         "optim.steps": steps,
         "optim.warmup_steps": steps,
@@ -75,7 +78,8 @@ def command(
 
 
 def overrides(settings: Mapping[str, object]) -> list[str]:
-    """As `--set.section.field value …`, of which the last one counts where a field is named twice."""
+    """As `--set.section.field value …`, of which the last one counts where a field is named
+    twice."""
     return [part for name, value in settings.items() for part in (f"--set.{name}", str(value))]
 
 

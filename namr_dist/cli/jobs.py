@@ -1,4 +1,5 @@
-"""Verbs around jobs that train: `namr preflight` before one, `namr top` while it runs, `namr reproduce` of many."""
+"""Verbs around jobs that train: `namr preflight` before one, `namr top` while it runs, `namr
+reproduce` of many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The `namr` command: one verb, one small function, here or in the module of its subject beside this one.
+"""The `namr` command: one verb, one small function, here or in the module of its subject beside
+this one.
 
 Verbs import what they need, so that --help and mistakes answer at once.
 """
@@ -22,8 +23,8 @@ from namr_dist.recipes.overrides import configure, split_overrides
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code: 0, 2 for bad input, told in one line on stderr, or 75 for a
-    training run that a signal ended and --resume goes on with."""
+    """Run one command line; returns the exit code: 0, 2 for bad input, told in one line on stderr,
+    or 75 for a training run that a signal ended and --resume goes on with."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parsed, overrides = _parse(words)
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # The reader of the output (head, less) has left: nobody to tell, and nothing for Python to flush at its end.
+        # The reader of the output (head, less) has left: nobody to tell, and nothing for Python to
+        # flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell counts SIGPIPE
     except OSError as error:
@@ -67,7 +69,8 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--set.SECTION.FIELD VALUE; --settings prints them all.",
     )
     train.add_argument("recipe", metavar="RECIPE", help="name of a recipe, such as homeware")
-    # Not --run: torchrun's own parser takes that for a shortened option of its own, wherever it stands.
+    # Not --run: torchrun's own parser takes that for a shortened option of its own, wherever it
+    # stands.
     train.add_argument("--run-dir", type=Path, help="folder of the run (runs/RECIPE)")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace the run that is there")

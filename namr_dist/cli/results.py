@@ -187,7 +187,8 @@ def _compare(parsed: argparse.Namespace) -> None:
 
 
 def write_table(folders: Sequence[Path], out: Path, *, as_json: bool) -> None:
-    """The table over all runs in these folders: on stdout, as text or JSON, and as the page `out`."""
+    """The table over all runs in these folders: on stdout, as text or JSON, and as the page
+    `out`."""
     from namr_dist.results.comparison import compare, find_runs
     from namr_dist.results.comparison_page import print_comparison, write_comparison
 

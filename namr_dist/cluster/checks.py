@@ -1,7 +1,8 @@
-"""What must be right on a node before ranks start there: a function a subject, which returns what it found.
+"""What must be right on a node before ranks start there: a function a subject, which returns what
+it found.
 
-They raise InputError for what would stop training. Files that stay are weights that were fetched and the manifest of a
-remote set, which training would fetch too.
+They raise InputError for what would stop training. Files that stay are weights that were fetched
+and the manifest of a remote set, which training would fetch too.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ _EXCHANGES = 3
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each package that is installed; `commit` where this is a source checkout."""
+    """Version of Python and of each package that is installed; `commit` where this is a source
+    checkout."""
     installed = {"Python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -132,12 +134,14 @@ class ShardsFound:
 
     manifest_sha256: str
     files: int
-    """Shards of the splits that are used, each there in its size; 0 of a remote set, which is fetched later."""
+    """Shards of the splits that are used, each there in its size; 0 of a remote set, which is
+    fetched later."""
     size_bytes: int
 
 
 def shards(data: DataConfig) -> ShardsFound:
-    """The shard set, once every tar of the splits that are trained on, validated and tested is there in its size."""
+    """The shard set, once every tar of the splits that are trained on, validated and tested is
+    there in its size."""
     manifest = open_shards(data.path, data.remote)
     digest = hashlib.sha256((manifest.folder / FILE_NAME).read_bytes()).hexdigest()
     if manifest.source is not None:
@@ -181,8 +185,8 @@ def probe_path(run: Path) -> Path:
 
 
 def write_probe(probe: Path) -> None:
-    """Write a few bytes to that file, flush them to disk and read them back. The caller removes it, also after an
-    error."""
+    """Write a few bytes to that file, flush them to disk and read them back. The caller removes it,
+    also after an error."""
     try:
         with open(probe, "xb") as file:
             file.write(b"namr")
@@ -219,7 +223,8 @@ def see_probe(probe: Path) -> None:
 
 
 def weights(config: Config) -> str:
-    """Where the backbone's first weights come from, once they can be had here: a hub's are fetched."""
+    """Where the backbone's first weights come from, once they can be had here: a hub's are
+    fetched."""
     model = config.model
     if model.backbone == "conv4" or (not model.pretrained and model.weights is None):
         return "random"
@@ -258,7 +263,8 @@ def _in_cache(name: str) -> bool:
 
 
 def all_reduce(store: dist.Store, *, rank: int, size: int, backend: str, seconds: float) -> float:
-    """MiB/s at which all nodes add 32 MiB of fp32, once a sum of known numbers is right on this one.
+    """MiB/s at which all nodes add 32 MiB of fp32, once a sum of known numbers is right on this
+    one.
 
     `backend` as training takes it: nccl, with each node's first GPU, or gloo.
     """

@@ -1,4 +1,5 @@
-"""Time that ends, whatever file system, driver or node does not answer. Imports nothing slow, such as torch."""
+"""Time that ends, whatever file system, driver or node does not answer. Imports nothing slow, such
+as torch."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class TooLateError(Exception):
 def within(seconds: float, function: Callable[[], _T]) -> _T:
     """What the function returns or raises; TooLateError if it takes longer.
 
-    Its thread is then left behind: nothing ends a call that a file system or a driver does not answer.
+    Its thread is then left behind: nothing ends a call that a file system or a driver does not
+    answer.
     """
     future: Future[_T] = Future()
 

@@ -1,7 +1,7 @@
 """`namr preflight`: one process a node, all at once, before ranks start there.
 
-Each node checks itself and tells the first, which compares them, prints one table and gives all the same exit code.
-Shares of the limit say when each part ends, whatever hangs; see also deadline.py.
+Each node checks itself and tells the first, which compares them, prints one table and gives all the
+same exit code. Shares of the limit say when each part ends, whatever hangs; see also deadline.py.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def preflight(
 ) -> int:
     """Check all nodes for a run of `config` in the folder `run`, and print what was found.
 
-    config: an InputError if the settings could not be read here.  ranks_per_node: None: one a GPU, or one. Returns the
-    exit code: 0, 2 if ranks would fail, or 143 after SIGTERM, which it handles, and for which it needs the main thread.
-    Raises InputError, on one node, if the nodes do not meet.
+    config: an InputError if the settings could not be read here.  ranks_per_node: None: one a GPU,
+    or one. Returns the exit code: 0, 2 if ranks would fail, or 143 after SIGTERM, which it handles,
+    and for which it needs the main thread. Raises InputError, on one node, if the nodes do not
+    meet.
     """
     launch = read_launch(os.environ)
     signal.signal(signal.SIGTERM, _terminate)
@@ -326,7 +327,8 @@ class _Node:
 
 
 def _for_checks(config: Config) -> Config:
-    """No hashes, which take as long as reading all shards, and fewer tries at what does not answer."""
+    """No hashes, which take as long as reading all shards, and fewer tries at what does not
+    answer."""
     data = config.data
     return dataclasses.replace(
         config,
@@ -347,7 +349,8 @@ def _backend(reports: Mapping[int, Report]) -> str:
 
 
 def _names(said: Sequence[str | None], environ: Mapping[str, str]) -> list[str]:
-    """A name for each node, also for those that never came; names that occur twice with their number."""
+    """A name for each node, also for those that never came; names that occur twice with their
+    number."""
     try:
         listed = expand_hosts(environ.get("SLURM_STEP_NODELIST", ""))
     except InputError:

@@ -28,12 +28,13 @@ class FirstNodeGoneError(Exception):
 class Rendezvous:
     """One node's side of it; the first also sees what all others publish.
 
-    Calls raise torch's DistError once the connection is lost. A store in a frozen process answers nothing, ever: the
-    deadline then ends this one.
+    Calls raise torch's DistError once the connection is lost. A store in a frozen process answers
+    nothing, ever: the deadline then ends this one.
     """
 
     def __init__(self, launch: Launch, deadline: Deadline) -> None:
-        """Raises InputError if the first node cannot open its port, FirstNodeGoneError if another does not find it."""
+        """Raises InputError if the first node cannot open its port, FirstNodeGoneError if another
+        does not find it."""
         self.rank, self.size = launch.rank, launch.world_size
         self.address = f"{launch.master_addr}:{launch.master_port}"
         self._deadline = deadline
@@ -116,7 +117,8 @@ class Rendezvous:
 
     def gather(self, keys: list[str], *, share: float) -> dict[str, str]:
         """The same of many keys, without those that nothing came for."""
-        # By looks, not by the store's own wait: that one warns in C++ where a time-out is no surprise.
+        # By looks, not by the store's own wait: that one warns in C++ where a time-out is no
+        # surprise.
         while not self._store.check(keys) and self._deadline.left_s(share):
             time.sleep(_POLL_S)
         there = [key for key in keys if self._store.check([key])]
@@ -134,7 +136,8 @@ class Rendezvous:
         return dist.PrefixStore(_PREFIX, self._own.clone())  # type: ignore[attr-defined]
 
     def leave(self, others: int) -> None:
-        """The last call of each node. The first, with whom the store ends, waits a moment for so many others."""
+        """The last call of each node. The first, with whom the store ends, waits a moment for so
+        many others."""
         left = self._store.add("left", 1 if self.rank > 0 else 0)
         until_s = time.monotonic() + min(_LEAVE_S, self._deadline.left_s(1.0))
         while self.rank == 0 and left < others and time.monotonic() < until_s:

@@ -31,7 +31,8 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Fields that this version does not know are left out: another version's report shall be compared too."""
+        """Fields that this version does not know are left out: another version's report shall be
+        compared too."""
         known = {one.name for one in fields(cls)}
         return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
@@ -39,7 +40,8 @@ class Report:
 def compare(
     reports: Mapping[int, Report], names: Sequence[str], *, ranks_per_node: int | None
 ) -> list[str]:
-    """A line for each thing that is wrong: of one node, of several alike, or of nodes unlike the first."""
+    """A line for each thing that is wrong: of one node, of several alike, or of nodes unlike the
+    first."""
     nodes_of: dict[str, list[str]] = {}
     for rank, report in sorted(reports.items()):
         problems = report.problems + (

@@ -2,7 +2,8 @@
 
     TO/NAME-HASH/FILE …, .FILE.part (unfinished), manifest.json (written last), .lock
 
-HASH is of the manifest: other sets, and other versions of this one, lie beside it and are never mixed with it.
+HASH is of the manifest: other sets, and other versions of this one, lie beside it and are never
+mixed with it.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ class Staged:
 
 
 def stage(location: str, to: Path, splits: Sequence[str] = ()) -> Staged:
-    """Copy the shard set at `location`, a folder or a URL, into a folder of its own in `to`; all of it, or the shards
-    of some splits or subsets.
+    """Copy the shard set at `location`, a folder or a URL, into a folder of its own in `to`; all of
+    it, or the shards of some splits or subsets.
 
-    Every shard that is there afterwards has been hashed. Shards that are there and whole stay, a copy that broke off
-    goes on where it was; of several processes that stage the same set, one copies while the others wait. Raises
-    InputError for a location that is no shard set, a shard that is missing or damaged there, and a `to` that lies in
-    the set's folder, cannot be written or is too small.
+    Every shard that is there afterwards has been hashed. Shards that are there and whole stay, a
+    copy that broke off goes on where it was; of several processes that stage the same set, one
+    copies while the others wait. Raises InputError for a location that is no shard set, a shard
+    that is missing or damaged there, and a `to` that lies in the set's folder, cannot be written or
+    is too small.
     """
     manifest = open_shards(location)
     to = to.resolve()
@@ -105,7 +107,8 @@ def _plain(name: str) -> str:
 def _origin(location: str, manifest: Manifest) -> Origin:
     if manifest.source:
         return Origin(url=location, remote=RemoteConfig())
-    # A second try is for an unfinished copy that a crash has left damaged; a mounted disk repeats what it can itself.
+    # A second try is for an unfinished copy that a crash has left damaged; a mounted disk repeats
+    # what it can itself.
     return Origin(url=str(manifest.folder.resolve()), remote=RemoteConfig(retries=1))
 
 
@@ -126,7 +129,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _whole(folder: Path, shards: Sequence[Shard]) -> set[str]:
-    """Files of those shards that are in the folder as the manifest says: disks rot, so each is hashed."""
+    """Files of those shards that are in the folder as the manifest says: disks rot, so each is
+    hashed."""
     there = [shard for shard in shards if _size(folder / shard.file) == shard.bytes]
     if not there:
         return set()
@@ -185,7 +189,8 @@ def _copy(origin: Origin, folder: Path, shards: Sequence[Shard]) -> None:
                 remedy="check the file there or rebuild the shard set; staging goes "
                 "on with the same command",
             )
-        # A damaged one is replaced and not removed before: whoever reads it still has a file until then.
+        # A damaged one is replaced and not removed before: whoever reads it still has a file until
+        # then.
         os.replace(parts[shard.file], folder / shard.file)
 
     images = sum(len(shard.keys) - _images(shard, had[shard.file]) for shard in shards)

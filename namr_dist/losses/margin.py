@@ -34,8 +34,8 @@ class MarginRows(RowsLoss):
         return cls(alpha=settings.alpha, beta=settings.beta, most_positives=batches.most_positives)
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
-        """The batch's loss, carrying this rank's share of the gradient for β, and its gradient for rows.z_bD, of
-        any length. seed: picks the sampled negatives."""
+        """The batch's loss, carrying this rank's share of the gradient for β, and its gradient for
+        rows.z_bD, of any length. seed: picks the sampled negatives."""
         unit = rows.unit()
         loss, grad_x_bD, grad_beta = kernels.margin_of_rows(
             unit.z_bD,

@@ -1,6 +1,7 @@
 """Cross-batch memory: embeddings of earlier batches as further candidates (Wang et al. 2020).
 
-Shapes: B rows of a batch of all ranks, Q rows held, N = B + Q candidates, D width, R rows of the ring.
+Shapes: B rows of a batch of all ranks, Q rows held, N = B + Q candidates, D width, R rows of the
+ring.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ class CrossBatchMemory(nn.Module):
     """A ring of the latest embeddings, unscaled, with their labels and images.
 
     rows: R.  width: D.  start_step: batches that are taken before any row is given out.
-    Every rank takes the rows of all, so that all hold the same. Buffers hold everything, so a checkpoint does, and
-    may be read by another number of ranks.
+    Every rank takes the rows of all, so that all hold the same. Buffers hold everything, so a
+    checkpoint does, and may be read by another number of ranks.
     """
 
     z_RD: Tensor
@@ -33,7 +34,8 @@ class CrossBatchMemory(nn.Module):
         self._read: tuple[Tensor, int, int, int] | None = None
 
     def behind(self, z_BD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """All candidates, (N, D) and (N,): the batch and, from start_step on, the rows held behind it."""
+        """All candidates, (N, D) and (N,): the batch and, from start_step on, the rows held behind
+        it."""
         batches, rows = self._taken()
         held = min(rows, self.rows) if batches >= self.start_step else 0
         if not held:
@@ -42,8 +44,9 @@ class CrossBatchMemory(nn.Module):
 
     @torch.no_grad()
     def moved(self, z_BD: Tensor, index_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean distance of the batch's rows from what is held of the same images, the newest where there are several;
-        and how many rows that is a mean of, 0 if none is held. Scalars of z's type; a GPU is not waited for."""
+        """Mean distance of the batch's rows from what is held of the same images, the newest where
+        there are several; and how many rows that is a mean of, 0 if none is held. Scalars of z's
+        type; a GPU is not waited for."""
         rows = self._taken()[1]
         held = min(rows, self.rows)
         if not held:
@@ -77,8 +80,8 @@ class CrossBatchMemory(nn.Module):
         self._read = (self.taken, self.taken._version, batches + 1, rows + B)
 
     def _taken(self) -> tuple[int, int]:
-        """Batches and rows so far. Reading them waits for a GPU, and is done only where they came from elsewhere:
-        another tensor, or a change that `add` did not make."""
+        """Batches and rows so far. Reading them waits for a GPU, and is done only where they came
+        from elsewhere: another tensor, or a change that `add` did not make."""
         if (
             self._read is None
             or self._read[0] is not self.taken

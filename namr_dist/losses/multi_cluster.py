@@ -1,4 +1,5 @@
-"""Multi-cluster ranking of one rank's rows among all: the label-free loss that trains the structure embedding."""
+"""Multi-cluster ranking of one rank's rows among all: the label-free loss that trains the structure
+embedding."""
 
 from torch import Tensor, nn
 
@@ -35,7 +36,8 @@ class MultiClusterRankingRows(nn.Module):
         self.statistics = statistics
 
     def forward(self, rows: Rows, s_bD: Tensor, s_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch's loss and its gradients for rows.z_bD and s_bD. s: positive weights, of this rank and of all."""
+        """The batch's loss and its gradients for rows.z_bD and s_bD. s: positive weights, of this
+        rank and of all."""
         return kernels.ranking_of_rows(
             rows.z_bD,
             s_bD,

@@ -35,7 +35,8 @@ class MultiSimilarityRows(RowsLoss):
         )
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
-        """The batch's loss and its gradient for rows.z_bD, of any length. seed: not used, nothing is sampled."""
+        """The batch's loss and its gradient for rows.z_bD, of any length. seed: not used, nothing
+        is sampled."""
         unit = rows.unit()
         loss, grad_x_bD = kernels.multi_similarity_of_rows(
             unit.z_bD,

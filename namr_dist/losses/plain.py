@@ -1,4 +1,5 @@
-"""Any PyTorch loss `(embeddings, labels) → scalar` on many ranks, by autograd over the rows of all of them.
+"""Any PyTorch loss `(embeddings, labels) → scalar` on many ranks, by autograd over the rows of all
+of them.
 
 Shapes: b rows of this rank, B rows of all ranks, D width, W ranks.
 """
@@ -25,14 +26,16 @@ _USE = "loss.metric"
 
 
 class PlainRows(RowsLoss):
-    """A loss of (embeddings (B, D), labels (B,)), computed by every rank on the gathered rows of all.
+    """A loss of (embeddings (B, D), labels (B,)), computed by every rank on the gathered rows of
+    all.
 
-    Each rank keeps the gradient of its own rows, so nothing is sent back; the loss's own parameters get a W-th of
-    theirs from each rank. Embeddings are scaled to mean pairwise distance 1, in float32 or wider. Memory O(B·D) and
-    what the loss takes, usually O(B²). What it draws at random depends on the seed, alike on all ranks.
+    Each rank keeps the gradient of its own rows, so nothing is sent back; the loss's own parameters
+    get a W-th of theirs from each rank. Embeddings are scaled to mean pairwise distance 1, in
+    float32 or wider. Memory O(B·D) and what the loss takes, usually O(B²). What it draws at random
+    depends on the seed, alike on all ranks.
 
-    loss: an nn.Module, whose parameters train and are saved with the others, or any other callable. Parameters
-    without dimensions get one, for DeepSpeed cannot broadcast them without.
+    loss: an nn.Module, whose parameters train and are saved with the others, or any other callable.
+    Parameters without dimensions get one, for DeepSpeed cannot broadcast them without.
     """
 
     def __init__(self, loss: Loss) -> None:
@@ -52,17 +55,17 @@ class PlainRows(RowsLoss):
     def configured(cls, settings: MetricLossConfig, batches: Batches) -> PlainRows:
         """The loss that settings.metric names as module:NAME, tried on a few rows.
 
-        NAME is a function, or a class whose constructor takes settings.options and, where it asks for them,
-        num_classes and embedding_size. Raises InputError if it cannot be imported or made, and if it does not give a
-        differentiable scalar.
+        NAME is a function, or a class whose constructor takes settings.options and, where it asks
+        for them, num_classes and embedding_size. Raises InputError if it cannot be imported or
+        made, and if it does not give a differentiable scalar.
         """
         made = cls(_make(named_code.load(settings.metric, use=_USE), settings, batches))
         _try(made, settings.metric, batches)
         return made
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
-        """The batch's loss, carrying this rank's share of the gradient for the loss's own parameters, and its
-        gradient for rows.z_bD. seed: of whatever the loss draws."""
+        """The batch's loss, carrying this rank's share of the gradient for the loss's own
+        parameters, and its gradient for rows.z_bD. seed: of whatever the loss draws."""
         learnt = [parameter for parameter in self.parameters() if parameter.requires_grad]
         devices = [rows.z_ND.device] if rows.z_ND.is_cuda else []
         with torch.enable_grad(), torch.random.fork_rng(devices):
@@ -85,7 +88,8 @@ class PlainRows(RowsLoss):
         return loss, grad_ND[rows.offset : rows.offset + len(rows.z_bD)]
 
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
-        """The loss itself, as a scalar. seed: not used; what it draws comes from torch's generators."""
+        """The loss itself, as a scalar. seed: not used; what it draws comes from torch's
+        generators."""
         return self.loss(x_BD, labels_B).reshape(())
 
 
@@ -132,7 +136,8 @@ def _options(text: str) -> dict[str, Any]:
 
 
 def _try(made: PlainRows, name: str, batches: Batches) -> None:
-    """Raise InputError if the loss does not serve, before hours of training. A copy is tried: it may count its calls."""
+    """Raise InputError if the loss does not serve, before hours of training. A copy is tried: it
+    may count its calls."""
     classes = min(batches.classes, 4)
     labels_B = torch.arange(classes).repeat(2)
     with torch.enable_grad(), torch.random.fork_rng([]):

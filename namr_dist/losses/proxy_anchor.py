@@ -19,9 +19,10 @@ class ProxyAnchorRows(RowsLoss):
     alpha: sharpness.
     margin: similarity gap δ.
     generator: draws the proxies' first values (None: torch's global generator).
-    The proxies are the float32 parameter `proxies`, (C, D), kaiming-normal over the number of classes as in
-    the published method; they are normalised in forward, and train with a learning rate of their own.
-    Raises ValueError for fewer than one class or dimension; in forward for a label outside 0..C-1.
+    The proxies are the float32 parameter `proxies`, (C, D), kaiming-normal over the number of
+    classes as in the published method; they are normalised in forward, and train with a learning
+    rate of their own. Raises ValueError for fewer than one class or dimension; in forward for a
+    label outside 0..C-1.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class ProxyAnchorRows(RowsLoss):
         )
 
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
-        """The batch's loss, carrying this rank's share of the gradient for the proxies, and its gradient for
-        rows.z_bD, of any length. rows.labels_b: 0..C-1. seed: not used."""
+        """The batch's loss, carrying this rank's share of the gradient for the proxies, and its
+        gradient for rows.z_bD, of any length. rows.labels_b: 0..C-1. seed: not used."""
         x_bD, proxies_CD = kernels.unit_rows(rows.z_bD), kernels.unit_rows(self.proxies)
         loss, grad_x_bD, grad_unit_CD = kernels.proxy_anchor_of_rows(
             x_bD,

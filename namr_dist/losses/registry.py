@@ -1,7 +1,9 @@
-"""The only list of metric losses: name, settings, module. Everything else that lists losses reads it here.
+"""The only list of metric losses: name, settings, module. Everything else that lists losses reads
+it here.
 
-To add one: its settings and its row below, and its module beside this one (docs/design.md, "A new loss"). Modules are
-named by string and imported on use, so that the command line and the configuration know all losses without torch.
+To add one: its settings and its row below, and its module beside this one (docs/design.md, "A new
+loss"). Modules are named by string and imported on use, so that the command line and the
+configuration know all losses without torch.
 """
 
 from __future__ import annotations
@@ -65,11 +67,12 @@ class MetricLossConfig:
     """Which labelled loss is minimised, and the settings of each that the package has."""
 
     metric: str = "triplet"
-    """The labelled loss on the sample embedding: triplet, margin, multi_similarity, proxy_anchor, or module:NAME for
-    any PyTorch loss (embeddings, labels) → scalar, such as pytorch_metric_learning.losses:SupConLoss."""
+    """The labelled loss on the sample embedding: triplet, margin, multi_similarity, proxy_anchor,
+    or module:NAME for any PyTorch loss (embeddings, labels) → scalar, such as
+    pytorch_metric_learning.losses:SupConLoss."""
     options: str = ""
-    """Keywords for the constructor of a loss that is given as module:NAME, as a JSON object; num_classes and
-    embedding_size are filled in where it takes them."""
+    """Keywords for the constructor of a loss that is given as module:NAME, as a JSON object;
+    num_classes and embedding_size are filled in where it takes them."""
     triplet: TripletConfig = field(default_factory=TripletConfig)
     margin: MarginConfig = field(default_factory=MarginConfig)
     multi_similarity: MultiSimilarityConfig = field(default_factory=MultiSimilarityConfig)
@@ -91,7 +94,8 @@ class MetricLoss:
     memory: bool = True
     """Whether it can meet rows of earlier batches."""
     checked: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that checks of the loss run through, by name; none: the settings' defaults, under its own name."""
+    """Settings that checks of the loss run through, by name; none: the settings' defaults, under
+    its own name."""
 
     def settings(self, config: MetricLossConfig) -> Any:
         """The loss's section of a configuration."""
@@ -161,5 +165,6 @@ def find(name: str) -> MetricLoss | None:
 
 
 def title(name: str) -> str:
-    """What a sentence calls the loss that a configuration names, one of another version or from outside too."""
+    """What a sentence calls the loss that a configuration names, one of another version or from
+    outside too."""
     return next((loss.title for loss in LOSSES if loss.name == name), name)

@@ -1,4 +1,5 @@
-"""One rank's rows among all, what a loss on them has to offer, and losses whose gradients are known.
+"""One rank's rows among all, what a loss on them has to offer, and losses whose gradients are
+known.
 
 Shapes: b rows of this rank, B rows of all ranks, N candidates, D width, W ranks.
 """
@@ -18,13 +19,15 @@ from namr_dist import kernels
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What a rank needs to know of a batch to compute its loss, and the gradient of its own rows, by itself."""
+    """What a rank needs to know of a batch to compute its loss, and the gradient of its own rows,
+    by itself."""
 
     z_bD: Tensor
     """This rank's embeddings, the same as z_ND[offset : offset + b]."""
     labels_b: Tensor
     z_ND: Tensor
-    """The embeddings of all ranks, in the order of ranks, and behind them those of a memory, if there is one."""
+    """The embeddings of all ranks, in the order of ranks, and behind them those of a memory, if
+    there is one."""
     labels_N: Tensor
     offset: int = 0
     gather: kernels.Gather = kernels.alone
@@ -75,8 +78,9 @@ class Batches:
 class RowsLoss(nn.Module, ABC):
     """A metric loss of one rank's rows among all ranks'.
 
-    Its gradient is computed with the loss; what the loss itself carries to autograd is the gradient of the module's
-    own parameters (β, proxies). `train.objective.Objective` makes one differentiable loss of these.
+    Its gradient is computed with the loss; what the loss itself carries to autograd is the gradient
+    of the module's own parameters (β, proxies). `train.objective.Objective` makes one
+    differentiable loss of these.
     """
 
     @classmethod
@@ -86,12 +90,14 @@ class RowsLoss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, rows: Rows, *, seed: int) -> tuple[Tensor, Tensor]:
-        """The loss of the whole batch, carrying this rank's share of the gradient for the module's parameters, and its
-        gradient for rows.z_bD, (b, D). seed: of what is drawn at random, the same on all ranks."""
+        """The loss of the whole batch, carrying this rank's share of the gradient for the module's
+        parameters, and its gradient for rows.z_bD, (b, D). seed: of what is drawn at random, the
+        same on all ranks."""
 
     @abstractmethod
     def definition(self, x_BD: Tensor, labels_B: Tensor, *, seed: int) -> Tensor:
-        """The loss of a whole batch as defined in kernels.reference, differentiable by autograd; for checks.
+        """The loss of a whole batch as defined in kernels.reference, differentiable by autograd;
+        for checks.
 
         x_BD: as rows.z_bD, scaled to mean pairwise distance 1.
         """
@@ -120,5 +126,6 @@ class _WithGradients(torch.autograd.Function):
 
 
 def with_gradients(value: Tensor, *known: tuple[Tensor, Tensor]) -> Tensor:
-    """`value`, a scalar, with its gradient for each tensor given beside that tensor; first order only."""
+    """`value`, a scalar, with its gradient for each tensor given beside that tensor; first order
+    only."""
     return _WithGradients.apply(value, *(tensor for pair in known for tensor in pair))

@@ -15,8 +15,8 @@ class TripletRows(RowsLoss):
 
     margin: how much farther a negative must lie than a positive, in units of the scaled distance.
     mining: "semihard", "hardest" or "distance_weighted"; see `kernels.triplet_loss`.
-    most_positives: the most positives any row has, K - 1 for batches with K rows a class and no memory (None: counted
-        each time, which on a GPU waits for the device).
+    most_positives: the most positives any row has, K - 1 for batches with K rows a class and no
+        memory (None: counted each time, which on a GPU waits for the device).
     Raises ValueError for an unknown mining.
     """
 

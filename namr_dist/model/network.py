@@ -14,9 +14,9 @@ from namr_dist.parallel.gradcache import in_pieces
 class EmbeddingNetwork(nn.Module):
     """Backbone and the two heads.
 
-    With `bf16`, the backbone runs under autocast; the heads, whose outputs feed distances, stay in fp32. With several
-    `pieces`, a training batch passes the backbone in so many (parallel/gradcache.py); the heads, and so their batch
-    norm, always see all rows.
+    With `bf16`, the backbone runs under autocast; the heads, whose outputs feed distances, stay in
+    fp32. With several `pieces`, a training batch passes the backbone in so many
+    (parallel/gradcache.py); the heads, and so their batch norm, always see all rows.
     """
 
     def __init__(

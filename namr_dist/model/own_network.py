@@ -1,9 +1,10 @@
 """A network of a user's own as backbone: normalised images → pooled features.
 
-NAME in module:NAME is called with those of the keywords `pretrained` (bool: start from its own weights; False when a
-checkpoint is loaded) and `image_size` (H in pixels, as trained) that its signature names. It returns an nn.Module that
-maps (b, 3, H, H) to (b, F). Attributes `mean` and `std` of the module, three numbers each, say how pixels within 0..1
-are normalised before; without them it is done as for ImageNet.
+NAME in module:NAME is called with those of the keywords `pretrained` (bool: start from its own
+weights; False when a checkpoint is loaded) and `image_size` (H in pixels, as trained) that its
+signature names. It returns an nn.Module that maps (b, 3, H, H) to (b, F). Attributes `mean` and
+`std` of the module, three numbers each, say how pixels within 0..1 are normalised before; without
+them it is done as for ImageNet.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from namr_dist.errors import InputError
 
 
 def own_network(name: str, *, pretrained: bool, image_size: int) -> nn.Module:
-    """What module:NAME makes. Raises InputError if the name was not allowed (named_code.allow), or is none of the form
-    above."""
+    """What module:NAME makes. Raises InputError if the name was not allowed (named_code.allow), or
+    is none of the form above."""
     make: Any = named_code.load(name, use="model.backbone")
     if not callable(make):
         raise InputError(
@@ -50,7 +51,8 @@ def own_network(name: str, *, pretrained: bool, image_size: int) -> nn.Module:
 def own_normalisation(
     network: nn.Module, name: str, *, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The network's own mean and std, or these. Raises InputError for anything but three numbers, std above 0."""
+    """The network's own mean and std, or these. Raises InputError for anything but three numbers,
+    std above 0."""
     return _three(network, "mean", mean, name), _three(network, "std", std, name)
 
 

@@ -1,8 +1,9 @@
 """Let torchvision import beside a CPU build of torch.
 
-Its published wheels are built against the CUDA build, and importing one elsewhere stops at "operator
-torchvision::nms does not exist". Declaring the two schemas that it looks up is enough for all that timm uses;
-calling them still fails, as it should. Nothing on the main path needs torchvision: only `timm:` backbones do.
+Its published wheels are built against the CUDA build, and importing one elsewhere stops at
+"operator torchvision::nms does not exist". Declaring the two schemas that it looks up is enough for
+all that timm uses; calling them still fails, as it should. Nothing on the main path needs
+torchvision: only `timm:` backbones do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _library: torch.library.Library | None = (
 
 
 def make_torchvision_importable() -> None:
-    """Declare torchvision's missing operators if, and only if, a plain import fails for want of them."""
+    """Declare torchvision's missing operators if, and only if, a plain import fails for want of
+    them."""
     global _library
     if _library is not None:
         return

@@ -1,7 +1,7 @@
 """Batch norm over the global batch, on any device.
 
-torch's SyncBatchNorm is for GPUs alone and each rank's own statistics would make the result depend on how the
-batch was cut. Here W processes and one process give the same numbers.
+torch's SyncBatchNorm is for GPUs alone and each rank's own statistics would make the result depend
+on how the batch was cut. Here W processes and one process give the same numbers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from namr_dist.parallel.ranks import world_size
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm of (b, C) or (b, C, H, W) with the mean and variance of all ranks' rows while training.
+    """Batch norm of (b, C) or (b, C, H, W) with the mean and variance of all ranks' rows while
+    training.
 
-    Parameters, buffers and evaluation are those of torch.nn.BatchNorm1d/2d. Ranks may hold different numbers
-    of rows. Source: Ioffe and Szegedy, 2015; the variance is taken around the global mean, in two passes.
+    Parameters, buffers and evaluation are those of torch.nn.BatchNorm1d/2d. Ranks may hold
+    different numbers of rows. Source: Ioffe and Szegedy, 2015; the variance is taken around the
+    global mean, in two passes.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -26,7 +28,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected (b, C) or (b, C, H, W), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """The rows normalised, of the shape and dtype that came in. In training all ranks call it together."""
+        """The rows normalised, of the shape and dtype that came in. In training all ranks call it
+        together."""
         if not self.training or world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
@@ -57,8 +60,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 def use_global_batchnorm(module: nn.Module) -> None:
     """Replace every batch norm inside `module` by a GlobalBatchNorm with the same state.
 
-    timm's layers that join a batch norm, a drop and an activation become a sequence of the three. Raises
-    InputError for another kind of batch norm, whose extra work would be lost.
+    timm's layers that join a batch norm, a drop and an activation become a sequence of the three.
+    Raises InputError for another kind of batch norm, whose extra work would be lost.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

@@ -1,7 +1,7 @@
 """Rows of one rank → rows of all ranks, and how many bytes that took.
 
-A gradient never travels back: every rank computes the whole gradient of its own rows from what it gathered
-(train/objective.py). So half the bytes of a gather that autograd differentiates are sent.
+A gradient never travels back: every rank computes the whole gradient of its own rows from what it
+gathered (train/objective.py). So half the bytes of a gather that autograd differentiates are sent.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Traffic:
 class RowGather:
     """(b, …) on each rank → (B, …) on all, in the order of ranks; not differentiable.
 
-    counts_W: rows of each rank, some of which may be 0. A call needs rows of that number, and the same trailing
-    shape and dtype on all ranks. Rows stand at offset..offset+b of the result.
+    counts_W: rows of each rank, some of which may be 0. A call needs rows of that number, and the
+    same trailing shape and dtype on all ranks. Rows stand at offset..offset+b of the result.
     """
 
     def __init__(self, counts_W: Sequence[int], *, traffic: Traffic | None = None) -> None:
@@ -53,7 +53,8 @@ class RowGather:
 
     @torch.no_grad()
     def __call__(self, local: Tensor) -> Tensor:
-        """The rows of all ranks, which call it together. Raises ValueError for another number of rows than counted."""
+        """The rows of all ranks, which call it together. Raises ValueError for another number of
+        rows than counted."""
         world, own, most = len(self.counts_W), self.counts_W[_rank()], max(self.counts_W)
         if local.shape[0] != own:
             raise ValueError(
@@ -76,7 +77,8 @@ class RowGather:
 
 
 def count_rows(rows: int, device: torch.device) -> tuple[int, ...]:
-    """Rows of every rank. A GPU is waited for: where the counts are known, they need not be asked."""
+    """Rows of every rank. A GPU is waited for: where the counts are known, they need not be
+    asked."""
     if world_size() == 1:
         return (rows,)
     mine = torch.tensor([rows], device=device)
@@ -94,10 +96,11 @@ class _Averaged(torch.autograd.Function):
 
 
 def for_averaged_gradients(loss: Tensor) -> Tensor:
-    """The same loss for an optimizer that averages gradients over ranks, as DeepSpeed, DDP and FSDP do.
+    """The same loss for an optimizer that averages gradients over ranks, as DeepSpeed, DDP and FSDP
+    do.
 
-    What a rank's backward pass computes is its own rows' share of the gradient; the shares add up to the
-    gradient. This undoes the division, here and nowhere else.
+    What a rank's backward pass computes is its own rows' share of the gradient; the shares add up
+    to the gradient. This undoes the division, here and nowhere else.
     """
     return loss if world_size() == 1 else _Averaged.apply(loss)
 
@@ -111,7 +114,8 @@ class _SumRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        # Each rank used the sum for its own rows: the gradient of the sum is the sum of the ranks' gradients.
+        # Each rank used the sum for its own rows: the gradient of the sum is the sum of the ranks'
+        # gradients.
         total = grad.clone()
         dist.all_reduce(total)
         return total

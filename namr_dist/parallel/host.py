@@ -13,7 +13,8 @@ from namr_dist.parallel.ranks import world_size
 
 
 class HostGroup:
-    """All ranks, over gloo, whatever the devices speak. Every rank must make it and make each call, in one order."""
+    """All ranks, over gloo, whatever the devices speak. Every rank must make it and make each call,
+    in one order."""
 
     def __init__(self, timeout: timedelta | None = None) -> None:
         """timeout: how long one waits for the others; None: gloo's own."""

@@ -12,7 +12,8 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def expand_hosts(text: str) -> tuple[str, ...]:
-    """node[08-10,12],login → node08, node09, node10, node12, login. A name may have several brackets.
+    """node[08-10,12],login → node08, node09, node10, node12, login. A name may have several
+    brackets.
 
     Raises InputError for what is no list of hosts.
     """

@@ -1,4 +1,5 @@
-"""A pool of gloo ranks on this machine: starting processes costs seconds each, so they are kept for many calls."""
+"""A pool of gloo ranks on this machine: starting processes costs seconds each, so they are kept for
+many calls."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ class RankError(RuntimeError):
 class Ranks:
     """`world_size` processes in one process group, one thread each. They start at the first call.
 
-    Call it with a function at module level and its arguments. If a rank does not answer, all end, and the next call
-    starts others.
+    Call it with a function at module level and its arguments. If a rank does not answer, all end,
+    and the next call starts others.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -149,7 +150,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its ranks, and one of them may wait in a collective for another."""
+    """A killed parent cannot end its ranks, and one of them may wait in a collective for
+    another."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -5,9 +5,11 @@ Who launched this process is read from the environment; the first that matches c
 1. RANK: torchrun, deepspeed, or variables set by hand
 2. OMPI_COMM_WORLD_RANK: Open MPI's mpirun; MPI_LOCALRANKID: MPICH's and Intel's
 3. SLURM_STEP_ID: srun with one task a rank, which is what `deepspeed --launcher slurm` starts
-4. none: alone. So are the shells of sbatch and salloc, which have SLURM_NTASKS but belong to no step.
+4. none: alone. So are the shells of sbatch and salloc, which have SLURM_NTASKS but belong to no
+step.
 
-mpirun stands before srun: within a Slurm job it starts its daemons by srun, and its ranks inherit their variables.
+mpirun stands before srun: within a Slurm job it starts its daemons by srun, and its ranks inherit
+their variables.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _BY_HAND = "start with torchrun or deepspeed, or unset RANK and WORLD_SIZE for a single process"
 
 _MPI_PORT = 29500
-# Below the ports that Linux hands out by itself. Jobs that share a first host get ports of their own.
+# Below the ports that Linux hands out by itself. Jobs that share a first host get ports of their
+# own.
 _STEP_PORTS = range(20_000, 30_000)
 _STEPS_A_JOB = 16
 
@@ -193,7 +196,8 @@ def _from_mpirun(
 
 
 def _from_srun(environ: Mapping[str, str]) -> Launch:
-    """One task of a step. SLURM_NTASKS is not asked: in an interactive step it is the whole job's."""
+    """One task of a step. SLURM_NTASKS is not asked: in an interactive step it is the whole
+    job's."""
     remedy = "start all ranks with one srun, a task each"
     size = "SLURM_STEP_NUM_TASKS"
     _demand(
@@ -285,13 +289,15 @@ def _device(launch: Launch) -> tuple[torch.device, int]:
     )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
-    # Else gradients of convolutions add up in another order each time, and no run repeats or resumes exactly.
+    # Else gradients of convolutions add up in another order each time, and no run repeats or
+    # resumes exactly.
     torch.backends.cudnn.deterministic = True
     return device, index
 
 
 def gpu_index(local_rank: int, *, visible: int, on_node: int) -> int:
-    """Which of the visible GPUs is the rank's. `on_node`: those that srun has on this machine; 0 if not srun.
+    """Which of the visible GPUs is the rank's. `on_node`: those that srun has on this machine; 0 if
+    not srun.
 
     Raises InputError if there is none for it.
     """
@@ -312,8 +318,8 @@ def world_size() -> int:
 def shut_down(code: int) -> None:
     """Leave the process group and, on many ranks, the process, with this exit code.
 
-    gloo's threads may abort a process at its very end, after all its work (seen with ZeRO-3): what is left to do
-    then is to flush and go.
+    gloo's threads may abort a process at its very end, after all its work (seen with ZeRO-3): what
+    is left to do then is to flush and go.
     """
     if not dist.is_initialized():
         return

@@ -1,8 +1,9 @@
-"""What pytorch-metric-learning's DistributedLossWrapper makes of the same question, beside ours; measured, not judged.
+"""What pytorch-metric-learning's DistributedLossWrapper makes of the same question, beside ours;
+measured, not judged.
 
-The smallest model that can show it: one linear map of a fixed batch, in float64, the loss with the library's own
-settings and no miner, gradients averaged over ranks as DDP does. The yardstick of each way is itself in one
-process.
+The smallest model that can show it: one linear map of a fixed batch, in float64, the loss with the
+library's own settings and no miner, gradients averaged over ranks as DDP does. The yardstick of
+each way is itself in one process.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def measure(pool: Ranks) -> list[Ratio]:
 
 
 def gradients(way: str, loss: str) -> dict[str, Tensor]:
-    """The gradient of the linear map and of the loss's own parameters, flat, averaged over ranks if there are some."""
+    """The gradient of the linear map and of the loss's own parameters, flat, averaged over ranks if
+    there are some."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(0)
     labels_B = torch.arange(_CLASSES).repeat(_EACH)

@@ -2,10 +2,12 @@
 
 Columns beside the obvious:
     provider         NAMR-dist, or pytorch-metric-learning with its version
-    way              no ranks (one process, the definition by autograd), DDP, ZeRO 0..3; for the library's comparison
-                     ours, wrapper (DistributedLossWrapper) or wrapper, efficient (efficient=True)
+    way              no ranks (one process, the definition by autograd), DDP, ZeRO 0..3; for the
+                     library's comparison ours, wrapper (DistributedLossWrapper) or wrapper,
+                     efficient (efficient=True)
     dtype            of parameters, network and loss
-    worst_parameter  the one whose gradient error is given; in the library's comparison `network` or `loss`
+    worst_parameter  the one whose gradient error is given; in the library's comparison `network` or
+                     `loss`
     loss_rounding, gradient_rounding   one float32 process against float64
     norm_ratio       ‖g‖ / ‖g₁‖, in the library's comparison, where nothing is judged
 """
@@ -70,7 +72,8 @@ def origin() -> dict[str, str]:
 
 
 def run(progress: Callable[[int, int], None]) -> list[Row]:
-    """The whole table on this machine's CPU, and the library's wrapper where it is installed; minutes.
+    """The whole table on this machine's CPU, and the library's wrapper where it is installed;
+    minutes.
 
     progress: told how many of how many cases are done.
     """

@@ -85,7 +85,8 @@ class Step:
 
     loss: float
     gradients: dict[str, np.ndarray]
-    """By parameter name, as the optimizer gets them; 0 where there is none. Only the first rank fills them in."""
+    """By parameter name, as the optimizer gets them; 0 where there is none. Only the first rank
+    fills them in."""
 
 
 def step_alone(case: Case) -> Step:
@@ -149,8 +150,8 @@ def zero_engine(module: TrainingModule, case: Case) -> DeepSpeedEngine:
         recipe="parity",
         data=DataConfig(classes_per_batch=_CLASSES, images_per_class=_EACH),
         optim=OptimConfig(clip=0.0),
-        train=TrainConfig(zero_stage=int(case.way[-1])),
-    )  # type: ignore[arg-type]
+        train=TrainConfig(zero_stage=int(case.way[-1])),  # type: ignore[arg-type]
+    )
     start_group(rank, timedelta(minutes=2))
     _settle()
     engine = make_engine(module, config, rank)
@@ -163,13 +164,15 @@ def _settle() -> None:
     """What is done once in a process that makes many engines."""
     from deepspeed.accelerator import get_accelerator
 
-    # ZeRO 0 refuses to reduce float64, which a CPU's accelerator does not list; it casts to float32 all the same.
+    # ZeRO 0 refuses to reduce float64, which a CPU's accelerator does not list; it casts to float32
+    # all the same.
     accelerator = get_accelerator()
     listed = accelerator.supported_dtypes()
     accelerator.supported_dtypes = lambda: [*listed, torch.float64]
     # ZeRO 3 refuses it on processors that have float16, and nowhere else.
     accelerator.is_fp16_supported = lambda: False
-    # Each ZeRO-3 engine collects garbage: what the libraries hold need not be walked through every time.
+    # Each ZeRO-3 engine collects garbage: what the libraries hold need not be walked through every
+    # time.
     gc.collect()
     gc.freeze()
 
@@ -179,8 +182,8 @@ def _zero_step(engine: DeepSpeedEngine, inputs: _Inputs) -> Step:
 
     names = {name: value for name, value in engine.module.named_parameters() if value.requires_grad}
     optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    # What the optimizer got is put in place of what it made of it: the engine then collects gradients from all ranks
-    # as it collects parameters, whoever holds which part of them.
+    # What the optimizer got is put in place of what it made of it: the engine then collects
+    # gradients from all ranks as it collects parameters, whoever holds which part of them.
     optimizer.register_step_post_hook(_parameters_become_gradients)
     losses: StepLoss = engine(*inputs)
     engine.backward(losses.total)
@@ -209,8 +212,8 @@ def _loss_config(case: Case) -> LossConfig:
 def make_batch(case: Case) -> tuple[TrainingModule, Tensor, Tensor]:
     """The module, and all ranks' images and labels: the same at every call.
 
-    Images are coloured patches, so that embeddings differ by more than rounding. Rows of a class stand at several
-    ranks, so that every rank needs all others' rows.
+    Images are coloured patches, so that embeddings differ by more than rounding. Rows of a class
+    stand at several ranks, so that every rank needs all others' rows.
     """
     generator = torch.Generator().manual_seed(0)
     patches = torch.randint(
@@ -221,8 +224,9 @@ def make_batch(case: Case) -> tuple[TrainingModule, Tensor, Tensor]:
     torch.manual_seed(0)
     network = EmbeddingNetwork(case.model, image_size=_SIZE, pieces=case.pieces)
     with torch.no_grad():
-        # Embeddings of an untrained network have much in common, which unit vectors lose: the ranks' gradients for
-        # the bias would cancel, and their rounding stay. Quarters, because ranks round a mean in other ways.
+        # Embeddings of an untrained network have much in common, which unit vectors lose: the
+        # ranks' gradients for the bias would cancel, and their rounding stay. Quarters, because
+        # ranks round a mean in other ways.
         bias = network.double().sample_head.bias
         bias.copy_((bias - (4 * network(images)[0].mean(0)).round() / 4).float())
     module = TrainingModule(network, _loss_config(case), classes=_CLASSES, images_per_class=_EACH)

@@ -1,19 +1,23 @@
-"""Parity: the same loss and the same parameter gradients, however a batch is cut among ranks and whoever reduces them.
+"""Parity: the same loss and the same parameter gradients, however a batch is cut among ranks and
+whoever reduces them.
 
-One process without any wrapper is the yardstick: TrainingModule on a fixed batch, forward and backward. Every other
-way of running the same batch is measured against it by one number for the loss and one for the gradients:
+One process without any wrapper is the yardstick: TrainingModule on a fixed batch, forward and
+backward. Every other way of running the same batch is measured against it by one number for the
+loss and one for the gradients:
 
     loss       |L - L₁| / |L₁|, the worst rank
     gradients  the largest ‖g - g₁‖ / ‖g₁‖ over all trainable parameters (network, β, proxies)
 
-A parameter whose true gradient is 0 has no size of its own to compare with (the bias of the sample head under losses
-that see only differences, a linear map's bias before batch norm, the structure head without NAMR). For those, and
-only those, ‖g₁‖ is that of the whole gradient. Which they are is read off one process in float64.
+A parameter whose true gradient is 0 has no size of its own to compare with (the bias of the sample
+head under losses that see only differences, a linear map's bias before batch norm, the structure
+head without NAMR). For those, and only those, ‖g₁‖ is that of the whole gradient. Which they are is
+read off one process in float64.
 
-Bounds. Where everything is float64: 1e-10. DeepSpeed keeps and averages gradients in float32 even if parameters are
-float64: 1e-6 for ZeRO, the network and the loss still computed in float64. A float32 network rounds: one process is
-itself `rounding` away from float64, two ways of adding up may differ by twice that, and batch norm makes it more than
-1e-6; hence the larger of both.
+Bounds. Where everything is float64: 1e-10. DeepSpeed keeps and averages gradients in float32 even
+if parameters are
+float64: 1e-6 for ZeRO, the network and the loss still computed in float64. A float32 network
+rounds: one process is itself `rounding` away from float64, two ways of adding up may differ by
+twice that, and batch norm makes it more than 1e-6; hence the larger of both.
 """
 
 from __future__ import annotations
@@ -99,7 +103,8 @@ def all_cases() -> list[Case]:
 
 
 def measure(cases: Sequence[Case], pool: Ranks | None) -> Iterator[Verdict]:
-    """Run the cases, one after the other, on a pool of as many ranks as they have (None: this process alone)."""
+    """Run the cases, one after the other, on a pool of as many ranks as they have (None: this
+    process alone)."""
     for case in cases:
         assert case.ranks == (pool.world_size if pool else 1)
         yield judge(case, pool(step_on_rank, case) if pool else [step_by_definition(case)])

@@ -31,7 +31,8 @@ ALL: tuple[Callable[[], Config], ...] = (
 
 
 def find(name: str) -> Config:
-    """The configuration of the recipe NAME. Raises InputError for an unknown one, naming the nearest."""
+    """The configuration of the recipe NAME. Raises InputError for an unknown one, naming the
+    nearest."""
     by_name = {recipe.__name__: recipe for recipe in ALL}
     if name not in by_name:
         near = difflib.get_close_matches(name, by_name, n=1)

@@ -6,7 +6,8 @@ from namr_dist.config import Config, DataConfig, EvaluationConfig, OptimConfig
 
 
 def cars() -> Config:
-    """ResNet-50, triplet loss with multi-cluster ranking, some 60 passes over the training images."""
+    """ResNet-50, triplet loss with multi-cluster ranking, some 60 passes over the training
+    images."""
     return Config(
         recipe="cars",
         data=DataConfig(

@@ -6,7 +6,8 @@ from namr_dist.config import Config, DataConfig, OptimConfig
 
 
 def folder() -> Config:
-    """ResNet-50, triplet loss with multi-cluster ranking, batches that a set of sixteen classes can make."""
+    """ResNet-50, triplet loss with multi-cluster ranking, batches that a set of sixteen classes can
+    make."""
     return Config(
         recipe="folder",
         data=DataConfig(

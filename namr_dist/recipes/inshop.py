@@ -1,4 +1,5 @@
-"""In-Shop Clothes Retrieval of DeepFashion (Liu et al. 2016): queries search a gallery of their own."""
+"""In-Shop Clothes Retrieval of DeepFashion (Liu et al. 2016): queries search a gallery of their
+own."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from namr_dist.config import Config, DataConfig, EvaluationConfig, OptimConfig
 
 
 def inshop() -> Config:
-    """ResNet-50, triplet loss with multi-cluster ranking, some 100 passes over the training images."""
+    """ResNet-50, triplet loss with multi-cluster ranking, some 100 passes over the training
+    images."""
     return Config(
         recipe="inshop",
         data=DataConfig(

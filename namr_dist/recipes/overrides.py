@@ -14,7 +14,8 @@ from namr_dist.errors import InputError
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """Words of `--set.section.field value…` apart from all others: an override's values end at the next option."""
+    """Words of `--set.section.field value…` apart from all others: an override's values end at the
+    next option."""
     own: list[str] = []
     overrides: list[str] = []
     into = own
@@ -28,9 +29,11 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def configure(recipe: str, overrides: Sequence[str], *, show_help: bool = False) -> Config:
-    """The recipe with its overrides. Code that it names may be imported from now on: the command line names it.
+    """The recipe with its overrides. Code that it names may be imported from now on: the command
+    line names it.
 
-    A wrong field or value ends the program with tyro's message and code 2, `show_help` with all settings and 0.
+    A wrong field or value ends the program with tyro's message and code 2, `show_help` with all
+    settings and 0.
     """
     import tyro
 

@@ -6,7 +6,8 @@ from namr_dist.config import Config, DataConfig, EvaluationConfig, OptimConfig
 
 
 def sop() -> Config:
-    """ResNet-50, triplet loss with multi-cluster ranking, some 100 passes over the training images."""
+    """ResNet-50, triplet loss with multi-cluster ranking, some 100 passes over the training
+    images."""
     return Config(
         recipe="sop",
         data=DataConfig(

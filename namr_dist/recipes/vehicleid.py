@@ -1,4 +1,5 @@
-"""PKU VehicleID (Liu et al. 2016): vehicles under surveillance cameras; three test lists, two protocols."""
+"""PKU VehicleID (Liu et al. 2016): vehicles under surveillance cameras; three test lists, two
+protocols."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from namr_dist.config import Config, DataConfig, EvaluationConfig, OptimConfig
 
 
 def vehicleid() -> Config:
-    """ResNet-50, triplet loss with multi-cluster ranking, some 50 passes over the training images."""
+    """ResNet-50, triplet loss with multi-cluster ranking, some 50 passes over the training
+    images."""
     return Config(
         recipe="vehicleid",
         data=DataConfig(

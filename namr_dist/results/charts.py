@@ -182,7 +182,8 @@ def _symbol(x: float, y: float, group: int, r: float, hint: str = "") -> Markup:
 def scatter(
     points_N2: Float64, groups: Sequence[int], hints: Sequence[str], *, title: str
 ) -> Markup:
-    """A map without axes: symbol by group, a hover title on every point, both directions at one scale."""
+    """A map without axes: symbol by group, a hover title on every point, both directions at one
+    scale."""
     low_2, high_2 = points_N2.min(axis=0), points_N2.max(axis=0)
     span = float((high_2 - low_2).max()) or 1.0
     placed_N2 = (points_N2 - low_2) / span * (_MAP_SIDE - 16) + 8

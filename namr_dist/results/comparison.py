@@ -1,6 +1,8 @@
-"""Many runs → one table: a row a setting, over its seeds, and what multi-cluster ranking adds to each baseline.
+"""Many runs → one table: a row a setting, over its seeds, and what multi-cluster ranking adds to
+each baseline.
 
-Figures are in percent, of metrics.json of each run; names of modes and figures are those of `evaluate`.
+Figures are in percent, of metrics.json of each run; names of modes and figures are those of
+`evaluate`.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What multi-cluster ranking adds to the baseline with which a setting shares all other fields."""
+    """What multi-cluster ranking adds to the baseline with which a setting shares all other
+    fields."""
 
     baseline: int
     ranked: int
@@ -83,7 +86,8 @@ class LeftOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Runs side by side: a setting's seeds together, and what multi-cluster ranking adds to each baseline."""
+    """Runs side by side: a setting's seeds together, and what multi-cluster ranking adds to each
+    baseline."""
 
     test: str
     """what all were measured on"""
@@ -121,7 +125,8 @@ class _Measured:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Each folder that is a run's, and the runs in each that is none. Raises InputError where there are none."""
+    """Each folder that is a run's, and the runs in each that is none. Raises InputError where there
+    are none."""
     runs = []
     for folder in folders:
         here = [folder] if RunFolder(folder).config.exists() else runs_in(folder)
@@ -135,8 +140,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def compare(runs: Sequence[Path]) -> Comparison:
-    """One row a setting. Runs without figures, of other test images or of a seed that is there already are left out
-    and listed.
+    """One row a setting. Runs without figures, of other test images or of a seed that is there
+    already are left out and listed.
 
     Raises InputError if no run is left.
     """
@@ -182,7 +187,8 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
 
 def _read(run: Path) -> _Measured:
-    """A run's settings and figures. Raises InputError, without the run's name, where it has none."""
+    """A run's settings and figures. Raises InputError, without the run's name, where it has
+    none."""
     folder = RunFolder(run)
     config = Config.load(folder.config)
     if not folder.metrics.exists():
@@ -221,7 +227,8 @@ def _test_of(protocol: Mapping[str, Any]) -> str:
 
 
 def _identity(config: dict[str, Any], protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields on which a run's figures depend, its seed apart; "–" for those of a part that it does without."""
+    """The fields on which a run's figures depend, its seed apart; "–" for those of a part that it
+    does without."""
     fields = {
         name: value
         for name, value in _flat(config)
@@ -235,7 +242,8 @@ def _identity(config: dict[str, Any], protocol: Mapping[str, Any]) -> dict[str, 
     fields.update(
         {name: _NOT_USED for name in fields if name != _WEIGHT and name.startswith(tuple(unused))}
     )
-    # Where the set lies may differ, what it holds not. At most so many images of a class are drawn by the seed.
+    # Where the set lies may differ, what it holds not. At most so many images of a class are drawn
+    # by the seed.
     return fields if fields["data.most_images"] else fields | {_IMAGES: protocol.get("train hash")}
 
 
@@ -252,7 +260,8 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
 
 
 def _differing(runs: Sequence[_Measured]) -> tuple[str, ...]:
-    """The fields that tell these runs apart, those of the ranking last: with and without it then stand together."""
+    """The fields that tell these runs apart, those of the ranking last: with and without it then
+    stand together."""
     names = {name: None for run in runs for name in run.identity}
     differing = [
         name
@@ -356,8 +365,8 @@ def _difference(settings: Sequence[Setting], baseline: int, ranked: int) -> Diff
 
 
 def gain(before: Sequence[float], after: Sequence[float], *, paired: bool) -> Gain:
-    """The difference of two means. Its standard error is that of the mean of the differences where both are paired,
-    else the root of the sum of both means' squared errors."""
+    """The difference of two means. Its standard error is that of the mean of the differences where
+    both are paired, else the root of the sum of both means' squared errors."""
     mean = statistics.fmean(after) - statistics.fmean(before)
     if min(len(before), len(after)) < 2:
         return Gain(mean=mean, error=None)

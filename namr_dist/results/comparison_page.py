@@ -77,8 +77,8 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the page `path`, with links to the runs' own reports where there are any. Folders are named as seen from
-    the page."""
+    """Write the page `path`, with links to the runs' own reports where there are any. Folders are
+    named as seen from the page."""
     headline = next(iter(_columns(comparison, "sample")), "R@1")
     runs = [
         (
@@ -202,7 +202,8 @@ def _columns(comparison: Comparison, mode: str) -> list[str]:
 
 
 def _short(comparison: Comparison) -> list[str]:
-    """The last two parts of each field's name, or all where that is not enough; one column at least."""
+    """The last two parts of each field's name, or all where that is not enough; one column at
+    least."""
     ends = [".".join(name.split(".")[-2:]) for name in comparison.fields]
     return [
         end if ends.count(end) == 1 else name

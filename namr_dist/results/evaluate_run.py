@@ -47,16 +47,20 @@ def evaluate_run(
     recall_at: tuple[int, ...] = (),
     modes: Sequence[str] = (),
 ) -> dict:
-    """Measure a run on its test split; write RUN/metrics.json and RUN/embeddings.safetensors; return the figures.
+    """Measure a run on its test split; write RUN/metrics.json and RUN/embeddings.safetensors;
+    return the figures.
 
-    shards: where the set is now; None: where it was trained from. split: another test split or subset, whose files are
-    named metrics-SPLIT.json and embeddings-SPLIT.safetensors. recall_at: the k of R@k; none: the configuration's.
-    modes: module:NAME of retrieval modes of a user's own (named_code.allow them first), measured beside the others.
+    shards: where the set is now; None: where it was trained from. split: another test split or
+    subset, whose files are named metrics-SPLIT.json and embeddings-SPLIT.safetensors. recall_at:
+    the k of R@k; none: the configuration's.
+    modes: module:NAME of retrieval modes of a user's own (named_code.allow them first), measured
+        beside the others.
 
-    Beside the trained network stand raw pixels (32 × 32), the network before training and the frozen backbone's
-    pooled features. If the split has roles, queries search the gallery, else all search all others.
-    Raises InputError if the run is not finished, its data are not as they were, the split has no query or nothing to
-    search, or it or `modes` name code that is not allowed or does not serve.
+    Beside the trained network stand raw pixels (32 × 32), the network before training and the
+    frozen backbone's pooled features. If the split has roles, queries search the gallery, else all
+    search all others.
+    Raises InputError if the run is not finished, its data are not as they were, the split has no
+    query or nothing to search, or it or `modes` name code that is not allowed or does not serve.
     """
     config = run_config(run, shards)
     own_modes = [named_code.load(name, use="--mode") for name in modes]
@@ -148,7 +152,8 @@ def report_run(run: Path, *, shards: str | None = None) -> Path:
 
 
 def embed_shards(run: Path, location: str, split: str, out: Path) -> int:
-    """Embed a split of the shard set in a folder or behind a URL into `out`; return the number of images."""
+    """Embed a split of the shard set in a folder or behind a URL into `out`; return the number of
+    images."""
     config = trained_config(run)
     manifest = open_shards(location, config.data.remote)
     verify_shards(manifest, [split])
@@ -184,7 +189,8 @@ def _embedded(
 
 
 def _facts(index: SplitIndex) -> dict[str, Tensor]:
-    """What is known of the images, to lie beside their embeddings; roles only where there are any."""
+    """What is known of the images, to lie beside their embeddings; roles only where there are
+    any."""
     facts = {"labels": torch.from_numpy(index.label_N)}
     return facts | {"roles": torch.from_numpy(index.role_N)} if index.role_N.any() else facts
 

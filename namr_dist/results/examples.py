@@ -1,6 +1,7 @@
 """Pictures for the report: queries with their neighbours, and a map of all embeddings.
 
-Shapes: N test images, Q of them queries, G of them searched, D width, K neighbours, P points on the map.
+Shapes: N test images, Q of them queries, G of them searched, D width, K neighbours, P points on the
+map.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def neighbour_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Queries whose first neighbour is right, and queries where it is wrong.
 
-    About ten queries, half of each kind where both exist, drawn by the seed from the queries that have
-    a right answer; no class twice. Neighbours are those of the sample mode.
+    About ten queries, half of each kind where both exist, drawn by the seed from the queries that
+    have a right answer; no class twice. Neighbours are those of the sample mode.
     """
     query_labels_Q, item_labels_G = labels_N[sides.query_Q], labels_N[sides.item_G]
     served = sample_vectors(z_ND[sides.query_Q], z_ND[sides.item_G], cosine=cosine)
@@ -167,7 +168,8 @@ def embedding_map(
     else:
         perplexity = min(30.0, (len(z_PD) - 1) / 3)
         tsne = TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed)
-        # Its threads wait actively: beside another busy process several take ten times as long as one.
+        # Its threads wait actively: beside another busy process several take ten times as long as
+        # one.
         with threadpool_limits(1):
             points_P2 = tsne.fit_transform(z_PD.astype(np.float32)).astype(np.float64)
         method = f"t-SNE (perplexity {perplexity:g}, 500 iterations, seed {seed})"

@@ -1,4 +1,5 @@
-"""A trained run → a folder of plain files that serve its network without DeepSpeed, each checked against it.
+"""A trained run → a folder of plain files that serve its network without DeepSpeed, each checked
+against it.
 
     config.json        how to prepare an image, what comes out, the run's configuration
     model.safetensors  the network's state, fp32; `load` makes the network of it
@@ -53,7 +54,8 @@ CONFIG = "config.json"
 """Of an exported folder: `describe` makes it. Not the file of that name in a run's folder."""
 FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 TOLERANCE = 1e-4
-"""Largest relative difference between a written file and the network; other convolutions give about 1e-6."""
+"""Largest relative difference between a written file and the network; other convolutions give about
+1e-6."""
 _FORMAT = "namr-export/1"
 _CHECKED_BATCHES = (1, 3)
 
@@ -66,15 +68,18 @@ class Exported:
     size_bytes: dict[str, int]
     """By file name, of all files."""
     differences: dict[str, float]
-    """By file name of the models: the largest relative difference from the network, over images, z and s."""
+    """By file name of the models: the largest relative difference from the network, over images, z
+    and s."""
     compared_images: int
 
 
 def load(folder: str | Path) -> EmbeddingNetwork:
-    """The network of an exported folder, on the CPU, in eval mode and fp32: no DeepSpeed, no process group.
+    """The network of an exported folder, on the CPU, in eval mode and fp32: no DeepSpeed, no
+    process group.
 
-    Raises InputError if config.json or model.safetensors is missing, damaged or does not fit the other, and if the
-    backbone is code from outside the package that has not been allowed (named_code.allow).
+    Raises InputError if config.json or model.safetensors is missing, damaged or does not fit the
+    other, and if the backbone is code from outside the package that has not been allowed
+    (named_code.allow).
     """
     where = Path(folder) / CONFIG
     try:
@@ -123,11 +128,13 @@ def export_run(
     shards: str | None = None,
     tolerance: float = TOLERANCE,
 ) -> Exported:
-    """Write the network of RUN into the new folder `out`: the named formats, config.json and README.md.
+    """Write the network of RUN into the new folder `out`: the named formats, config.json and
+    README.md.
 
-    Each model is read back and compared with the network on four images of the test split, in batches of 1 and 3,
-    on the CPU. The folder appears whole or not at all. Raises InputError if `out` exists, packages are missing, the
-    run or its test split cannot be read, a model cannot be traced, or differs by more than `tolerance`.
+    Each model is read back and compared with the network on four images of the test split, in
+    batches of 1 and 3, on the CPU. The folder appears whole or not at all. Raises InputError if
+    `out` exists, packages are missing, the run or its test split cannot be read, a model cannot be
+    traced, or differs by more than `tolerance`.
     """
     _check_folder(out)
     if "onnx" in formats:
@@ -175,8 +182,8 @@ def export_run(
 
 
 def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json. Of paths and URLs only the last part stays, without credentials: the rest is the
-    training machine's."""
+    """The content of config.json. Of paths and URLs only the last part stays, without credentials:
+    the rest is the training machine's."""
     return {
         "format": _FORMAT,
         "version": __version__,
@@ -209,7 +216,8 @@ def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
 def difference(
     forward: Forward, batches: Sequence[Tensor], expected: Sequence[tuple[Tensor, Tensor]]
 ) -> float:
-    """‖forward − expected‖ / ‖expected‖ of an image's z or s, the largest of all images; NaN counts as infinite."""
+    """‖forward − expected‖ / ‖expected‖ of an image's z or s, the largest of all images; NaN counts
+    as infinite."""
     largest = 0.0
     with torch.no_grad():
         for images_bHH3, right in zip(batches, expected, strict=True):
@@ -276,7 +284,8 @@ def _write_models(
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` at the end, flushed to disk; on any error it is gone."""
+    """A temporary folder beside `out` that becomes `out` at the end, flushed to disk; on any error
+    it is gone."""
     temporary = out.absolute().with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir()

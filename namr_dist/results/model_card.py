@@ -78,7 +78,8 @@ def model_card(
     tolerance: float,
     metrics: Mapping[str, Any] | None,
 ) -> str:
-    """Markdown. `about` is the content of config.json; `sizes` (bytes) and `differences` go by file of a model."""
+    """Markdown. `about` is the content of config.json; `sizes` (bytes) and `differences` go by file
+    of a model."""
     size, output, trained = about["input"]["size"], about["output"], about["trained"]
     model, loss = about["config"]["model"], about["config"]["loss"]
     ranking = (

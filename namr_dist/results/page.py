@@ -54,8 +54,9 @@ def write_report(
     """Write RUN/report.html and return its path.
 
     run_dir holds config.json, metrics.jsonl, metrics.json and embeddings.safetensors (z (N, D),
-    labels (N,) and, where images have roles, roles (N,)). load_jpeg gives the image file of an index in the
-    embeddings' order; names and categories (N each; "" for none) its class and super-category.
+    labels (N,) and, where images have roles, roles (N,)). load_jpeg gives the image file of an
+    index in the embeddings' order; names and categories (N each; "" for none) its class and
+    super-category.
     The page needs no network: charts are inline SVG, images data URIs. It replaces an older one
     atomically. Choices at random (examples, map) follow the run's seed.
     Raises InputError where a file is missing or damaged, or the lengths differ.
@@ -113,7 +114,8 @@ def write_report(
 
 
 def template(name: str) -> Template:
-    """The template of a page. Text that is put into it is escaped; a name it is not given is an error."""
+    """The template of a page. Text that is put into it is escaped; a name it is not given is an
+    error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -170,7 +172,8 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _summary(run: RunRecord) -> Iterator[str]:
-    """What was trained, how well it finds, and whether the structure embedding helps, as sentences."""
+    """What was trained, how well it finds, and whether the structure embedding helps, as
+    sentences."""
     yield _what_was_trained(run)
     name = _first_cut_off(run.metrics)
     recall = _number_in(run.metrics, "test", "sample", name)

@@ -1,7 +1,7 @@
 """A network as a program of its own: torch.export and ONNX, written and read back.
 
-Shapes: b images (any number), H pixels a side (fixed), D width. A program maps uint8 (b, H, H, 3) → z, s, both
-fp32 (b, D).
+Shapes: b images (any number), H pixels a side (fixed), D width. A program maps uint8 (b, H, H, 3) →
+z, s, both fp32 (b, D).
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def read_torch(path: Path) -> Forward:
 
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
-    """Write inputs `images` and outputs `z`, `s`. Raises InputError for a program without a translation."""
+    """Write inputs `images` and outputs `z`, `s`. Raises InputError for a program without a
+    translation."""
     try:
         with _quiet():
             made = torch.onnx.export(

@@ -44,8 +44,8 @@ class RunRecord:
 def trained_config(run: Path) -> Config:
     """The configuration that a run was trained with.
 
-    Raises InputError if it cannot be read, or names code that has not been allowed: a file that somebody else made is
-    no reason to import any.
+    Raises InputError if it cannot be read, or names code that has not been allowed: a file that
+    somebody else made is no reason to import any.
     """
     path = RunFolder(run).config
     config = Config.load(path)
@@ -87,8 +87,8 @@ def _object(path: Path, made_by: str) -> dict[str, Any]:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Read a run's folder. Raises InputError where a file is missing or is not what it should be; lines of its log that
-    cannot be read are left out, and their number is told on stderr."""
+    """Read a run's folder. Raises InputError where a file is missing or is not what it should be;
+    lines of its log that cannot be read are left out, and their number is told on stderr."""
     evaluate_first = "evaluate the run first"
     run = RunFolder(run_dir)
     config = _object(run.config, "train the run first")

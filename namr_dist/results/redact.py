@@ -20,7 +20,8 @@ _LOCATIONS = (
 def shareable(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of the content of config.json with the last part alone of each path and URL.
 
-    A URL's query, its user and password, and a command's arguments are left out. Fields that are missing stay so.
+    A URL's query, its user and password, and a command's arguments are left out. Fields that are
+    missing stay so.
     """
     shared = copy.deepcopy(config)
     for *sections, field in _LOCATIONS:

@@ -66,7 +66,8 @@ def baseline_rows(metrics: Mapping[str, Any]) -> list[Row]:
 
 
 def shown_modes(metrics: Mapping[str, Any]) -> list[ShownMode]:
-    """The built-in modes, then those that the user brought along to the evaluation (its block "own_modes")."""
+    """The built-in modes, then those that the user brought along to the evaluation (its block
+    "own_modes")."""
     shown = [
         ShownMode(name=mode.name, sentence=mode.sentence, looks_at_gallery=mode.looks_at_gallery)
         for mode in MODES
@@ -118,8 +119,8 @@ def mean_and_deviation(row: Row, name: str) -> str:
 
 
 def results_table(metrics: Mapping[str, Any]) -> Group:
-    """The content of metrics.json for the console: baselines, then trained modes and controls; re-identification,
-    where it was measured, in a table of its own."""
+    """The content of metrics.json for the console: baselines, then trained modes and controls;
+    re-identification, where it was measured, in a table of its own."""
     before, trained = baseline_rows(metrics), mode_rows(metrics)
     names = columns([*before, *trained])
     counts = metrics.get("test_counts") or {}

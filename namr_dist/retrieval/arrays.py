@@ -40,7 +40,8 @@ def as_matrix(values_ND: Any, name: str) -> Float64:
 
 
 def as_float32(values_ND: Any, name: str) -> Float32:
-    """As :func:`as_matrix`, rounded to fp32: half the memory, and no copy of what is fp32 already."""
+    """As :func:`as_matrix`, rounded to fp32: half the memory, and no copy of what is fp32
+    already."""
     with np.errstate(over="ignore"):
         return _checked(np.ascontiguousarray(_as_numpy(values_ND), dtype=np.float32), name)
 

@@ -34,7 +34,8 @@ from namr_dist.retrieval.vectors import (
 Distance = Literal["euclidean", "cosine"]
 
 _LONGEST_LIST = 32
-"""R@k beyond it comes from the rank of the first right item, counted where the list does not reach it:
+"""R@k beyond it comes from the rank of the first right item, counted where the list does not reach
+it:
 lists of a thousand neighbours would take most of an evaluation's time and memory"""
 _NOT_LISTED = np.iinfo(np.int64).max
 
@@ -90,7 +91,8 @@ class _Ranking:
         return self.percent(ranked_QK, self.first_right(ranked_QK, served))
 
     def first_right(self, ranked_QK: Int64, served: Served) -> Int64:
-        """(Q,) ranks of the first right items, in the whole order if a cut-off asks for more than the lists."""
+        """(Q,) ranks of the first right items, in the whole order if a cut-off asks for more than
+        the lists."""
         first_Q = self.first_listed(ranked_QK)
         beyond_M = np.flatnonzero((first_Q == _NOT_LISTED) & (self.relevant_Q > 0))
         if ranked_QK.shape[1] < max(self.ks) and len(beyond_M):
@@ -104,13 +106,15 @@ class _Ranking:
         return first_Q
 
     def first_listed(self, ranked_QK: Int64) -> Int64:
-        """(Q,) ranks, from 1 on, of the first right items in the lists; _NOT_LISTED where there is none."""
+        """(Q,) ranks, from 1 on, of the first right items in the lists; _NOT_LISTED where there is
+        none."""
         right_QK = relevance(ranked_QK, self.labels_Q, self.labels_N)
         first_Q: Int64 = np.where(right_QK.any(axis=1), right_QK.argmax(axis=1) + 1, _NOT_LISTED)
         return first_Q
 
     def _nearest_right(self, queries_M: Int64, served: Served) -> Int64:
-        """(M,) the nearest item of the query's class, itself left out, for the numbers of queries that have one."""
+        """(M,) the nearest item of the query's class, itself left out, for the numbers of queries
+        that have one."""
         order_N = np.argsort(self.labels_N, kind="stable")
         sorted_N = self.labels_N[order_N]
         nearest_M = np.empty(len(queries_M), dtype=np.int64)
@@ -128,8 +132,8 @@ class _Ranking:
 def _with_controls(
     modes: Sequence[Mode], queries: Side, items: Side, own_Q: Int64, seed: int
 ) -> Iterator[tuple[str, Mode, Side, Side]]:
-    """Name of the figures, mode, and the sides it is given: each mode as it is, then with its controls. Modes that use
-    s are left out where there is none."""
+    """Name of the figures, mode, and the sides it is given: each mode as it is, then with its
+    controls. Modes that use s are left out where there is none."""
     given = {"": (queries, items)}
     if queries.s is not None and items.s is not None:
         mixed_QD, mixed_ND = _shuffled(queries.s, items.s, own_Q, seed)
@@ -165,26 +169,29 @@ def evaluate(
     roles_N: Any | None = None,
     modes: Sequence[Mode] = (),
 ) -> dict[str, Any]:
-    """The evaluation of one split: every image queries all the others, or those that its role lets it.
+    """The evaluation of one split: every image queries all the others, or those that its role lets
+    it.
 
-    z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None (only the modes that do
-    without them are measured); labels_N: (N,) integers. numpy or torch, any float type.
-    roles_N: (N,) integers that count in manifest.ROLES; None: every image queries and is searched. NMI and
-    AMI are those of the images that are searched.
+    z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None (only the modes that
+    do without them are measured); labels_N: (N,) integers. numpy or torch, any float type.
+    roles_N: (N,) integers that count in manifest.ROLES; None: every image queries and is searched.
+    NMI and AMI are those of the images that are searched.
     delta: δ of the structure head; ks: the cut-offs of R@k; seed: of the permuted controls and of
-    k-means; candidates: C of the re-ranking (raised to the k that MAP@R needs; R@k beyond C takes the rest
-    in its plain order); distance: "cosine" scales the rows of z to length 1 before anything else.
+    k-means; candidates: C of the re-ranking (raised to the k that MAP@R needs; R@k beyond C takes
+    the rest in its plain order); distance: "cosine" scales the rows of z to length 1 before
+    anything else.
     modes: of a user's own, measured beside those of modes.py.
 
     Returns blocks that go into metrics.json as they are, all metrics in percent:
-      test           {mode: {"R@1", ..., "MAP@R", "R-precision"}} for the modes, then for their controls; "sample"
-                     has "NMI" and "AMI" besides
+      test           {mode: {"R@1", ..., "MAP@R", "R-precision"}} for the modes, then for their
+                     controls; "sample" has "NMI" and "AMI" besides
       test_counts    queries, left_out (no other image of their class), items, classes, largest_R,
                      rerank_candidates, rerank_certified_percent
-      test_protocol  distance, seeds, k-means engine, search back end, modes that look at the gallery
+      test_protocol  distance, seeds, k-means engine, search back end, modes that look at the
+                     gallery
       own_modes      {mode: {"sentence", "looks_at_gallery"}} for `modes`; only if there are any
-    Raises InputError on bad shapes, NaN, s outside 1 ± δ, roles that leave no query or no item, and modes that are
-    none, share a name or make vectors that cannot be searched.
+    Raises InputError on bad shapes, NaN, s outside 1 ± δ, roles that leave no query or no item, and
+    modes that are none, share a name or make vectors that cannot be searched.
     Memory: some copies of the (N, 4D + 1) matrix of the symmetric mode, and blocks of 128 MiB.
     """
     every = with_own(modes)
@@ -263,8 +270,8 @@ def evaluate_sample(
     distance: Distance = "euclidean",
     roles_N: Any | None = None,
 ) -> dict[str, float]:
-    """R@k, MAP@R and R-precision of the sample mode alone, in percent: for validation while training and for
-    embeddings without s.
+    """R@k, MAP@R and R-precision of the sample mode alone, in percent: for validation while
+    training and for embeddings without s.
 
     Arguments and errors as in :func:`evaluate`.
     """

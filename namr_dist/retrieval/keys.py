@@ -1,12 +1,14 @@
 """Keys: what a search sorts by, smallest first, with the same bits on every device.
 
-Shapes: Q queries, N items, D width, V width of what is multiplied, B a block's queries, C candidates, P pairs.
+Shapes: Q queries, N items, D width, V width of what is multiplied, B a block's queries, C
+candidates, P pairs.
 
-The key of a pair is its squared distance ("l2") or its negated inner product ("ip"): differences and squares, or
-products, in float64, summed by halves and rounded once to fp32. Each step is one IEEE operation on elements, in an
-order that only the width decides, so a CPU and a GPU find the same number. A matrix product sums in an order of its
-own. It comes within a known error of the key, and where all of that interval rounds to one fp32 number, that number
-is the key: of unit rows, only a few pairs in 100,000 are left to be summed.
+The key of a pair is its squared distance ("l2") or its negated inner product ("ip"): differences
+and squares, or products, in float64, summed by halves and rounded once to fp32. Each step is one
+IEEE operation on elements, in an order that only the width decides, so a CPU and a GPU find the
+same number. A matrix product sums in an order of its own. It comes within a known error of the key,
+and where all of that interval rounds to one fp32 number, that number is the key: of unit rows, only
+a few pairs in 100,000 are left to be summed.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import torch
 Metric = Literal["l2", "ip"]
 Precision = Literal["fp32", "fp64"]
 
-# Numbers held at once in one temporary. All pairs of a block of queries, in float64: 128 MiB, or 1 GiB on a GPU.
+# Numbers held at once in one temporary. All pairs of a block of queries, in float64: 128 MiB, or 1
+# GiB on a GPU.
 _BLOCK_NUMBERS = {"cpu": 2**24, "cuda": 2**27}
-# The terms of single pairs are gone over some ten times: within a CPU's cache, or in few launches on a GPU.
+# The terms of single pairs are gone over some ten times: within a CPU's cache, or in few launches
+# on a GPU.
 _TERM_NUMBERS = {"cpu": 2**20, "cuda": 2**27}
 
 
@@ -47,7 +51,8 @@ class Keys:
 
     @cached_property
     def _item_operand_NV(self) -> torch.Tensor:
-        """Items in float64; for "l2" with their squares and a one, so that one product yields squared distances."""
+        """Items in float64; for "l2" with their squares and a one, so that one product yields
+        squared distances."""
         wide_ND = self.items_ND.double()
         if self.metric == "ip":
             return wide_ND
@@ -64,11 +69,13 @@ class Keys:
         return operand_BV @ self._item_operand_NV.T
 
     def error(self, rows_B: torch.Tensor, precision: Precision) -> torch.Tensor:
-        """(B,) float64: how far a product of that precision can lie from the key before that is rounded.
+        """(B,) float64: how far a product of that precision can lie from the key before that is
+        rounded.
 
-        With unit roundoff u and ‖q‖, ‖x‖ ≤ X, a sum of D products in any order is off by at most D u ‖q‖ X to first
-        order. fp32 is a library's inner product, or three such terms of a squared distance. fp64 is by_product: the
-        squares are rounded before they are multiplied, and the sum by halves has an error too.
+        With unit roundoff u and ‖q‖, ‖x‖ ≤ X, a sum of D products in any order is off by at most D
+        u ‖q‖ X to first order. fp32 is a library's inner product, or three such terms of a squared
+        distance. fp64 is by_product: the squares are rounded before they are multiplied, and the
+        sum by halves has an error too.
         """
         width = self.items_ND.shape[1]
         roundoff = (width + 8) * 2.0**-24 if precision == "fp32" else 2 * (width + 16) * 2.0**-53
@@ -107,7 +114,8 @@ class Keys:
 
 
 def _sum_by_halves(terms_PD: torch.Tensor) -> torch.Tensor:
-    """(P,) sums of rows, which are overwritten: the second half is added to the first until one number is left."""
+    """(P,) sums of rows, which are overwritten: the second half is added to the first until one
+    number is left."""
     width = terms_PD.shape[1]
     while width > 1:
         half = (width + 1) // 2
@@ -117,7 +125,8 @@ def _sum_by_halves(terms_PD: torch.Tensor) -> torch.Tensor:
 
 
 def pack(keys_BC: torch.Tensor, ids_BC: torch.Tensor) -> torch.Tensor:
-    """(B, C) int64 that sort as (key, index) does.  keys_BC: fp32, no NaN; ids_BC: int64 from 0 to 2³² − 1."""
+    """(B, C) int64 that sort as (key, index) does.  keys_BC: fp32, no NaN; ids_BC: int64 from 0 to
+    2³² − 1."""
     bits_BC = (keys_BC + 0.0).view(torch.int32).long()  # −0 becomes 0: they are a tie
     # The bits of a negative float grow as the number falls.
     return (torch.where(bits_BC < 0, bits_BC ^ 0x7FFFFFFF, bits_BC) << 32) | ids_BC

@@ -89,12 +89,12 @@ def retrieval_scores(
     """R@k, MAP@R and R-precision of ranked neighbours.
 
     ranked_QK: (Q, K) item indices, nearest first, the query's own entry left out, −1 for "no more
-    items"; K must reach the largest R, and max(ks) too unless first_right_Q is given: (Q,) the rank, from
-    1 on, of each query's first right item in the whole order; whatever it says where R = 0 is not read.
-    With fewer than k other items, R@k looks at all of them.
+    items"; K must reach the largest R, and max(ks) too unless first_right_Q is given: (Q,) the
+    rank, from 1 on, of each query's first right item in the whole order; whatever it says where R =
+    0 is not read. With fewer than k other items, R@k looks at all of them.
     R@k is the share of queries with a right item among the first k; R-precision the share of right
-    items among the first R; MAP@R = (1/R) Σ_{i ≤ R} P(i)·rel(i) with P(i) the precision of the first i
-    (Musgrave et al., "A Metric Learning Reality Check", 2020).
+    items among the first R; MAP@R = (1/R) Σ_{i ≤ R} P(i)·rel(i) with P(i) the precision of the
+    first i (Musgrave et al., "A Metric Learning Reality Check", 2020).
     Raises InputError where K is too small or labels do not fit.
     """
     query_labels = as_labels(query_labels_Q, len(ranked_QK), "query labels")

@@ -2,8 +2,9 @@
 
 Shapes: N rows (queries or items), D embedding width.
 
-A mode that uses the structure embedding s is measured beside its controls, the same mode with another s. They ask
-whether the learnt s carries anything that retrieval can use; the mode is only worth its cost where it beats them all.
+A mode that uses the structure embedding s is measured beside its controls, the same mode with
+another s. They ask whether the learnt s carries anything that retrieval can use; the mode is only
+worth its cost where it beats them all.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ class Side:
     z: Float64
     """(N, D) sample embeddings"""
     s: Float64 | None = None
-    """(N, D) positive weights; None where a model has no structure head, and for a mode that does without them"""
+    """(N, D) positive weights; None where a model has no structure head, and for a mode that does
+    without them"""
     density: Float64 | None = None
-    """(N,) of the items, their `local_density`; None for queries, and for a mode that does not look at the gallery"""
+    """(N,) of the items, their `local_density`; None for queries, and for a mode that does not look
+    at the gallery"""
 
     def at(self, rows: Int64) -> Side:
-        """The rows at ascending indices; itself where these are all, so that queries and items share one."""
+        """The rows at ascending indices; itself where these are all, so that queries and items
+        share one."""
         if len(rows) == len(self.z):
             return self
         return Side(
@@ -60,24 +64,28 @@ class Mode:
     sentence: str
     """the distance in words, for the report"""
     vectors: Callable[[Side, Side], Served] | None
-    """queries, items → their vectors; None for RERANK alone, which re-orders what the plain search finds"""
+    """queries, items → their vectors; None for RERANK alone, which re-orders what the plain search
+    finds"""
     uses_s: bool = False
     """Whether the vectors depend on s. Else they are given none, and the mode has no controls."""
     looks_at_gallery: bool = False
-    """Whether the distance depends on items other than the two compared: marked so wherever its figures stand. Else
-    the vectors are not given the items' density."""
+    """Whether the distance depends on items other than the two compared: marked so wherever its
+    figures stand. Else the vectors are not given the items' density."""
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """Names in CONTROLS. Re-ranking with s = 1 is the plain order, which the sample mode has already."""
+        """Names in CONTROLS. Re-ranking with s = 1 is the plain order, which the sample mode has
+        already."""
         if not self.uses_s:
             return ()
         return ("shuffled",) if self.vectors is None else tuple(CONTROLS)
 
     def serve(self, queries: Side, items: Side) -> Served:
-        """The vectors for these queries and items, made from what the mode says it uses and rounded to fp32.
+        """The vectors for these queries and items, made from what the mode says it uses and rounded
+        to fp32.
 
-        Raises InputError if they are no `Served`, not a row for each query and item, of two widths, or not finite.
+        Raises InputError if they are no `Served`, not a row for each query and item, of two widths,
+        or not finite.
         """
         assert self.vectors is not None, f"{self.name} has no vectors of its own"
         served: Any = self.vectors(self._given(queries), self._given(items))
@@ -182,7 +190,8 @@ def row_names(modes: Sequence[Mode]) -> list[str]:
 def with_own(modes: Sequence[Mode]) -> tuple[Mode, ...]:
     """MODES, and behind them modes of a user's own.
 
-    Raises InputError for what is no Mode or has no vectors, and for a name that is taken by another or its controls.
+    Raises InputError for what is no Mode or has no vectors, and for a name that is taken by another
+    or its controls.
     """
     every = list(MODES)
     for mode in modes:

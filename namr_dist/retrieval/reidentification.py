@@ -1,10 +1,11 @@
-"""Re-identification, the protocol of VehicleID (Liu et al., "Deep Relative Distance Learning", CVPR 2016).
+"""Re-identification, the protocol of VehicleID (Liu et al., "Deep Relative Distance Learning", CVPR
+2016).
 
 Shapes: N images, D width, G classes with an image each in the gallery, Q queries, T draws.
 
-One random image of each class is the gallery, all others search it; that is drawn several times. Each query has
-exactly one right item, at rank r (from 1 on): CMC@k is the share of queries with r ≤ k, and a query's average
-precision is 1 / r, whose mean is mAP.
+One random image of each class is the gallery, all others search it; that is drawn several times.
+Each query has exactly one right item, at rank r (from 1 on): CMC@k is the share of queries with r ≤
+k, and a query's average precision is 1 / r, whose mean is mAP.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ def reidentify(
 ) -> dict[str, Any]:
     """CMC@1, CMC@5 and mAP in percent, over galleries drawn at random.
 
-    z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None; labels_N: (N,) integers. numpy or
-    torch, any float type. modes: of a user's own, measured beside those of modes.py. Exact Euclidean distances; ties
-    go to the image that comes first. All modes meet the same draws; the density that the calibrated mode needs is that
-    of the drawn gallery. No re-ranking: a gallery of one image a class is searched whole.
+    z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None; labels_N: (N,)
+    integers. numpy or torch, any float type. modes: of a user's own, measured beside those of
+    modes.py. Exact Euclidean distances; ties go to the image that comes first. All modes meet the
+    same draws; the density that the calibrated mode needs is that of the drawn gallery. No
+    re-ranking: a gallery of one image a class is searched whole.
 
-    Returns the block that goes into metrics.json as it is: draws, seed, gallery (G), queries (Q), gallery_only
-    (classes of one image: nothing asks for them), and modes: for each served mode, then for their controls, the mean
-    of each metric over the draws and, as "CMC@1 std" and so on, its standard deviation (divisor T).
-    Raises InputError on bad shapes, fewer than one draw, where no class has a second image, and as `evaluate` does
-    for modes.
+    Returns the block that goes into metrics.json as it is: draws, seed, gallery (G), queries (Q),
+    gallery_only (classes of one image: nothing asks for them), and modes: for each served mode,
+    then for their controls, the mean of each metric over the draws and, as "CMC@1 std" and so on,
+    its standard deviation (divisor T).
+    Raises InputError on bad shapes, fewer than one draw, where no class has a second image, and as
+    `evaluate` does for modes.
     """
     served = [mode for mode in with_own(modes) if mode.vectors is not None]
     z = as_matrix(z_ND, "z")

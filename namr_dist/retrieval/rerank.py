@@ -53,7 +53,8 @@ def check_delta(s_ND: Float64, delta: float) -> None:
 
 
 def squared_adaptive(zq_QD: Float64, sq_QD: Float64, z_ND: Float64, ids_QC: Int64) -> Float32:
-    """(Q, C) fp32: Σ_k s_qk (z_qk − z_jk)² of chosen pairs, summed in float64. 128 MiB at a time."""
+    """(Q, C) fp32: Σ_k s_qk (z_qk − z_jk)² of chosen pairs, summed in float64. 128 MiB at a
+    time."""
     squared_QC = np.empty(ids_QC.shape, dtype=np.float32)
     rows = max(1, _BLOCK_NUMBERS // (ids_QC.shape[1] * z_ND.shape[1]))
     for start in range(0, len(zq_QD), rows):
@@ -99,8 +100,8 @@ def rerank_candidates(
 ) -> Reranked:
     """As :func:`rerank` for candidates found before.
 
-    ids_QC, nearest_QC: (Q, C) item indices and squared distances, nearest first, complete (no nearer
-    item is missing) and without the query itself; −1 and +inf where items run out.
+    ids_QC, nearest_QC: (Q, C) item indices and squared distances, nearest first, complete (no
+    nearer item is missing) and without the query itself; −1 and +inf where items run out.
     """
     zq, z = centred(z_QD, z_ND)
     sq = as_weights(s_QD, zq, "query s")

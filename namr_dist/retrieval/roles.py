@@ -44,7 +44,8 @@ class Division:
 
 
 def divide(roles_N: Any | None, count: int, name: str = "the images") -> Division:
-    """Divide `count` images by their roles (N,), integers that count in manifest.ROLES; None: all are both.
+    """Divide `count` images by their roles (N,), integers that count in manifest.ROLES; None: all
+    are both.
 
     Raises InputError, naming `name`, where nothing is left to query or to be searched.
     """

@@ -1,12 +1,13 @@
 """Exact nearest neighbours with ties broken by the lowest index, whatever library does the work.
 
-Shapes: Q queries, N items, D width, K neighbours asked for, B a block's queries, C candidates (K and a few more).
+Shapes: Q queries, N items, D width, K neighbours asked for, B a block's queries, C candidates (K
+and a few more).
 
 A library's order among equal or nearly equal items depends on its blocking, so it only proposes
-candidates here. They are sorted by their (key, index), keys as keys.py defines them. A query is settled
-when no item outside its candidates can reach its K-th key, given the rounding error of the library; the
-others are searched again, which costs time but never exactness. So all back ends return the same arrays.
-The order is found where the products are: with a GPU, on it.
+candidates here. They are sorted by their (key, index), keys as keys.py defines them. A query is
+settled when no item outside its candidates can reach its K-th key, given the rounding error of the
+library; the others are searched again, which costs time but never exactness. So all back ends
+return the same arrays. The order is found where the products are: with a GPU, on it.
 """
 
 from __future__ import annotations
@@ -150,8 +151,9 @@ def _faiss_proposer(keys: Keys, count: int, *, gpu: bool) -> Propose:
 
 def _torch_proposer(keys: Keys, count: int) -> Propose:
     def propose(rows_B: torch.Tensor) -> _Candidates:
-        # float64, because a training run may have allowed TF32 for all fp32 products of the process, and because
-        # its values settle most keys. Selected as fp32: half the bytes to pass over, and half the digits.
+        # float64, because a training run may have allowed TF32 for all fp32 products of the
+        # process, and because its values settle most keys. Selected as fp32: half the bytes to pass
+        # over, and half the digits.
         near_BN = keys.by_product(rows_B)
         top = torch.topk(near_BN.float(), count, dim=1, largest=False, sorted=False)
         farthest_B = top.values.amax(dim=1).double()
@@ -197,7 +199,8 @@ def _values(keys_BK: torch.Tensor, metric: Metric) -> torch.Tensor:
 def _nearest(
     keys: Keys, propose: Propose, rows_B: torch.Tensor, own_B: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first K of some queries: keys (B, K) fp32 and indices (B, K) int64, +inf and N where none is left.
+    """The first K of some queries: keys (B, K) fp32 and indices (B, K) int64, +inf and N where none
+    is left.
 
     own_B: (B,) the item that each query leaves out, or −1.
     """
@@ -224,8 +227,8 @@ def _nearest(
 def _search_again(
     keys: Keys, rows_M: torch.Tensor, own_M: torch.Tensor, last_M: torch.Tensor, k: int
 ) -> torch.Tensor:
-    """(M, K) packed: the first K of queries whose candidates left a doubt, from all items that may be as near as
-    last_M, the K-th candidate's key."""
+    """(M, K) packed: the first K of queries whose candidates left a doubt, from all items that may
+    be as near as last_M, the K-th candidate's key."""
     ids_N = torch.arange(len(keys.items_ND), device=keys.device)
     parts = []
     for rows_B, own_B, last_B in zip(
@@ -241,7 +244,8 @@ def _search_again(
 
 
 def _checked(queries_QD: Any, items_ND: Any, metric: Metric) -> tuple[Float32, Float32]:
-    """Rounded to fp32 once, so that every back end ranks the very same vectors; one array where both are one."""
+    """Rounded to fp32 once, so that every back end ranks the very same vectors; one array where
+    both are one."""
     items = as_float32(items_ND, "items")
     queries = items if queries_QD is items_ND else as_float32(queries_QD, "queries")
     if queries.shape[1] != items.shape[1]:
@@ -269,14 +273,15 @@ def search(
 ) -> tuple[Float32, Int64]:
     """The K nearest items of each query, exactly; equal values are ordered by item index.
 
-    queries_QD, items_ND: numpy or torch, any float type; rounded to fp32 first. metric "l2" ranks by
-    squared Euclidean distance, smallest first; "ip" by inner product, largest first. backend: None
+    queries_QD, items_ND: numpy or torch, any float type; rounded to fp32 first. metric "l2" ranks
+    by squared Euclidean distance, smallest first; "ip" by inner product, largest first. backend:
+    None
     for :func:`search_backend`.
-    Returns values (Q, K) fp32 and item indices (Q, K) int64. Where K > N, the rest of a row is filled
-    up with index −1 and value +inf ("ip": −inf). Both are the same, bit for bit, whatever the back end.
-    Raises InputError on bad shapes, non-finite entries and K < 1.
-    Memory: the inputs in fp32, and in float64 or as faiss's copy of the items; the results; and a few
-    blocks of 128 MiB (of 1 GiB on a GPU, where the results are not held).
+    Returns values (Q, K) fp32 and item indices (Q, K) int64. Where K > N, the rest of a row is
+    filled up with index −1 and value +inf ("ip": −inf). Both are the same, bit for bit, whatever
+    the back end. Raises InputError on bad shapes, non-finite entries and K < 1.
+    Memory: the inputs in fp32, and in float64 or as faiss's copy of the items; the results; and a
+    few blocks of 128 MiB (of 1 GiB on a GPU, where the results are not held).
     """
     queries, items = _checked(queries_QD, items_ND, metric)
     return _search(queries, items, k, np.full(len(queries), -1), metric, backend)
@@ -294,9 +299,10 @@ def search_excluding_self(
     """As :func:`search`, leaving out each query's own entry among the items.
 
     query_ids_Q: (Q,) the query's index among the items, −1 for a query that is not among them; None
-    where the queries are the items, in the same order. The entry is left out by its index, so that an
-    exact duplicate of the query is still found.
-    Returns and raises as :func:`search`; a row is filled up with −1 where fewer than K items remain.
+    where the queries are the items, in the same order. The entry is left out by its index, so that
+    an exact duplicate of the query is still found.
+    Returns and raises as :func:`search`; a row is filled up with −1 where fewer than K items
+    remain.
     """
     queries, items = _checked(queries_QD, items_ND, metric)
     own_Q = checked_query_ids(query_ids_Q, len(queries), len(items))
@@ -340,12 +346,13 @@ def ranks_of(
     query_ids_Q: Int64 | None = None,
     metric: Metric = "l2",
 ) -> Int64:
-    """(Q,) int64: the rank, from 1 on, of one item for each query in the order of :func:`search` over all items.
+    """(Q,) int64: the rank, from 1 on, of one item for each query in the order of :func:`search`
+    over all items.
 
-    ids_Q: (Q,) those items. query_ids_Q as in :func:`search_excluding_self`: own entries do not count,
-    and ids_Q has none. The nearer items are counted, not listed, so a high rank costs no more than a near
-    one. On the GPU if there is one. Raises InputError as :func:`search`. Memory: the items in float64, and
-    a few blocks of 128 MiB, or of 1 GiB on a GPU.
+    ids_Q: (Q,) those items. query_ids_Q as in :func:`search_excluding_self`: own entries do not
+    count, and ids_Q has none. The nearer items are counted, not listed, so a high rank costs no
+    more than a near one. On the GPU if there is one. Raises InputError as :func:`search`. Memory:
+    the items in float64, and a few blocks of 128 MiB, or of 1 GiB on a GPU.
     """
     queries, items = _checked(queries_QD, items_ND, metric)
     own_Q = checked_query_ids(query_ids_Q, len(queries), len(items))

@@ -1,4 +1,5 @@
-"""Distances of the retrieval modes as plain vectors: what to ask an ordinary index, and what to store in it.
+"""Distances of the retrieval modes as plain vectors: what to ask an ordinary index, and what to
+store in it.
 
 Shapes: Q queries, N items, D embedding width, V width of the served vectors.
 z sample embedding, s structure embedding (positive weights), rho local density.
@@ -37,8 +38,8 @@ class Served:
     def squared_distances(self, values_QK: Float32) -> Float64:
         """(Q, K) float64 squared distances of the mode from the (Q, K) values of a search.
 
-        Where the metric is "ip" they come from a difference of larger numbers: good to about 1e-6 of
-        those, so that a duplicate's distance is nearly, not exactly, 0.
+        Where the metric is "ip" they come from a difference of larger numbers: good to about 1e-6
+        of those, so that a duplicate's distance is nearly, not exactly, 0.
         """
         return self.offset_Q[:, None] + self.scale * values_QK.astype(np.float64)
 
@@ -82,8 +83,8 @@ def as_weights(s_ND: Any, z_ND: Float64, name: str) -> Float64:
 
 
 def sample_vectors(z_QD: Any, z_ND: Any, *, cosine: bool = False) -> Served:
-    """‖z_q − z_j‖ as it stands: D wide, l2. With `cosine`, rows are scaled to length 1 first, so that
-    the squared distance is 2 − 2 cos."""
+    """‖z_q − z_j‖ as it stands: D wide, l2. With `cosine`, rows are scaled to length 1 first, so
+    that the squared distance is 2 − 2 cos."""
     if cosine:
         z_QD, z_ND = unit_rows(as_matrix(z_QD, "query z")), unit_rows(as_matrix(z_ND, "item z"))
     queries, items = centred(z_QD, z_ND)

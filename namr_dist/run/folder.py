@@ -35,7 +35,8 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 def of_split(name: str, split: str) -> str:
-    """The name that METRICS or EMBEDDINGS have for another split than the one that the configuration tests on."""
+    """The name that METRICS or EMBEDDINGS have for another split than the one that the
+    configuration tests on."""
     file = Path(name)
     return f"{file.stem}-{split}{file.suffix}"
 
@@ -101,7 +102,8 @@ class RunFolder:
         return self.checkpoint_folder / f"step-{step:08d}.safetensors"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(steps done, file) of every training state in the folder, oldest first. None is opened."""
+        """(steps done, file) of every training state in the folder, oldest first. None is
+        opened."""
         matches = (
             (_STATE.fullmatch(path.name), path)
             for path in self.checkpoint_folder.glob("step-*.safetensors")
@@ -117,14 +119,16 @@ class RunFolder:
     def remove_old_checkpoints(self, *, newest: int, keep: int) -> None:
         """Delete checkpoints before the one at step `newest`, but for the latest `keep` with it.
 
-        Later ones stay and are not counted: they were found damaged when the run went on from an earlier step.
+        Later ones stay and are not counted: they were found damaged when the run went on from an
+        earlier step.
         """
         until_now = [path for step, path in self.checkpoints() if step <= newest]
         for path in until_now[:-keep]:
             path.unlink(missing_ok=True)
 
     def check(self, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
-        """Raise InputError if a run of so many bytes cannot begin in this folder. Nothing is written.
+        """Raise InputError if a run of so many bytes cannot begin in this folder. Nothing is
+        written.
 
         overwrite: it may replace a run that is there.  goes_on: it continues that run.
         """
@@ -168,8 +172,8 @@ class RunFolder:
             raise self._unwritable(error.errno or EACCES) from None
         if not overwrite:
             return
-        # The old run goes once the new one can begin, and only what a run writes: never a whole folder that a user may
-        # have pointed to by mistake.
+        # The old run goes once the new one can begin, and only what a run writes: never a whole
+        # folder that a user may have pointed to by mistake.
         for path in self._written():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -177,15 +181,15 @@ class RunFolder:
                 path.unlink()
 
     def lock(self) -> BinaryIO | None:
-        """Keep every other process from training in the folder while the result is open; None where the file system
-        has no locks. Raises InputError if one does already."""
+        """Keep every other process from training in the folder while the result is open; None where
+        the file system has no locks. Raises InputError if one does already."""
         try:
             lock = open(self.path / _LOCK, "ab")  # noqa: SIM115 (open as long as the run lasts)
         except OSError:
             return None
         try:
-            # POSIX's kind: released when the process dies, and not passed on to loader workers, who outlive it a
-            # little.
+            # POSIX's kind: released when the process dies, and not passed on to loader workers, who
+            # outlive it a little.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
@@ -200,7 +204,8 @@ class RunFolder:
     def is_locked(self) -> bool | None:
         """Whether a process holds the lock; None where that cannot be known.
 
-        It is only asked for: taking it, even for a moment, could turn away a run that starts just then.
+        It is only asked for: taking it, even for a moment, could turn away a run that starts just
+        then.
         """
         try:
             with open(self.path / _LOCK, "rb") as file:
@@ -212,7 +217,8 @@ class RunFolder:
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
     def _written(self) -> list[Path]:
-        """What stands in the folder under the names of a run's files and folders, the configuration apart."""
+        """What stands in the folder under the names of a run's files and folders, the configuration
+        apart."""
         names = (_CHECKPOINTS, _TENSORBOARD, LOG, METRICS, EMBEDDINGS, REPORT)
         of_splits = [
             path for name in (METRICS, EMBEDDINGS) for path in self.path.glob(of_split(name, "*"))

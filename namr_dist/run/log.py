@@ -1,8 +1,10 @@
-"""A run's log, a line of JSON for each thing that training tells, read with one temper by all who read it.
+"""A run's log, a line of JSON for each thing that training tells, read with one temper by all who
+read it.
 
-A line counts if it is whole (it has its line end) and is a JSON object, in UTF-8, with a whole-numbered step. Any other
-is skipped and counted: a process that was killed leaves half a line, a broken disk any bytes, and neither may hide the
-rest. Empty lines are nothing. Fields of an entry may hold anything, so that they are asked for by the functions here.
+A line counts if it is whole (it has its line end) and is a JSON object, in UTF-8, with a
+whole-numbered step. Any other is skipped and counted: a process that was killed leaves half a line,
+a broken disk any bytes, and neither may hide the rest. Empty lines are nothing. Fields of an entry
+may hold anything, so that they are asked for by the functions here.
 
 No torch is imported: people look often.
 """
@@ -61,8 +63,8 @@ def read_log(path: Path) -> Log:
 
 
 def cut_log(path: Path, step: int) -> Log:
-    """Drop from a log what comes after `step`, and every line that cannot be read; what stays, and how many those
-    were. A log that is not there is an empty one."""
+    """Drop from a log what comes after `step`, and every line that cannot be read; what stays, and
+    how many those were. A log that is not there is an empty one."""
     if not path.exists():
         return Log(path=path, entries=(), unreadable=0)
     lines = list(_lines(path.read_bytes()))
@@ -81,14 +83,15 @@ class GrowingLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.unreadable = 0
-        """lines that were skipped; what stands behind the last line end is still being written, and does not count"""
+        """lines that were skipped; what stands behind the last line end is still being written, and
+        does not count"""
         self.changed: float | None = None
         """when the last line came, seconds since 1970"""
         self._inode, self._read_bytes = -1, 0
 
     def read(self) -> tuple[bool, list[Entry]]:
-        """(whether the entries are those of a log from its beginning, and what was read before is to be forgotten; the
-        entries since the last call)."""
+        """(whether the entries are those of a log from its beginning, and what was read before is
+        to be forgotten; the entries since the last call)."""
         try:
             with open(self._path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -131,7 +134,8 @@ def count_of(entry: Entry, name: str) -> int | None:
 
 
 def text_of(entry: Entry, name: str) -> str | None:
-    """A field's text; None where it is missing, of another type or has characters that no terminal shows."""
+    """A field's text; None where it is missing, of another type or has characters that no terminal
+    shows."""
     value = entry.get(name)
     return value if isinstance(value, str) and value.isprintable() else None
 

@@ -1,4 +1,5 @@
-"""How a run stands, read from its folder while it trains, on any machine that sees the folder. Nothing is written.
+"""How a run stands, read from its folder while it trains, on any machine that sees the folder.
+Nothing is written.
 
 No torch is imported: people look often.
 """
@@ -48,9 +49,11 @@ class RunState:
     steps: int
     epoch: int | None
     elapsed_s: float
-    """of training, over all starts; what a start lost by not reaching a checkpoint is not counted"""
+    """of training, over all starts; what a start lost by not reaching a checkpoint is not
+    counted"""
     left_s: float | None
-    """at the pace of the later half of the steps since the last start, validation and checkpoints included"""
+    """at the pace of the later half of the steps since the last start, validation and checkpoints
+    included"""
     last_line_age_s: float | None
     silent_s: float | None
     """seconds without a line while training, if they are many times what this run usually takes"""
@@ -133,12 +136,14 @@ class _Progress:
             self.marks.append((entry["step"], time_s))
 
     def pace_s(self) -> float | None:
-        """Seconds a step, pauses included, over the later half of the steps since the last start."""
+        """Seconds a step, pauses included, over the later half of the steps since the last
+        start."""
         (first, began_s), (last, ended_s) = self.marks[(len(self.marks) - 1) // 2], self.marks[-1]
         return (ended_s - began_s) / (last - first) if last > first else None
 
     def usual_s(self, log_every: int) -> float:
-        """Seconds between two writes at most, pauses apart: on a GPU, losses are read once in `log_every` steps."""
+        """Seconds between two writes at most, pauses apart: on a GPU, losses are read once in
+        `log_every` steps."""
         times_s = [time_s for _, time_s in self.marks[-_RECENT:]]
         gaps_s = [after - before for before, after in zip(times_s, times_s[1:], strict=False)]
         return log_every * statistics.median(gaps_s) if gaps_s else 0.0
@@ -230,7 +235,8 @@ class RunReader:
         if locked is None:
             training = quiet_s < log.silence_s(config.train.log_every)
         else:
-            # Some file systems keep a lock to the machine that took it: a fresh line then tells more than its absence.
+            # Some file systems keep a lock to the machine that took it: a fresh line then tells
+            # more than its absence.
             training = locked or quiet_s < 2 * log.usual_s(config.train.log_every)
         return "training" if training else "stopped" if begun else "not started"
 

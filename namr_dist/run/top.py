@@ -33,7 +33,8 @@ _BAR_COLUMNS = 24
 
 
 def top(run: Path, *, once: bool = False, as_json: bool = False) -> None:
-    """Show the run in the folder `run`: on a terminal until it is finished or Ctrl-C is pressed, else a single time.
+    """Show the run in the folder `run`: on a terminal until it is finished or Ctrl-C is pressed,
+    else a single time.
 
     Raises InputError if the folder holds no run.
     """

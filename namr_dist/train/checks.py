@@ -1,4 +1,5 @@
-"""What can be known to be wrong before the first step: each check raises InputError, and none writes a file."""
+"""What can be known to be wrong before the first step: each check raises InputError, and none
+writes a file."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ from namr_dist.train.checkpoints.state import state_bytes
 def check_run(config: Config, *, world_size: int, local_rank: int) -> TrainingSet:
     """What is trained on, once all can serve `config` on so many ranks.
 
-    A machine's first rank hashes the shards as well, if the configuration says so and they lie there; others are
-    hashed when they are fetched.
+    A machine's first rank hashes the shards as well, if the configuration says so and they lie
+    there; others are hashed when they are fetched.
     """
     config.check()
     data = config.data
@@ -70,7 +71,8 @@ def check_run(config: Config, *, world_size: int, local_rank: int) -> TrainingSe
 
 
 def _check_measurable(index: SplitIndex, name: str, *, world_size: int) -> None:
-    """Raise InputError if a split has an image for each rank to embed too few, or no query with a right answer."""
+    """Raise InputError if a split has an image for each rank to embed too few, or no query with a
+    right answer."""
     if len(index) < world_size:
         raise InputError(
             f"{name} has fewer images than there are ranks ({world_size}); use fewer ranks"
@@ -108,6 +110,7 @@ def check_sizes(network: EmbeddingNetwork, config: Config, device: torch.device)
 
 
 def run_bytes(module: nn.Module, config: Config) -> int:
-    """What a run of this module writes, at its most: its final network, and one checkpoint more than are kept."""
+    """What a run of this module writes, at its most: its final network, and one checkpoint more
+    than are kept."""
     network = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     return network + (config.train.keep_checkpoints + 1) * state_bytes(module)

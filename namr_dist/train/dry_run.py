@@ -1,4 +1,5 @@
-"""A run that does not start: every check for any number of ranks, and the commands that would start it."""
+"""A run that does not start: every check for any number of ranks, and the commands that would start
+it."""
 
 from __future__ import annotations
 
@@ -23,11 +24,13 @@ _PROGRAM = "namr_dist.launchers.train"
 def dry_run(
     config: Config, run: Path, *, ranks: int, overwrite: bool, resume: bool, words: Sequence[str]
 ) -> list[str]:
-    """Lines that say what `ranks` ranks would do, and how to start them with the words of `namr train`.
+    """Lines that say what `ranks` ranks would do, and how to start them with the words of `namr
+    train`.
 
-    Raises InputError for whatever training would refuse before its first step, except that weights on a hub are not
-    asked for, checkpoints not opened, and a cache for remote shards is held against one rank's needs. No process group
-    is started and no file written, but for the manifest of a remote set in the cache.
+    Raises InputError for whatever training would refuse before its first step, except that weights
+    on a hub are not asked for, checkpoints not opened, and a cache for remote shards is held
+    against one rank's needs. No process group is started and no file written, but for the manifest
+    of a remote set in the cache.
     """
     if ranks < 1:
         raise InputError(f"--ranks is {ranks}; set it to at least 1")
@@ -74,8 +77,9 @@ def dry_run(
 
 
 def launch_commands(ranks: int, words: Sequence[str]) -> dict[str, list[str]]:
-    """Commands that start so many ranks of `namr train` with these words: by torchrun on one machine, by deepspeed on
-    the machines of a hostfile whose slots add up to `ranks`, by srun on those of a Slurm job."""
+    """Commands that start so many ranks of `namr train` with these words: by torchrun on one
+    machine, by deepspeed on the machines of a hostfile whose slots add up to `ranks`, by srun on
+    those of a Slurm job."""
     return {
         "torchrun": [
             "python",

@@ -30,9 +30,11 @@ def embed(
     workers: int,
     timeout_s: float = 600.0,
 ) -> tuple[np.ndarray, ...]:
-    """Run `forward` (uint8 (b, H, H, 3) → tensors (b, …)) over all images; the results as fp32 arrays (N, …).
+    """Run `forward` (uint8 (b, H, H, 3) → tensors (b, …)) over all images; the results as fp32
+    arrays (N, …).
 
-    Every rank calls it, computes its share, and gets all rows, in the order of `images`. Memory O(N · width).
+    Every rank calls it, computes its share, and gets all rows, in the order of `images`. Memory O(N
+    · width).
     timeout_s: as in `stream`, which raises InputError for images that cannot be read.
     """
     batches = sequential_batches(

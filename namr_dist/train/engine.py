@@ -22,8 +22,8 @@ if (
 
 
 def start_group(rank: Rank, timeout: timedelta) -> None:
-    """Start the process group of all ranks, whose collectives wait for each other so long; half an hour at least, for
-    before they meet one of them verifies the shards."""
+    """Start the process group of all ranks, whose collectives wait for each other so long; half an
+    hour at least, for before they meet one of them verifies the shards."""
     os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
@@ -70,7 +70,8 @@ def make_engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeed
 
 
 def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
-    """AdamW's groups, each with its peak learning rate; empty ones (a loss without parameters) left out."""
+    """AdamW's groups, each with its peak learning rate; empty ones (a loss without parameters) left
+    out."""
     network = module.network
     parts = (
         (network.backbone, config.backbone_lr, True),

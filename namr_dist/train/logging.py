@@ -1,4 +1,5 @@
-"""What a run says while it trains: a line of JSON each for programs, TensorBoard, a bar or plain lines for people."""
+"""What a run says while it trains: a line of JSON each for programs, TensorBoard, a bar or plain
+lines for people."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from namr_dist.train.phases import StepTimes
 class RunLog:
     """One run's log. On a terminal a progress bar, else a line every so many steps.
 
-    Only the first rank has one. Lines are flushed as they come, so `tail -f` and a later crash see all of them.
+    Only the first rank has one. Lines are flushed as they come, so `tail -f` and a later crash see
+    all of them.
     """
 
     def __init__(
@@ -40,8 +42,8 @@ class RunLog:
         first_step: int = 0,
         before_s: float = 0.0,
     ) -> None:
-        """hosts: name of each rank's machine. peak_img_per_s: of all devices at their peak, if known. first_step: steps
-        done already, in `before_s` seconds; metrics.jsonl is continued."""
+        """hosts: name of each rank's machine. peak_img_per_s: of all devices at their peak, if
+        known. first_step: steps done already, in `before_s` seconds; metrics.jsonl is continued."""
         # Unbuffered: a line that did not fit the disk is not tried again when the file is closed.
         self._path = run.log
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
@@ -86,7 +88,8 @@ class RunLog:
                 f"damaged   {len(self._replaced)} images, replaced {self._replaced.total()} times by others of "
                 "their classes"
             )
-        # What could not be written has been told already; closing would only try, and fail, once more.
+        # What could not be written has been told already; closing would only try, and fail, once
+        # more.
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
             if self._events:
                 self._events.close()
@@ -122,9 +125,10 @@ class RunLog:
         gathered_bytes: float,
         peak_bytes: int,
     ) -> None:
-        """Of the steps since the last such call, validation and checkpoints left out: images a second, where the time
-        went, the machine of the slowest rank, the bytes a rank received a step while embeddings were gathered, and
-        the most that a rank held (phases.py); `images` a step. A line for people, if there is no bar."""
+        """Of the steps since the last such call, validation and checkpoints left out: images a
+        second, where the time went, the machine of the slowest rank, the bytes a rank received a
+        step while embeddings were gathered, and the most that a rank held (phases.py); `images` a
+        step. A line for people, if there is no bar."""
         share = (
             {}
             if self._peak_img_per_s is None
@@ -167,8 +171,9 @@ class RunLog:
         self.say(line)
 
     def replaced(self, damaged: Iterable[str]) -> None:
-        """Damaged images of all ranks that others stood in for since the last such call, a line each, as often as they
-        did. Each is told of once; metrics.jsonl has their number, and that of the replacements, since this start."""
+        """Damaged images of all ranks that others stood in for since the last such call, a line
+        each, as often as they did. Each is told of once; metrics.jsonl has their number, and that
+        of the replacements, since this start."""
         self._replaced = self._replaced or Counter()
         for image in damaged:
             if image not in self._replaced:
@@ -189,7 +194,8 @@ class RunLog:
         self.say(f"resumed   at step {step} from {file}")
 
     def sync(self) -> None:
-        """Wait until metrics.jsonl is on disk: a checkpoint must not outlive the lines before it."""
+        """Wait until metrics.jsonl is on disk: a checkpoint must not outlive the lines before
+        it."""
         os.fsync(self._file.fileno())
 
     def _line(self, figures: dict) -> None:
@@ -216,7 +222,8 @@ class RunLog:
 
 
 def spent(mean_s: dict[str, float], *, step_s: float) -> str:
-    """Milliseconds of a step and of its phases, in their order; those below 1 % of it are added to the rest."""
+    """Milliseconds of a step and of its phases, in their order; those below 1 % of it are added to
+    the rest."""
     large = {name: seconds for name, seconds in mean_s.items() if seconds >= 0.01 * step_s}
     rest_s = max(0.0, step_s - sum(large.values()))
     return f"{1e3 * step_s:.0f} ms/step: " + ", ".join(
@@ -227,8 +234,8 @@ def spent(mean_s: dict[str, float], *, step_s: float) -> str:
 class _Events:
     """TensorBoard event file, written by this thread.
 
-    tensorboardX's own SummaryWriter leaves that to another thread, and waits for it for ever once a full disk has
-    killed it.
+    tensorboardX's own SummaryWriter leaves that to another thread, and waits for it for ever once a
+    full disk has killed it.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:

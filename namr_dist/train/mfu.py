@@ -1,4 +1,5 @@
-"""Images a second that a GPU could at most train: its peak over the backbone's floating-point operations."""
+"""Images a second that a GPU could at most train: its peak over the backbone's floating-point
+operations."""
 
 from __future__ import annotations
 
@@ -35,13 +36,14 @@ PEAKS: Mapping[str, Peak] = {
     "NVIDIA L40S": Peak(bf16=362.0, tf32=183.0, fp32=91.6),
     "NVIDIA L4": Peak(bf16=121.0, tf32=60.0, fp32=30.3),
 }
-"""By the name that torch.cuda.get_device_name gives. From NVIDIA's data sheets of each, halved where they count with
-sparsity. Other devices have no share of peak."""
+"""By the name that torch.cuda.get_device_name gives. From NVIDIA's data sheets of each, halved
+where they count with sparsity. Other devices have no share of peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFlops:
-    """Floating-point operations of one image's forward pass, a multiplication with an addition being two."""
+    """Floating-point operations of one image's forward pass, a multiplication with an addition
+    being two."""
 
     convolution: int
     product: int
@@ -49,7 +51,8 @@ class ImageFlops:
 
 
 def image_flops(backbone: nn.Module, *, size: int, device: torch.device) -> ImageFlops:
-    """Counted while the backbone, in eval mode, embeds one black image: uint8 (1, size, size, 3)."""
+    """Counted while the backbone, in eval mode, embeds one black image: uint8 (1, size, size,
+    3)."""
     from torch.utils.flop_counter import (
         FlopCounterMode,
     )  # imports Triton, which a CPU has no use for
@@ -71,10 +74,11 @@ def image_flops(backbone: nn.Module, *, size: int, device: torch.device) -> Imag
 def peak_img_per_s(
     flops: ImageFlops, peak: Peak, *, bf16: bool, tf32_convolution: bool, tf32_product: bool
 ) -> float:
-    """Images a second that one device would train, were it at its peak in the precision of each operation.
+    """Images a second that one device would train, were it at its peak in the precision of each
+    operation.
 
-    A step is worth three forward passes, for a backward pass is two. What gradient caching does once more is no
-    progress and does not count.
+    A step is worth three forward passes, for a backward pass is two. What gradient caching does
+    once more is no progress and does not count.
     """
     convolution = peak.bf16 if bf16 else peak.tf32 if tf32_convolution else peak.fp32
     product = peak.bf16 if bf16 else peak.tf32 if tf32_product else peak.fp32
@@ -89,8 +93,8 @@ def device_peak(device: torch.device) -> Peak | None:
 def run_peak_img_per_s(
     network: EmbeddingNetwork, peak: Peak | None, *, size: int, device: torch.device, ranks: int
 ) -> float | None:
-    """Images a second that so many devices would train at their peak, heads and losses left out; None if that is not
-    known."""
+    """Images a second that so many devices would train at their peak, heads and losses left out;
+    None if that is not known."""
     if peak is None:
         return None
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]

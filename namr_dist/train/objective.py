@@ -1,6 +1,8 @@
-"""What is minimised: the metric loss on z plus λ times multi-cluster ranking on (z, s), over the global batch.
+"""What is minimised: the metric loss on z plus λ times multi-cluster ranking on (z, s), over the
+global batch.
 
-Shapes: b rows of one rank, B rows of all ranks, N candidates, D width, W ranks. Formulas: docs/algorithm.md.
+Shapes: b rows of one rank, B rows of all ranks, N candidates, D width, W ranks. Formulas:
+docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ from namr_dist.train.phases import Phases
 class StepLoss(NamedTuple):
     """The parts of one step's loss, each a scalar. Only `total` carries a gradient.
 
-    A tuple, because ZeRO-3 finds the tensors that a module returns in tuples, and not in dataclasses.
+    A tuple, because ZeRO-3 finds the tensors that a module returns in tuples, and not in
+    dataclasses.
     """
 
     total: Tensor
     metric: Tensor
     ranking: Tensor
     drift: Tensor
-    """How far the batch's images have moved since the memory took them, in units of the mean pairwise distance: a mean
-    over those that it holds."""
+    """How far the batch's images have moved since the memory took them, in units of the mean
+    pairwise distance: a mean over those that it holds."""
     drift_images: Tensor
     """How many those are; 0 without a memory."""
 
@@ -42,7 +45,8 @@ class StepLoss(NamedTuple):
 def build_metric_loss(
     config: LossConfig, *, classes: int, images_per_class: int, width: int
 ) -> RowsLoss:
-    """The baseline loss that the configuration names, for labels 0..classes-1, so many rows of each in a batch.
+    """The baseline loss that the configuration names, for labels 0..classes-1, so many rows of each
+    in a batch.
 
     Raises InputError for a name that is no loss, and for a loss from outside that does not serve.
     """
@@ -62,16 +66,19 @@ def build_metric_loss(
 
 
 class Objective(nn.Module):
-    """The loss of the global batch from one rank's embeddings: metric loss + λ · multi-cluster ranking.
+    """The loss of the global batch from one rank's embeddings: metric loss + λ · multi-cluster
+    ranking.
 
-    Every rank calls it with its own rows and gets the same loss. Its backward pass gives the rank the whole
-    gradient of its own rows, as anchors and as candidates of all others, and sends nothing: what it needs was
-    gathered with the loss. Made for optimizers that average gradients over ranks (DeepSpeed, DDP, FSDP): the
-    gradients they arrive at are those of one process with the whole batch, for the loss's own parameters too.
+    Every rank calls it with its own rows and gets the same loss. Its backward pass gives the rank
+    the whole gradient of its own rows, as anchors and as candidates of all others, and sends
+    nothing: what it needs was gathered with the loss. Made for optimizers that average gradients
+    over ranks (DeepSpeed, DDP, FSDP): the gradients they arrive at are those of one process with
+    the whole batch, for the loss's own parameters too.
 
-    With a memory, embeddings of earlier batches are candidates too: constants, divided by the batch's scale. A call in
-    training mode is a step of its own: the batch is remembered. The memory's buffers are equal on all ranks as they
-    are; DDP need not send them at every forward (its broadcast_buffers=False).
+    With a memory, embeddings of earlier batches are candidates too: constants, divided by the
+    batch's scale. A call in training mode is a step of its own: the batch is remembered. The
+    memory's buffers are equal on all ranks as they are; DDP need not send them at every forward
+    (its broadcast_buffers=False).
 
     classes: labels are 0..classes-1.  images_per_class: K, rows of a class in a batch.  width: D.
     """
@@ -117,9 +124,10 @@ class Objective(nn.Module):
         counts_W: Sequence[int] | None = None,
         index_b: Tensor | None = None,
     ) -> StepLoss:
-        """seed: fixes what the loss draws at random. counts_W: rows of each rank (None: asked for). Ranks may hold
-        different numbers of rows, or none. index_b: which image each row is of; a memory needs it. Half types are
-        gathered and computed in float32. Raises ValueError for fewer than two rows in all."""
+        """seed: fixes what the loss draws at random. counts_W: rows of each rank (None: asked for).
+        Ranks may hold different numbers of rows, or none. index_b: which image each row is of; a
+        memory needs it. Half types are gathered and computed in float32. Raises ValueError for
+        fewer than two rows in all."""
         z_bD, s_bD = (
             rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (z_bD, s_bD)
         )
@@ -185,7 +193,8 @@ class Objective(nn.Module):
             ranking, grad_ranking_bD, grad_s_bD = self.ranking_loss(rows, s_bD.detach(), s_BD)
             grad_bD = grad_bD + self.ranking_weight * grad_ranking_bD
             known.append((s_bD, self.ranking_weight * grad_s_bD))
-        # Through the division: x = z / m(z) with every row's gradient g for x gives (g - (Σ g·x) dm/dz) / m.
+        # Through the division: x = z / m(z) with every row's gradient g for x gives (g - (Σ g·x)
+        # dm/dz) / m.
         pull = rows.gather_one((grad_bD * rows.z_bD).sum()[None]).sum()
         known.append((z_bD, (grad_bD - pull * grad_mean_bD) / mean))
         # The metric loss itself carries the gradients of its own parameters.
@@ -204,8 +213,8 @@ class Objective(nn.Module):
 class TrainingModule(nn.Module):
     """Network and losses as the one module that DeepSpeed drives.
 
-    The losses are inside, because ZeRO-3 gathers a parameter (a proxy, β) only within a forward of its engine,
-    and evaluation comes through the same forward for the same reason.
+    The losses are inside, because ZeRO-3 gathers a parameter (a proxy, β) only within a forward of
+    its engine, and evaluation comes through the same forward for the same reason.
     """
 
     def __init__(
@@ -235,7 +244,8 @@ class TrainingModule(nn.Module):
         counts_W: Sequence[int] | None = None,
         index_b: Tensor | None = None,
     ) -> StepLoss | tuple[Tensor, Tensor]:
-        """Without labels: this rank's (z, s). With labels: the loss of the global batch, the same on all ranks."""
+        """Without labels: this rank's (z, s). With labels: the loss of the global batch, the same
+        on all ranks."""
         features_bF = self.network.features(images_bHW3)
         with self.objective.phases("heads"):
             z_bD, s_bD = self.network.heads(features_bF)

@@ -1,5 +1,6 @@
-"""Where a step's time goes: seconds in each phase, an inner phase's apart from the one around it; and on which rank.
-And the most memory that it held: whether a batch fits, and how much larger one could be.
+"""Where a step's time goes: seconds in each phase, an inner phase's apart from the one around it;
+and on which rank. And the most memory that it held: whether a batch fits, and how much larger one
+could be.
 
 P phases, W ranks.
 """
@@ -22,16 +23,19 @@ from namr_dist.parallel.ranks import Rank
 IDLE = "other"
 """What is outside every phase."""
 STEP_PHASES = ("data", "forward", "heads", "gather", "loss", "backward", "step")
-"""Of a training step: waiting for images, backbone, heads with their batch norm over all ranks, embeddings of all
-ranks, the loss and its gradient, backward with the reduction over ranks, optimizer."""
+"""Of a training step: waiting for images, backbone, heads with their batch norm over all ranks,
+embeddings of all ranks, the loss and its gradient, backward with the reduction over ranks,
+optimizer."""
 _STATUS = Path("/proc/self/status")
 
 
 class Phases:
-    """A stop watch of named phases. On a GPU the time of the kernels issued in a phase, without waiting for them.
+    """A stop watch of named phases. On a GPU the time of the kernels issued in a phase, without
+    waiting for them.
 
-    `with phases("forward"): …`, nested at will; `take()` reads and clears. What is nested in a phase that is not of a
-    training step, such as validation, counts as that. Other threads may read step, now, since_s and broken.
+    `with phases("forward"): …`, nested at will; `take()` reads and clears. What is nested in a
+    phase that is not of a training step, such as validation, counts as that. Other threads may read
+    step, now, since_s and broken.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -108,7 +112,8 @@ class StepTimes:
     mean_s: dict[str, float]
     """Seconds a step in each of STEP_PHASES, mean over ranks."""
     slowest_rank: int
-    """The rank with the most work of its own: images and backbone. In all later phases ranks wait for each other."""
+    """The rank with the most work of its own: images and backbone. In all later phases ranks wait
+    for each other."""
     slowest_s: float
     """Its seconds a step in these two."""
 
@@ -128,8 +133,8 @@ class StepTimes:
 
 
 def take_peak_bytes(device: torch.device) -> int:
-    """On a GPU, the most bytes that tensors of this process held since the last call. On a CPU, the most that its
-    resident set has been since it began, loader workers apart."""
+    """On a GPU, the most bytes that tensors of this process held since the last call. On a CPU, the
+    most that its resident set has been since it began, loader workers apart."""
     if device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

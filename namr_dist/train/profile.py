@@ -18,7 +18,8 @@ STEPS = 3
 
 
 def check_profile(config: Config) -> None:
-    """Raise InputError if a trace is asked for that could not be written, or of steps that the run has not."""
+    """Raise InputError if a trace is asked for that could not be written, or of steps that the run
+    has not."""
     train, last = config.train, config.optim.steps - STEPS
     if train.profile is None:
         return
@@ -33,9 +34,9 @@ def check_profile(config: Config) -> None:
 
 @contextmanager
 def profiled(target: Path, *, after: int) -> Iterator[Callable[[], None]]:
-    """Gives what is to be called as each step begins, and writes a Chrome trace (JSON, packed if its name ends in .gz)
-    of steps after + 1 to after + STEPS; of fewer, or none, if no more are made. The one before them is recorded and
-    thrown away, for the first is slow.
+    """Gives what is to be called as each step begins, and writes a Chrome trace (JSON, packed if
+    its name ends in .gz) of steps after + 1 to after + STEPS; of fewer, or none, if no more are
+    made. The one before them is recorded and thrown away, for the first is slow.
 
     Steps are called ProfilerStep#1, 2 … in the trace, from the first that is made within.
     """

@@ -8,7 +8,8 @@ from namr_dist.config import OptimConfig
 
 
 def lr_factor(step: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate at `step` (0-based): linear warm-up, then half a cosine or steps down."""
+    """Share of the peak learning rate at `step` (0-based): linear warm-up, then half a cosine or
+    steps down."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "step":

@@ -1,4 +1,5 @@
-"""Where a run begins: the first rank claims the folder and looks what is in it, and all begin, or end, together."""
+"""Where a run begins: the first rank claims the folder and looks what is in it, and all begin, or
+end, together."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def begin(
     overwrite: bool,
     resume: bool,
 ) -> tuple[Start, BinaryIO | None]:
-    """Make the folder ready and say where to begin, on the first rank; with the lock that keeps others out of it.
+    """Make the folder ready and say where to begin, on the first rank; with the lock that keeps
+    others out of it.
 
     Every rank calls it. Raises InputError on the first if it cannot, and ends the others.
     """
@@ -72,7 +74,8 @@ def _claim(
 
 
 def _end_together(trouble: Exception | None, host: HostGroup) -> None:
-    """Raise the first rank's trouble there, once, and end the others with the exit code it will have."""
+    """Raise the first rank's trouble there, once, and end the others with the exit code it will
+    have."""
     if not host.from_first(trouble is not None):
         return
     if trouble is None:

@@ -55,16 +55,19 @@ if (
 def train(
     config: Config, run: Path, rank: Rank, *, overwrite: bool = False, resume: bool = False
 ) -> bool:
-    """Train as `config` says and leave config.json, metrics.jsonl and the final checkpoint in the folder `run`.
+    """Train as `config` says and leave config.json, metrics.jsonl and the final checkpoint in the
+    folder `run`.
 
-    resume: go on from the newest checkpoint in `run`, if there is one. Every rank calls it. False, on all of them:
-    a signal asked for an end before the last step, and `resume` goes on. Raises InputError, before the first step,
-    for whatever can be known to be wrong by then.
+    resume: go on from the newest checkpoint in `run`, if there is one. Every rank calls it. False,
+        on all of them:
+    a signal asked for an end before the last step, and `resume` goes on. Raises InputError, before
+    the first step, for whatever can be known to be wrong by then.
     """
     folder = RunFolder(run)
     training_set = check_run(config, world_size=rank.world_size, local_rank=rank.local_rank)
     precision = choose_precision(config.train.precision, rank.device)
-    # Built before the process group is up, so that a wrong backbone or file is said at once and once.
+    # Built before the process group is up, so that a wrong backbone or file is said at once and
+    # once.
     module = _training_module(config, training_set, rank, bf16=precision.bf16)
     data_hash = hash_images(training_set.manifest, training_set.index)
     timeout = backend_timeout(config.train.timeout_minutes)
@@ -132,7 +135,8 @@ def train(
             trainer.save_network(folder.final)
         if finished and log:
             log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {folder.final}")
-    # A launcher ends all ranks when the first has left with a code that is not 0: that must not cut off the log.
+    # A launcher ends all ranks when the first has left with a code that is not 0: that must not cut
+    # off the log.
     host.largest(0)
     return finished
 
@@ -140,7 +144,8 @@ def train(
 def _training_module(
     config: Config, training_set: TrainingSet, rank: Rank, *, bf16: bool
 ) -> TrainingModule:
-    """The network and what it is trained for, on the rank's device. Raises InputError if it cannot be built."""
+    """The network and what it is trained for, on the rank's device. Raises InputError if it cannot
+    be built."""
     share = config.data.classes_per_batch * config.data.images_per_class // rank.world_size
     pieces = math.ceil(share / (config.train.micro_batch or share))
     network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16, pieces=pieces)
@@ -164,7 +169,8 @@ class _Pending(NamedTuple):
 
 
 class Trainer:
-    """The steps of a run, and what is done between them. One on each rank; all must make each call together."""
+    """The steps of a run, and what is done between them. One on each rank; all must make each call
+    together."""
 
     def __init__(
         self,
@@ -240,7 +246,8 @@ class Trainer:
 
         network, training_set = self._engine.module.network, self._training_set
         zero_stage = self._config.train.zero_stage
-        # Under ZeRO-3 no rank holds a whole parameter until it asks for it, and all ranks must ask together.
+        # Under ZeRO-3 no rank holds a whole parameter until it asks for it, and all ranks must ask
+        # together.
         with (
             self._phases("checkpoint"),
             deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=zero_stage == 3),
@@ -283,7 +290,8 @@ class Trainer:
         return on_device(fetched_ahead(batches, manifest, plan), device)
 
     def _profiled(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        """Within it, steps are traced on the first rank if the settings say so; gives what to call as each begins."""
+        """Within it, steps are traced on the first rank if the settings say so; gives what to call
+        as each begins."""
         train = self._config.train
         if train.profile is None or not self._rank.first:
             return contextlib.nullcontext(lambda: None)
@@ -393,7 +401,8 @@ class Trainer:
         )
 
     def _checkpoint(self, done: int, *, stop: bool) -> None:
-        """Write a checkpoint. If it fails, training goes on, unless it shall stop here: then the run ends."""
+        """Write a checkpoint. If it fails, training goes on, unless it shall stop here: then the
+        run ends."""
         with self._pause():
             if self._log:
                 self._log.sync()

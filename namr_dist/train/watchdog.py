@@ -1,17 +1,18 @@
 """Which rank is in which phase, said by the run itself once it has come to a stop.
 
-A thread of each rank publishes where the rank is, every second, to the key-value store that the process group was
-started with, over a connection of its own. The run ends, with one report for all ranks and EXIT_CODE, when
+A thread of each rank publishes where the rank is, every second, to the key-value store that the
+process group was started with, over a connection of its own. The run ends, with one report for all
+ranks and EXIT_CODE, when
 
-- a rank has been in one phase for train.timeout_minutes. Validation begins a phase with every batch; one checkpoint,
-  one search of the validation images or one compilation must each take less;
+- a rank has been in one phase for train.timeout_minutes. Validation begins a phase with every
+  batch; one checkpoint, one search of the validation images or one compilation must each take less;
 - a rank's connection to another breaks: that one was killed, or its machine is gone;
 - another rank has ended by an error of its own.
 
-A rank is called silent if it publishes nothing within SILENT_S: then its process is dead, frozen or cut off. On a GPU,
-where kernels run behind the thread that issues them, the phase is the one in which that thread waits. The store lives
-in the first rank's process or in torchrun's, and may be lost with it: then the report says so, and what was known
-READ_EVERY seconds ago.
+A rank is called silent if it publishes nothing within SILENT_S: then its process is dead, frozen or
+cut off. On a GPU, where kernels run behind the thread that issues them, the phase is the one in
+which that thread waits. The store lives in the first rank's process or in torchrun's, and may be
+lost with it: then the report says so, and what was known READ_EVERY seconds ago.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ EXIT_CODE = 69
 """Of a rank that the watchdog ends: EX_UNAVAILABLE of sysexits.h."""
 BEAT_S = 1.0
 READ_EVERY = 10
-"""Beats between two looks at the other ranks, while all is well: each rank reads what each published."""
+"""Beats between two looks at the other ranks, while all is well: each rank reads what each
+published."""
 SILENT_S = 5.0
 _ANSWER_S = 5.0
 _OTHERS_REPORT_S = 20.0
@@ -73,7 +75,8 @@ def backend_timeout(timeout_minutes: float) -> timedelta:
 
 
 class Watchdog:
-    """Within its `with`, the run is watched; see above. Every rank needs one, once the process group has started."""
+    """Within its `with`, the run is watched; see above. Every rank needs one, once the process
+    group has started."""
 
     def __init__(self, phases: Phases, rank: Rank, *, timeout_minutes: float) -> None:
         self._phases = phases
@@ -122,7 +125,8 @@ class Watchdog:
         while not self._stop.is_set():
             now_s = time.monotonic()
             if now_s - latest_s > BEAT_S + 2 * _ANSWER_S:
-                # This process was suspended, with its clock running: a stopped job has made no progress, and may.
+                # This process was suspended, with its clock running: a stopped job has made no
+                # progress, and may.
                 self._began_s = now_s
             latest_s = now_s
             claimed = self._exchange(read=self._beats % READ_EVERY == 0)
@@ -132,7 +136,8 @@ class Watchdog:
             self._wake.wait(BEAT_S)
 
     def _exchange(self, *, read: bool) -> bool:
-        """Publish this rank's place, with `read` look at all others'; whether a rank has begun a report."""
+        """Publish this rank's place, with `read` look at all others'; whether a rank has begun a
+        report."""
         self._beats += 1
         mine, ranks = json.dumps(asdict(self._place())), range(self._rank.world_size)
 
@@ -235,8 +240,8 @@ def lost_contact(error: BaseException) -> bool:
 
 
 def describe(places: Sequence[Place], *, silent: set[int], now_unix_s: float) -> list[str]:
-    """A line for each group of ranks that are at one place: the silent ones first, then those that ended by an error,
-    then by how far they are; `silent` may name ranks that never published."""
+    """A line for each group of ranks that are at one place: the silent ones first, then those that
+    ended by an error, then by how far they are; `silent` may name ranks that never published."""
     known = {place.rank: place for place in places}
     groups: dict[tuple, list[int]] = {}
     texts: dict[tuple, str] = {}
@@ -317,11 +322,12 @@ def _key(rank: int) -> str:
 
 
 class _Store:
-    """The process group's store over another connection, used by a thread of its own: a store in a frozen process
-    answers nothing, ever, and no time-out of torch ends all its calls."""
+    """The process group's store over another connection, used by a thread of its own: a store in a
+    frozen process answers nothing, ever, and no time-out of torch ends all its calls."""
 
     def __init__(self) -> None:
-        # A copy, so that no collective waits for these calls, nor they for one. There is no public way to it.
+        # A copy, so that no collective waits for these calls, nor they for one. There is no public
+        # way to it.
         self._store = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         self.works = True
         self.address = (
@@ -331,7 +337,8 @@ class _Store:
         threading.Thread(target=self._serve, name="watchdog store", daemon=True).start()
 
     def ask(self, function: Callable[[dist.Store], _T]) -> _T | None:
-        """What the function returns; None if the store does not answer, or still owes another answer."""
+        """What the function returns; None if the store does not answer, or still owes another
+        answer."""
         if not self.works:
             return None
         future: Future[_T] = Future()

@@ -1,4 +1,5 @@
-"""`namr bench data`, end to end on few images. What it says of speed is not tested: machines differ."""
+"""`namr bench data`, end to end on few images. What it says of speed is not tested: machines
+differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`namr bench train`: its figures against the logs of the runs it made, and each of its parts against a definition."""
+"""`namr bench train`: its figures against the logs of the runs it made, and each of its parts
+against a definition."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def test_images_a_second_times_seconds_are_the_images(bench: Bench) -> None:
                 sum(line[f"{name}_s"] for name in STEP_PHASES),
             )
             step_s = one.batch / line["img_per_s"]
-            # The log's clock goes on between two lines, and the phases leave out what is between them.
+            # The log's clock goes on between two lines, and the phases leave out what is between
+            # them.
             assert phases_s - 0.01 <= step_s <= elapsed_s + 0.01
 
 
@@ -195,7 +197,8 @@ def test_the_trace_holds_a_few_steps_and_is_summed_up(bench: Bench) -> None:
     assert steps == {"ProfilerStep#6", "ProfilerStep#7", "ProfilerStep#8"}
     said = bench.printed["trace"]
     assert said["steps"] == STEPS and not said["on_device"] and 0 < said["busy_share"] <= 1
-    # Each of EfficientNet-Lite0's 49 convolutions, once a step and direction (the stem's images need no gradient).
+    # Each of EfficientNet-Lite0's 49 convolutions, once a step and direction (the stem's images
+    # need no gradient).
     calls = {one["name"]: one["calls"] for one in said["top"]}
     forward = [count for name, count in calls.items() if name.endswith("convolution")]
     assert forward and max(forward) == 49 * STEPS

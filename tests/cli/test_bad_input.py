@@ -237,7 +237,8 @@ def test_too_little_room_is_said_before_training(
 def test_disk_that_fills_up_while_training(
     namr: Callable, shard_set: Manifest, small_disk: Path
 ) -> None:
-    """There was room at the start; something else takes it. The line names the file and nothing half-written stays."""
+    """There was room at the start; something else takes it. The line names the file and nothing
+    half-written stays."""
     run = small_disk / "run"
     filler = f"""
 import pathlib, time

@@ -1,4 +1,5 @@
-"""The wheel carries everything: code under its mapped names, the data set, the report's template."""
+"""The wheel carries everything: code under its mapped names, the data set, the report's
+template."""
 
 from __future__ import annotations
 

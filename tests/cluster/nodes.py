@@ -1,4 +1,5 @@
-"""`namr preflight` on nodes that are processes of this machine, forked from one that has imported all."""
+"""`namr preflight` on nodes that are processes of this machine, forked from one that has imported
+all."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def slurm_like(rank: int, port: int, *, size: int = 2) -> dict[str, str]:
 
 
 class Node:
-    """A process that runs `namr preflight` with a launcher's variables, from a folder of its own."""
+    """A process that runs `namr preflight` with a launcher's variables, from a folder of its
+    own."""
 
     def __init__(self, folder: Path, variables: Mapping[str, str], *words: object) -> None:
         start_parent()

@@ -1,4 +1,5 @@
-"""`namr preflight` on nodes that are processes of this machine: what it names, that it ends, and leaves nothing."""
+"""`namr preflight` on nodes that are processes of this machine: what it names, that it ends, and
+leaves nothing."""
 
 from __future__ import annotations
 
@@ -108,7 +109,8 @@ def test_one_node_has_no_bandwidth(shard_set: Manifest, tmp_path: Path) -> None:
 
 
 def test_every_difference_is_named_with_its_node(shard_set: Manifest, tmp_path: Path) -> None:
-    """Another version, another manifest, a file in the run folder's place, GPUs that torch lacks, too few ranks."""
+    """Another version, another manifest, a file in the run folder's place, GPUs that torch lacks,
+    too few ranks."""
     installed = tmp_path / "site" / "timm-0.0.7.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.0.7\n")
@@ -205,7 +207,8 @@ def test_a_port_that_is_taken_is_named_by_the_first_node(
 def test_nodes_that_hang_freeze_or_never_come_are_named_with_what_they_did(
     shard_set: Manifest, tmp_path: Path
 ) -> None:
-    """node2's file system hangs, node3 does the same and then stops as a whole, node4 is not started."""
+    """node2's file system hangs, node3 does the same and then stops as a whole, node4 is not
+    started."""
     sets = [shard_set, hung(shard_set, tmp_path / "hangs"), hung(shard_set, tmp_path / "freezes")]
     port = free_port()
     first, second, third = (

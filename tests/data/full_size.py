@@ -1,4 +1,5 @@
-"""Stanford Online Products in its full size and original layout, with tiny pictures of no meaning."""
+"""Stanford Online Products in its full size and original layout, with tiny pictures of no
+meaning."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _DISTINCT = 512
 
 
 def full_size_sop(folder: Path, *, side: int = 48) -> Path:
-    """Write 120,053 JPEGs of `side` pixels, no two of them with the same bytes, and both lists; return the folder.
+    """Write 120,053 JPEGs of `side` pixels, no two of them with the same bytes, and both lists;
+    return the folder.
 
     Classes have 2 to 12 images, 5.3 on average. About 20 s, and 600 MB of disk blocks.
     """

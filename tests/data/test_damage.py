@@ -1,4 +1,5 @@
-"""Damaged data of every kind: one named error or a counted replacement; no hang, no crash, nothing lost unseen."""
+"""Damaged data of every kind: one named error or a counted replacement; no hang, no crash, nothing
+lost unseen."""
 
 from __future__ import annotations
 
@@ -269,9 +270,11 @@ def test_the_manifest_of_another_set_does_not_fit_the_shards(
 
 
 def test_exchanged_images_are_seen_by_no_reader_of_bytes(own_set: Manifest) -> None:
-    """Two images under each other's key: each is a good JPEG, and the tar is the one that the manifest hashed.
+    """Two images under each other's key: each is a good JPEG, and the tar is the one that the
+    manifest hashed.
 
-    The stream shows what it is told to; that keys and byte ranges go together is for `namr shards verify`.
+    The stream shows what it is told to; that keys and byte ranges go together is for `namr shards
+    verify`.
     """
 
     def exchange(body: dict) -> None:

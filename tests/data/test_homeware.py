@@ -65,7 +65,8 @@ def test_every_product_is_attributed() -> None:
 
 
 def test_pictures_show_something() -> None:
-    """No picture is of one colour, all black or all white; the faintest are road markings, white on white."""
+    """No picture is of one colour, all black or all white; the faintest are road markings, white on
+    white."""
     manifest = Manifest.load(embedded_shards())
     index = manifest.index(*manifest.splits)
     images = ShardImages(manifest, index, TestTransform(size=112, crop_share=1.0))

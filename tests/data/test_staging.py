@@ -1,4 +1,5 @@
-"""A staged set is the set, whole and checked, whatever was there before and whoever was killed in the midst."""
+"""A staged set is the set, whole and checked, whatever was there before and whoever was killed in
+the midst."""
 
 from __future__ import annotations
 
@@ -295,7 +296,8 @@ def test_nothing_is_staged_into_the_set_itself(
 def test_too_small_a_disk_is_told_before_the_first_byte(
     shard_set: Manifest, tmp_path: Path
 ) -> None:
-    """In a mount namespace of its own, the folder is a disk of 0.5 MiB; the set has 0.64, two splits of it 0.46."""
+    """In a mount namespace of its own, the folder is a disk of 0.5 MiB; the set has 0.64, two
+    splits of it 0.46."""
     program = f"""
 import os
 from namr_dist.cli.main import main

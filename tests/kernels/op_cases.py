@@ -26,15 +26,17 @@ KERNEL_MARKS = [pytest.mark.gpu] if COMPILED else []
 """Of tests that run them."""
 PATHS = ["cpu", pytest.param("triton", marks=KERNEL_MARKS)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-"""Where operators are tried as PyTorch sees them, for which there is no need to interpret kernels."""
+"""Where operators are tried as PyTorch sees them, for which there is no need to interpret
+kernels."""
 
 ROUNDED_RANKING = 0.1
-"""For gradients of multi-cluster ranking in a small batch of bfloat16 by kernels: rows less their middle are rounded to
-that type, compiled also operands of products, so a pair near a centre may fall on the centre's other side, which moves
-its rows' gradients."""
+"""For gradients of multi-cluster ranking in a small batch of bfloat16 by kernels: rows less their
+middle are rounded to that type, compiled also operands of products, so a pair near a centre may
+fall on the centre's other side, which moves its rows' gradients."""
 CLASSES = 9
 REPEATS = 20 if COMPILED else 3
-"""Calls that must give the same bits: few of Triton's interpreter, which runs one program after another."""
+"""Calls that must give the same bits: few of Triton's interpreter, which runs one program after
+another."""
 UNEVEN = (5, 1, 0, 17)
 """Rows of ranks that differ as much as ranks may."""
 
@@ -63,7 +65,8 @@ class Batch:
         return ready
 
     def rounded(self, dtype: torch.dtype) -> Batch:
-        """The same batch after rounding to `dtype`, in float64: what a half-precision op really sees."""
+        """The same batch after rounding to `dtype`, in float64: what a half-precision op really
+        sees."""
         return self.to(dtype).to(torch.float64)
 
 
@@ -93,7 +96,8 @@ def batch(
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """An op called on a batch by way of a module that has it, and the arguments it is differentiated by."""
+    """An op called on a batch by way of a module that has it, and the arguments it is
+    differentiated by."""
 
     call: Callable[[ModuleType, Batch], Tensor]
     by: tuple[str, ...]
@@ -143,14 +147,17 @@ ROWS: dict[str, tuple[str, Callable[..., Any]]] = {
     "proxy_anchor": ("proxy_anchor", lambda b, i, j, gather: kernels.proxy_anchor_of_rows(
         b.x[i:j], b.labels[i:j], b.proxies, gather=gather, alpha=32.0, margin=0.1, with_grad=True)),
 }  # fmt: skip
-"""Each op from rows i..j of a batch alone. z, x and labels may have further rows, those of a memory."""
+"""Each op from rows i..j of a batch alone. z, x and labels may have further rows, those of a
+memory."""
 
 
 def use_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send tensors on `device_of(path)` to blocked PyTorch ("cpu") or to Triton's kernels ("triton")."""
+    """Send tensors on `device_of(path)` to blocked PyTorch ("cpu") or to Triton's kernels
+    ("triton")."""
     if path == "triton":
         monkeypatch.setattr(dispatch, "TRITON_DEVICES", (KERNEL_DEVICE.type,))
-        # Few programs: each walks several tiles, and several share a row, so both ways of adding up are met.
+        # Few programs: each walks several tiles, and several share a row, so both ways of adding up
+        # are met.
         monkeypatch.setattr(launch, "TARGET_PROGRAMS", 6)
 
 
@@ -160,7 +167,8 @@ def device_of(path: str) -> torch.device:
 
 
 def through_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of tensors, with CPU tensors taken to the kernels' device and what it returns brought back."""
+    """A function of tensors, with CPU tensors taken to the kernels' device and what it returns
+    brought back."""
     if not COMPILED:
         return function
 
@@ -183,7 +191,8 @@ def through_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """On the kernels' device with the same strides, for some are strided on purpose; what is not on a CPU stays."""
+    """On the kernels' device with the same strides, for some are strided on purpose; what is not on
+    a CPU stays."""
     if tensor.device != CPU:
         return tensor
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
@@ -200,7 +209,8 @@ def worst(got: Tensor, want: Tensor) -> float:
 def on_ranks(
     counts: tuple[int, ...], function: Callable[[int, int, Callable[[Tensor], Tensor]], Any]
 ) -> list[Any]:
-    """function(first, last, gather) in one thread a rank, of so many rows each; gather waits for all."""
+    """function(first, last, gather) in one thread a rank, of so many rows each; gather waits for
+    all."""
     results: list[Any] = [None] * len(counts)
     parts: list[Any] = [None] * len(counts)
     barrier = threading.Barrier(len(counts), timeout=60)

@@ -1,10 +1,12 @@
-"""Every op once, forward and backward, at small odd sizes: a program for NVIDIA's compute-sanitizer to watch.
+"""Every op once, forward and backward, at small odd sizes: a program for NVIDIA's compute-sanitizer
+to watch.
 
     compute-sanitizer --report-api-errors no --tool memcheck python tests/kernels/sanitise.py
     compute-sanitizer --report-api-errors no --tool racecheck python tests/kernels/sanitise.py
 
-One size keeps a gradient's sums in registers, the other is too wide for that. Without a GPU, Triton's interpreter runs
-the kernels at the first. Prints a line an op; exit code 1 if a loss or a gradient is not finite.
+One size keeps a gradient's sums in registers, the other is too wide for that. Without a GPU,
+Triton's interpreter runs the kernels at the first. Prints a line an op; exit code 1 if a loss or a
+gradient is not finite.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""kernels/aot.py and kernels/gpu/tune.py: everything is compiled, and what is beyond a limit is told. No GPU needed."""
+"""kernels/aot.py and kernels/gpu/tune.py: everything is compiled, and what is beyond a limit is
+told. No GPU needed."""
 
 import json
 import os

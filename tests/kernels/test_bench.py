@@ -1,4 +1,5 @@
-"""The benchmark itself: that it measures what it says, refuses what it must, and lets no wrong result through."""
+"""The benchmark itself: that it measures what it says, refuses what it must, and lets no wrong
+result through."""
 
 import csv
 import json
@@ -41,7 +42,8 @@ def _case(loss: str, *, rows: int = 32, width: int = 16, dtype: str = "float32")
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, object]], str]:
-    """One run of every loss by every provider but torch.compile: its CSV, its JSON rows, its progress."""
+    """One run of every loss by every provider but torch.compile: its CSV, its JSON rows, its
+    progress."""
     path = tmp_path_factory.mktemp("bench") / "new folder" / "kernels.csv"
     ended = _bench(*_SETTINGS, "--providers", *_PROVIDERS, "--csv", str(path), "--json")
     assert ended.returncode == 0, ended.stderr

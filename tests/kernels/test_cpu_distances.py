@@ -1,4 +1,5 @@
-"""The blocked CPU distances and multi-cluster ranking against the float64 definition and its autograd."""
+"""The blocked CPU distances and multi-cluster ranking against the float64 definition and its
+autograd."""
 
 import math
 
@@ -67,7 +68,8 @@ def _distance_sum_gradient(z_BD: Tensor) -> Tensor:
 def _centres(z_BD: Tensor, s_BD: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """far and step, different for every anchor, with no distance right at a centre.
 
-    There the slope jumps, and float32 rounds a distance to the other side of the centre now and then.
+    There the slope jumps, and float32 rounds a distance to the other side of the centre now and
+    then.
     """
     D_BB = reference.pairwise_distance(z_BD.double(), z_BD.double(), s_BD.double())
     mean_B = _distances(z_BD).mean(1)
@@ -169,7 +171,8 @@ def test_near_centres_beyond_the_far_one() -> None:
 
 
 def _near_duplicates(share: float) -> Tensor:
-    """Rows of which that share lies within 1e-4 of a few points far from the origin; some are equal."""
+    """Rows of which that share lies within 1e-4 of a few points far from the origin; some are
+    equal."""
     generator = torch.Generator().manual_seed(1)
     z_BD = torch.randn(60, 16, generator=generator) + 20.0
     count = int(60 * share)
@@ -195,7 +198,8 @@ def test_near_duplicates_and_equal_rows(share: float, clusters: int) -> None:
 
 
 def test_small_distances_themselves_are_exact() -> None:
-    # Two rows 1e-3 apart among rows 10 apart: the mean over two rows' distances would hide an error.
+    # Two rows 1e-3 apart among rows 10 apart: the mean over two rows' distances would hide an
+    # error.
     z_BD = torch.zeros(3, 2)
     z_BD[1, 0], z_BD[2, 1] = 1e-3, 10.0
     distances = blocks.SquaredDistances(z_BD, z_BD, None, centre_D=centre_of(z_BD))

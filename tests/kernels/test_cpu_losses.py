@@ -1,5 +1,5 @@
-"""The CPU primitives of pair lists, multi-similarity and proxy-anchor, put together as the losses do, against the
-float64 definition and its autograd."""
+"""The CPU primitives of pair lists, multi-similarity and proxy-anchor, put together as the losses
+do, against the float64 definition and its autograd."""
 
 import math
 

@@ -1,7 +1,7 @@
 """The blocked CPU mining against the float64 definition.
 
-Small integers make every distance exact in any order of summation, so there ties must go the same way; among
-other rows float32 may prefer a pair that is farther by a rounding.
+Small integers make every distance exact in any order of summation, so there ties must go the same
+way; among other rows float32 may prefer a pair that is farther by a rounding.
 """
 
 import math
@@ -217,7 +217,8 @@ def test_draws_are_the_references(B: int, D: int, dtype: torch.dtype, kind: str)
         assert clear_BR.numel() == 0 or float(clear_BR.double().mean()) > 0.95
         for pieces in ([slice(0, B)], _pieces(B)):
             got_BR = _sampled(x_BD, labels_B, positive_BR, pieces, seed)
-            # Rows of half types are of unit length to their own precision only; the definition rescales them.
+            # Rows of half types are of unit length to their own precision only; the definition
+            # rescales them.
             if dtype in (torch.float64, torch.float32):
                 assert torch.equal(got_BR[clear_BR], want_BR[clear_BR])
             assert torch.equal(got_BR < 0, want_BR < 0)

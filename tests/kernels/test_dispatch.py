@@ -1,4 +1,5 @@
-"""Who computes a primitive: Triton's kernels, blocked PyTorch where there is no kernel, and nobody where it is unknown."""
+"""Who computes a primitive: Triton's kernels, blocked PyTorch where there is no kernel, and nobody
+where it is unknown."""
 
 from __future__ import annotations
 

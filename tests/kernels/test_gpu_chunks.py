@@ -1,4 +1,5 @@
-"""Pair weights in chunks of rows and columns: gradients are those of the definition wherever the cuts fall."""
+"""Pair weights in chunks of rows and columns: gradients are those of the definition wherever the
+cuts fall."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def test_memory_rows_end_within_a_chunk() -> None:
 
 
 def test_float32_weights_are_kept_as_a_rounded_part_and_the_rest() -> None:
-    """The rounded part has 10 bits of mantissa, as TF32 has, and the product of both parts loses nothing."""
+    """The rounded part has 10 bits of mantissa, as TF32 has, and the product of both parts loses
+    nothing."""
     kept: list[torch.Tensor] = []
     z = batch(96, WIDTH).z.to(KERNEL_DEVICE, torch.float32)
 

@@ -117,7 +117,8 @@ def _assert_semihard(z_BD: Tensor, labels_B: Tensor, *, exact: bool = True) -> N
 
 @pytest.fixture(params=["a split per tile", "one split"])
 def _splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small a batch has one tile in each split: with fewer programs one of them walks over several tiles."""
+    """So small a batch has one tile in each split: with fewer programs one of them walks over
+    several tiles."""
     if request.param == "one split":
         monkeypatch.setattr(launch, "TARGET_PROGRAMS", 1)
 
@@ -154,7 +155,8 @@ def test_semihard_of_random_rows(B: int, D: int) -> None:
 @pytest.mark.parametrize("rows", ["lattice", "equal"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_semihard_with_ties(dtype: torch.dtype, rows: str, labels: str) -> None:
-    # On a lattice many negatives are exactly as far as the positive, and many are equally near beyond it.
+    # On a lattice many negatives are exactly as far as the positive, and many are equally near
+    # beyond it.
     for B in (2, 66):
         _assert_semihard(_rows(rows, B, 8, dtype=dtype), _labels(labels, B))
 
@@ -175,8 +177,8 @@ def test_semihard_more_positives_than_one_program_serves() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_negative_that_repeats_the_positive_is_not_beyond_it(dtype: torch.dtype) -> None:
-    # Every row occurs again in another class. On a grid of eighths all products are exact: in the interpreter the
-    # rounding of a product depends on its place in the tile, on a GPU it does not.
+    # Every row occurs again in another class. On a grid of eighths all products are exact: in the
+    # interpreter the rounding of a product depends on its place in the tile, on a GPU it does not.
     for B in (66, 130):
         half_ND = ((_rows("random", B // 2, 24) * 8).round() / 8).to(dtype)
         half_ND[B // 4] = half_ND[0]
@@ -187,7 +189,8 @@ def test_a_negative_that_repeats_the_positive_is_not_beyond_it(dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_where_distances_are_taken_again(dtype: torch.dtype) -> None:
-    # Two far bundles: within one, distances have cancelled and come from the differences, place or no place.
+    # Two far bundles: within one, distances have cancelled and come from the differences, place or
+    # no place.
     half_ND = torch.where(torch.arange(36) % 2 == 0, 8.0, -8.0)[:, None] + 0.2 * _rows(
         "random", 36, 24
     )
@@ -201,7 +204,8 @@ def test_the_same_where_distances_are_taken_again(dtype: torch.dtype) -> None:
 
 
 def test_near_duplicates_keep_their_order() -> None:
-    # Rows far from the origin, some a thousandth of the spread apart: products alone would lose their distances.
+    # Rows far from the origin, some a thousandth of the spread apart: products alone would lose
+    # their distances.
     z_BD = 100 * _rows("random", 40, 24)
     z_BD[20:] = z_BD[:20] + 1e-3 * _rows("random", 20, 24)
     labels_B = torch.arange(40) // 2
@@ -268,7 +272,8 @@ def _keys(z_BD: Tensor, labels_B: Tensor, positive_BR: Tensor, seed: int) -> Ten
 
 
 def _assert_sampled(x_BD: Tensor, labels_B: Tensor, *, seed: int) -> tuple[int, int]:
-    """Every draw is the reference's unless the two best keys nearly tie; returns how many do, and how many draws."""
+    """Every draw is the reference's unless the two best keys nearly tie; returns how many do, and
+    how many draws."""
     positive_BR = _positives(labels_B)
     valid_BR = positive_BR >= 0
     keys_BRB = _keys(x_BD, labels_B, positive_BR, seed)
@@ -315,7 +320,8 @@ def test_draws_among_equal_rows(labels: str) -> None:
 
 
 def test_draws_of_anchors_with_all_negatives_out_of_reach() -> None:
-    # Two opposite bundles of rows: one class each but for a few rows, whose anchors have negatives within reach.
+    # Two opposite bundles of rows: one class each but for a few rows, whose anchors have negatives
+    # within reach.
     sign_B = torch.where(torch.arange(44) % 2 == 0, 1.0, -1.0)
     x_BD = unit_rows(sign_B[:, None] * torch.ones(44, 24) + 0.1 * _rows("random", 44, 24))
     labels_B = torch.arange(44) % 2

@@ -19,8 +19,8 @@ similarity_statistics = through_kernels(multi_similarity.similarity_statistics)
 similarity_gradient = through_kernels(multi_similarity.similarity_gradient)
 
 DEFAULTS = {"alpha": 2.0, "beta": 50.0, "base": 0.5, "epsilon": 0.1}
-# Pair weights are rounded to the rows' own type for the matrix units, and where they are kept in memory, for an
-# embedding too wide for registers. The interpreter multiplies in float32.
+# Pair weights are rounded to the rows' own type for the matrix units, and where they are kept in
+# memory, for an embedding too wide for registers. The interpreter multiplies in float32.
 ROUNDED_GRADIENT = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 # Rows whose inner products are exact in any order of summation: ties are ties in float64 too.
@@ -32,7 +32,8 @@ def _batch(
 ) -> tuple[Tensor, Tensor]:
     """Unit rows, four a class, in mixed order; the labels need all their 64 bits.
 
-    Similarities are near `base` and classes overlap at every D, so that both kinds of pairs are mined and weigh.
+    Similarities are near `base` and classes overlap at every D, so that both kinds of pairs are
+    mined and weigh.
     """
     generator = torch.Generator().manual_seed(seed)
     number_B = torch.randperm(B, generator=generator) // 4
@@ -50,7 +51,8 @@ def _batch(
 def _run(
     x_BD: Tensor, labels_B: Tensor, sizes: list[int] | None = None, **constants: float
 ) -> tuple[Tensor, Tensor]:
-    """Statistics (B, 4) and the gradient of the summed loss, put together from local parts of these sizes."""
+    """Statistics (B, 4) and the gradient of the summed loss, put together from local parts of these
+    sizes."""
     constants = DEFAULTS | constants
     parts = list(
         zip(x_BD.split(sizes or len(x_BD)), labels_B.split(sizes or len(x_BD)), strict=True)
@@ -230,8 +232,9 @@ def test_random_near_duplicates() -> None:
 
 @pytest.mark.parametrize("D", [4, 160])
 def test_a_pair_that_is_only_mined_in_the_gradient_has_no_weight(D: int) -> None:
-    # Three equal rows and ε = 0: every pair is exactly at its threshold and nothing is mined. An S that the gradient
-    # rounds one bit away must not meet log-sums of 0: a negative's weight would be exp(25).
+    # Three equal rows and ε = 0: every pair is exactly at its threshold and nothing is mined. An S
+    # that the gradient rounds one bit away must not meet log-sums of 0: a negative's weight would
+    # be exp(25).
     x_BD, labels_B = torch.zeros(3, D), torch.tensor([0, 0, 1])
     x_BD[:, 0] = 1
     constants = DEFAULTS | {"epsilon": 0.0}
@@ -264,7 +267,8 @@ def test_nan_reaches_the_loss_and_the_gradient(labels: list[int], epsilon: float
     x_BD, _ = _batch(4, 24)
     x_BD[2, 5] = math.nan
     statistics_B4, gradient_BD = _run(x_BD, torch.tensor(labels), epsilon=epsilon)
-    # Row 2 is in a pair with every row, so no loss is spared; of the two logs at least the one of that pair is NaN.
+    # Row 2 is in a pair with every row, so no loss is spared; of the two logs at least the one of
+    # that pair is NaN.
     assert statistics_B4[:, 2:].sum(1).isnan().all()
     assert gradient_BD.isnan().all()
 

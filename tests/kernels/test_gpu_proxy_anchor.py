@@ -25,15 +25,16 @@ proxy_sums, proxy_gradient = (
 
 DEFAULTS = {"alpha": 32.0, "margin": 0.1}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Pair weights are rounded to the rows' own type for the matrix units, and where they are kept in memory, for an
-# embedding too wide for registers. The interpreter multiplies in float32.
+# Pair weights are rounded to the rows' own type for the matrix units, and where they are kept in
+# memory, for an embedding too wide for registers. The interpreter multiplies in float32.
 ROUNDED_GRADIENT = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def _batch(
     B: int, C: int, D: int, dtype: torch.dtype = torch.float32, *, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit rows somewhat near their proxies, so that both sums weigh; labels in no order, of any of the classes."""
+    """Unit rows somewhat near their proxies, so that both sums weigh; labels in no order, of any of
+    the classes."""
     generator = torch.Generator().manual_seed(seed)
     labels_B = torch.randint(C, (B,), generator=generator)
     proxies_CD = torch.randn(C, D, generator=generator, dtype=torch.float64)
@@ -48,7 +49,8 @@ def _run(
     sizes: list[int] | None = None,
     **constants: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and its gradients for rows and proxies, put together from local parts of these sizes."""
+    """The loss and its gradients for rows and proxies, put together from local parts of these
+    sizes."""
     constants = DEFAULTS | constants
     parts = list(
         zip(x_BD.split(sizes or len(x_BD)), labels_B.split(sizes or len(x_BD)), strict=True)
@@ -147,7 +149,8 @@ def test_agrees_over_many_tiles(programs: int, monkeypatch: pytest.MonkeyPatch) 
 )
 @pytest.mark.parametrize("D", [24, 160])
 def test_agrees_for_other_constants(constants: dict[str, float], D: int) -> None:
-    # Rows and proxies on a grid, whose products are exact: α of 200 would show the products' own rounding.
+    # Rows and proxies on a grid, whose products are exact: α of 200 would show the products' own
+    # rounding.
     x_BD, labels_B, proxies_CD = _batch(70, 9, D, seed=3)
     _agrees(((x_BD * 64).round() / 64, labels_B, (proxies_CD * 64).round() / 64), **constants)
 
@@ -184,7 +187,8 @@ def test_local_parts_make_up_the_batch(D: int, monkeypatch: pytest.MonkeyPatch) 
     "labels", [[0] * 8, [3] * 8, [7, 6, 5, 4, 3, 2, 1, 0], [1, 0] * 4], ids=str
 )
 def test_equal_and_opposite_rows(labels: list[int], shift: float) -> None:
-    # Each row twice, equal proxies, a row that is its own proxy and one opposite to it; classes 8 and 9 are absent.
+    # Each row twice, equal proxies, a row that is its own proxy and one opposite to it; classes 8
+    # and 9 are absent.
     x_BD, _, proxies_CD = _batch(8, 10, 24, seed=1)
     x_BD[4:] = x_BD[:4]
     proxies_CD[3:5] = proxies_CD[2].clone()

@@ -1,4 +1,5 @@
-"""Losses whose candidates are the batch and memory rows: the definition against plain loops, the ops against it."""
+"""Losses whose candidates are the batch and memory rows: the definition against plain loops, the
+ops against it."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def definition(memory: Batch) -> SimpleNamespace:
 
 
 def by_loops(name: str, given: Batch, memory: Batch) -> Tensor:
-    """The loss of the first rows of a joined batch as anchors, pair by pair; only these rows carry gradients."""
+    """The loss of the first rows of a joined batch as anchors, pair by pair; only these rows carry
+    gradients."""
     all_rows = joined(given, memory)
     labels, anchors, N = all_rows.labels.tolist(), range(len(given.z)), len(all_rows.z)
     # Chosen among all pairs of the joined batch, so with no thought of a memory.
@@ -146,7 +148,8 @@ def test_the_definition_is_what_loops_say(name: str) -> None:
 MEMORIES = {
     "random": (batch(B, 24, seed=6), batch(45, 24, seed=7)),
     "without a positive": (batch(B, 24, seed=6), batch(45, 24, seed=8, labels=torch.arange(45) + 20)),
-    # Small integers: equal distances are equal bits everywhere. Some copies keep their label, some get another.
+    # Small integers: equal distances are equal bits everywhere. Some copies keep their label, some
+    # get another.
     "copies of the batch": (batch(B, 24, z=LATTICE), batch(
         12, 24, z=LATTICE[5:17], labels=batch(B, 24).labels[5:17] + (torch.arange(12) > 8))),
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""The public ops against the float64 definition, on the CPU path and on Triton's kernels; and as PyTorch operators."""
+"""The public ops against the float64 definition, on the CPU path and on Triton's kernels; and as
+PyTorch operators."""
 
 from __future__ import annotations
 
@@ -114,8 +115,9 @@ def test_equals_the_definition_in_float64(
     if name == "semihard" and (
         case == "near-duplicates" or (case, path) == ("pairs of equal rows", "triton")
     ):
-        # A twin of the positive lies just within or just beyond it, and the loss itself jumps in the last bits.
-        # The interpreter's products of equal columns may differ in those; the lattice has exact twins.
+        # A twin of the positive lies just within or just beyond it, and the loss itself jumps in
+        # the last bits. The interpreter's products of equal columns may differ in those; the
+        # lattice has exact twins.
         given = BATCHES[case].to(torch.float32)
         loss = float(OPS[name].call(kernels, given.to(torch.float32, device)))
         want = float(OPS[name].call(reference, given.to(torch.float64)))
@@ -137,7 +139,8 @@ def test_equals_the_definition_in_float64(
 
 @pytest.mark.parametrize("name", ["mean_distance", "ranking"])
 def test_rows_nearer_than_rounding_allows(path: str, device: torch.device, name: str) -> None:
-    """At a hundred-thousandth of the usual distance the kernels' gradient is noisy, by the bound in docs/kernels.md."""
+    """At a hundred-thousandth of the usual distance the kernels' gradient is noisy, by the bound in
+    docs/kernels.md."""
     close = batch(40, 24, z=batch(20, 24).z.repeat(2, 1) + 1e-5 * batch(40, 24, seed=3).z)
     op, given = OPS[name], close.rounded(torch.float32)
     loss, gradients = op.value_and_gradients(kernels, given.leaves(torch.float32, device))

@@ -1,4 +1,5 @@
-"""The ops where only a GPU can show it: at full size, in half types on matrix units, without waiting, within memory."""
+"""The ops where only a GPU can show it: at full size, in half types on matrix units, without
+waiting, within memory."""
 
 from __future__ import annotations
 
@@ -26,10 +27,12 @@ MIB = 2**20
 # Widths on either side of each limit of what is kept in registers; 4001 is no multiple of any tile.
 SIZES = [(4096, 64), (4001, 100), (4096, 128), (4001, 256), (4096, 512), (4001, 1024)]
 SMOOTH = ("mean_distance", "proxy_anchor")
-"""No comparison decides a pair's slope here; elsewhere rounding may decide a near tie, and moves a row's gradient."""
+"""No comparison decides a pair's slope here; elsewhere rounding may decide a near tie, and moves a
+row's gradient."""
 DRAWN = ("distance_weighted", "margin")
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
-# Every one of B² pairs has a kink at each centre: at this size most rows have a pair that falls on its other side.
+# Every one of B² pairs has a kink at each centre: at this size most rows have a pair that falls on
+# its other side.
 RANKING_BOUND = {torch.float32: 2e-3, torch.bfloat16: 0.025, torch.float16: 4e-3}
 
 
@@ -101,8 +104,9 @@ def test_a_hundred_runs_have_the_same_bits(name: str, dtype: torch.dtype) -> Non
         assert all(torch.equal(one, other) for one, other in zip(gradients, first, strict=True))
 
 
-# Half types: what the matrix units are given is rounded to them (docs/kernels.md, "Precision"), and eager PyTorch,
-# which computes in float32, rounds its result alone. In multi-cluster ranking a pair may change sides of a centre.
+# Half types: what the matrix units are given is rounded to them (docs/kernels.md, "Precision"), and
+# eager PyTorch, which computes in float32, rounds its result alone. In multi-cluster ranking a pair
+# may change sides of a centre.
 ROUNDED = {
     ("multi-cluster-ranking", "bfloat16"): 6.0,
     **{
@@ -119,7 +123,8 @@ ROUNDED = {
 def test_gradients_are_as_exact_as_those_of_plain_pytorch(
     loss: str, dtype: str, width: int
 ) -> None:
-    """Largest error against float64 beside that of the eager form. No sampled loss: it draws other negatives."""
+    """Largest error against float64 beside that of the eager form. No sampled loss: it draws other
+    negatives."""
     case = cases.Case(loss=loss, rows=2048, width=width, dtype=dtype, device="cuda")
     given = cases.make_batch(case)
     truth = gate.yardsticks(case, given)
@@ -198,8 +203,9 @@ def largest_batch() -> Batch:
 def test_65536_rows_take_320_mib_beside_inputs_and_gradients(
     name: str, dtype: torch.dtype, largest_batch: Batch
 ) -> None:
-    """The most that PyTorch's allocator holds at any moment of a forward and backward pass, less what it held before
-    and less the gradients that are returned, in the type they are returned in."""
+    """The most that PyTorch's allocator holds at any moment of a forward and backward pass, less
+    what it held before and less the gradients that are returned, in the type they are returned
+    in."""
     op = KNOWN_POSITIVES[name]
     op.value_and_gradients(
         kernels, large_batch(1024, 512).leaves(dtype, DEVICE)

@@ -1,4 +1,5 @@
-"""The scripts in tools/ that turn the kernels' figures into tables and look for the largest batch."""
+"""The scripts in tools/ that turn the kernels' figures into tables and look for the largest
+batch."""
 
 import importlib.util
 import re

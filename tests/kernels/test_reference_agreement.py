@@ -1,5 +1,6 @@
-"""The four metric losses against pytorch-metric-learning, in value and gradient; and gradcheck of the three
-whose other tests stand here (the triplet loss has its own in test_reference_triplets.py)."""
+"""The four metric losses against pytorch-metric-learning, in value and gradient; and gradcheck of
+the three whose other tests stand here (the triplet loss has its own in
+test_reference_triplets.py)."""
 
 import math
 
@@ -160,7 +161,8 @@ def test_gradcheck_proxy_anchor_in_rows_and_proxies() -> None:
 
 
 def test_margin_counts_only_active_terms() -> None:
-    # Distances on a line: positive 0.1 (inactive), negatives 0.5 away and beyond (active at beta 1.2).
+    # Distances on a line: positive 0.1 (inactive), negatives 0.5 away and beyond (active at beta
+    # 1.2).
     x_BD = torch.tensor([[0.0], [0.1], [0.6], [0.7]], dtype=torch.float64)
     labels_B = torch.tensor([0, 0, 1, 1])
     beta = torch.tensor(1.2, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""Pairwise distances: values, gradients, and the places where the matrix-product form would fail."""
+"""Pairwise distances: values, gradients, and the places where the matrix-product form would
+fail."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Multi-cluster ranking against a naive form written from docs/algorithm.md, one number at a time."""
+"""Multi-cluster ranking against a naive form written from docs/algorithm.md, one number at a
+time."""
 
 import math
 
@@ -109,7 +110,8 @@ def test_two_clusters_are_the_sigmoid_weighted_pair_of_the_forerunner() -> None:
 def test_gradcheck_with_the_centres_held_still(
     statistics: str, M: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The centres are detached by definition, so finite differences agree only when z does not move them.
+    # The centres are detached by definition, so finite differences agree only when z does not move
+    # them.
     z_BD, s_BD = _batch(B=5)
     centres = reference.losses._cluster_centres(
         z_BD, z_BD, clusters=M, spread=0.8, floor=0.2, statistics=statistics

@@ -132,7 +132,8 @@ def test_frequencies_of_draws_match_the_chances() -> None:
         freedom -= 1
     assert freedom > 40
     assert abs(chi2 - freedom) < 4 * math.sqrt(2 * freedom)
-    # The two positives of one anchor draw independently: the joint table is the product of its sides.
+    # The two positives of one anchor draw independently: the joint table is the product of its
+    # sides.
     first_S, second_S = draws_SBR[:, 1, 0], draws_SBR[:, 1, 1]
     agree = float((first_S == second_S).double().mean())
     expected = sum(c * c for c in _chances(x_BD, labels_B, 1))

@@ -1,4 +1,5 @@
-"""tests/kernels/sanitise.py: it runs every op, and NVIDIA's compute-sanitizer finds nothing to say of it."""
+"""tests/kernels/sanitise.py: it runs every op, and NVIDIA's compute-sanitizer finds nothing to say
+of it."""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ tune.log(Path(sys.argv[1]), task, chosen, tried)
         "",
         "takes too much",
     ]
-    # All are timed three times, finalists five times more; the table's own is one of them, wherever it stands.
+    # All are timed three times, finalists five times more; the table's own is one of them, wherever
+    # it stands.
     assert [row["samples"] for row in rows[5:10]] == ["0", "0", "8", "8", "0"] and rows[0][
         "samples"
     ] == "8"

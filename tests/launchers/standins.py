@@ -1,7 +1,8 @@
-"""Stand-ins for programs that a single machine lacks: they start the ranks here, as the real ones would elsewhere.
+"""Stand-ins for programs that a single machine lacks: they start the ranks here, as the real ones
+would elsewhere.
 
-`srun` sets what Slurm 22.05 sets for a step of one task a node (seen on a real cluster of two nodes), and `ssh` runs
-its command in a shell of its own. Everything they start is real.
+`srun` sets what Slurm 22.05 sets for a step of one task a node (seen on a real cluster of two
+nodes), and `ssh` runs its command in a shell of its own. Everything they start is real.
 """
 
 from __future__ import annotations

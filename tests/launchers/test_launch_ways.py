@@ -1,4 +1,5 @@
-"""Every way to start two ranks on two "machines", both of them this one, leads to the same training, bit for bit."""
+"""Every way to start two ranks on two "machines", both of them this one, leads to the same
+training, bit for bit."""
 
 from __future__ import annotations
 
@@ -148,7 +149,8 @@ def test_deepspeed_launcher_slurm(place: Place, expected: list[float]) -> None:
 
 
 def test_mpirun(place: Place, expected: list[float]) -> None:
-    """Open MPI's variables on one machine, where MASTER_ADDR may be left out; MASTER_PORT only keeps ports apart."""
+    """Open MPI's variables on one machine, where MASTER_ADDR may be left out; MASTER_PORT only
+    keeps ports apart."""
     ranks = [
         {
             "OMPI_COMM_WORLD_RANK": str(rank),
@@ -178,8 +180,8 @@ def test_multi_node_by_ssh(place: Place, expected: list[float]) -> None:
 
 
 def test_machines_of_different_size(place: Place, expected: list[float]) -> None:
-    """One rank on the first and two on the second, each told its place in another way: the same batches, summed in
-    another order."""
+    """One rank on the first and two on the second, each told its place in another way: the same
+    batches, summed in another order."""
     place.hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=2\n")
     done = place.start(
         [MULTI_NODE, place.hostfile, *place.words],

@@ -1,4 +1,5 @@
-"""The loss modules: defaults, what they normalise, what they learn, one calling convention, gradients as autograd's."""
+"""The loss modules: defaults, what they normalise, what they learn, one calling convention,
+gradients as autograd's."""
 
 import inspect
 import math
@@ -68,7 +69,8 @@ def test_each_module_is_its_op_with_the_published_constants(name: str) -> None:
             x_BD, labels_B, nn.functional.normalize(loss.proxies, dim=1), alpha=32.0, margin=0.1
         ),
     }[name]()
-    # Not float64's tolerance: beta and the proxies are float32, and so is the proxies' normalisation.
+    # Not float64's tolerance: beta and the proxies are float32, and so is the proxies'
+    # normalisation.
     value, grad_BD = loss(all_rows(z_BD.detach(), labels_B), seed=3)
     torch.testing.assert_close(value, want, rtol=1e-5, atol=0)
     torch.testing.assert_close(grad_BD, *torch.autograd.grad(want, z_BD), rtol=1e-5, atol=1e-7)

@@ -1,4 +1,5 @@
-"""Cross-batch memory: the ring against lists, the loss against its definition, ranks, checkpoints, whole runs."""
+"""Cross-batch memory: the ring against lists, the loss against its definition, ranks, checkpoints,
+whole runs."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def some_rows(rows: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_the_ring_is_the_end_of_a_list() -> None:
-    """Batches of any size, one of them larger than the ring; drift against the newest of the same image."""
+    """Batches of any size, one of them larger than the ring; drift against the newest of the same
+    image."""
     memory, seen = CrossBatchMemory(rows=11, width=WIDTH, start_step=2), []
     for step, size in enumerate((3, 5, 4, 30, 1, 11, 6)):
         z_BD, labels_B, index_B = some_rows(size, seed=step)
@@ -160,8 +162,8 @@ def three_steps(
     checkpoint: dict[str, Tensor] | None = None,
     first: int = 0,
 ) -> tuple[list[list[float]], dict[str, Tensor], dict[str, Tensor]]:
-    """Steps first..2 on one rank's share of fixed batches, in float64, by plain gradient descent on gradients averaged
-    over ranks: each step's StepLoss, the state after step 1 and at the end."""
+    """Steps first..2 on one rank's share of fixed batches, in float64, by plain gradient descent on
+    gradients averaged over ranks: each step's StepLoss, the state after step 1 and at the end."""
     torch.manual_seed(0)
     config = LossConfig(metric=metric, memory=MemoryConfig(rows=30, start_step=1))  # type: ignore[arg-type]
     module = (

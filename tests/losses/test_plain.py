@@ -1,4 +1,5 @@
-"""Any PyTorch loss by name: on one rank, on many, its parameters, and what is said of one that does not serve."""
+"""Any PyTorch loss by name: on one rank, on many, its parameters, and what is said of one that does
+not serve."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ B = CLASSES * EACH
 
 
 class Scaled(nn.Module):
-    """A parameter without dimensions, as temperatures often are, and embeddings that are drawn at random."""
+    """A parameter without dimensions, as temperatures often are, and embeddings that are drawn at
+    random."""
 
     def __init__(self, start: float = 0.5) -> None:
         super().__init__()
@@ -78,8 +80,8 @@ def objective(metric: str, options: str = "") -> Objective:
 
 
 def step(metric: str, counts_W: tuple[int, ...], options: str = "") -> tuple[float, list[Tensor]]:
-    """This rank's loss, and what an optimizer gets that averages over ranks: gradients of its rows of z and s, and of
-    the loss's own parameters."""
+    """This rank's loss, and what an optimizer gets that averages over ranks: gradients of its rows
+    of z and s, and of the loss's own parameters."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = slice(sum(counts_W[:rank]), sum(counts_W[: rank + 1]))
     made, (z_BD, s_BD, labels_B) = objective(metric, options), rows()
@@ -126,7 +128,8 @@ def test_two_ranks_are_one(
 
 @pytest.mark.parametrize("metric", [SUPCON, PROXY])
 def test_one_rank_is_the_loss_itself(metric: str) -> None:
-    """Against autograd from end to end: the library's loss on z / m(z), and the ranking as defined."""
+    """Against autograd from end to end: the library's loss on z / m(z), and the ranking as
+    defined."""
     loss, (grad_z_BD, grad_s_BD, *learnt) = step(metric, (B,))
     z_BD, s_BD, labels_B = rows()
     leaves = [z_BD.requires_grad_(), s_BD.requires_grad_()]
@@ -221,8 +224,9 @@ def test_settings_that_do_not_go_with_it(config: LossConfig, told: str) -> None:
 def test_supcon_trains_on_one_rank_and_on_two(
     shard_set: Manifest, forked_namr: Callable, tmp_path: Path
 ) -> None:
-    """At the default learning rates, with frozen batch norm: larger steps and that of a batch multiply the rounding of
-    sums over ranks, which are added up in another order, from step to step."""
+    """At the default learning rates, with frozen batch norm: larger steps and that of a batch
+    multiply the rounding of sums over ranks, which are added up in another order, from step to
+    step."""
     words = [
         "homeware",
         *small_run(shard_set, steps=12),
@@ -255,7 +259,8 @@ def test_supcon_trains_on_one_rank_and_on_two(
 
 
 def twelve_steps(metric: str) -> list[float]:
-    """Losses of plain gradient descent on a linear map, in float64, with an optimizer that averages over ranks."""
+    """Losses of plain gradient descent on a linear map, in float64, with an optimizer that averages
+    over ranks."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(0)
     features_BF, labels_B = torch.randn(B, 10, dtype=torch.float64), rows()[2]

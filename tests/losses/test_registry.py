@@ -1,4 +1,5 @@
-"""The list of losses: each entry leads to a loss, no name trains another one, and reading it needs no torch."""
+"""The list of losses: each entry leads to a loss, no name trains another one, and reading it needs
+no torch."""
 
 from __future__ import annotations
 
@@ -121,7 +122,8 @@ class ContrastiveRows(RowsLoss):
 def test_a_new_loss_is_its_module_and_its_rows_in_the_registry(
     shard_set: Manifest, tmp_path: Path
 ) -> None:
-    """In a copy of the tree, two files are touched; the command line, training, evaluation and the report know it."""
+    """In a copy of the tree, two files are touched; the command line, training, evaluation and the
+    report know it."""
     for folder in ("namr_dist", "kernels", "launchers"):
         shutil.copytree(
             REPOSITORY / folder,

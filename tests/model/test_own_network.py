@@ -1,4 +1,5 @@
-"""Backbones of a user's own: what they are given, how they are normalised, and which are refused."""
+"""Backbones of a user's own: what they are given, how they are normalised, and which are
+refused."""
 
 from __future__ import annotations
 

@@ -58,10 +58,12 @@ def test_one_process_is_itself() -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("width", [128, 512])
 def test_half_the_bytes_of_a_gather_with_grad(two_ranks: Callable, width: int) -> None:
-    """Counted by the kernel on each process's sockets; the gradients of both ways are one process's."""
+    """Counted by the kernel on each process's sockets; the gradients of both ways are one
+    process's."""
     from namr_dist.bench.gather import measure_here
 
-    # With fewer rows, what the protocol adds, a little different each time, takes the share to the bound.
+    # With fewer rows, what the protocol adds, a little different each time, takes the share to the
+    # bound.
     for ours, other in two_ranks(measure_here, 512, width, 2):
         assert ours.received_bytes <= 0.55 * other.received_bytes
         # What the log says is what arrives, but for the protocol's own few bytes.

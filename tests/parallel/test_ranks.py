@@ -14,8 +14,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = dict(zip(VARIABLES, ("3", "4", "1", "10.0.0.1", "29500"), strict=True)) | {
     "TORCHELASTIC_RUN_ID": "none"
 }
-# As Slurm 22.05 sets them on two nodes: the last of four tasks; the shell of a batch job of four tasks; that of
-# salloc; and that of salloc with LaunchParameters=use_interactive_step.
+# As Slurm 22.05 sets them on two nodes: the last of four tasks; the shell of a batch job of four
+# tasks; that of salloc; and that of salloc with LaunchParameters=use_interactive_step.
 SRUN = {
     "SLURM_JOB_ID": "77",
     "SLURM_JOB_NODELIST": "node[08-09]",
@@ -111,7 +111,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (SRUN | {"WORLD_SIZE": "4"}, "srun", 3, 4, 1, "node08", 20_000 + 16 * 77 + 1),
         (OPEN_MPI, "mpirun", 2, 4, 0, "10.0.0.1", 29500),
         (MPICH | {"MASTER_PORT": "400"}, "mpirun", 2, 4, 0, "10.0.0.1", 400),
-        # mpirun starts its daemons by srun and torchrun may be started by either: the nearest launcher counts.
+        # mpirun starts its daemons by srun and torchrun may be started by either: the nearest
+        # launcher counts.
         (SRUN | OPEN_MPI, "mpirun", 2, 4, 0, "10.0.0.1", 29500),
         (SRUN | OPEN_MPI | TORCHRUN, "torchrun", 3, 4, 1, "10.0.0.1", 29500),
         # srun --mpi=pmi2

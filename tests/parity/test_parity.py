@@ -1,4 +1,5 @@
-"""Ranks compute what one process does: the loss and, as the optimizer gets them, all parameter gradients."""
+"""Ranks compute what one process does: the loss and, as the optimizer gets them, all parameter
+gradients."""
 
 from __future__ import annotations
 

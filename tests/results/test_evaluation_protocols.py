@@ -1,4 +1,5 @@
-"""Whole runs measured otherwise than leave one out: a gallery apart from the queries, and re-identification."""
+"""Whole runs measured otherwise than leave one out: a gallery apart from the queries, and
+re-identification."""
 
 from __future__ import annotations
 

@@ -151,7 +151,8 @@ def test_a_report_has_neither_folders_nor_credentials(
 def test_model_card_does_what_it_says(
     run: Path, exported: Path, shard_set: Manifest, tmp_path: Path, file: str, absent: str
 ) -> None:
-    """Its code in a process of its own, on image files: the embeddings are those of evaluation, at any batch size."""
+    """Its code in a process of its own, on image files: the embeddings are those of evaluation, at
+    any batch size."""
     positions = (0, 7, 20, 33)
     source = ShardImages(
         shard_set, shard_set.index("test"), transform_of(Config.load(run / "config.json"))

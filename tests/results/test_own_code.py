@@ -1,4 +1,5 @@
-"""A run whose configuration names code: used where the command line names it too, refused untouched where not."""
+"""A run whose configuration names code: used where the command line names it too, refused untouched
+where not."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def documented(part: str) -> str:
 
 @pytest.fixture(scope="module")
 def trained(shard_set: Manifest, namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with own_nets.py and a finished run of its network, `run`. Not to be changed."""
+    """A working folder with own_nets.py and a finished run of its network, `run`. Not to be
+    changed."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own_nets.py").write_text(documented("class Small"))
     done = namr(

@@ -95,7 +95,8 @@ class SmallRun:
         save_file(self.tensors, self.folder / "embeddings.safetensors")
 
     def jpeg(self, position: int) -> bytes:
-        """Class colour, with a pattern that makes no two alike; the first class's are large files."""
+        """Class colour, with a pattern that makes no two alike; the first class's are large
+        files."""
         size = 300 if self.labels[position] == 0 else 64
         colour = np.random.default_rng(int(self.labels[position])).uniform(40, 215, 3)
         grain = np.random.default_rng(1000 + position).uniform(-40, 40, (size, size, 3))

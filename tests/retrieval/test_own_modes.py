@@ -1,4 +1,5 @@
-"""Modes of a user's own: measured beside the built-in ones, with their controls, and refused where they are no good."""
+"""Modes of a user's own: measured beside the built-in ones, with their controls, and refused where
+they are no good."""
 
 from __future__ import annotations
 

@@ -80,12 +80,14 @@ def test_draws_are_one_image_of_each_class_each_as_likely_as_another():
 
 
 def test_a_case_by_hand():
-    """Two images a class on a line, mirrored, so that every draw gives the same ranks: 0 finds 0, 10 and 11 mix."""
+    """Two images a class on a line, mirrored, so that every draw gives the same ranks: 0 finds 0,
+    10 and 11 mix."""
     z = np.array([[0.0], [0.0], [10.0], [10.0], [20.0], [20.0]])
     labels = np.array([0, 0, 1, 1, 2, 2])
     right = reidentify(z, None, labels, draws=3, seed=0)["modes"]["sample"]
     assert [right[name] for name in METRICS] == [100, 100, 100] and right["mAP std"] == 0
-    # Classes 0 and 1 have changed one image each: whichever is drawn, both queries find the other class first.
+    # Classes 0 and 1 have changed one image each: whichever is drawn, both queries find the other
+    # class first.
     z = np.array([[0.0], [10.0], [10.5], [0.5], [99.0], [99.0]])
     wrong = {
         tuple(gallery): reidentify(z, None, labels, draws=1, seed=seed)["modes"]["sample"]

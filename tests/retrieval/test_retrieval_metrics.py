@@ -87,7 +87,8 @@ def test_a_case_by_hand():
     assert scores.queries == 5 and scores.left_out == 1
     assert scores.percent["R@1"] == pytest.approx(100 * 2 / 5)
     assert scores.percent["R@2"] == pytest.approx(100 * 4 / 5)
-    # query 0: P(1) = 1 of R = 2; query 1: rank 2 of 2; query 2: none; query 3: rank 1 of 1; query 4: none
+    # query 0: P(1) = 1 of R = 2; query 1: rank 2 of 2; query 2: none; query 3: rank 1 of 1; query
+    # 4: none
     assert scores.percent["R-precision"] == pytest.approx(100 * (1 / 2 + 1 / 2 + 0 + 1 + 0) / 5)
     assert scores.percent["MAP@R"] == pytest.approx(100 * (1 / 2 + 0.5 / 2 + 0 + 1 + 0) / 5)
 

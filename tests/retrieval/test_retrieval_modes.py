@@ -1,4 +1,5 @@
-"""Every mode's served vectors against the mode's own distance in float64, and the re-ranking proof."""
+"""Every mode's served vectors against the mode's own distance in float64, and the re-ranking
+proof."""
 
 from __future__ import annotations
 
@@ -112,7 +113,8 @@ def _vectors(vectors):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("width", [2, 16])
 def test_certificate_is_truthful(seed, width):
-    """A certified list is the full order, with weights up to their very bounds and duplicates around."""
+    """A certified list is the full order, with weights up to their very bounds and duplicates
+    around."""
     z, s = embeddings(seed, 400, width, mean=0.0)
     rng = np.random.default_rng(seed)
     s[::3] = rng.choice([1 - DELTA, 1 + DELTA], (len(s[::3]), width))

@@ -1,4 +1,5 @@
-"""Queries and galleries, and cut-offs beyond the lists, against the definitions over a full sort in float64."""
+"""Queries and galleries, and cut-offs beyond the lists, against the definitions over a full sort in
+float64."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ SERVED = ("sample", "adaptive", "symmetric", "calibrated")
 
 
 def brute_force(z, s, labels, roles, ks):
-    """Every served mode's figures: all pairs in float64, every query's whole order, plain loops over the ranks."""
+    """Every served mode's figures: all pairs in float64, every query's whole order, plain loops
+    over the ranks."""
     queries, items = np.flatnonzero(roles != GALLERY), np.flatnonzero(roles != QUERY)
     own = np.array([list(items).index(query) if query in items else -1 for query in queries])
     z, s = z.astype(np.float64), s.astype(np.float64)
@@ -45,7 +47,8 @@ def brute_force(z, s, labels, roles, ks):
 
 @pytest.fixture
 def mixed():
-    """150 images of 25 classes: some both, some queries, some gallery; two classes without any gallery image."""
+    """150 images of 25 classes: some both, some queries, some gallery; two classes without any
+    gallery image."""
     z, labels = clusters(20, sizes=[6] * 25, noise=1.6)
     roles = np.random.default_rng(20).choice([BOTH, QUERY, GALLERY], 150, p=[0.2, 0.4, 0.4])
     roles[np.isin(labels, [5, 8])] = QUERY
@@ -76,7 +79,8 @@ def test_no_roles_are_leave_one_out(mixed):
 
 @pytest.mark.parametrize("roles", ["none", "mixed"])
 def test_cut_offs_beyond_the_lists_equal_the_definitions(roles):
-    """Hardly any structure, so that many first right items lie beyond 32 neighbours, and beyond 100 candidates."""
+    """Hardly any structure, so that many first right items lie beyond 32 neighbours, and beyond 100
+    candidates."""
     rng = np.random.default_rng(22)
     labels = rng.permutation(np.repeat(np.arange(75), 4))
     z = (0.4 * rng.standard_normal((75, 6))[labels] + rng.standard_normal((300, 6))).astype(

@@ -36,7 +36,8 @@ def full_sort(queries, items, metric):
 
 
 def clumsy_sets(name, rng):
-    """Queries and items that make trouble: duplicates everywhere, far from the origin, all equal."""
+    """Queries and items that make trouble: duplicates everywhere, far from the origin, all
+    equal."""
     items = rng.standard_normal((90, 12))
     if name == "duplicates":
         items = np.repeat(items[:15], 6, axis=0)[rng.permutation(90)]
@@ -70,7 +71,8 @@ def rng():
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 def test_back_ends_agree_beyond_the_spare_candidates(metric, rng):
-    # 40 copies of each point: more than the spare candidates, so every query must be searched again.
+    # 40 copies of each point: more than the spare candidates, so every query must be searched
+    # again.
     items = np.repeat(rng.standard_normal((30, 8)), 40, axis=0)[rng.permutation(1200)].astype(
         np.float32
     )

@@ -1,4 +1,5 @@
-"""Keys by their definition, in blocks, and on every device: what makes all back ends return the same bits."""
+"""Keys by their definition, in blocks, and on every device: what makes all back ends return the
+same bits."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ METRICS = ["l2", "ip"]
 
 
 def definition(query, item, metric):
-    """The key in Python's own float64: terms, the second half added to the first until one is left, one rounding."""
+    """The key in Python's own float64: terms, the second half added to the first until one is left,
+    one rounding."""
     pairs = [(float(q), float(x)) for q, x in zip(query, item, strict=True)]
     terms = [(x - q) * (x - q) if metric == "l2" else -(x * q) for q, x in pairs]
     while len(terms) > 1:
@@ -77,7 +79,8 @@ def test_packed_numbers_sort_as_key_and_index_do(rng):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_all_back_ends_return_the_same_bits_whatever_the_blocks(metric, monkeypatch):
-    """Clusters with duplicates, each query left out: 201 items, so that the last block is a part of one."""
+    """Clusters with duplicates, each query left out: 201 items, so that the last block is a part of
+    one."""
     rows, _ = clustered_rows(201, 24, seed=3)
     rows[150:190] = rows[100]  # more copies than spare candidates
     values, ids = search_excluding_self(rows, rows, 200, metric=metric, backend="torch-cpu")

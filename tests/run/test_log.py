@@ -1,4 +1,5 @@
-"""A run's log is read in one way by all: bad lines are skipped and counted, and no value stops a reader."""
+"""A run's log is read in one way by all: bad lines are skipped and counted, and no value stops a
+reader."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ ELSEWHERE = {
     ("namr_dist/results/model_card.py", "config.json"),
     ("namr_dist/results/page.py", "report.html"),
 }
-"""Files of the same name in other folders: locks of a cache, of a staged set and of a grid of runs, what an exported
-folder holds, and the template of a report."""
+"""Files of the same name in other folders: locks of a cache, of a staged set and of a grid of runs,
+what an exported folder holds, and the template of a report."""
 
 
 def texts(tree: ast.Module) -> Iterator[str]:
@@ -132,7 +132,8 @@ def test_checkpoints_are_listed_by_step_and_unfinished_ones_are_not(tmp_path: Pa
 
 
 def test_a_damaged_file_is_not_one_of_those_kept(tmp_path: Path) -> None:
-    """After a run went on from 52, what is newer was damaged: it must not push the one just written out."""
+    """After a run went on from 52, what is newer was damaged: it must not push the one just written
+    out."""
     run = RunFolder(tmp_path)
     run.checkpoint_folder.mkdir()
     for step in (48, 52, 54, 56):

@@ -151,7 +151,8 @@ def test_the_picture_has_what_the_log_says(folder: Folder) -> None:
 
 
 def test_time_left_counts_pauses_and_only_steps_since_the_last_start(folder: Folder) -> None:
-    """Of 200 steps since the restart, the later 100 took 1 s each and a validation of 60 s: 1.6 s a step."""
+    """Of 200 steps since the restart, the later 100 took 1 s each and a validation of 60 s: 1.6 s a
+    step."""
     folder.log(
         *(step_line(step, 9.0 * step) for step in range(1, 101)),
         {"step": 100, "resumed": "x", "time_s": 900.0},

@@ -119,7 +119,8 @@ class Job:
 
 
 def _three_ports() -> int:
-    """The first of three that nothing listens at, below those that Linux hands out, and not those of another test."""
+    """The first of three that nothing listens at, below those that Linux hands out, and not those
+    of another test."""
     for first in range(21_000 + os.getpid() % 1000 * 3, 32_000, 3):
         with socket.socket() as one, socket.socket() as two, socket.socket() as three:
             try:

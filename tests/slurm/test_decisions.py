@@ -1,4 +1,5 @@
-"""What a job makes of the way its steps end: the scripts and Slurm are real, the steps a few lines of shell."""
+"""What a job makes of the way its steps end: the scripts and Slurm are real, the steps a few lines
+of shell."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def started(tmp_path: Path) -> Path:
 
 
 def submit(lab: Lab, started: Path, *options: str, steps: str = "") -> Job:
-    """A job whose steps, instead of what they are, do what `steps` says: shell that sees the step's name as $step."""
+    """A job whose steps, instead of what they are, do what `steps` says: shell that sees the step's
+    name as $step."""
     inside = started.with_name("inside")
     inside.write_text(
         "#!/bin/bash\n"
@@ -69,7 +71,8 @@ def test_a_job_that_only_crashes_gives_up(lab: Lab, started: Path) -> None:
 
 
 def test_jobs_of_an_array_start_again_each_by_itself(lab: Lab, started: Path) -> None:
-    """Job 0 ends well at once. Later 1 and 2 crash, once each: neither 0 nor each other is started again for that."""
+    """Job 0 ends well at once. Later 1 and 2 crash, once each: neither 0 nor each other is started
+    again for that."""
     array = submit(
         lab,
         started,

@@ -1,4 +1,5 @@
-"""sbatch on two real nodes: every launch way, staging, what preflight refuses, and an array of runs."""
+"""sbatch on two real nodes: every launch way, staging, what preflight refuses, and an array of
+runs."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_four_ranks_on_two_nodes_by_every_launch_way(
 def test_preflight_names_what_is_wrong_and_on_which_node(
     lab: Lab, sop: Path, tmp_path: Path
 ) -> None:
-    """A shard that is missing, another version on node2, a run folder that cannot be, GPUs that Slurm alone knows."""
+    """A shard that is missing, another version on node2, a run folder that cannot be, GPUs that
+    Slurm alone knows."""
     copy = tmp_path / "shards"
     copy.mkdir()
     for file in sop.iterdir():

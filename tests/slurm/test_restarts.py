@@ -72,7 +72,8 @@ def submit(lab: Lab, shards: Manifest, *words: str, options: tuple[str, ...] = (
 
 @contextmanager
 def paused(run: Path) -> Iterator[None]:
-    """All ranks stand still, for as long as Slurm takes; what they are asked meanwhile they hear afterwards."""
+    """All ranks stand still, for as long as Slurm takes; what they are asked meanwhile they hear
+    afterwards."""
     ranks = f"namr_dist.launchers.train sop --run-dir {run}"
     subprocess.run(["pkill", "-STOP", "-f", ranks], check=True)
     yield
@@ -123,8 +124,8 @@ def newest(run: Path) -> int:
 
 
 def test_no_step_is_lost(lab: Lab, shards: Manifest, unbroken: Path) -> None:
-    """Cancelled; then, submitted again, as a job of an array: out of time, preempted, and left by a node. In the end,
-    the weights of a run that none of it happened to."""
+    """Cancelled; then, submitted again, as a job of an array: out of time, preempted, and left by a
+    node. In the end, the weights of a run that none of it happened to."""
     run = lab.folder / "run"
     job = submit(lab, shards)
     job.until(lambda: steps_done(run) >= 3)

@@ -71,7 +71,8 @@ def test_loss_and_gradients_are_the_definitions(config: LossConfig) -> None:
     torch.testing.assert_close(losses.total, want, rtol=1e-12, atol=0)
     parts = losses.metric + config.ranking.weight * losses.ranking
     torch.testing.assert_close(parts, want.detach(), rtol=1e-12, atol=0)
-    # Beside another term of a larger loss, with a factor: what reaches z and s is the gradient times the factor.
+    # Beside another term of a larger loss, with a factor: what reaches z and s is the gradient
+    # times the factor.
     leaves = (
         [z_BD, s_BD, *objective.parameters()]
         if config.ranking.weight
@@ -97,7 +98,8 @@ def test_collapsed_embeddings_stay_finite(metric: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_lose_no_more_than_their_own_rounding(dtype: torch.dtype) -> None:
-    """Under a loss scale too: gradients are rounded to the type once, after the scale is multiplied in."""
+    """Under a loss scale too: gradients are rounded to the type once, after the scale is multiplied
+    in."""
     z_BD, s_BD, labels_B = rows()
     objective = Objective(LossConfig(), classes=CLASSES, images_per_class=EACH, width=WIDTH)
     halves = [value.detach().to(dtype).requires_grad_() for value in (z_BD, s_BD)]

@@ -181,7 +181,8 @@ def test_speed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "giga_multiply_adds", "share_of_products"),
     [
-        # He et al. 2016 and Dosovitskiy et al. 2021, as timm's tables count them; a class head of 2 M left out.
+        # He et al. 2016 and Dosovitskiy et al. 2021, as timm's tables count them; a class head of 2
+        # M left out.
         ("timm:resnet50", 4.09, 0.0),
         ("timm:vit_small_patch16_224", 4.6, 0.987),
     ],

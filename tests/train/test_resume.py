@@ -99,7 +99,8 @@ KILLS = [("step", "all"), ("write", "all"), ("step", "one"), ("write", "one"), (
 def test_ten_kills(
     start: Start, unbroken: dict[int, Path], tmp_path: Path, ranks: int, workers: int
 ) -> None:
-    """kill -9 after a random step or in the middle of writing a checkpoint, then the same command again."""
+    """kill -9 after a random step or in the middle of writing a checkpoint, then the same command
+    again."""
     rng = np.random.default_rng(ranks)
     folder, reached = tmp_path / "run", 0
     for moment, whom in KILLS:
@@ -180,7 +181,8 @@ def test_signals_stop_and_resume(
     number: signal.Signals,
     target: int,
 ) -> None:
-    """To any rank, and first to its worker processes, for launchers signal the whole process group."""
+    """To any rank, and first to its worker processes, for launchers signal the whole process
+    group."""
     folder = tmp_path / "run"
     run = start(folder, "--set.data.workers", 1, "--set.train.checkpoint_every", 0, ranks=ranks)
     run.until(lambda: len(losses(folder)) >= 3)
@@ -325,7 +327,8 @@ def test_the_images_that_are_trained_on_name_a_run(shard_set: Manifest, tmp_path
 
 
 def test_disk_full_at_a_checkpoint(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> None:
-    """Files over 2 MiB are refused from some moment on: the run goes on with the checkpoint it has."""
+    """Files over 2 MiB are refused from some moment on: the run goes on with the checkpoint it
+    has."""
     folder = tmp_path / "run"
     run = start(folder)
     run.until(lambda: bool(RunFolder(folder).checkpoints()))
@@ -350,7 +353,8 @@ def test_checkpoints_by_time(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
 def test_other_number_of_ranks(start: Start, tmp_path: Path, before: int, after: int) -> None:
-    """The same batches go on to the same losses; at learning rates at which training amplifies no rounding."""
+    """The same batches go on to the same losses; at learning rates at which training amplifies no
+    rounding."""
     words = (
         "--set.data.classes_per_batch",
         4,
@@ -380,7 +384,8 @@ def test_other_number_of_ranks(start: Start, tmp_path: Path, before: int, after:
 
 
 def test_the_memory_goes_on(start: Start, tmp_path: Path) -> None:
-    """Bit for bit, with what a cross-batch memory holds and the drift it sees; ZeRO-2 on two ranks."""
+    """Bit for bit, with what a cross-batch memory holds and the drift it sees; ZeRO-2 on two
+    ranks."""
     words = (
         "--set.loss.metric",
         "margin",

@@ -1,4 +1,5 @@
-"""A training state goes to disk and back: every bit, every ZeRO stage, other numbers of ranks, damaged files."""
+"""A training state goes to disk and back: every bit, every ZeRO stage, other numbers of ranks,
+damaged files."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ CONFIG = Config(recipe="none")
 
 
 class Oddities(nn.Module):
-    """What makes parameters hard to store: odd sizes, buffers, frozen, unused and never optimized ones."""
+    """What makes parameters hard to store: odd sizes, buffers, frozen, unused and never optimized
+    ones."""
 
     def __init__(self, *, dropout: float, width: int = WIDTH) -> None:
         super().__init__()
@@ -180,7 +182,8 @@ def tensors(path: Path) -> dict[str, Tensor]:
 def test_resumed_is_unbroken(
     pools: dict[int, Ranks], tmp_path: Path, ranks: int, stage: int
 ) -> None:
-    """Losses and every byte of the state three steps later, with a dropout that draws from each rank's generator."""
+    """Losses and every byte of the state three steps later, with a dropout that draws from each
+    rank's generator."""
     path = tmp_path / "step.safetensors"
     unbroken = pools[ranks](write, path, stage, 4, 0.5, 3)
     resumed = pools[ranks](resume, path, stage, 0.5, 3)
@@ -193,7 +196,8 @@ def test_resumed_is_unbroken(
 
 
 def there_and_back(stage: int) -> list[tuple[bytes, bytes]]:
-    """Of each optimized parameter, a moment with every kind of number as it was set and as it is read."""
+    """Of each optimized parameter, a moment with every kind of number as it was set and as it is
+    read."""
     from namr_dist.train.checkpoints.zero_fragments import (
         MOMENTS,
         get_moment,
@@ -233,7 +237,8 @@ def test_moments_keep_every_bit(two_ranks: Ranks, stage: int) -> None:
 def test_other_ranks_and_stages_go_on(
     pools: dict[int, Ranks], tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    """(ranks, ZeRO stage): the state arrives bit for bit, and the same batches go on to the same losses."""
+    """(ranks, ZeRO stage): the state arrives bit for bit, and the same batches go on to the same
+    losses."""
     path = tmp_path / "step.safetensors"
     (ranks, stage), (other_ranks, other_stage) = before, after
     unbroken = mean(pools[ranks](write, path, stage, 4, 0.0, 8))
@@ -333,7 +338,8 @@ def test_what_the_disk_changed_is_never_accepted(tmp_path: Path) -> None:
 
 
 def save_on_a_small_disk(path: Path) -> tuple[str | None, int, list[str]]:
-    """What saving says where files may have 1,000 bytes, the files that are left, and whether training goes on."""
+    """What saving says where files may have 1,000 bytes, the files that are left, and whether
+    training goes on."""
     import resource
 
     import torch.distributed as dist

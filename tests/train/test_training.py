@@ -145,8 +145,9 @@ def test_two_ranks_follow_the_same_curve(
         env={"PATH": f"{BIN}:/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    # Sums over ranks run in another order, and training multiplies the difference tenfold from step to step: batches of
-    # 18 under batch norm, Adam's first steps. tests/parity/test_parity.py compares gradients.
+    # Sums over ranks run in another order, and training multiplies the difference tenfold from step
+    # to step: batches of 18 under batch norm, Adam's first steps. tests/parity/test_parity.py
+    # compares gradients.
     together, alone = curve(tmp_path / "two"), curve(trained)
     assert together[0] == pytest.approx(alone[0], rel=1e-5) and together[1] == pytest.approx(
         alone[1], rel=1e-4

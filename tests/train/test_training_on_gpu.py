@@ -133,7 +133,8 @@ def test_the_first_loss_is_the_one_on_a_cpu(
     forked_namr: Callable,
     tmp_path: Path,
 ) -> None:
-    """Before the first update, all that differs is rounding: of the convolutions, and of the fused kernels."""
+    """Before the first update, all that differs is rounding: of the convolutions, and of the fused
+    kernels."""
     done = forked_namr(
         *words(shard_set, tmp_path / "cpu", "--set.train.precision", "fp32", steps=2)
     )

@@ -1,4 +1,5 @@
-"""Real processes that hang, freeze, fail and are killed: the report names the right rank and phase."""
+"""Real processes that hang, freeze, fail and are killed: the report names the right rank and
+phase."""
 
 from __future__ import annotations
 
@@ -176,7 +177,8 @@ def children(process: subprocess.Popen[bytes]) -> list[int]:
 
 
 def kill(processes: list[int]) -> None:
-    """Some may be gone: a data worker ends with its rank, and whoever adopts it may have reaped it by now."""
+    """Some may be gone: a data worker ends with its rank, and whoever adopts it may have reaped it
+    by now."""
     for process in processes:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)

@@ -3,11 +3,11 @@
     python tools/homeware/render.py CATALOGUE_DIR OUT_DIR
 
 CATALOGUE_DIR holds the ``*.sh3f`` files of Debian's package sweethome3d-furniture. OUT_DIR receives
-PRODUCTID_V.jpg (V = 0 .. 5) and products.csv, the attribution table. VTK, Pillow and NumPy are needed
-for this step only; training reads the finished images.
+PRODUCTID_V.jpg (V = 0 .. 5) and products.csv, the attribution table. VTK, Pillow and NumPy are
+needed for this step only; training reads the finished images.
 
-Everything random about a view comes from a generator seeded with the product id and the view number,
-so the same machine writes the same bytes again, whatever the number of workers.
+Everything random about a view comes from a generator seeded with the product id and the view
+number, so the same machine writes the same bytes again, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class Studio:
             actor.GetProperty().SetAmbient(view.ambient)
 
     def _shadow(self, view: View, axes: FloatArray) -> FloatArray:
-        """Soft shadow (size, size) in 0..1: the model flattened onto the ground along the key light."""
+        """Soft shadow (size, size) in 0..1: the model flattened onto the ground along the key
+        light."""
         azimuth, elevation, _ = view.lights[0]
         along = direction(azimuth, elevation) @ axes
         # A light near the horizon would throw a shadow that leaves the frame.
@@ -154,7 +155,8 @@ class Studio:
         return np.asarray(alpha.filter(ImageFilter.GaussianBlur(_SHADOW_BLUR))) / 255.0
 
     def _shoot(self) -> FloatArray:
-        """The window's RGBA (size, size, 4) in 0..255, colours multiplied by opacity, top row first."""
+        """The window's RGBA (size, size, 4) in 0..255, colours multiplied by opacity, top row
+        first."""
         self._renderer.ResetCameraClippingRange()
         grabber = vtkWindowToImageFilter()
         grabber.SetInput(self._window)
@@ -252,7 +254,8 @@ def _actor(mesh: Mesh, texture: vtkTexture | None) -> vtkActor:
     colour = np.array(material.diffuse)
     if texture is not None and mesh.texture_coordinates is not None:
         actor.SetTexture(texture)
-        # The catalogues' own icons show textures as they are, whatever diffuse colour stands beside them.
+        # The catalogues' own icons show textures as they are, whatever diffuse colour stands beside
+        # them.
         colour = np.ones(3)
     # Nothing real is perfectly black: a little reflection keeps the shape of black parts visible.
     surface.SetColor(*(0.04 + 0.96 * colour))

@@ -1,7 +1,8 @@
 """Wavefront OBJ and MTL files as numpy arrays, ready to be drawn.
 
 Only what the furniture catalogues use is read: polygons, texture coordinates, normals, smoothing
-on or off, and materials with colours, opacity and textures. Lines and free-form surfaces are left out.
+on or off, and materials with colours, opacity and textures. Lines and free-form surfaces are left
+out.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def load_model(
         name.lower(): name for name in archive.namelist() if posixpath.dirname(name) == folder
     }
     materials: dict[str, Material] = {}
-    # Besides the named libraries, the one that bears the model's own name: one OBJ names a wrong file.
+    # Besides the named libraries, the one that bears the model's own name: one OBJ names a wrong
+    # file.
     for library in [*libraries, posixpath.splitext(member)[0] + ".mtl"]:
         file = members.get(f"{folder}/{_base_name(library)}".lower())
         if file is not None:
@@ -122,12 +124,14 @@ def _split(
 
 
 def _corner_normals(vertices: FloatArray, faces: _Faces) -> FloatArray:
-    """Normals (corners, 3) from the geometry: averaged over a vertex's faces within the crease angle."""
+    """Normals (corners, 3) from the geometry: averaged over a vertex's faces within the crease
+    angle."""
     corners = vertices[faces.vertex]
     starts = np.cumsum(faces.size) - faces.size
     following = np.arange(1, len(corners) + 1)
     following[starts + faces.size - 1] = starts
-    # Relative to the face's first corner the cross products keep their precision far from the origin.
+    # Relative to the face's first corner the cross products keep their precision far from the
+    # origin.
     local = corners - np.repeat(corners[starts], faces.size, axis=0)
     area: FloatArray = np.add.reduceat(np.cross(local, local[following]), starts, axis=0)
     flat = np.repeat(_unit(area), faces.size, axis=0)
@@ -149,7 +153,8 @@ def _unit(vectors: FloatArray) -> FloatArray:
 def _parse_obj(
     text: str,
 ) -> tuple[FloatArray, FloatArray, FloatArray, _Faces, list[str], list[str]]:
-    """Vertices (V, 3), texture coordinates (T, 2), normals (N, 3), faces, material and library names."""
+    """Vertices (V, 3), texture coordinates (T, 2), normals (N, 3), faces, material and library
+    names."""
     coordinates: dict[str, list[list[float]]] = {"v": [], "vt": [], "vn": []}
     width = {"v": 3, "vt": 2, "vn": 3}
     corners: list[tuple[int, int, int]] = []
@@ -190,7 +195,8 @@ def _parse_obj(
 
 
 def _corner(word: str, coordinates: dict[str, list[list[float]]]) -> tuple[int, int, int]:
-    """Zero-based vertex, texture and normal index of a face corner such as ``3/7/2`` or ``3//2``."""
+    """Zero-based vertex, texture and normal index of a face corner such as ``3/7/2`` or
+    ``3//2``."""
     parts = (word.split("/") + ["", ""])[:3]
     indices = []
     for part, known in zip(parts, coordinates.values(), strict=True):
@@ -218,7 +224,8 @@ def _parse_mtl(text: str, folder: str, members: dict[str, str]) -> dict[str, Mat
         elif key == "Tr":
             current.opacity = 1.0 - float(words[0])
         elif key in ("map_Kd", "map_d"):
-            # Paths of the modeller's own computer are common; the file itself lies beside the model.
+            # Paths of the modeller's own computer are common; the file itself lies beside the
+            # model.
             file = members.get(f"{folder}/{_base_name(rest)}".lower())
             setattr(current, "texture" if key == "map_Kd" else "mask", file)
     return materials

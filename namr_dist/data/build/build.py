@@ -1,8 +1,9 @@
-"""From a listing of image files to a shard set: in parallel, the same bytes every time, resumed where it broke off.
+"""From a listing of image files to a shard set: in parallel, the same bytes every time, resumed
+where it broke off.
 
-In the folder, beside the set itself: `build.json`, which says from the first moment what is built; `skipped.csv`, the
-files that were left out; or, instead of a set, `broken.csv`, the files that ended the build; and, until the manifest is
-written, a hidden file for each finished shard.
+In the folder, beside the set itself: `build.json`, which says from the first moment what is built;
+`skipped.csv`, the files that were left out; or, instead of a set, `broken.csv`, the files that
+ended the build; and, until the manifest is written, a hidden file for each finished shard.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from namr_dist.data.shardset.shards import Sample, write_shard
 from namr_dist.errors import InputError
 
 RECORD, SKIPPED, BROKEN = "build.json", "skipped.csv", "broken.csv"
-"""Files that a build leaves: the second only if it left images out, the third only if such ended it."""
+"""Files that a build leaves: the second only if it left images out, the third only if such ended
+it."""
 
 _FORMAT = "namr-build/1"
 _TOLD = 20
@@ -108,11 +110,12 @@ def build(
     workers: int = 1,
     skip_broken: bool = False,
 ) -> Built:
-    """Write the listing's images as a shard set into `out`, which is new, empty, or of the same build.
+    """Write the listing's images as a shard set into `out`, which is new, empty, or of the same
+    build.
 
-    Raises InputError for a folder with anything else in it, or with a finished set of which a tar is gone, for too
-    little disk space, files that are broken (unless skipped), and a worker that dies; shards that are finished by then
-    stay, and the same call goes on.
+    Raises InputError for a folder with anything else in it, or with a finished set of which a tar
+    is gone, for too little disk space, files that are broken (unless skipped), and a worker that
+    dies; shards that are finished by then stay, and the same call goes on.
     """
     listing = with_validation(listing, share=options.validation, seed=options.seed)
     inside = _paths_inside(listing)
@@ -283,7 +286,8 @@ def _options_json(options: BuildOptions) -> dict[str, Any]:
 
 
 def _read_record(out: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """What a build of this before has left in build.json; empty for a new folder. Raises InputError for another's."""
+    """What a build of this before has left in build.json; empty for a new folder. Raises InputError
+    for another's."""
     if not out.exists() or (
         out.is_dir() and all(_TEMPORARY.fullmatch(path.name) for path in out.iterdir())
     ):
@@ -315,8 +319,8 @@ def _finished_path(out: Path, file: str) -> Path:
 def _read_finished(out: Path, task: _Task, *, skip_broken: bool) -> _Finished | None:
     """The shard, if it is written and all it depends on is as it was then.
 
-    Not one with broken files that are not to be skipped: a repair may keep size and time. Nor one with files that the
-    system would not read, which says nothing of the files.
+    Not one with broken files that are not to be skipped: a repair may keep size and time. Nor one
+    with files that the system would not read, which says nothing of the files.
     """
     try:
         value = json.loads(_finished_path(out, task.plan.file).read_text(encoding="utf-8"))
@@ -364,7 +368,8 @@ def _only_build(out: Path) -> Iterator[None]:
 
 
 def _clear(out: Path, *, keep: set[str]) -> None:
-    """Remove what a build that was killed left unfinished, and shards whose sources have changed since."""
+    """Remove what a build that was killed left unfinished, and shards whose sources have changed
+    since."""
     _remove(out, _TEMPORARY)
     for path in list(out.iterdir()):
         match = _FINISHED_SHARD.fullmatch(path.name)
@@ -381,7 +386,8 @@ def _remove(out: Path, *patterns: re.Pattern[str]) -> None:
 
 
 def _make_shard(out: Path, encoding: Encoding, task: _Task, advance: Advance) -> _Finished:
-    """Write one shard, and after it the hidden file that says so. Broken images are left out and named."""
+    """Write one shard, and after it the hidden file that says so. Broken images are left out and
+    named."""
     treated: Counter[str] = Counter()
     broken: list[_Broken] = []
 

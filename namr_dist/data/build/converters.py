@@ -24,9 +24,10 @@ CONVERTERS: dict[str, Callable[[Path], Listing]] = {
 def read_source(name: str, source: Path, *, highres: bool = False) -> Listing:
     """The listing of a download.
 
-    name: of CONVERTERS, or module:NAME of a function that takes `source` and returns a `Listing` (named_code.allow it
-    first). highres: of inshop, the larger images. Raises InputError for another name, for code that does not serve,
-    for a listing that contradicts itself, and as the converter does.
+    name: of CONVERTERS, or module:NAME of a function that takes `source` and returns a `Listing`
+    (named_code.allow it first). highres: of inshop, the larger images. Raises InputError for
+    another name, for code that does not serve, for a listing that contradicts itself, and as the
+    converter does.
     """
     if name == "inshop":
         return inshop.read(source, highres=highres)

@@ -1,4 +1,5 @@
-"""Which class of a new shard set is for validation, and which goes into which shard. Pure functions; no file is opened."""
+"""Which class of a new shard set is for validation, and which goes into which shard. Pure
+functions; no file is opened."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def tar_bytes(size: int) -> int:
 
 
 def with_validation(listing: Listing, *, share: float, seed: int) -> Listing:
-    """The listing with this share of the training classes, drawn by the seed, in a split "val" of their own.
+    """The listing with this share of the training classes, drawn by the seed, in a split "val" of
+    their own.
 
     Raises InputError if it has such a split already, or if either split would have no class.
     """
@@ -67,9 +69,11 @@ def with_validation(listing: Listing, *, share: float, seed: int) -> Listing:
 def shard_plans(
     listing: Listing, size_of: dict[str, int], *, target_bytes: int, seed: int
 ) -> list[ShardPlan]:
-    """Every split in shards of much the same size, about `target_bytes` or less, its classes shuffled by the seed.
+    """Every split in shards of much the same size, about `target_bytes` or less, its classes
+    shuffled by the seed.
 
-    size_of: bytes of each image's file by its key. A class's images lie together in one shard, in the listing's order.
+    size_of: bytes of each image's file by its key. A class's images lie together in one shard, in
+        the listing's order.
     """
     by_class: dict[int, list[SourceImage]] = {}
     for image in listing.images:
@@ -84,7 +88,8 @@ def shard_plans(
             [sum(tar_bytes(size_of[image.key]) for image in by_class[label]) for label in labels]
         )
         count = -(-int(bytes_C.sum()) // target_bytes)
-        # The shard in which the middle of a class falls, were the split one run of bytes cut into equal parts.
+        # The shard in which the middle of a class falls, were the split one run of bytes cut into
+        # equal parts.
         shard_C = ((bytes_C.cumsum() - bytes_C / 2) * count // bytes_C.sum()).astype(int)
         for number, shard in enumerate(np.unique(shard_C)):
             images = [

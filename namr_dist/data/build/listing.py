@@ -1,4 +1,5 @@
-"""What a converter finds in an original download: every image with its class, split and role. No image is opened.
+"""What a converter finds in an original download: every image with its class, split and role. No
+image is opened.
 
 One module a data set in formats/ makes a `Listing`; data/build/build.py turns it into shards.
 """
@@ -19,7 +20,8 @@ class SourceImage:
 
     path: Path
     key: str
-    """Its name in the shards, unique in the set; without dots and slashes, at which readers of tars cut names."""
+    """Its name in the shards, unique in the set; without dots and slashes, at which readers of tars
+    cut names."""
     label: int
     split: str
     role: str = ""
@@ -36,13 +38,15 @@ class Listing:
     description: str
     """One line: source, edition, which image tree; it goes into the manifest."""
     root: Path
-    """The folder that the listed paths are relative to; the shards state the images' paths from there."""
+    """The folder that the listed paths are relative to; the shards state the images' paths from
+    there."""
     classes: tuple[ImageClass, ...]
     images: tuple[SourceImage, ...]
     subsets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """As in a manifest."""
     expected: dict[str, int] = field(default_factory=dict)
-    """Known counts of the full set, such as "train images" or "gallery classes", to compare with `counts`."""
+    """Known counts of the full set, such as "train images" or "gallery classes", to compare with
+    `counts`."""
     notes: tuple[str, ...] = ()
     """A line for each thing that the user should know of before a build."""
 
@@ -76,8 +80,8 @@ class Listing:
         ]
 
     def check(self) -> None:
-        """Raise InputError for contradictions: no image, a class in two splits or in none, a key that is there twice or
-        holds a dot or a slash, an unknown role, a file that is not there.
+        """Raise InputError for contradictions: no image, a class in two splits or in none, a key
+        that is there twice or holds a dot or a slash, an unknown role, a file that is not there.
 
         The first ten missing files are named, and their number.
         """

@@ -1,7 +1,9 @@
-"""Any image file → a JPEG that a shard may hold: upright, RGB or greyscale, read whole by a strict decoder.
+"""Any image file → a JPEG that a shard may hold: upright, RGB or greyscale, read whole by a strict
+decoder.
 
-What already is one keeps its bytes. All else is encoded anew, at 4:4:4: chroma that a PNG or a smaller copy has in full
-is not thrown away. Colour profiles are not applied, and go with all other metadata when an image is encoded anew.
+What already is one keeps its bytes. All else is encoded anew, at 4:4:4: chroma that a PNG or a
+smaller copy has in full is not thrown away. Colour profiles are not applied, and go with all other
+metadata when an image is encoded anew.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from namr_dist.data.shardset.shards import END_OF_IMAGE, JPEG_TAIL, MOST_PIXELS
 from namr_dist.errors import InputError
 
 Treatment = Literal["kept", "cut", "turned", "converted", "repaired", "shrunk"]
-"""What was done to an image: nothing; bytes behind its end cut off; its EXIF orientation applied; another format or
-colour space made an RGB JPEG; oddities before or behind a JPEG's pixels, which are whole, done away with; its shorter
-side shrunk. The last that applies.
+"""What was done to an image: nothing; bytes behind its end cut off; its EXIF orientation applied;
+another format or colour space made an RGB JPEG; oddities before or behind a JPEG's pixels, which
+are whole, done away with; its shorter side shrunk. The last that applies.
 """
 
 _MOST_SIDE = 65_500
@@ -33,12 +35,14 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _STRAY_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _MOST_STRAY = 16
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-"""Of a JPEG's segment or end (ITU T.81, B.1), not what may stand within image data: a stuffed zero, a restart."""
+"""Of a JPEG's segment or end (ITU T.81, B.1), not what may stand within image data: a stuffed zero,
+a restart."""
 _BASELINE, _EXTENDED, _END, _SCAN, _FIRST_APPLICATION = 0xC0, 0xC1, 0xD9, 0xDA, 0xE0
 
 
 class BrokenImageError(InputError):
-    """A file that is no whole image. `kind` is what `broken` files are counted by, the message says it all."""
+    """A file that is no whole image. `kind` is what `broken` files are counted by, the message says
+    it all."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(kind, detail)
@@ -61,8 +65,8 @@ class Encoding:
 def as_shard_jpeg(data: bytes, encoding: Encoding) -> tuple[bytes, Treatment]:
     """A JPEG of the image that the bytes of a file show, and what was done to it.
 
-    What the file is, its content says; its name does not count. Raises BrokenImageError, also for a JPEG of which a
-    viewer would show a part.
+    What the file is, its content says; its name does not count. Raises BrokenImageError, also for a
+    JPEG of which a viewer would show a part.
     """
     if not data:
         raise BrokenImageError("empty", "")
@@ -94,15 +98,16 @@ def as_shard_jpeg(data: bytes, encoding: Encoding) -> tuple[bytes, Treatment]:
 
 
 def viewed_rgb(data: bytes) -> np.ndarray:
-    """uint8 (H, W, 3): what a viewer shows of any image file that a build takes. Raises BrokenImageError."""
+    """uint8 (H, W, 3): what a viewer shows of any image file that a build takes. Raises
+    BrokenImageError."""
     if not data:
         raise BrokenImageError("empty", "")
     return np.asarray(_as_rgb(_open_with_pillow(data)))
 
 
 def _strict_pixels(jpeg: bytes) -> np.ndarray:
-    """uint8 (H, W, 3): RGB; (H, W, 4): inks. Raises ValueError for whatever libjpeg warns of, and BrokenImageError for
-    too large an image."""
+    """uint8 (H, W, 3): RGB; (H, W, 4): inks. Raises ValueError for whatever libjpeg warns of, and
+    BrokenImageError for too large an image."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
     _check_size(width, height)
     return simplejpeg.decode_jpeg(jpeg, "CMYK" if colours in ("CMYK", "YCCK") else "RGB")
@@ -119,13 +124,15 @@ def _is_sound(jpeg: bytes) -> bool:
 def _with_plain_header(jpeg: bytes) -> bytes:
     """The JPEG with nothing before its first scan but what the scans are decoded by.
 
-    libjpeg tells its first warning alone, so one of the header hides those of the pixels: this has none of the header.
+    libjpeg tells its first warning alone, so one of the header hides those of the pixels: this has
+    none of the header.
     """
     kept = [jpeg[:2]]
     sequential = False
     for code, start, end in _segments(jpeg):
         if code == _SCAN:
-            # A sequential scan holds all 64 coefficients, whatever it states; libjpeg warns, and decodes it so.
+            # A sequential scan holds all 64 coefficients, whatever it states; libjpeg warns, and
+            # decodes it so.
             scan = jpeg[start : end - 3] + bytes((0, 63, 0)) if sequential else jpeg[start:end]
             return b"".join((*kept, scan, jpeg[end:]))
         sequential |= code in (_BASELINE, _EXTENDED)
@@ -137,7 +144,8 @@ def _with_plain_header(jpeg: bytes) -> bytes:
 def _without_stray_end(jpeg: bytes, said: str) -> bytes:
     """The JPEG without the few bytes that libjpeg said it had no use for before the end marker.
 
-    Some writers leave them. After lost data there are more of them, or what comes before does not decode either.
+    Some writers leave them. After lost data there are more of them, or what comes before does not
+    decode either.
     """
     match = _STRAY_END.search(said)
     at = next((start for code, start, _ in _segments(jpeg) if code == _END), 0)
@@ -147,8 +155,8 @@ def _without_stray_end(jpeg: bytes, said: str) -> bytes:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker code, first byte and end of each segment of the first image. What lies between them, such as the
-    entropy-coded data behind a scan's header, is of none."""
+    """Marker code, first byte and end of each segment of the first image. What lies between them,
+    such as the entropy-coded data behind a scan's header, is of none."""
     end = 2
     while match := _MARKER.search(jpeg, end):
         code, at = match[0][1], match.end()
@@ -164,7 +172,8 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _is_turned(jpeg: bytes) -> bool:
-    """Whether a viewer would turn or mirror the image. Pillow takes long to open one, and few have EXIF data."""
+    """Whether a viewer would turn or mirror the image. Pillow takes long to open one, and few have
+    EXIF data."""
     if b"Exif\0\0" not in jpeg:
         return False
     try:

@@ -1,4 +1,5 @@
-"""Tasks on several processes, which tell how far they are and end when the command that started them does."""
+"""Tasks on several processes, which tell how far they are and end when the command that started
+them does."""
 
 from __future__ import annotations
 
@@ -25,10 +26,12 @@ def run_tasks(
     workers: int,
     advance: Advance,
 ) -> Iterator[Result]:
-    """The result of `work` for each task, in the order in which they are ready; one worker is this process itself.
+    """The result of `work` for each task, in the order in which they are ready; one worker is this
+    process itself.
 
-    `work`, tasks and results are pickled. What `work` raises is raised here, and InputError if a process ends. All
-    processes have ended by the time this returns or raises. To be called by the main thread.
+    `work`, tasks and results are pickled. What `work` raises is raised here, and InputError if a
+    process ends. All processes have ended by the time this returns or raises. To be called by the
+    main thread.
     """
     if min(workers, len(tasks)) <= 1:
         for task in tasks:
@@ -68,7 +71,8 @@ def run_tasks(
 
 @contextlib.contextmanager
 def _alive(process: BaseProcess) -> Iterator[None]:
-    """For the use of its pipe. Raises InputError, with how it ended, if nobody is at the other end."""
+    """For the use of its pipe. Raises InputError, with how it ended, if nobody is at the other
+    end."""
     try:
         yield
     except (EOFError, ConnectionError):
@@ -94,7 +98,8 @@ def _start(work: Callable[[Any, Advance], Any]) -> tuple[Connection, BaseProcess
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-    # Ctrl-C reaches all, and is for the command alone, which then ends its workers: what is ignored is inherited.
+    # Ctrl-C reaches all, and is for the command alone, which then ends its workers: what is ignored
+    # is inherited.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()

@@ -1,4 +1,5 @@
-"""homeware, the embedded data set: its finished shards, and who made the models (ATTRIBUTION.csv)."""
+"""homeware, the embedded data set: its finished shards, and who made the models
+(ATTRIBUTION.csv)."""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""Image transforms on uint8 RGB arrays (H, W, 3), in two steps: draw what is to be seen, then make it.
+"""Image transforms on uint8 RGB arrays (H, W, 3), in two steps: draw what is to be seen, then make
+it.
 
-A `View` holds every random choice of one image and depends on the image's size alone, so it is known before the image
-is decoded, and the decoder can leave out what would not be seen.
+A `View` holds every random choice of one image and depends on the image's size alone, so it is
+known before the image is decoded, and the decoder can leave out what would not be seen.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ class View:
 
     @property
     def shrink(self) -> int:
-        """Most of 1, 2, 4 and 8 by which the image may be shrunk before, with `size` pixels or more left of the box.
+        """Most of 1, 2, 4 and 8 by which the image may be shrunk before, with `size` pixels or more
+        left of the box.
 
-        Powers of two alone: for shares such as 7/8, a JPEG decoder takes longer than for the whole image.
+        Powers of two alone: for shares such as 7/8, a JPEG decoder takes longer than for the whole
+        image.
         """
         left, top, right, bottom = self.box
         return max(
@@ -77,8 +80,8 @@ class TrainView(View):
     """Factors as in Pillow's ImageEnhance; 1 changes nothing."""
 
     def render(self, image_HW3: np.ndarray, *, shrink: int = 1) -> np.ndarray:
-        """As View's, with the box rounded to whole pixels and torch's antialiased bicubic, which takes a third of
-        Pillow's time and differs from it by a level or two."""
+        """As View's, with the box rounded to whole pixels and torch's antialiased bicubic, which
+        takes a third of Pillow's time and differs from it by a level or two."""
         height, width, _ = image_HW3.shape
         left, right = _whole_pixels(self.box[0] / shrink, self.box[2] / shrink, width)
         top, bottom = _whole_pixels(self.box[1] / shrink, self.box[3] / shrink, height)
@@ -95,8 +98,9 @@ class TrainView(View):
     def _jittered(self, picture_3SS: Tensor) -> Tensor:
         if self.brightness == self.contrast == self.saturation == 1:
             return picture_3SS
-        # Saturation blends with the grey image, contrast with its mean, brightness scales: together a colour becomes
-        # colour × own + grey × shared + offset. In whole numbers of 1/65536, so that no vector width shows.
+        # Saturation blends with the grey image, contrast with its mean, brightness scales: together
+        # a colour becomes colour × own + grey × shared + offset. In whole numbers of 1/65536, so
+        # that no vector width shows.
         own = self.saturation * self.contrast * self.brightness
         shared = (1 - self.saturation) * self.contrast * self.brightness
         colour_3SS = picture_3SS.to(torch.int32)
@@ -158,7 +162,8 @@ class TrainTransform:
 
     def view(self, height: int, width: int, rng: np.random.Generator) -> TrainView:
         """Draw a view of an image of so many pixels."""
-        # Arguments are drawn in the order they stand in: another order would be other images from the same seed.
+        # Arguments are drawn in the order they stand in: another order would be other images from
+        # the same seed.
         return TrainView(
             size=self.size,
             box=self._crop_box(height, width, rng),

@@ -18,7 +18,8 @@ from namr_dist.errors import InputError
 class FolderImages(ImageSource):
     """All image files below a folder, ordered by path. Labels are −1.
 
-    `names` are paths relative to the folder. Raises InputError if there is no folder or no image in it.
+    `names` are paths relative to the folder. Raises InputError if there is no folder or no image in
+    it.
     """
 
     def __init__(self, folder: Path, transform: TestTransform) -> None:

@@ -1,7 +1,7 @@
 """The plan of an epoch: which images make which batch. A pure function; no file is opened.
 
-Every batch has P distinct classes with K images each, and is cut into equal runs of whole classes, one a rank: any
-number of ranks sees the same global batches, and all have the same number of them.
+Every batch has P distinct classes with K images each, and is cut into equal runs of whole classes,
+one a rank: any number of ranks sees the same global batches, and all have the same number of them.
 
 C classes, N images, V visits (a class in a batch), S steps.
 """
@@ -39,7 +39,8 @@ class Sampling:
 
 
 def check_plan(index: SplitIndex, sampling: Sampling, *, world_size: int) -> None:
-    """Raise InputError if no batch of P classes with K images, shared by `world_size` ranks, can be made."""
+    """Raise InputError if no batch of P classes with K images, shared by `world_size` ranks, can be
+    made."""
     labels, counts = np.unique(index.label_N, return_counts=True)
     if sampling.classes_per_batch > len(labels):
         raise InputError(
@@ -67,10 +68,11 @@ def check_plan(index: SplitIndex, sampling: Sampling, *, world_size: int) -> Non
 
 
 def steps_per_epoch(index: SplitIndex, sampling: Sampling) -> int:
-    """Batches of every epoch: all that can be filled. The classes left over differ from epoch to epoch."""
+    """Batches of every epoch: all that can be filled. The classes left over differ from epoch to
+    epoch."""
     visits_C = _visits(index, sampling)
-    # Each batch takes a class once at most, so s batches can be filled if Σ min(visits, s) ≥ s·P; the sum is concave
-    # in s, so all s up to the largest can.
+    # Each batch takes a class once at most, so s batches can be filled if Σ min(visits, s) ≥ s·P;
+    # the sum is concave in s, so all s up to the largest can.
     low, high = 0, int(visits_C.sum()) // sampling.classes_per_batch
     while low < high:
         middle = (low + high + 1) // 2
@@ -89,9 +91,9 @@ def small_classes(index: SplitIndex, sampling: Sampling) -> int:
 def epoch_plan(index: SplitIndex, sampling: Sampling, *, seed: int, epoch: int) -> np.ndarray:
     """The epoch's global batches: int64 (S, P, K), positions in `index`.
 
-    Depends on its arguments alone. Rank r of W takes classes r·P/W to (r+1)·P/W of each batch (`rank_part`). With
-    `shuffle` "shards", slot p of one batch after another runs through the tars front to back; with "classes", any
-    two classes may meet. Memory O(N + S·P·K).
+    Depends on its arguments alone. Rank r of W takes classes r·P/W to (r+1)·P/W of each batch
+    (`rank_part`). With `shuffle` "shards", slot p of one batch after another runs through the tars
+    front to back; with "classes", any two classes may meet. Memory O(N + S·P·K).
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_PLAN_STREAM, seed, epoch])))
     # Sorting by (class, random) puts each class's images in a run of their own, shuffled within.
@@ -122,7 +124,8 @@ def rank_part(batch_PK: np.ndarray, *, rank: int, world_size: int) -> np.ndarray
 
 
 def augment_seed(*, seed: int, step: int, slot: int) -> int:
-    """Seed of one image's augmentation: its position in the run decides, so no worker or rank count shows."""
+    """Seed of one image's augmentation: its position in the run decides, so no worker or rank count
+    shows."""
     return int(
         np.random.SeedSequence([_AUGMENT_STREAM, seed, step, slot]).generate_state(1, np.uint64)[0]
     )
@@ -140,15 +143,18 @@ def _visits(index: SplitIndex, sampling: Sampling) -> np.ndarray:
 def _chosen(
     index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """int64 (S, P): the classes of each batch, by their position among the sorted labels; distinct in a batch."""
+    """int64 (S, P): the classes of each batch, by their position among the sorted labels; distinct
+    in a batch."""
     per_batch = sampling.classes_per_batch
     visits_C = np.minimum(_visits(index, sampling), steps)
     if sampling.shuffle == "shards":
-        # A lane is one slot of the batches. Cutting the visits into P runs of S keeps those of a class in successive
-        # batches, and none holds it twice, for it has at most S (McNaughton's wrap-around rule).
+        # A lane is one slot of the batches. Cutting the visits into P runs of S keeps those of a
+        # class in successive batches, and none holds it twice, for it has at most S (McNaughton's
+        # wrap-around rule).
         class_C = _classes_by_stretch(index, rng)
         visits_V = np.repeat(class_C, visits_C[class_C])
-        # What no batch has room for is left out anywhere, or it would be the same tars' ends again and again.
+        # What no batch has room for is left out anywhere, or it would be the same tars' ends again
+        # and again.
         kept_V = np.sort(rng.permutation(len(visits_V))[: steps * per_batch])
         return visits_V[kept_V].reshape(per_batch, steps).T
     if sampling.sampling == "proportional":
@@ -161,7 +167,8 @@ def _chosen(
 def _classes_by_stretch(index: SplitIndex, rng: np.random.Generator) -> np.ndarray:
     """All classes: each tar's, in its order, cut in two at a random place; the stretches shuffled.
 
-    The cut is what lets classes of one tar meet in a batch, in some epochs; each tar is still read by few.
+    The cut is what lets classes of one tar meet in a batch, in some epochs; each tar is still read
+    by few.
     """
     first_C = np.unique(index.label_N, return_index=True)[1]
     shard_C = index.shard_N[first_C]
@@ -177,12 +184,13 @@ def _classes_by_stretch(index: SplitIndex, rng: np.random.Generator) -> np.ndarr
 def _by_category(
     index: SplitIndex, sampling: Sampling, steps: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Classes of a category in groups of P / G, and G groups to a batch; a category's last classes, too few for a
-    group, make groups with those of others."""
+    """Classes of a category in groups of P / G, and G groups to a batch; a category's last classes,
+    too few for a group, make groups with those of others."""
     group = sampling.classes_per_batch // sampling.categories_per_batch
     first_C = np.unique(index.label_N, return_index=True)[1]
     shuffled_C = rng.permutation(len(first_C))
-    # In another order each time, or the classes that no batch has room for would be the last super-class's.
+    # In another order each time, or the classes that no batch has room for would be the last
+    # super-class's.
     number_of = rng.permutation(int(index.category_N.max()) + 1)
     category_C = number_of[index.category_N[first_C[shuffled_C]]]
     by_category_C = shuffled_C[np.argsort(category_C, kind="stable")]
@@ -201,7 +209,8 @@ def _by_category(
 def _spread(
     visits_C: np.ndarray, steps: int, per_batch: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Each class in as many batches as it has visits, at random, yet evenly over the epoch. Needs visits ≤ S."""
+    """Each class in as many batches as it has visits, at random, yet evenly over the epoch. Needs
+    visits ≤ S."""
     class_V = np.repeat(np.arange(len(visits_C)), visits_C)
     # One visit in each of as many equal parts of the epoch.
     time_V = (_occurrence(class_V) + rng.random(len(class_V))) / visits_C[class_V]
@@ -234,10 +243,11 @@ def _spread(
 def _fill(
     batches: list[set[int]], step: int, waiting: list[int], per_batch: int, rng: np.random.Generator
 ) -> None:
-    """Fill a batch at the end of the epoch from the visits that are left, by exchange with others where it has them.
+    """Fill a batch at the end of the epoch from the visits that are left, by exchange with others
+    where it has them.
 
-    Some batch without the class has another that this one lacks: the class stands in fewer than S, and that batch
-    has P classes where this one has fewer.
+    Some batch without the class has another that this one lacks: the class stands in fewer than S,
+    and that batch has P classes where this one has fewer.
     """
     batch = batches[step]
     while len(batch) < per_batch:

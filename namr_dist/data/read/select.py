@@ -1,4 +1,5 @@
-"""Which images of the training splits are trained on: class and super-class filters, least and most images a class."""
+"""Which images of the training splits are trained on: class and super-class filters, least and most
+images a class."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ _CHOICE_STREAM = 3
 def training_images(manifest: Manifest, data: DataConfig, *, seed: int) -> SplitIndex:
     """The images of `data.train_splits` that the filters leave, in the order of the tars.
 
-    The same for every rank and epoch. Raises InputError for a super-class or class that the set does not have, and if
-    nothing is left.
+    The same for every rank and epoch. Raises InputError for a super-class or class that the set
+    does not have, and if nothing is left.
     """
     index = manifest.index(*data.train_splits)
     keep_N = np.ones(len(index), bool)

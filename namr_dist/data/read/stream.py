@@ -1,6 +1,7 @@
 """From a plan to batches: worker processes read JPEG bytes by range, decode and transform them.
 
-Batches are uint8 and leave normalisation to the device, so a quarter of the bytes of float images moves.
+Batches are uint8 and leave normalisation to the device, so a quarter of the bytes of float images
+moves.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Batch:
     index_b: torch.Tensor
     """int64 (b,), positions in the split's index; of a replacement, its own."""
     replaced: tuple[str, ...] = ()
-    """A line for each damaged image that another of its class stands in for: its key, and what is wrong."""
+    """A line for each damaged image that another of its class stands in for: its key, and what is
+    wrong."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -60,8 +62,9 @@ class Batch:
 class ImageSource(Dataset["Batch | InputError"], ABC):
     """Images that come a whole batch at a time.
 
-    An item is a pair (position among the images, augmentation seed). What is wrong with the data is returned as an
-    InputError, for `stream` to raise: raised in a worker, it would arrive wrapped in the worker's traceback.
+    An item is a pair (position among the images, augmentation seed). What is wrong with the data is
+    returned as an InputError, for `stream` to raise: raised in a worker, it would arrive wrapped in
+    the worker's traceback.
     """
 
     side: int
@@ -83,9 +86,10 @@ class ImageSource(Dataset["Batch | InputError"], ABC):
 class ShardImages(ImageSource):
     """Images of an index, read by byte range from local tars.
 
-    damaged: an image that cannot be decoded is an error, or is replaced by the next one of its class that can, in
-    cyclic order of position. A shard that is missing, short or cannot be read is an error in any case. That an image is
-    another than the manifest says shows only in the shard's SHA-256.
+    damaged: an image that cannot be decoded is an error, or is replaced by the next one of its
+    class that can, in cyclic order of position. A shard that is missing, short or cannot be read is
+    an error in any case. That an image is another than the manifest says shows only in the shard's
+    SHA-256.
     """
 
     def __init__(
@@ -107,11 +111,13 @@ class ShardImages(ImageSource):
         return len(self._index)
 
     def files(self, positions: Iterable[int]) -> list[str]:
-        """The shards' names for a message: paths, or for a set that lies elsewhere, file and set."""
+        """The shards' names for a message: paths, or for a set that lies elsewhere, file and
+        set."""
         return sorted({self._named(self._shard(position)) for position in positions})
 
     def jpeg(self, position: int) -> bytes:
-        """The undecoded image. Raises InputError, naming the shard, if it cannot be read or is of another size."""
+        """The undecoded image. Raises InputError, naming the shard, if it cannot be read or is of
+        another size."""
         shard, length = self._shard(position), int(self._index.length_N[position])
         try:
             # Opened anew each time: a set may have more shards than a process may have open files.
@@ -154,7 +160,8 @@ class ShardImages(ImageSource):
         where = f"{self._index.keys[position]}.jpg in {self._named(self._shard(position))}"
         jpeg = self.jpeg(position)
         height, width = jpeg_size(jpeg, where)
-        # What is to be seen is drawn before the image is decoded: that tells how far the decoder may shrink it.
+        # What is to be seen is drawn before the image is decoded: that tells how far the decoder
+        # may shrink it.
         view = (
             self._transform.view(height, width, np.random.Generator(np.random.Philox(seed)))
             if isinstance(self._transform, TrainTransform)
@@ -203,7 +210,8 @@ class ShardImages(ImageSource):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:
-    """All training batches of one rank, from any step on: the stream's sampler. Position = the step alone."""
+    """All training batches of one rank, from any step on: the stream's sampler. Position = the step
+    alone."""
 
     index: SplitIndex
     sampling: Sampling
@@ -252,8 +260,8 @@ def sequential_batches(
 ) -> list[list[tuple[int, int]]]:
     """Positions 0..count-1 in order for evaluation, each on one rank exactly once.
 
-    Every rank gets the same number of batches (ZeRO-3 needs equal forwards): a rank that runs out repeats its
-    last position, and `index_b` shows the repeats. Needs count ≥ world_size.
+    Every rank gets the same number of batches (ZeRO-3 needs equal forwards): a rank that runs out
+    repeats its last position, and `index_b` shows the repeats. Needs count ≥ world_size.
     """
     positions = np.array_split(np.arange(count), world_size)
     longest = -(-count // world_size)
@@ -273,17 +281,19 @@ def stream(
     pin_memory: bool = False,
     timeout_s: float = 600.0,
 ) -> Iterator[Batch]:
-    """Batches in order, made ahead by `workers` processes (0: in this one, which then cannot tell that a read hangs).
+    """Batches in order, made ahead by `workers` processes (0: in this one, which then cannot tell
+    that a read hangs).
 
-    Raises InputError if an image or its shard cannot be read; if a worker is killed; and if no batch comes for
-    `timeout_s` seconds, naming the files of the one that is waited for.
+    Raises InputError if an image or its shard cannot be read; if a worker is killed; and if no
+    batch comes for `timeout_s` seconds, naming the files of the one that is waited for.
     """
     planned = iter(batches)
     first = next(planned, None)
     if first is None:
         return
     asked: deque[list[tuple[int, int]]] = deque()
-    # The sampler is a plan, known before the first read, so raw bytes are shuffled and never decoded images.
+    # The sampler is a plan, known before the first read, so raw bytes are shuffled and never
+    # decoded images.
     made: DataLoader[Batch | InputError] = DataLoader(
         images,
         batch_sampler=_noting(itertools.chain([first], planned), asked),
@@ -293,7 +303,8 @@ def stream(
         worker_init_fn=set_up_worker,
         timeout=min(LOOK_S, timeout_s) if workers else 0,
         prefetch_factor=batches_ahead(images, len(first), workers=workers) if workers else None,
-        # Its own, though nothing uses it: a loader draws from the generator it has, and torch's one is the model's.
+        # Its own, though nothing uses it: a loader draws from the generator it has, and torch's one
+        # is the model's.
         generator=torch.Generator(),
     )
     with WatchedLoader(made, timeout_s=timeout_s) as loaded:
@@ -309,7 +320,8 @@ def stream(
 def _noting(
     batches: Iterable[list[tuple[int, int]]], asked: deque[list[tuple[int, int]]]
 ) -> Iterator[list[tuple[int, int]]]:
-    """The same batches; `asked` has those that were taken, for whoever receives them to take off."""
+    """The same batches; `asked` has those that were taken, for whoever receives them to take
+    off."""
     for batch in batches:
         asked.append(batch)
         yield batch
@@ -328,7 +340,8 @@ def _to_parent(batch: Any) -> Batch | InputError:
     if isinstance(batch, InputError) or get_worker_info() is None:
         return batch
     try:
-        # The queue would do it by itself, but a thread of it prints what goes wrong there, and the batch never comes.
+        # The queue would do it by itself, but a thread of it prints what goes wrong there, and the
+        # batch never comes.
         for tensor in batch.tensors:
             tensor.share_memory_()
     except RuntimeError as error:

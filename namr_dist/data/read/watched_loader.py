@@ -1,4 +1,5 @@
-"""A DataLoader whose worker processes are watched: none dies, hangs or outlives its parent unnoticed."""
+"""A DataLoader whose worker processes are watched: none dies, hangs or outlives its parent
+unnoticed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from torch.utils.data import DataLoader
 from namr_dist.errors import InputError
 
 LOOK_S = 1.0
-"""Seconds between two looks at the workers while a batch is waited for: the DataLoader's own time-out."""
+"""Seconds between two looks at the workers while a batch is waited for: the DataLoader's own
+time-out."""
 
 _DYING_S = 5.0
 _TIMED_OUT = "DataLoader timed out"
@@ -43,11 +45,12 @@ class WatchedLoader(Generic[_T]):
         self._workers = [
             child for child in multiprocessing.active_children() if child not in before
         ]
-        # An error elsewhere may keep this open in its traceback, and at its end Python would wait for the workers.
+        # An error elsewhere may keep this open in its traceback, and at its end Python would wait
+        # for the workers.
         atexit.register(self._kill)
         if threading.current_thread() is threading.main_thread():
-            # DataLoader's handler raises a RuntimeError wherever this process may be when a worker dies, in the middle
-            # of a step as well.
+            # DataLoader's handler raises a RuntimeError wherever this process may be when a worker
+            # dies, in the middle of a step as well.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         return self
 
@@ -57,14 +60,17 @@ class WatchedLoader(Generic[_T]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Without references to it, DataLoader asks its workers to end, and waits for each for seconds.
+        # Without references to it, DataLoader asks its workers to end, and waits for each for
+        # seconds.
         del self._batches
-        # One that is blocked in a read heeds neither that nor SIGTERM, and Python waits for it at its own end.
+        # One that is blocked in a read heeds neither that nor SIGTERM, and Python waits for it at
+        # its own end.
         self._kill()
         atexit.unregister(self._kill)
 
     def next(self, files: Callable[[], list[str]]) -> _T | InputError | None:
-        """The next batch; None after the last; an InputError if a worker has died, or if none came for `timeout_s`.
+        """The next batch; None after the last; an InputError if a worker has died, or if none came
+        for `timeout_s`.
 
         files: those that the batch is read from, to be named then.
         """
@@ -79,7 +85,8 @@ class WatchedLoader(Generic[_T]):
                     return InputError(_obituary(dead))
                 if not timed_out:
                     raise
-        # Now, or DataLoader would wait for them. All are blocked or idle, so none holds a lock that it needs.
+        # Now, or DataLoader would wait for them. All are blocked or idle, so none holds a lock that
+        # it needs.
         self._kill()
         named = files()
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""
@@ -103,7 +110,8 @@ class WatchedLoader(Generic[_T]):
 
 def set_up_worker(number: int) -> None:
     """What each worker does first."""
-    # A launcher signals the whole process group; a parent that wants to end in good order still needs its batches.
+    # A launcher signals the whole process group; a parent that wants to end in good order still
+    # needs its batches.
     for request in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(request, signal.SIG_IGN)
     # A worker looks for its parent between two batches only, and a read may hang for ever.

@@ -3,7 +3,8 @@
     CACHE/manifests/HASH OF THE URL/manifest.json
     CACHE/shards/SHA256-FILE, .SHA256-FILE.BYTES.part (unfinished), .lock
 
-A shard's name holds its hash: an old version is never taken for a new one, and a set with two addresses is kept once.
+A shard's name holds its hash: an old version is never taken for a new one, and a set with two
+addresses is kept once.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def open_remote(url: str, remote: RemoteConfig) -> Manifest:
 
 
 def cache_folder(remote: RemoteConfig) -> Path:
-    """The folder for remote shards: the one that is set, or namr-dist in the user's cache folder."""
+    """The folder for remote shards: the one that is set, or namr-dist in the user's cache
+    folder."""
     return (
         remote.cache
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "namr-dist"
@@ -74,10 +76,11 @@ def cache_folder(remote: RemoteConfig) -> Path:
 
 
 def check_cache(training_set: TrainingSet, *, world_size: int, ranks_here: int) -> None:
-    """Raise InputError if the cache cannot hold what `ranks_here` of `world_size` ranks read at a time.
+    """Raise InputError if the cache cannot hold what `ranks_here` of `world_size` ranks read at a
+    time.
 
-    With `shuffle` "classes", any batch may need any shard; with "shards", each of the P slots reads one and has the
-    next fetched meanwhile. Local sets pass.
+    With `shuffle` "classes", any batch may need any shard; with "shards", each of the P slots reads
+    one and has the next fetched meanwhile. Local sets pass.
     """
     manifest, sampling = training_set.manifest, training_set.sampling
     if not isinstance(manifest.source, ShardCache):
@@ -97,7 +100,8 @@ def check_cache(training_set: TrainingSet, *, world_size: int, ranks_here: int) 
 
 
 class ShardCache:
-    """Fetches each shard once for all processes of this machine, and drops those not used for longest."""
+    """Fetches each shard once for all processes of this machine, and drops those not used for
+    longest."""
 
     def __init__(self, origin: Origin, folder: Path) -> None:
         """folder: where the tars are; it exists."""
@@ -108,7 +112,8 @@ class ShardCache:
     def path(self, shard: Shard) -> Path:
         """The shard's local file, fetched and checked against its size and hash if it is not there.
 
-        It may be dropped again before it is opened: then ask anew. Raises InputError if it cannot be had or kept.
+        It may be dropped again before it is opened: then ask anew. Raises InputError if it cannot
+        be had or kept.
         """
         there = self._folder / f"{shard.sha256[:32]}-{shard.file}"
         if _used(there, shard):
@@ -139,7 +144,8 @@ class ShardCache:
         return there
 
     def _claim(self, shard: Shard, there: Path) -> FileIO | None:
-        """The shard's unfinished file, locked; None while another process has it, or what others fetch leaves no room.
+        """The shard's unfinished file, locked; None while another process has it, or what others
+        fetch leaves no room.
 
         A process that dies leaves the file unlocked, for the next to go on with.
         """
@@ -150,9 +156,10 @@ class ShardCache:
             return _open_locked(part)
 
     def _make_room(self, need_bytes: int, part: Path) -> bool:
-        """Drop what has not been used for longest so that `part` can grow to so many bytes; False, with nothing
-        dropped, if others are being fetched and leave no room. Unfinished files count in full, files that are none of
-        the cache's do not: nobody may ever remove them. Needs the folder's lock."""
+        """Drop what has not been used for longest so that `part` can grow to so many bytes; False,
+        with nothing dropped, if others are being fetched and leave no room. Unfinished files count
+        in full, files that are none of the cache's do not: nobody may ever remove them. Needs the
+        folder's lock."""
         others = []
         with os.scandir(self._folder) as entries:
             for entry in entries:
@@ -197,10 +204,12 @@ def fetch(
     remedy: str,
     told: Callable[[int], object] = lambda have: None,
 ) -> None:
-    """Append to `part`, a file open for appending, what it lacks of a shard; check size and hash; flush to disk.
+    """Append to `part`, a file open for appending, what it lacks of a shard; check size and hash;
+    flush to disk.
 
-    remedy: of an error that outlasts all tries.  told: called with the bytes of the shard that `part` has, as they
-    come. Raises InputError if the shard cannot be had, OSError if `part` cannot be written.
+    remedy: of an error that outlasts all tries.  told: called with the bytes of the shard that
+    `part` has, as they come. Raises InputError if the shard cannot be had, OSError if `part` cannot
+    be written.
     """
 
     def attempt() -> None:
@@ -275,7 +284,8 @@ def _open_locked(path: Path) -> FileIO | None:
     # Unbuffered: nothing is left to be written once the lock is gone.
     file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open as long as it is locked)
     try:
-        # The kind that belongs to the open file and not to the process: a rank's threads exclude each other too.
+        # The kind that belongs to the open file and not to the process: a rank's threads exclude
+        # each other too.
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
@@ -303,7 +313,8 @@ def _unlocking(file: FileIO) -> Iterator[None]:
         try:
             yield
         finally:
-            # Not left to closing: a worker process that was forked meanwhile holds the same open file.
+            # Not left to closing: a worker process that was forked meanwhile holds the same open
+            # file.
             fcntl.flock(file, fcntl.LOCK_UN)
 
 

@@ -18,7 +18,8 @@ _MOST_BATCHES = 1000
 
 
 def fetched_ahead(batches: Iterator[Batch], manifest: Manifest, plan: TrainPlan) -> Iterator[Batch]:
-    """The same batches, while the shards of later ones are fetched; for a local set, nothing more."""
+    """The same batches, while the shards of later ones are fetched; for a local set, nothing
+    more."""
     if manifest.source is None:
         yield from batches
         return
@@ -35,16 +36,17 @@ def fetched_ahead(batches: Iterator[Batch], manifest: Manifest, plan: TrainPlan)
 class LookAhead:
     """A process that asks for the shards of coming batches, so that readers find them in the cache.
 
-    It stays within as many shards as two batches have at most: those being read and as many again, which is what
-    `check_cache` makes sure of, so that it never drives out what is still to be read. A shard that cannot be had is
-    left to its reader, who raises the error.
+    It stays within as many shards as two batches have at most: those being read and as many again,
+    which is what `check_cache` makes sure of, so that it never drives out what is still to be read.
+    A shard that cannot be had is left to its reader, who raises the error.
 
-    It is no thread, since worker processes are forked at any time: one forked while a thread looks up a host or begins
-    TLS would wait for ever for the locks that those functions have.
+    It is no thread, since worker processes are forked at any time: one forked while a thread looks
+    up a host or begins TLS would wait for ever for the locks that those functions have.
     """
 
     def __init__(self, manifest: Manifest, shards_by_batch: Iterable[Iterable[int]]) -> None:
-        """shards_by_batch: positions in `manifest.shards` of each batch to come, in order; read as far as is needed."""
+        """shards_by_batch: positions in `manifest.shards` of each batch to come, in order; read as
+        far as is needed."""
         self._manifest = manifest
         context = multiprocessing.get_context("fork")
         self._taken = context.Semaphore(0)

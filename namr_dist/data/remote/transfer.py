@@ -1,8 +1,9 @@
-"""Files of a folder, read front to back: on a mounted disk, or behind a URL: http and https, pipe:COMMAND, and what
-fsspec knows.
+"""Files of a folder, read front to back: on a mounted disk, or behind a URL: http and https,
+pipe:COMMAND, and what fsspec knows.
 
-What time may mend by itself is a `TransferError` and is tried again; a clear answer, such as "not there", is a
-`RefusedError` and is not. Addresses and commands may hold credentials: messages show them by `shown` alone.
+What time may mend by itself is a `TransferError` and is tried again; a clear answer, such as "not
+there", is a `RefusedError` and is not. Addresses and commands may hold credentials: messages show
+them by `shown` alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ _BLOCK_BYTES = 1 << 20
 _LONGEST_READ_BYTES = 1 << 30
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 60.0
-# Client errors that time mends: time-out, a range that is not there (yet), too early, too many requests.
+# Client errors that time mends: time-out, a range that is not there (yet), too early, too many
+# requests.
 _MENDED_BY_TIME = (408, 416, 425, 429)
 
 Result = TypeVar("Result")
@@ -87,12 +89,14 @@ def is_command(location: str) -> bool:
 
 
 def shown(location: str) -> str:
-    """A location or message for the user's eyes: of a command the program alone, of URLs neither user nor query."""
+    """A location or message for the user's eyes: of a command the program alone, of URLs neither
+    user nor query."""
     if is_command(location):
         # A word such as TOKEN=… sets a variable, and where it ends is the shell's to say.
         program = re.match(r"pipe:\s*([\w./+-]*)(?!\S)", location)
         return f"pipe:{program[1]} …" if program and program[1] else "pipe:…"
-    # A password may hold any character, so that an @ behind a ? leaves open which of them begins the query.
+    # A password may hold any character, so that an @ behind a ? leaves open which of them begins
+    # the query.
     without_both = re.sub(r"(\w://)[^\s?#]*[?#]\S*@\S*", r"\1…", location)
     without_user = re.sub(r"://\S*@", "://…@", without_both)
     return re.sub(r"(\w://[^\s?#]*)[?#]\S*", r"\1?…", without_user)
@@ -165,7 +169,8 @@ class Origin:
             except TransferError as error:
                 last, wait_s = shown(str(error)), error.wait_s
             if number < tries:
-                # The operating system's generator: equally seeded ranks would all come back at once.
+                # The operating system's generator: equally seeded ranks would all come back at
+                # once.
                 backoff_s = (
                     _FIRST_WAIT_S
                     * 2 ** min(number - 1, 6)
@@ -238,7 +243,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class _HttpBody:
-    """One answer of a server, by the standard library. Every wait for a byte is bounded by `stall_seconds`."""
+    """One answer of a server, by the standard library. Every wait for a byte is bounded by
+    `stall_seconds`."""
 
     def __init__(self, address: str, start: int, stall_seconds: float) -> None:
         parts = urlsplit(address)
@@ -359,8 +365,8 @@ class _PipeBody:
         if webdataset.utils.enforce_security:
             raise RefusedError("WDS_SECURE forbids commands; unset it, or give another URL")
         self._stall_seconds = stall_seconds
-        # A session of its own, so that what the shell starts can be ended with it; unbuffered, so that the selector
-        # sees every byte.
+        # A session of its own, so that what the shell starts can be ended with it; unbuffered, so
+        # that the selector sees every byte.
         self._pipe = Pipe(command, mode="rb", shell=True, bufsize=0, start_new_session=True)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._pipe.stream, selectors.EVENT_READ)

@@ -1,4 +1,5 @@
-"""The histogram of images per class as a picture: SVG that follows the viewer's choice of light or dark."""
+"""The histogram of images per class as a picture: SVG that follows the viewer's choice of light or
+dark."""
 
 from __future__ import annotations
 

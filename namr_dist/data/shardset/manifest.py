@@ -1,8 +1,8 @@
 """The manifest of a shard set: which image lies where, in which class, in which split.
 
-A shard set is a folder of plain WebDataset tars beside one `manifest.json`. The manifest holds a byte range
-for every image, so that an epoch can be planned without opening a tar and any image read with one seek.
-Format: docs/data.md.
+A shard set is a folder of plain WebDataset tars beside one `manifest.json`. The manifest holds a
+byte range for every image, so that an epoch can be planned without opening a tar and any image read
+with one seek. Format: docs/data.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ FORMAT = "namr-shards/1"
 FILE_NAME = "manifest.json"
 
 ROLES = ("", "query", "gallery")
-"""What an image does at test time: both, only query, only be searched. `SplitIndex.role_N` counts in this order."""
+"""What an image does at test time: both, only query, only be searched. `SplitIndex.role_N` counts
+in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +290,8 @@ class Manifest:
                 )
 
     def path(self, shard: Shard) -> Path:
-        """The shard's local file, fetched if the set lies elsewhere. Raises InputError if it cannot be had."""
+        """The shard's local file, fetched if the set lies elsewhere. Raises InputError if it cannot
+        be had."""
         return self.source.path(shard) if self.source else self.folder / shard.file
 
     @cached_property
@@ -360,11 +362,13 @@ class Manifest:
         return whole.only(np.flatnonzero(wanted_N))
 
     def shards_of(self, *splits: str) -> tuple[Shard, ...]:
-        """The shards that hold images of the named splits or subsets. Raises InputError as `index` does."""
+        """The shards that hold images of the named splits or subsets. Raises InputError as `index`
+        does."""
         return tuple(self.shards[number] for number in np.unique(self.index(*splits).shard_N))
 
     def split_hash(self, *splits: str) -> str:
-        """First 16 hex digits of a SHA-256 over the sorted keys, labels and roles: names a split in a protocol."""
+        """First 16 hex digits of a SHA-256 over the sorted keys, labels and roles: names a split in
+        a protocol."""
         return self.hash_of(self.index(*splits))
 
     def hash_of(self, index: SplitIndex) -> str:
@@ -377,7 +381,8 @@ class Manifest:
 
 
 def _are_texts(values: Any) -> bool:
-    """Whether it is a tuple of texts that can be names of files: without NUL and halves of characters."""
+    """Whether it is a tuple of texts that can be names of files: without NUL and halves of
+    characters."""
     try:
         return isinstance(values, tuple) and b"\0" not in "".join(values).encode()
     except (TypeError, UnicodeEncodeError):

@@ -1,7 +1,7 @@
 """Which images of a split show, nearly pixel by pixel, what an image of another split shows.
 
-Each image is reduced to a difference hash: 16 × 16 bits that say where its brightness rises from left to right.
-Copies that were encoded anew, resized or slightly cropped differ in few bits.
+Each image is reduced to a difference hash: 16 × 16 bits that say where its brightness rises from
+left to right. Copies that were encoded anew, resized or slightly cropped differ in few bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from namr_dist.data.shardset.shards import DamagedImageError, jpeg_size, map_jpe
 
 SIDE = 16
 NEAR_BITS = 6
-"""Differing bits of 256 up to which two images count as near duplicates; `near_duplicates` says why."""
+"""Differing bits of 256 up to which two images count as near duplicates; `near_duplicates` says
+why."""
 LEAST_STEPS = 64
 """Neighbours of 256 that must differ for a hash to say anything."""
 _STEP = 3
@@ -42,15 +43,17 @@ class Hashes:
 def near_duplicates(
     manifest: Manifest, *, advance: Callable[[int], None] = lambda images: None
 ) -> dict[str, Any]:
-    """The audit, ready for JSON: `splits`, the training split first and `test` last, each with its number of images,
-    those that are flat, and `against`: for each split before it, how many images are `near` one of that split (within
-    NEAR_BITS), and of all that are not flat the ten nearest pairs. `advance` is told of each image hashed.
+    """The audit, ready for JSON: `splits`, the training split first and `test` last, each with its
+    number of images, those that are flat, and `against`: for each split before it, how many images
+    are `near` one of that split (within NEAR_BITS), and of all that are not flat the ten nearest
+    pairs. `advance` is told of each image hashed.
 
-    NEAR_BITS was chosen on homeware's training images. Of 467 that are not flat, changed and hashed again, so many are
-    within 6 bits of what they were: JPEG quality 75, 99 %; quality 50, 97 %; half the size, 98 %; 0.7 of it or twice,
-    99 %; 2 % of width and height cut off, 80 %; 4 %, 33 %. Of 492 validation images, three are that near to a training
-    image of another product with a like outline: renders on plain grounds are a hard case. So the count is one of
-    suspects; look at the pairs. Images with fewer than LEAST_STEPS differing neighbours of 256 are flat and are not
+    NEAR_BITS was chosen on homeware's training images. Of 467 that are not flat, changed and hashed
+    again, so many are within 6 bits of what they were: JPEG quality 75, 99 %; quality 50, 97 %;
+    half the size, 98 %; 0.7 of it or twice, 99 %; 2 % of width and height cut off, 80 %; 4 %, 33 %.
+    Of 492 validation images, three are that near to a training image of another product with a like
+    outline: renders on plain grounds are a hard case. So the count is one of suspects; look at the
+    pairs. Images with fewer than LEAST_STEPS differing neighbours of 256 are flat and are not
     compared. A mirrored copy is not found: its bits are others. Measured: tools/hash_recall.py.
 
     Raises InputError if there is no such split, and for a shard or image that cannot be read.
@@ -91,7 +94,8 @@ def hash_split(
 
 
 def nearest(bits_M32: np.ndarray, bits_N32: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of M hashes the least Hamming distance to any of N ≥ 1, and the position of the first at that distance.
+    """For each of M hashes the least Hamming distance to any of N ≥ 1, and the position of the
+    first at that distance.
 
     uint8 (M, 32) and (N, 32) → int32 (M,), int64 (M,). Exact; O(M·N) time.
     """
@@ -120,10 +124,12 @@ def _compare(images: Hashes, others: Hashes) -> dict[str, Any]:
 
 
 def _thumbnail(jpeg: bytes, where: str) -> np.ndarray:
-    """uint8 (16, 17): brightness. Bilinear, whose areas overlap: a shift by a pixel then changes few bits."""
+    """uint8 (16, 17): brightness. Bilinear, whose areas overlap: a shift by a pixel then changes
+    few bits."""
     jpeg_size(jpeg, where)
     try:
-        # The decoder shrinks while it decodes, which is cheap, but the less it leaves, the more bits it changes.
+        # The decoder shrinks while it decodes, which is cheap, but the less it leaves, the more
+        # bits it changes.
         grey_HW = simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=8 * SIDE, min_width=8 * SIDE)[
             :, :, 0
         ]

@@ -26,9 +26,11 @@ Result = TypeVar("Result")
 
 END_OF_IMAGE = b"\xff\xd9"
 JPEG_TAIL = 32
-"""Last bytes of a JPEG in which its end-of-image marker is looked for: writers may pad behind it."""
+"""Last bytes of a JPEG in which its end-of-image marker is looked for: writers may pad behind
+it."""
 MOST_PIXELS = 178_956_970
-"""An image with more by its header is not decoded, as in Pillow: a few bytes could ask for all memory."""
+"""An image with more by its header is not decoded, as in Pillow: a few bytes could ask for all
+memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ class Sample:
 
 
 class _Digested:
-    """A binary file for writing from the first to the last byte, with the SHA-256 and number of its bytes."""
+    """A binary file for writing from the first to the last byte, with the SHA-256 and number of its
+    bytes."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -69,8 +72,8 @@ def write_shard(
 ) -> Shard:
     """Write one tar of KEY.jpg, KEY.json pairs and return its entry in the manifest.
 
-    Samples are taken one at a time and not kept. Deterministic: the same samples give the same bytes. Atomic: the tar
-    appears whole or not at all.
+    Samples are taken one at a time and not kept. Deterministic: the same samples give the same
+    bytes. Atomic: the tar appears whole or not at all.
     """
     temporary = folder / f".{file}.{secrets.token_hex(6)}.tmp"
     written: list[Sample] = []
@@ -136,9 +139,9 @@ def verify_shards(
 ) -> int:
     """Check every shard of the named splits against the manifest; return the number of images.
 
-    Each tar must be there, with the stated size and SHA-256, and, but for `hashes_alone`, each JPEG must begin and end
-    as one. With `decode`, each is decoded as well. Raises InputError naming the shard (and key) at the first
-    difference.
+    Each tar must be there, with the stated size and SHA-256, and, but for `hashes_alone`, each JPEG
+    must begin and end as one. With `decode`, each is decoded as well. Raises InputError naming the
+    shard (and key) at the first difference.
     """
     images = 0
     for shard in manifest.shards_of(*splits) if splits else ():
@@ -155,7 +158,8 @@ def verify_shards(
 def shard_problems(
     path: Path, shard: Shard, *, decode: bool, hashes_alone: bool = False
 ) -> Iterator[str]:
-    """A line for each difference between the tar at `path` and its entry, as `verify_shards` looks for them."""
+    """A line for each difference between the tar at `path` and its entry, as `verify_shards` looks
+    for them."""
     if not path.is_file():
         yield f"shard {path} is missing; copy it there or rebuild the shard set"
         return
@@ -183,8 +187,8 @@ def map_jpegs(
 ) -> Iterator[Result]:
     """`work(jpeg, where)` of every image of an index in its order, tar by tar, on all cores.
 
-    `where` names image and shard for an error. Threads: hashing, JPEG decoding and Pillow let others run meanwhile.
-    Raises InputError for a shard that is missing or cannot be read.
+    `where` names image and shard for an error. Threads: hashing, JPEG decoding and Pillow let
+    others run meanwhile. Raises InputError for a shard that is missing or cannot be read.
     """
 
     def of_shard(positions_M: np.ndarray) -> list[Result]:
@@ -224,8 +228,8 @@ class DamagedImageError(InputError):
 
 
 def jpeg_size(jpeg: bytes, where: str) -> tuple[int, int]:
-    """Height and width in pixels, from the header. Raises DamagedImageError, naming `where`, if it is damaged, or if
-    the image has more than MOST_PIXELS."""
+    """Height and width in pixels, from the header. Raises DamagedImageError, naming `where`, if it
+    is damaged, or if the image has more than MOST_PIXELS."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
     except ValueError as error:
@@ -243,8 +247,8 @@ def jpeg_size(jpeg: bytes, where: str) -> tuple[int, int]:
 def decode_rgb(jpeg: bytes, where: str, *, shrink: int = 1) -> np.ndarray:
     """Decode a JPEG to a uint8 array (H, W, 3).
 
-    `shrink` is 1, 2, 4 or 8: the decoder makes sides of ⌈H / shrink⌉ and ⌈W / shrink⌉ pixels from the low frequencies
-    of each block. Raises DamagedImageError as `jpeg_size` does.
+    `shrink` is 1, 2, 4 or 8: the decoder makes sides of ⌈H / shrink⌉ and ⌈W / shrink⌉ pixels from
+    the low frequencies of each block. Raises DamagedImageError as `jpeg_size` does.
     """
     height, width = jpeg_size(jpeg, where)
     try:

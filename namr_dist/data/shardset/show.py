@@ -17,7 +17,8 @@ _LABELS = {"mib": "MiB", "height": "px high: least / median / most", "width": "p
 
 
 def statistics_tables(figures: dict[str, Any]) -> Iterator[Table]:
-    """Tables of what `statistics` counts: a column for each split and subset; super-classes where the set has any."""
+    """Tables of what `statistics` counts: a column for each split and subset; super-classes where
+    the set has any."""
     rows = {**figures["splits"], **figures["subsets"]}
     table = _table(figures["name"], "", *rows)
     for figure in next(iter(rows.values())):

@@ -1,4 +1,5 @@
-"""What a shard set holds, in numbers: images and classes by split, subset and super-class, and image sizes."""
+"""What a shard set holds, in numbers: images and classes by split, subset and super-class, and
+image sizes."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ _MOST_BINS = 16
 def statistics(manifest: Manifest, *, sizes: bool = False) -> dict[str, Any]:
     """Figures of a set, ready for JSON.
 
-    `splits` and `subsets`: by name, what `_row` counts; with `sizes`, `width` and `height` in pixels as well, which
-    reads every image's header. `categories`: by name, most images first, classes in all and images by split; empty
-    where the set has no super-classes. `histogram`: `bins`, (least, most) images a class, and by split the classes in
-    each of them. Raises InputError, with `sizes`, for a shard or image that cannot be read.
+    `splits` and `subsets`: by name, what `_row` counts; with `sizes`, `width` and `height` in
+    pixels as well, which reads every image's header. `categories`: by name, most images first,
+    classes in all and images by split; empty where the set has no super-classes. `histogram`:
+    `bins`, (least, most) images a class, and by split the classes in each of them. Raises
+    InputError, with `sizes`, for a shard or image that cannot be read.
     """
     rows = {
         name: _row(manifest, manifest.index(name)) for name in (*manifest.splits, *manifest.subsets)
@@ -37,8 +39,9 @@ def statistics(manifest: Manifest, *, sizes: bool = False) -> dict[str, Any]:
 
 
 def _row(manifest: Manifest, index: SplitIndex) -> dict[str, Any]:
-    """Images, classes, images a class (mean, least, most), lone classes, shards, MiB of images; images of each role
-    and groups where the set has any. A lone class has no pair of a query and another image for it to find."""
+    """Images, classes, images a class (mean, least, most), lone classes, shards, MiB of images;
+    images of each role and groups where the set has any. A lone class has no pair of a query and
+    another image for it to find."""
     _, class_N, count_C = np.unique(index.label_N, return_inverse=True, return_counts=True)
     query_C, gallery_C = (
         np.bincount(class_N, index.role_N != ROLES.index(other)) for other in ("gallery", "query")
@@ -111,8 +114,8 @@ def _histogram(manifest: Manifest) -> dict[str, Any]:
 
 
 def bins_of(least: int, most: int) -> list[tuple[int, int]]:
-    """At most 16 equally wide bins of whole numbers, (first, last) of each, from `least` to `most`: of one number each,
-    or of 2, 5, 10, 20 … beginning at a multiple of that."""
+    """At most 16 equally wide bins of whole numbers, (first, last) of each, from `least` to `most`:
+    of one number each, or of 2, 5, 10, 20 … beginning at a multiple of that."""
     width = next(
         factor * 10**power
         for power in range(19)

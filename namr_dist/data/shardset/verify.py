@@ -24,17 +24,18 @@ class Verified:
     problems: list[str]
     """Where the set is not as its manifest says."""
     shared: list[str]
-    """Images that two splits hold byte for byte. Published sets have such pairs, and are what they are."""
+    """Images that two splits hold byte for byte. Published sets have such pairs, and are what they
+    are."""
 
 
 def verify(
     manifest: Manifest, *, decode: bool = True, advance: Callable[[int], None] = lambda images: None
 ) -> Verified:
-    """Hash each shard, decode each image (unless told not to), compare each tar's members with the manifest's keys,
-    labels and byte ranges, and look for images that are in two splits.
+    """Hash each shard, decode each image (unless told not to), compare each tar's members with the
+    manifest's keys, labels and byte ranges, and look for images that are in two splits.
 
-    Shards that lie elsewhere are fetched. Runs on all cores; `advance` is told the images of each shard that is done.
-    That splits share no class is checked when a manifest is loaded.
+    Shards that lie elsewhere are fetched. Runs on all cores; `advance` is told the images of each
+    shard that is done. That splits share no class is checked when a manifest is loaded.
     """
 
     def of_shard(shard: Shard) -> tuple[list[str], list[bytes]]:
@@ -60,7 +61,8 @@ def verify(
 
 
 def unnamed_tars(manifest: Manifest) -> list[str]:
-    """Tars beside the manifest, whole or in part, that it does not name: a pattern such as train-*.tar would read them.
+    """Tars beside the manifest, whole or in part, that it does not name: a pattern such as
+    train-*.tar would read them.
 
     None for a set that lies elsewhere.
     """
@@ -75,7 +77,8 @@ def unnamed_tars(manifest: Manifest) -> list[str]:
 
 
 def _examine(manifest: Manifest, shard: Shard, *, decode: bool) -> tuple[list[str], list[bytes]]:
-    """The shard's problems, and a digest of each image; no digests where the tar is missing or of another size."""
+    """The shard's problems, and a digest of each image; no digests where the tar is missing or of
+    another size."""
     try:
         path = manifest.path(shard)
     except InputError as error:

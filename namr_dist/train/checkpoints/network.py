@@ -24,7 +24,8 @@ _FORMAT = "namr-network/1"
 def save_network(
     path: Path, state: dict[str, torch.Tensor], config: Config, *, trained: dict[str, Any]
 ) -> None:
-    """Write the network's state dict, atomically. `trained` says how it came to be: steps, ranks, machine."""
+    """Write the network's state dict, atomically. `trained` says how it came to be: steps, ranks,
+    machine."""
     metadata = {
         "format": _FORMAT,
         "version": __version__,
@@ -76,7 +77,8 @@ def load_network(
 def initial_network(
     config: Config, *, device: torch.device, pretrained: bool, bf16: bool = False, pieces: int = 1
 ) -> EmbeddingNetwork:
-    """The network as training starts it; not `pretrained`, only its shape, to be filled from a checkpoint."""
+    """The network as training starts it; not `pretrained`, only its shape, to be filled from a
+    checkpoint."""
     torch.manual_seed(config.train.seed)
     model = (
         config.model

@@ -36,7 +36,8 @@ class CheckpointPolicy:
         self._latest_s = time.monotonic()
 
     def decide(self, step: int, *, signal: int) -> tuple[bool, bool]:
-        """After so many steps: (write a checkpoint, stop). A signal on any rank counts, and the first rank's clock.
+        """After so many steps: (write a checkpoint, stop). A signal on any rank counts, and the
+        first rank's clock.
 
         signal: the number of one that asked this rank to stop, 0 if none did.
         """
@@ -48,8 +49,9 @@ class CheckpointPolicy:
         return bool(save or stop), bool(stop)
 
     def save(self, step: int) -> tuple[bool, str]:
-        """Write the state after `step` steps and then drop what is older than train.keep_checkpoints; whether it was
-        written, and a line for people. Where it was not, the line says why, and the checkpoints before stay."""
+        """Write the state after `step` steps and then drop what is older than
+        train.keep_checkpoints; whether it was written, and a line for people. Where it was not, the
+        line says why, and the checkpoints before stay."""
         began = time.monotonic()
         path = self._run.checkpoint(step)
         trouble = save_state(

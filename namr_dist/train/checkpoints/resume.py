@@ -1,4 +1,5 @@
-"""What stands in a run's folder when training starts: nothing, a finished run, or a place to go on from."""
+"""What stands in a run's folder when training starts: nothing, a finished run, or a place to go on
+from."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ MAY_DIFFER = {
     "evaluation.recall_at",
     "evaluation.reidentification_draws",
 }
-"""Settings that the run does not depend on, but for rounding. The images themselves are compared by their hash."""
+"""Settings that the run does not depend on, but for rounding. The images themselves are compared by
+their hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ class Start:
 
 
 def hash_images(manifest: Manifest, index: SplitIndex) -> str:
-    """Names the images that are trained on, their bytes and their order: what a plan's numbers mean."""
+    """Names the images that are trained on, their bytes and their order: what a plan's numbers
+    mean."""
     shards = [manifest.shards[number].sha256 for number in np.unique(index.shard_N)]
     return hashlib.sha256("\n".join([*shards, *index.keys]).encode()).hexdigest()
 
@@ -66,7 +69,8 @@ def hash_images(manifest: Manifest, index: SplitIndex) -> str:
 def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
     """What `--resume` goes on from: the newest whole checkpoint of the same run, or the beginning.
 
-    Raises InputError if the folder holds a run with other settings or images, or checkpoints of which none is whole.
+    Raises InputError if the folder holds a run with other settings or images, or checkpoints of
+    which none is whole.
     """
     if not run.config.exists():
         return Start()
@@ -105,7 +109,8 @@ def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
 
 
 def check_same(path: Path, there: Config, here: Config) -> None:
-    """Raise InputError, naming the file `path` and the fields, if two configurations do not make the same run."""
+    """Raise InputError, naming the file `path` and the fields, if two configurations do not make
+    the same run."""
     before, now = _fields(dataclasses.asdict(there)), _fields(dataclasses.asdict(here))
     changed = [
         f"{name} is {now[name]}, there {before[name]}"

@@ -1,9 +1,10 @@
 """A training state as one file that knows nothing of ranks or ZeRO stages.
 
-`checkpoints/step-00000120.safetensors`, format namr-training/1, holds by name: `model/…`, every parameter and every
-buffer in full; `adamw/…/exp_avg`, `…/exp_avg_sq` and `…/step`, what AdamW knows of each parameter;
-`rank/00000/…`, each rank's random generators. Data position and learning rate are functions of the step. The file
-verifies itself (verified_file.py), and no object is ever unpickled from it.
+`checkpoints/step-00000120.safetensors`, format namr-training/1, holds by name: `model/…`, every
+parameter and every buffer in full; `adamw/…/exp_avg`, `…/exp_avg_sq` and `…/step`, what AdamW knows
+of each parameter; `rank/00000/…`, each rank's random generators. Data position and learning rate
+are functions of the step. The file verifies itself (verified_file.py), and no object is ever
+unpickled from it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class SavedState:
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """One tensor of the file. `fetch` is called by all ranks together; only the first needs the result."""
+    """One tensor of the file. `fetch` is called by all ranks together; only the first needs the
+    result."""
 
     name: str
     spec: TensorSpec
@@ -78,10 +80,11 @@ def save_state(
     data_hash: str,
     host: HostGroup,
 ) -> str | None:
-    """Write the state after `step` steps; None, or why it could not be written. All ranks call it, and learn that.
+    """Write the state after `step` steps; None, or why it could not be written. All ranks call it,
+    and learn that.
 
-    The file appears whole and verified or not at all. Memory: one whole parameter on the device and on the first
-    rank's CPU.
+    The file appears whole and verified or not at all. Memory: one whole parameter on the device and
+    on the first rank's CPU.
     """
     entries = _entries(engine, host, _generators(engine.device))
     writer: VerifiedFileWriter | None = None
@@ -106,7 +109,8 @@ def save_state(
                 trouble = error.strerror
         for entry in entries:
             value = entry.fetch()
-            # A disk that is full must not keep the other ranks waiting: the first goes on and writes nothing.
+            # A disk that is full must not keep the other ranks waiting: the first goes on and
+            # writes nothing.
             if writer and not trouble:
                 if entry.name.startswith("model/") and not value.isfinite().all():
                     trouble = f"{entry.name.removeprefix('model/')} is not finite"
@@ -179,9 +183,9 @@ def load_state(
 ) -> None:
     """Fill a fresh engine. All ranks call it.
 
-    saved: on the first rank a checkpoint that fits; it alone reads the file. With as many ranks as wrote it, each
-    gets its random generators back, so every later bit is that of an unbroken run; else they are seeded anew by
-    (seed, step, rank).
+    saved: on the first rank a checkpoint that fits; it alone reads the file. With as many ranks as
+    wrote it, each gets its random generators back, so every later bit is that of an unbroken run;
+    else they are seeded anew by (seed, step, rank).
     """
     file = None
     if saved is not None:

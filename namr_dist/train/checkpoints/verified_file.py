@@ -1,7 +1,8 @@
 """A safetensors file that carries the SHA-256 of all its own bytes, written tensor by tensor.
 
-The header begins with the digest, and the digest is taken with 64 zeros in its place. So one file is enough, one
-rename makes it visible, and a change of any byte is found. Every safetensors reader can open it.
+The header begins with the digest, and the digest is taken with 64 zeros in its place. So one file
+is enough, one rename makes it visible, and a change of any byte is found. Every safetensors reader
+can open it.
 """
 
 from __future__ import annotations
@@ -71,10 +72,11 @@ class TensorSpec:
 
 
 class VerifiedFileWriter:
-    """Writes one file under a temporary name; only `commit` makes it visible, and only once it has been verified.
+    """Writes one file under a temporary name; only `commit` makes it visible, and only once it has
+    been verified.
 
-    layout: all tensors by name, in the order in which `add` will bring them, widest dtype first (readers map
-    tensors in place, where an int64 must not begin at an odd multiple of four).
+    layout: all tensors by name, in the order in which `add` will bring them, widest dtype first
+    (readers map tensors in place, where an int64 must not begin at an odd multiple of four).
     Methods raise OSError where the disk does; then call `discard`.
     """
 
@@ -129,7 +131,8 @@ class VerifiedFileWriter:
             os.close(folder)
 
     def discard(self) -> None:
-        """Remove what was written so far; nothing, after a commit. What cannot be removed goes at the next start."""
+        """Remove what was written so far; nothing, after a commit. What cannot be removed goes at
+        the next start."""
         with contextlib.suppress(OSError):
             self._file.close()
             self._temporary.unlink(missing_ok=True)

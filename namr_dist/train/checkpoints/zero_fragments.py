@@ -1,9 +1,11 @@
-"""Where DeepSpeed keeps a parameter and its AdamW moments, for every ZeRO stage: whole tensors in and out.
+"""Where DeepSpeed keeps a parameter and its AdamW moments, for every ZeRO stage: whole tensors in
+and out.
 
-Each rank holds a fragment of a parameter's moments, inside a flat tensor that the optimizer sees as its parameter:
-stage 0, the parameter itself; stages 1 and 2, the rank's slice of a parameter group's concatenation; stage 3, the
-rank's slice of every parameter, concatenated. DeepSpeed's own access (deepspeed.utils.safe_get_full_…) knows
-no stage 0, nothing before the first step, and loses the sign of zeros.
+Each rank holds a fragment of a parameter's moments, inside a flat tensor that the optimizer sees as
+its parameter: stage 0, the parameter itself; stages 1 and 2, the rank's slice of a parameter
+group's concatenation; stage 3, the rank's slice of every parameter, concatenated. DeepSpeed's own
+access (deepspeed.utils.safe_get_full_…) knows no stage 0, nothing before the first step, and loses
+the sign of zeros.
 
 All ranks must make each call together.
 """
@@ -27,7 +29,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True)
 class _Fragment:
-    """This rank's part of one parameter: elements `start` on of the parameter, `offset` on of the flat `owner`."""
+    """This rank's part of one parameter: elements `start` on of the parameter, `offset` on of the
+    flat `owner`."""
 
     owner: Tensor
     offset: int
@@ -85,7 +88,8 @@ def get_value(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor:
 
 @torch.no_grad()
 def set_value(engine: DeepSpeedEngine, parameter: nn.Parameter, value: Tensor) -> None:
-    """Overwrite the parameter, and the optimizer's copy of it, by `value`: the same on all ranks."""
+    """Overwrite the parameter, and the optimizer's copy of it, by `value`: the same on all
+    ranks."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(
@@ -98,7 +102,8 @@ def set_value(engine: DeepSpeedEngine, parameter: nn.Parameter, value: Tensor) -
 
 
 def optimizer_step(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor | None:
-    """How often AdamW has updated the parameter, fp32 (); None if it never has. No message is sent."""
+    """How often AdamW has updated the parameter, fp32 (); None if it never has. No message is
+    sent."""
     fragment = _fragment(engine, parameter)
     state = engine.basic_optimizer.state.get(fragment.owner) if fragment is not None else None
     return state["step"].detach().to("cpu", torch.float32, copy=True) if state else None
@@ -132,7 +137,8 @@ def get_moment(engine: DeepSpeedEngine, parameter: nn.Parameter, key: str) -> Te
 def set_moments(
     engine: DeepSpeedEngine, parameter: nn.Parameter, moments: dict[str, Tensor], step: Tensor
 ) -> None:
-    """Overwrite what AdamW knows of a parameter: `moments` by the names of MOMENTS, the same on all ranks."""
+    """Overwrite what AdamW knows of a parameter: `moments` by the names of MOMENTS, the same on all
+    ranks."""
     fragment = _fragment(engine, parameter)
     assert fragment is not None
     state = engine.basic_optimizer.state[fragment.owner]
@@ -142,7 +148,8 @@ def set_moments(
         state["step"] = torch.zeros((), device=fragment.owner.device if on_device else "cpu")
         for key in MOMENTS:
             state[key] = torch.zeros_like(fragment.owner, requires_grad=False)
-    # Parameters that share a flat tensor share its count; one that stage 0 never updated has none of its own.
+    # Parameters that share a flat tensor share its count; one that stage 0 never updated has none
+    # of its own.
     state["step"].fill_(max(float(state["step"]), float(step)))
     for key in MOMENTS:
         _cut(state[key], fragment).copy_(_part(moments[key], fragment))

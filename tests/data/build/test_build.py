@@ -1,4 +1,5 @@
-"""Building a shard set: every format, the same bytes always, broken files, and going on after a kill."""
+"""Building a shard set: every format, the same bytes always, broken files, and going on after a
+kill."""
 
 from __future__ import annotations
 
@@ -210,7 +211,8 @@ def test_two_workers_write_the_same_bytes_as_one(
 
 
 def test_a_killed_build_goes_on_where_it_was(tmp_path: Path) -> None:
-    """kill -9 of the command alone, as the kernel does it, once the first of many shards is finished."""
+    """kill -9 of the command alone, as the kernel does it, once the first of many shards is
+    finished."""
     source = miniatures.cars_devkit(tmp_path / "source")
     words = [
         "shards",

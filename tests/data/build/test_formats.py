@@ -1,4 +1,5 @@
-"""The readers of original downloads, on miniatures of them: what they find, what they accept and what they refuse."""
+"""The readers of original downloads, on miniatures of them: what they find, what they accept and
+what they refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a shard may hold is kept to the byte; all else becomes the picture that a viewer would show."""
+"""What a shard may hold is kept to the byte; all else becomes the picture that a viewer would
+show."""
 
 from __future__ import annotations
 
@@ -246,7 +247,8 @@ def test_a_few_stray_bytes_before_the_end_are_done_away_with(
 def test_lost_pixels_are_damage(
     loss: Callable[[bytes], bytes], progressive: bool, mode: str
 ) -> None:
-    """Pillow reads all of these, the lost parts in grey. libjpeg tells only the first of its warnings."""
+    """Pillow reads all of these, the lost parts in grey. libjpeg tells only the first of its
+    warnings."""
     data = saved(
         Image.fromarray(picture(0, 0, size=80)).convert(mode),
         "JPEG",

@@ -50,7 +50,8 @@ def both_splits(source):
 def build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable:
-    """Builds the pictures by a converter of flowers.py, the one of docs/data.md, in the working folder."""
+    """Builds the pictures by a converter of flowers.py, the one of docs/data.md, in the working
+    folder."""
     monkeypatch.setattr(named_code, "_allowed", set())
     monkeypatch.chdir(tmp_path)
     (code,) = (text for text in DOCUMENTED if "def read" in text)

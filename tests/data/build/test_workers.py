@@ -14,8 +14,8 @@ from namr_dist.errors import InputError
 
 
 def double(task: int, advance: Advance) -> int:
-    """Twice the task; 3 is refused, 4 meets what the kernel does to a process that takes too much memory, and 5 and 6
-    end in other ways."""
+    """Twice the task; 3 is refused, 4 meets what the kernel does to a process that takes too much
+    memory, and 5 and 6 end in other ways."""
     advance(1, task)
     if task == 3:
         raise InputError("3 is refused")

@@ -184,7 +184,8 @@ def test_the_decoder_never_shrinks_a_box_below_the_result() -> None:
 
 @pytest.mark.parametrize(("size", "shrinks"), [(96, {2, 4}), (48, {4, 8})])
 def test_shrinking_while_decoding_keeps_the_picture(size: int, shrinks: set[int]) -> None:
-    """Within 1.5 levels on average. Shrinking the whole image to `size` before a small crop would differ by 2 to 5."""
+    """Within 1.5 levels on average. Shrinking the whole image to `size` before a small crop would
+    differ by 2 to 5."""
     jpeg = simplejpeg.encode_jpeg(large_picture(), 90, "RGB", "420")
     transform = dataclasses.replace(JITTERED, size=size)
     met = set()
@@ -200,7 +201,8 @@ def test_shrinking_while_decoding_keeps_the_picture(size: int, shrinks: set[int]
 
 
 def test_a_small_crop_of_a_large_image_is_sharp() -> None:
-    """Fine stripes live through a crop that needs every pixel, however large the image around it."""
+    """Fine stripes live through a crop that needs every pixel, however large the image around
+    it."""
     stripes = np.zeros((512, 512, 3), np.uint8)
     stripes[:, ::4], stripes[:, 1::4] = 255, 255
     jpeg = simplejpeg.encode_jpeg(stripes, 95)

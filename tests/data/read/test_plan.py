@@ -59,8 +59,8 @@ def index() -> SplitIndex:
 
 @pytest.fixture(scope="module")
 def sop() -> SplitIndex:
-    """The training images of a full-size Stanford Online Products: 59,551 in 11,318 classes of 2 to 12, of 12 super-
-    classes, whole classes in 16 shards."""
+    """The training images of a full-size Stanford Online Products: 59,551 in 11,318 classes of 2 to
+    12, of 12 super- classes, whole classes in 16 shards."""
     rng = np.random.default_rng(1)
     size_C = rng.integers(2, 9, 11_318)
     while size_C.sum() != 59_551:
@@ -212,7 +212,8 @@ def test_category_batches_are_of_few_super_classes() -> None:
 
 
 def test_category_sampling_leaves_out_others_each_time() -> None:
-    """52 classes of 4 super-classes, 50 of them in an epoch, ten of those in a group of what the others leave."""
+    """52 classes of 4 super-classes, 50 of them in an epoch, ten of those in a group of what the
+    others leave."""
     label_N = np.repeat(np.arange(52), 3)
     index = index_of(label_N, category_N=label_N % 4)
     sampling = Sampling(classes_per_batch=10, images_per_class=2, sampling="category")
@@ -260,7 +261,8 @@ FULL = Sampling(classes_per_batch=64, images_per_class=4)
     ids=lambda sampling: f"{sampling.sampling}-{sampling.shuffle}",
 )
 def test_full_size(sop: SplitIndex, sampling: Sampling) -> None:
-    """What 1, 2, 8 and 64 ranks are given, from their own samplers: the same multiset, in equally many batches."""
+    """What 1, 2, 8 and 64 ranks are given, from their own samplers: the same multiset, in equally
+    many batches."""
     steps = steps_per_epoch(sop, sampling)
     met: dict[int, np.ndarray] = {}
     for world_size in (1, 2, 8, 64):
@@ -308,8 +310,8 @@ def test_resuming_far_on_needs_one_epochs_plan(sop: SplitIndex) -> None:
 @pytest.mark.parametrize("sampling", ["uniform", "proportional"])
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])
 def test_shards_are_read_front_to_back(sop: SplitIndex, world_size: int, sampling: str) -> None:
-    """Each slot of a rank's batches passes through a few stretches of tars, always forwards; a tar is cut in two at
-    one place, and once more where a slot ends."""
+    """Each slot of a rank's batches passes through a few stretches of tars, always forwards; a tar
+    is cut in two at one place, and once more where a slot ends."""
     sampling = replace(FULL, shuffle="shards", sampling=sampling)
     plan_SPK = epoch_plan(sop, sampling, seed=0, epoch=2)
     stretches: Counter[int] = Counter()

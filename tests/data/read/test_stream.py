@@ -305,7 +305,8 @@ def test_batches_on_a_gpu_are_the_same_and_come_while_it_computes() -> None:
 
 
 def test_streams_leave_the_global_generator_alone(shard_set: Manifest) -> None:
-    """A resumed run makes other loaders than an unbroken one: what the model draws must not depend on them."""
+    """A resumed run makes other loaders than an unbroken one: what the model draws must not depend
+    on them."""
     index = shard_set.index("train")
     before = torch.get_rng_state()
     images = ShardImages(shard_set, index, TestTransform(size=32, crop_share=1.0))

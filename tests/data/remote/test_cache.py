@@ -1,4 +1,5 @@
-"""Shards behind a URL are fetched once for all processes, ahead of need, and within the cache's limit."""
+"""Shards behind a URL are fetched once for all processes, ahead of need, and within the cache's
+limit."""
 
 from __future__ import annotations
 
@@ -300,7 +301,8 @@ def test_look_ahead_leaves_errors_to_the_reader_and_ends_when_told(
     server.faults[files[1]] = [stall(30_000)]
     with contextlib.closing(LookAhead(manifest, [{0, 1, 2}])):
         until(lambda: bool(server.starts(files[1])))
-        # No thread: a process forked in the midst of its fetch would find locks that nobody ever gives back.
+        # No thread: a process forked in the midst of its fetch would find locks that nobody ever
+        # gives back.
         assert "look-ahead" in children()
     assert "look-ahead" not in children()
     with pytest.raises(InputError, match="404"):

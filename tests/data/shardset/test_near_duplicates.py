@@ -157,7 +157,8 @@ def test_a_missing_shard_is_named(planted: Manifest) -> None:
 
 
 def test_tables_show_names_as_they_are(tmp_path: Path) -> None:
-    """Splits of other programs' manifests may have any name, also one that looks like rich's markup."""
+    """Splits of other programs' manifests may have any name, also one that looks like rich's
+    markup."""
     manifest = make_set(
         tmp_path,
         {

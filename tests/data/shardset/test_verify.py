@@ -24,7 +24,8 @@ from namr_dist.data.shardset.verify import unnamed_tars, verify
 def rewrite(
     manifest: Manifest, change: Callable[[list[tuple[str, bytes]]], None], number: int = 0
 ) -> Manifest:
-    """Change a tar's members by tarfile alone; the manifest gets its new size, hash and, where they exist, places."""
+    """Change a tar's members by tarfile alone; the manifest gets its new size, hash and, where they
+    exist, places."""
     shard = manifest.shards[number]
     path = manifest.folder / shard.file
     with tarfile.open(path) as tar:

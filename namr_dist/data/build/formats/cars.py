@@ -1,10 +1,12 @@
 """Cars196 (Stanford Cars): 16,185 images of 196 models, in any of the layouts in circulation.
 
-Source: Krause et al., 3D Object Representations for Fine-Grained Categorization, 3dRR 2013. The classes 1–98 train
-and 99–196 test, as in Song et al., CVPR 2016, whichever part of the classification split an image is of. Layouts:
+Source: Krause et al., 3D Object Representations for Fine-Grained Categorization, 3dRR 2013. The
+classes 1–98 train and 99–196 test, as in Song et al., CVPR 2016, whichever part of the
+classification split an image is of. Layouts:
 
 - flat: car_ims/ and cars_annos.mat;
-- devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and cars_test_annos_withlabels.mat, there or beside;
+- devkit: cars_train/, cars_test/, devkit/cars_train_annos.mat and cars_test_annos_withlabels.mat,
+there or beside;
 - class folders: CLASS/IMAGE, or train/CLASS/IMAGE and test/CLASS/IMAGE.
 """
 
@@ -39,10 +41,10 @@ _Labelled = list[tuple[PurePosixPath, int]]
 def read(source: Path) -> Listing:
     """Labels are the class ids; the description names the layout.
 
-    Class folders are numbered by sorted name. That gives every make the ids it has in the annotations, and so the
-    same split, but some models of a make change places. `source` is the folder of the layout or the one that holds
-    it. Raises InputError for annotations that are missing, damaged or contradictory, and for images that are not
-    there.
+    Class folders are numbered by sorted name. That gives every make the ids it has in the
+    annotations, and so the same split, but some models of a make change places. `source` is the
+    folder of the layout or the one that holds it. Raises InputError for annotations that are
+    missing, damaged or contradictory, and for images that are not there.
     """
     root = find_root(source, "devkit", "cars_annos.mat", "train") or _folder_of_classes(source)
     layout = _layout(root)

@@ -1,8 +1,8 @@
 """CUB-200-2011: 11,788 images of 200 bird species.
 
-Source: Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, 2011. Read are images.txt, image_class_labels.txt and
-classes.txt. The classes 1–100 train and 101–200 test, as in Song et al., CVPR 2016; train_test_split.txt is that of
-classification and not read.
+Source: Wah et al., The Caltech-UCSD Birds-200-2011 Dataset, 2011. Read are images.txt,
+image_class_labels.txt and classes.txt. The classes 1–100 train and 101–200 test, as in Song et al.,
+CVPR 2016; train_test_split.txt is that of classification and not read.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _EXPECTED = {
 def read(source: Path) -> Listing:
     """Labels are the class ids, names those of the class folders.
 
-    `source` is CUB_200_2011 or the folder that holds it. Raises InputError for the edition of 2010, for lists that
-    are missing, damaged or contradictory, and for images that are not there.
+    `source` is CUB_200_2011 or the folder that holds it. Raises InputError for the edition of 2010,
+    for lists that are missing, damaged or contradictory, and for images that are not there.
     """
     root = find_list(source, "images.txt", "lists/files.txt").parent
     if not (root / "image_class_labels.txt").is_file():

@@ -1,11 +1,13 @@
 """A user's own images: folders named by class, or a table.
 
-Folders: ROOT/CLASS/IMAGE, where the first half of the sorted classes trains and the second half tests; or, where
-ROOT holds only folders of these names, ROOT/{train,val,test,query,gallery}/CLASS/IMAGE. Images of `query` and
-`gallery` are of the test split, with that role.
+Folders: ROOT/CLASS/IMAGE, where the first half of the sorted classes trains and the second half
+tests; or, where ROOT holds only folders of these names,
+ROOT/{train,val,test,query,gallery}/CLASS/IMAGE. Images of `query` and `gallery` are of the test
+split, with that role.
 
-Table: a CSV file with the columns path, label, split and, if wanted, is_query with is_gallery, category, group. Paths
-are relative to its folder; is_query and is_gallery are true or false (1 or 0), and may be empty for training images.
+Table: a CSV file with the columns path, label, split and, if wanted, is_query with is_gallery,
+category, group. Paths are relative to its folder; is_query and is_gallery are true or false (1 or
+0), and may be empty for training images.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ _SPLIT_OF = {"train": "train", "val": "val", "test": "test", "query": "test", "g
 
 
 def read(source: Path) -> Listing:
-    """Labels number the sorted class names from 0; a table's labels that are all whole numbers are kept.
+    """Labels number the sorted class names from 0; a table's labels that are all whole numbers are
+    kept.
 
-    `source` is a folder or a file that ends in .csv. `notes` count the images of other kinds in class folders. Raises
-    InputError for a class in two splits or without images, for images outside of class folders, and for a table with
-    anything but what is stated above.
+    `source` is a folder or a file that ends in .csv. `notes` count the images of other kinds in
+    class folders. Raises InputError for a class in two splits or without images, for images outside
+    of class folders, and for a table with anything but what is stated above.
     """
     notes: tuple[str, ...] = ()
     if source.is_dir():
@@ -60,10 +63,11 @@ def read(source: Path) -> Listing:
 
 
 def class_images(root: Path) -> dict[str, list[Path]]:
-    """The image files of each class, of which `root` holds a folder; both sorted by name. Hidden files are left out.
+    """The image files of each class, of which `root` holds a folder; both sorted by name. Hidden
+    files are left out.
 
-    Raises InputError for an image beside the class folders, a folder in one, a class without images, and if there is
-    no class.
+    Raises InputError for an image beside the class folders, a folder in one, a class without
+    images, and if there is no class.
     """
     images: dict[str, list[Path]] = {}
     for folder in _entries(root):
@@ -93,7 +97,8 @@ def class_images(root: Path) -> dict[str, list[Path]]:
 def _entries(folder: Path) -> list[Path]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     for entry in entries:
-        # Python stands in lone surrogates for bytes that are no UTF-8; no tar, manifest or terminal takes those.
+        # Python stands in lone surrogates for bytes that are no UTF-8; no tar, manifest or terminal
+        # takes those.
         if any("\ud800" <= letter <= "\udfff" for letter in entry.name):
             raise InputError(f"the name {ascii(entry.name)} in {folder} is no UTF-8; rename it")
     return entries

@@ -1,7 +1,7 @@
 """homeware: the embedded data set, 820 household products in six rendered views each.
 
-The package carries the finished shards. `python -m namr_dist.data.build.formats.homeware IMAGES` packs a folder made by
-the renderer (tools/homeware/render.py) into them again.
+The package carries the finished shards. `python -m namr_dist.data.build.formats.homeware IMAGES`
+packs a folder made by the renderer (tools/homeware/render.py) into them again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _DESCRIPTION = (
 def split_of(position: int, position_in_training: int) -> str:
     """Split of the product at `position` within its category, ordered by id.
 
-    Even positions train and odd ones test; of the products that train, every fifth is for validation.
+    Even positions train and odd ones test; of the products that train, every fifth is for
+    validation.
     """
     if position % 2:
         return "test"
@@ -89,7 +90,8 @@ def _sample(images: Path, product: str, view: int, label: int) -> Sample:
 
 
 def main() -> None:
-    """Pack the renderer's folder, by default into the package itself, and print how large the shards are."""
+    """Pack the renderer's folder, by default into the package itself, and print how large the
+    shards are."""
     parser = argparse.ArgumentParser(description="Pack rendered homeware images into shards.")
     parser.add_argument("images", type=Path, help="folder written by the renderer")
     parser.add_argument(

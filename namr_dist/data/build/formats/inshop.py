@@ -1,7 +1,9 @@
-"""In-Shop Clothes Retrieval (DeepFashion): 52,712 images of 7,982 garments; queries search the gallery.
+"""In-Shop Clothes Retrieval (DeepFashion): 52,712 images of 7,982 garments; queries search the
+gallery.
 
-Source: Liu et al., DeepFashion: Powering Robust Clothes Recognition and Retrieval with Rich Annotations, CVPR 2016.
-Read is list_eval_partition.txt, and either image tree: img (256 px) or img_highres. Results differ between the two.
+Source: Liu et al., DeepFashion: Powering Robust Clothes Recognition and Retrieval with Rich
+Annotations, CVPR 2016. Read is list_eval_partition.txt, and either image tree: img (256 px) or
+img_highres. Results differ between the two.
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ _EXPECTED = {
 
 
 def read(source: Path, *, highres: bool = False) -> Listing:
-    """Labels are the item numbers, groups the colours; `test` holds the queries and the gallery, told apart by role.
+    """Labels are the item numbers, groups the colours; `test` holds the queries and the gallery,
+    told apart by role.
 
-    Some items lie in two categories; theirs is the one with more images. The image tree is img, unless only
-    img_highres is there or `highres` asks for it; the description names it, the keys do not. `source` is the folder
-    of the list, of Eval/ and Img/, or one above. Raises InputError for a list that is missing, damaged or
-    contradictory, and for images that are not there.
+    Some items lie in two categories; theirs is the one with more images. The image tree is img,
+    unless only img_highres is there or `highres` asks for it; the description names it, the keys do
+    not. `source` is the folder of the list, of Eval/ and Img/, or one above. Raises InputError for
+    a list that is missing, damaged or contradictory, and for images that are not there.
     """
     path = find_list(source, _LIST, f"Eval/{_LIST}")
     root = path.parent.parent if path.parent.name == "Eval" else path.parent

@@ -1,4 +1,5 @@
-"""What the readers of original downloads share: where a list lies, its lines and columns, the name of an image."""
+"""What the readers of original downloads share: where a list lies, its lines and columns, the name
+of an image."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Line:
         return f"{self.path}, line {self.number}"
 
     def columns(self, names: str, *, path_first: bool = False) -> list[str]:
-        """The columns of these names, which any number of spaces divides. Raises InputError if there are fewer.
+        """The columns of these names, which any number of spaces divides. Raises InputError if
+        there are fewer.
 
         A path may hold spaces, as the last column or, with `path_first`, as the first.
         """
@@ -53,9 +55,11 @@ class Line:
 
 
 def find_root(source: Path, *names: str) -> Path | None:
-    """The folder that holds one of these names (paths): `source`, or else one in it, for archives unpack into one.
+    """The folder that holds one of these names (paths): `source`, or else one in it, for archives
+    unpack into one.
 
-    None if there is none. Raises InputError if `source` is no folder, or if two folders in it hold one.
+    None if there is none. Raises InputError if `source` is no folder, or if two folders in it hold
+    one.
     """
     if not source.is_dir():
         raise InputError(
@@ -73,7 +77,8 @@ def find_root(source: Path, *names: str) -> Path | None:
 
 
 def find_list(source: Path, *names: str) -> Path:
-    """The first of these names (paths) in their `find_root`. Raises InputError as that does, and if there is none."""
+    """The first of these names (paths) in their `find_root`. Raises InputError as that does, and if
+    there is none."""
     root = find_root(source, *names)
     if root is None:
         raise InputError(
@@ -108,9 +113,11 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def read_labels(path: Path, header: str) -> dict[int, int]:
-    """A list of two columns of numbers, named by `header`: image → class, in its order. It has no line with the names.
+    """A list of two columns of numbers, named by `header`: image → class, in its order. It has no
+    line with the names.
 
-    Raises InputError as `read_lines` does, for a word that is no number, and for an image that is listed twice.
+    Raises InputError as `read_lines` does, for a word that is no number, and for an image that is
+    listed twice.
     """
     image_name, class_name = header.split()
     label_of: dict[int, int] = {}
@@ -126,7 +133,8 @@ def read_labels(path: Path, header: str) -> dict[int, int]:
 
 
 def after_header(path: Path, lines: list[Line], header: str) -> list[Line]:
-    """The lines behind the header, which is the first. Raises InputError if it is another, or if nothing follows."""
+    """The lines behind the header, which is the first. Raises InputError if it is another, or if
+    nothing follows."""
     if not lines or lines[0].text.split() != header.split():
         where, text = (lines[0].where, lines[0].text) if lines else (str(path), "")
         raise InputError(f"{where} is {text!r}, not the header {header!r}; give the original list")
@@ -136,7 +144,8 @@ def after_header(path: Path, lines: list[Line], header: str) -> list[Line]:
 
 
 def relative_path(word: str, where: str) -> PurePosixPath:
-    """The path in a list. Raises InputError, naming `where`, if it is absolute or leads out of its folder."""
+    """The path in a list. Raises InputError, naming `where`, if it is absolute or leads out of its
+    folder."""
     path = PurePosixPath(word)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise InputError(
@@ -155,7 +164,8 @@ def image_key(path: PurePosixPath) -> str:
 
 
 def unique_keys(paths: Iterable[PurePosixPath]) -> dict[PurePosixPath, str]:
-    """The `image_key` of each path, where later ones in sorted order get "-2", "-3", … if it is taken."""
+    """The `image_key` of each path, where later ones in sorted order get "-2", "-3", … if it is
+    taken."""
     keys: dict[PurePosixPath, str] = {}
     taken: set[str] = set()
     for path in sorted(paths):

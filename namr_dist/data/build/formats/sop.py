@@ -1,7 +1,7 @@
 """Stanford Online Products (SOP): 120,053 images of 22,634 products in 12 super-classes.
 
-Source: Song et al., Deep Metric Learning via Lifted Structured Feature Embedding, CVPR 2016. Read are Ebay_train.txt
-and Ebay_test.txt, beside the folders of images.
+Source: Song et al., Deep Metric Learning via Lifted Structured Feature Embedding, CVPR 2016. Read
+are Ebay_train.txt and Ebay_test.txt, beside the folders of images.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ _EXPECTED = {
 
 
 def read(source: Path) -> Listing:
-    """Labels are the class ids, categories the super-classes by the names of their folders ("bicycle").
+    """Labels are the class ids, categories the super-classes by the names of their folders
+    ("bicycle").
 
-    `source` is Stanford_Online_Products or the folder that holds it. Raises InputError for lists that are missing,
-    damaged or contradictory, and for images that are not there.
+    `source` is Stanford_Online_Products or the folder that holds it. Raises InputError for lists
+    that are missing, damaged or contradictory, and for images that are not there.
     """
     root = find_list(source, "Ebay_train.txt").parent
     classes: dict[int, ImageClass] = {}

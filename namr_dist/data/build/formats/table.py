@@ -34,7 +34,8 @@ class Entry:
 
 
 def read_table(path: Path) -> list[Entry]:
-    """All lines of the table. Raises InputError, with the number of the line, for whatever is not as stated there."""
+    """All lines of the table. Raises InputError, with the number of the line, for whatever is not
+    as stated there."""
     entries = []
     line_of: dict[PurePosixPath, str] = {}
     for where, row in _rows(path):

@@ -1,7 +1,8 @@
-"""VehicleID (PKU): surveillance images of vehicles, three test lists of 800, 1,600 and 2,400 of them.
+"""VehicleID (PKU): surveillance images of vehicles, three test lists of 800, 1,600 and 2,400 of
+them.
 
-Source: Liu et al., Deep Relative Distance Learning: Tell the Difference Between Similar Vehicles, CVPR 2016. Read are
-the lists in train_test_split/; the images are image/{id:07d}.jpg.
+Source: Liu et al., Deep Relative Distance Learning: Tell the Difference Between Similar Vehicles,
+CVPR 2016. Read are the lists in train_test_split/; the images are image/{id:07d}.jpg.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ _EXPECTED = {"train classes": 13_164, **{f"test_{size} classes": size for size i
 
 
 def read(source: Path) -> Listing:
-    """Labels are the vehicle ids; `test` is the union of the test lists, which are the subsets test_800 and so on.
+    """Labels are the vehicle ids; `test` is the union of the test lists, which are the subsets
+    test_800 and so on.
 
-    `source` is VehicleID_V1.0 or the folder that holds it. Raises InputError for lists that are missing, damaged or
-    contradictory, and for images that are not there.
+    `source` is VehicleID_V1.0 or the folder that holds it. Raises InputError for lists that are
+    missing, damaged or contradictory, and for images that are not there.
     """
     root = find_list(source, "train_test_split/train_list.txt").parent.parent
     vehicle_of: dict[int, int] = {}
