@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -222,6 +223,15 @@ def launch(
         env={**ENVIRONMENT, **(env or {})},
         check=False,
     )
+
+
+def copy_tree(folder: Path) -> None:
+    """A second checkout in a folder: the code, without homeware's images."""
+    for name in ("namr_dist", "kernels", "launchers"):
+        shutil.copytree(
+            REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("*.tar", "__pycache__")
+        )
+    shutil.copy(REPOSITORY / "setup.py", folder)
 
 
 def alive(pid: int) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, launch
+from conftest import copy_tree, launch
 
 _SHOW = (
     "import namr_dist, namr_dist.kernels, namr_dist.launchers.train as train; "
@@ -21,13 +20,7 @@ _WITHOUT_EDITABLE = (
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A second checkout, which nothing has installed."""
-    for folder in ("namr_dist", "kernels", "launchers"):
-        shutil.copytree(
-            REPOSITORY / folder,
-            tmp_path / folder,
-            ignore=shutil.ignore_patterns("*.tar", "__pycache__"),
-        )
-    shutil.copy(REPOSITORY / "setup.py", tmp_path)
+    copy_tree(tmp_path)
     return tmp_path
 
 

@@ -45,6 +45,7 @@ def test_contents(wheel: Path) -> None:
     for wanted in (
         "namr_dist/kernels/reference/losses.py",
         "namr_dist/launchers/train.py",
+        "namr_dist/data/build/formats/sop.py",
         "namr_dist/py.typed",
         "namr_dist/data/homeware/ATTRIBUTION.csv",
         "namr_dist/data/homeware/shards/manifest.json",

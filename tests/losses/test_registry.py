@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, launch, small_run
+from conftest import REPOSITORY, copy_tree, launch, small_run
 
 from namr_dist import kernels
 from namr_dist.config import Config, LossConfig
@@ -124,13 +123,7 @@ def test_a_new_loss_is_its_module_and_its_rows_in_the_registry(
 ) -> None:
     """In a copy of the tree, two files are touched; the command line, training, evaluation and the
     report know it."""
-    for folder in ("namr_dist", "kernels", "launchers"):
-        shutil.copytree(
-            REPOSITORY / folder,
-            tmp_path / folder,
-            ignore=shutil.ignore_patterns("*.tar", "__pycache__"),
-        )
-    shutil.copy(REPOSITORY / "setup.py", tmp_path)
+    copy_tree(tmp_path)
     losses = tmp_path / "namr_dist" / "losses"
     (losses / "contrastive.py").write_text(_CONTRASTIVE)
     listed = (losses / "registry.py").read_text()
