@@ -17,7 +17,7 @@
 #SBATCH --output=%x-%A_%a.log
 set -euo pipefail
 
-read -ra losses <<<"${LOSSES:-triplet margin multi_similarity proxy_anchor}"
+read -ra losses <<<"${LOSSES:-triplet margin multi_similarity proxy_anchor}" # values of loss.metric; preflight knows them
 read -ra weights <<<"${WEIGHTS:-0 2}"       # λ of multi-cluster ranking; 0 leaves it out
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 recipe=${1:?RECIPE, such as sop, is missing; the head of this script says more}
@@ -48,6 +48,6 @@ loss=${losses[SLURM_ARRAY_TASK_ID % ${#losses[@]}]}
 rest=$((SLURM_ARRAY_TASK_ID / ${#losses[@]}))
 weight=${weights[rest % ${#weights[@]}]}
 seed=${seeds[rest / ${#weights[@]}]}
-NAMR_RUN_DIR=$folder/$loss-$weight-$seed
+NAMR_RUN_DIR=$folder/${loss//:/.}-$weight-$seed
 shift
 namr_job "$recipe" --set.loss.metric "$loss" --set.loss.ranking.weight "$weight" --set.train.seed "$seed" "$@"

@@ -42,6 +42,12 @@ def test_settings_and_losses_have_the_same_names() -> None:
     assert all(name in explained for name in registry.NAMES)
 
 
+def test_the_losses_of_a_sweep_are_known() -> None:
+    script = (REPOSITORY / "slurm" / "sweep.sh").read_text()
+    default = re.search(r"\$\{LOSSES:-(.*?)\}", script)
+    assert default and set(default[1].split()) <= set(registry.NAMES)
+
+
 def test_settings_reach_the_loss() -> None:
     config = LossConfig(
         metric="proxy_anchor", proxy_anchor=registry.ProxyAnchorConfig(alpha=7.0, margin=0.3)
