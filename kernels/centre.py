@@ -15,8 +15,7 @@ def centre_of(z_BD: Tensor) -> Tensor:
     mean_D = z_BD.mean(0)
     spread_D = (z_BD - mean_D).abs_().mean(0)
     mantissa_D, _ = torch.frexp(spread_D)
-    step_D = (
-        spread_D / mantissa_D / 2
-    )  # 0.5 <= mantissa < 1, so this is a power of two, at most the spread
+    # 0.5 <= mantissa < 1, so this is a power of two, at most the spread.
+    step_D = spread_D / mantissa_D / 2
     low_D, high_D = torch.aminmax(z_BD, dim=0)
     return torch.where(low_D == high_D, low_D, (mean_D / step_D).round() * step_D)

@@ -32,9 +32,8 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-_STEP = _signed(
-    0x9E3779B9
-)  # 2^32 divided by the golden ratio: keeps an all-zero input away from mix's fixed point 0
+# 2^32 divided by the golden ratio: keeps an all-zero input away from mix's fixed point 0.
+_STEP = _signed(0x9E3779B9)
 _FIRST, _SECOND = _signed(0x7FEB352D), _signed(0x846CA68B)
 
 

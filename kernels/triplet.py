@@ -105,8 +105,8 @@ def triplet_of_rows(
 
     z_ND: the batch's rows, then any memory rows: constants, which positives and negatives are
     chosen from too. Ranks exchange two numbers a row for the loss, and the mined pairs with their
-    weights, 4·R numbers a row, for the
-    gradient: a row's gradient includes the triplets of others in which it is positive or negative.
+    weights, 4·R numbers a row, for the gradient: a row's gradient includes the triplets of others
+    in which it is positive or negative.
     """
     primitives = implementation(z_ND)
     slots = most_positives or 0

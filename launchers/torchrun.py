@@ -32,9 +32,8 @@ def main() -> int:
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        code = (
-            failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-        )  # as a shell counts signals
+        # As a shell counts signals.
+        code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         print(f"torchrun: rank {rank} was the first to end, with code {code}", file=sys.stderr)
         return code
     finally:

@@ -37,9 +37,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(
-                path
-            )  # the file the caller knows, not the temporary one, or none at all
+            # The file the caller knows, not the temporary one, or none at all.
+            error.filename = str(path)
         raise
     # Only once the folder is on disk does the rename survive a power cut.
     folder = os.open(path.parent, os.O_RDONLY)

@@ -63,7 +63,7 @@ def load(name: str, *, use: str) -> Any:
     try:
         with _working_folder():
             target: Any = importlib.import_module(module_name)
-    except Exception as error:  # another's module may raise anything
+    except (Exception, SystemExit) as error:  # another's module may raise anything
         raise InputError(
             f"{use} is {name}, but {module_name} cannot be imported ({type(error).__name__}: {error}); "
             "install it, or start where its file lies"
@@ -83,12 +83,15 @@ def load(name: str, *, use: str) -> Any:
 @contextmanager
 def _working_folder() -> Iterator[None]:
     """Last on the path, so that nothing in it takes the place of an installed module, and not for
-    longer than need
-    be: a library that looks for an optional module later must not find a file of that name
-    there."""
+    longer than need be: a library that looks for an optional module later must not find a file of
+    that name there. Where it is on the path already, it stays where it is."""
     here = str(Path.cwd())
-    sys.path.append(here)
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.append(here)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        # The module may have changed the path as well.
+        if added and here in sys.path:
+            sys.path.remove(here)

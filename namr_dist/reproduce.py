@@ -2,9 +2,8 @@
 table over them.
 
 With and without multi-cluster ranking a loss is trained for as many steps, on the same batches and
-from the same
-weights: all three depend on the recipe and the seed alone. Optimizer settings are the recipe's, for
-every loss.
+from the same weights: all three depend on the recipe and the seed alone. Optimizer settings are the
+recipe's, for every loss.
 
 Each run is a process of `namr train --resume`, then one of `namr evaluate`. Nothing is known of
 them but what stands in their folders, so the same command goes on after whatever ended it.
@@ -101,9 +100,8 @@ def plan(
     """
     runs: list[PlannedRun] = []
     for seed, weight, loss in itertools.product(seeds, weights, losses):
-        run = (
-            folder / f"{loss.replace(':', '.')}-{weight:g}-{seed}"
-        )  # a colon would be a host's to scp and rsync
+        # A colon would be a host's to scp and rsync.
+        run = folder / f"{loss.replace(':', '.')}-{weight:g}-{seed}"
         ranking = replace(base.loss.ranking, weight=weight)
         config = replace(
             base,

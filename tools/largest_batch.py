@@ -170,9 +170,8 @@ def measure(case: Case) -> Measured:
         return local
 
     detached = Batch(labels_B=batch.labels_B, leaves=tuple(leaf.detach() for leaf in batch.leaves))
-    run_pass(
-        OURS[case.loss], batch.head(min(case.rows, 8 * PER_CLASS)).leaf_copy()
-    )  # loads libraries
+    # Loads libraries.
+    run_pass(OURS[case.loss], batch.head(min(case.rows, 8 * PER_CLASS)).leaf_copy())
     OF_ROWS[case.loss](detached, detached, 0, recorded)  # also compiles
     timed: list[float] = []
 

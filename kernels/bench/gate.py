@@ -14,8 +14,7 @@ rounding may decide a near tie the other way; that moves the gradient of the few
 as much as a term's weight, in every implementation.  Up to 5 % of such a loss's rows may therefore
 stand apart; they are counted in the note, and the errors are those of the other rows.  Their share
 grows with B in multi-cluster ranking, where all B² pairs have a kink (two rows in 512 in float32).
-A sampled loss is a mean over other
-draws then, hence its wider bound on the loss itself.
+A sampled loss is a mean over other draws then, hence its wider bound on the loss itself.
 """
 
 from __future__ import annotations

@@ -164,9 +164,8 @@ def interleave(
                         record.timings[name, part].append(sample(part, forms[name], batch, watch))
                 except Exception as error:  # out of memory, most likely
                     record.failures[name] = told(error)
-                if (
-                    name in record.failures
-                ):  # not in the handler, where the error still holds the broken pass
+                # Not in the handler, where the error still holds the broken pass.
+                if name in record.failures:
                     release(batch)
                     for part in passes:
                         del record.timings[name, part]

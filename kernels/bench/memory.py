@@ -77,9 +77,8 @@ def resident_peak_mib(call: Callable[[], object]) -> float:
     """
     gc.collect()
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # freed memory that the allocator kept would hide as much growth
+        # Freed memory that the allocator kept would hide as much growth.
+        ctypes.CDLL(None).malloc_trim(0)
     before = _forget_peak()
     call()
     return (_peak() - before) / MIB

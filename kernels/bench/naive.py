@@ -129,9 +129,8 @@ def proxy_anchor(labels_B: Tensor, x_BD: Tensor, proxies_CD: Tensor) -> Tensor:
         own_B = labels_B == c
         attract.append(torch.log1p(torch.exp(-32 * (S_B[own_B] - 0.1)).sum()))
         repel.append(torch.log1p(torch.exp(32 * (S_B[~own_B] + 0.1)).sum()))
-    return (
-        torch.stack(attract).mean() + torch.stack(repel).mean()
-    )  # every class of the benchmark has rows
+    # Every class of the benchmark has rows.
+    return torch.stack(attract).mean() + torch.stack(repel).mean()
 
 
 FORMS: dict[str, Form] = {

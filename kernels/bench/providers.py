@@ -40,9 +40,8 @@ def _form(function: Callable[..., Tensor], options: Mapping[str, Any]) -> Form:
         name for name, parameter in parameters.items() if parameter.default is parameter.empty
     ]
     leaves = [name for name in needed if name != "labels_B"]
-    known = (
-        {"most_positives": POSITIVES} if "most_positives" in parameters else {}
-    )  # else an op counts them
+    # Else an op counts them.
+    known = {"most_positives": POSITIVES} if "most_positives" in parameters else {}
 
     def form(labels_B: Tensor, *given: Tensor) -> Tensor:
         labels = {"labels_B": labels_B} if "labels_B" in needed else {}
@@ -60,9 +59,8 @@ def _forms(functions: ModuleType) -> dict[str, Form]:
     }
 
 
-OURS = _forms(
-    import_module("..", __package__)
-)  # the package of the ops, by which they are found by name
+# The package of the ops, by which they are found by name.
+OURS = _forms(import_module("..", __package__))
 REFERENCE = _forms(reference)
 
 

@@ -397,9 +397,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         compiled = begin(work[0])
         for number, task in enumerate(work):
-            following = (
-                begin(work[number + 1]) if number + 1 < len(work) else []
-            )  # compiles while this one is timed
+            # Compiles while this one is timed.
+            following = begin(work[number + 1]) if number + 1 < len(work) else []
             row, tried = search(task, compiled, pool, options.rounds)
             log(options.csv, task, row, tried)
             print(row_text(row), flush=True)

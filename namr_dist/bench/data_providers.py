@@ -166,6 +166,7 @@ def _torchvision_transform(work: Work) -> Callable[[Image.Image], torch.Tensor]:
     from torchvision import transforms
 
     data = work.data
+    # Bytes: the usual floats would take longer.
     made: Callable[[Image.Image], torch.Tensor] = transforms.Compose(
         [
             transforms.RandomResizedCrop(
@@ -175,7 +176,7 @@ def _torchvision_transform(work: Work) -> Callable[[Image.Image], torch.Tensor]:
             transforms.ColorJitter(data.brightness, data.contrast, data.saturation),
             transforms.PILToTensor(),
         ]
-    )  # bytes: the usual floats would take longer
+    )
     return made
 
 

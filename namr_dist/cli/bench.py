@@ -21,10 +21,11 @@ def add_parser(
     kernels = bench_verbs.add_parser(
         "kernels", help="time and memory of the losses beside other implementations"
     )
+    # The options live with the benchmark, which imports torch.
     if words[:2] == [
         "bench",
         "kernels",
-    ]:  # the options live with the benchmark, which imports torch
+    ]:
         from namr_dist.kernels.bench.options import add_arguments
 
         add_arguments(kernels)

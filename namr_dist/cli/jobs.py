@@ -106,9 +106,8 @@ def _preflight(parsed: argparse.Namespace, overrides: list[str]) -> None:
         raise InputError(
             f"--limit is {parsed.limit}; set it to at least 5 seconds, and at most {_LONGEST_LIMIT_S}"
         )
-    deadline = Deadline(
-        parsed.limit
-    )  # before torch is imported, which may take long from a slow file system
+    # Before torch is imported, which may take long from a slow file system.
+    deadline = Deadline(parsed.limit)
     if parsed.ranks_per_node is not None and parsed.ranks_per_node < 1:
         raise InputError(f"--ranks-per-node is {parsed.ranks_per_node}; set it to at least 1")
     config = configure_quietly(parsed.recipe, overrides)

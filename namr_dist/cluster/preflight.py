@@ -197,9 +197,8 @@ class _Node:
                 )
                 return False
             except InputError as error:
-                if (
-                    str(error) not in problems
-                ):  # the configuration as a whole may meet the same mistake
+                # The configuration as a whole may meet the same mistake.
+                if str(error) not in problems:
                     problems.append(str(error))
             except Exception as error:  # whatever it is, ranks would meet it too
                 problems.append(

@@ -45,9 +45,8 @@ class Rendezvous:
     def _open(self, launch: Launch) -> dist.Store:
         if self.size == 1:
             return dist.HashStore()
-        torchruns = (
-            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        )  # it listens at that port itself
+        # It listens at that port itself.
+        torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if self.rank > 0 or torchruns:
             self._await_listener(launch)
 

@@ -14,10 +14,9 @@ head without NAMR). For those, and only those, ‖g₁‖ is that of the whole g
 read off one process in float64.
 
 Bounds. Where everything is float64: 1e-10. DeepSpeed keeps and averages gradients in float32 even
-if parameters are
-float64: 1e-6 for ZeRO, the network and the loss still computed in float64. A float32 network
-rounds: one process is itself `rounding` away from float64, two ways of adding up may differ by
-twice that, and batch norm makes it more than 1e-6; hence the larger of both.
+if parameters are float64: 1e-6 for ZeRO, the network and the loss still computed in float64. A
+float32 network rounds: one process is itself `rounding` away from float64, two ways of adding up
+may differ by twice that, and batch norm makes it more than 1e-6; hence the larger of both.
 """
 
 from __future__ import annotations

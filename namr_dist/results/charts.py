@@ -61,9 +61,8 @@ def thinned(values: Sequence[float], most: int = 400) -> list[float]:
 
 def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that span [low, high]."""
-    if high - low <= 1e-9 * max(
-        abs(low), abs(high)
-    ):  # as good as equal: ticks that near would be the same number
+    # As good as equal: ticks that near would be the same number.
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         half = abs(low) * 0.1 or 0.5
         low, high = low - half, high + half
     rough = (high - low) / count

@@ -106,9 +106,8 @@ def load(folder: str | Path) -> EmbeddingNetwork:
         raise InputError(
             f"{path} is not a whole safetensors file ({error}); copy or export it again"
         ) from None
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # weights are drawn, then replaced: the caller's generator stays as it is
+    # Weights are drawn, then replaced: the caller's generator stays as it is.
+    with torch.random.fork_rng(devices=[]):
         network = initial_network(config, device=torch.device("cpu"), pretrained=False).eval()
     try:
         network.load_state_dict(state)

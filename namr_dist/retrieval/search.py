@@ -324,9 +324,8 @@ def _search(
     own = torch.from_numpy(own_Q).to(keys.device)
     items = len(items_ND)
     listed = min(k, items)
-    propose = _proposer(
-        name, keys, min(listed + 1 + _SPARE_CANDIDATES, items)
-    )  # one for the query itself
+    # One for the query itself.
+    propose = _proposer(name, keys, min(listed + 1 + _SPARE_CANDIDATES, items))
     values_QK = torch.full((len(queries_QD), k), torch.inf if metric == "l2" else -torch.inf)
     ids_QK = torch.full((len(queries_QD), k), -1)
     start = 0

@@ -15,9 +15,8 @@ from namr_dist.config import Config, OptimConfig
 from namr_dist.parallel.ranks import Rank
 from namr_dist.train.objective import TrainingModule
 
-if (
-    TYPE_CHECKING
-):  # deepspeed takes seconds to import and looks at the environment: only once that is set
+# DeepSpeed takes seconds to import and looks at the environment: only once that is set.
+if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 

@@ -53,9 +53,10 @@ class ImageFlops:
 def image_flops(backbone: nn.Module, *, size: int, device: torch.device) -> ImageFlops:
     """Counted while the backbone, in eval mode, embeds one black image: uint8 (1, size, size,
     3)."""
+    # Imports Triton, which a CPU has no use for.
     from torch.utils.flop_counter import (
         FlopCounterMode,
-    )  # imports Triton, which a CPU has no use for
+    )
 
     mode = backbone.training
     backbone.eval()

@@ -46,9 +46,8 @@ from namr_dist.train.signals import StopRequests
 from namr_dist.train.start import begin
 from namr_dist.train.watchdog import Watchdog, backend_timeout
 
-if (
-    TYPE_CHECKING
-):  # deepspeed takes seconds to import and looks at the environment: only once that is set
+# DeepSpeed takes seconds to import and looks at the environment: only once that is set.
+if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 

@@ -180,9 +180,8 @@ class Watchdog:
         broken = [place.rank for place in self._known if place.ended and not place.lost]
         if not broken:
             self._error_seen_s = now_s
-        elif (
-            now_s - self._error_seen_s > SILENT_S
-        ):  # time to meet the same error, and say so in its own words
+        # Time to meet the same error, and say so in its own words.
+        elif now_s - self._error_seen_s > SILENT_S:
             return f"rank {broken[0]} has ended by an error, says {here}"
         return f"{here}, ends with the others" if claimed else None
 

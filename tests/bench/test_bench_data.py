@@ -83,9 +83,8 @@ def test_every_way_makes_every_image_once(shard_set: Manifest, tmp_path: Path) -
 
 def test_the_example_set_is_a_shard_set(tmp_path: Path) -> None:
     manifest = make_example_set(tmp_path, images=9)
-    assert (
-        verify_shards(Manifest.load(tmp_path), ["train"], decode=True) == 12
-    )  # whole classes of four
+    # Whole classes of four.
+    assert verify_shards(Manifest.load(tmp_path), ["train"], decode=True) == 12
     index = manifest.index("train")
     images = ShardImages(
         manifest,

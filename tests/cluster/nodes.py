@@ -83,9 +83,8 @@ def _preflight(folder: Path, variables: dict[str, str], words: list[str]) -> Non
         if name.startswith(("SLURM", "TRITON")):
             del os.environ[name]
     os.environ.update(variables)
-    sys.path[:0] = filter(
-        None, [variables.get("PYTHONPATH")]
-    )  # read at Python's start, which was earlier
+    # Read at Python's start, which was earlier.
+    sys.path[:0] = filter(None, [variables.get("PYTHONPATH")])
     from namr_dist.cli.main import main
 
     sys.exit(main(["preflight", *words]))

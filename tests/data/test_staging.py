@@ -191,9 +191,8 @@ def test_killed_again_and_again_it_gets_done_and_is_never_half_a_set(
             break
         assert process.exitcode == -signal.SIGKILL
     (folder,) = tmp_path.iterdir()
-    left = {
-        name for name in files(folder) if name.startswith(".manifest.json.")
-    }  # of a kill as it was written
+    # Of a kill as it was written.
+    left = {name for name in files(folder) if name.startswith(".manifest.json.")}
     assert {name: body for name, body in files(folder).items() if name not in left} == files(
         shard_set.folder
     )

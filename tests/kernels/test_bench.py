@@ -367,9 +367,8 @@ def test_memory_sees_a_known_allocation() -> None:
 def test_memory_of_a_pass_in_a_fresh_process() -> None:
     case = _case("triplet-hardest", rows=1024, width=8)
     extra_mib = memory.peak_extra_mib(case, "eager", eager.triplet_hardest, make_batch(case))
-    assert (
-        3 * 4 < extra_mib < providers._PAIR_TENSORS * 4
-    )  # (B, B) float32 is 4 MiB; distances, slopes and masks
+    # (B, B) float32 is 4 MiB; distances, slopes and masks.
+    assert 3 * 4 < extra_mib < providers._PAIR_TENSORS * 4
 
 
 @pytest.mark.slow

@@ -370,9 +370,8 @@ def test_a_row_of_nan_is_found(dtype: torch.dtype) -> None:
     for chosen_B in (negative_B, semihard_BR[:, 0]):
         assert ((chosen_B >= 0) & (chosen_B < 70)).all()
         assert (labels_B[chosen_B] != labels_B).all()
-        if (
-            dtype != torch.float32
-        ):  # centring spreads NaN over all float32 rows: then any row may be found
+        # Centring spreads NaN over all float32 rows: then any row may be found.
+        if dtype != torch.float32:
             assert (chosen_B[:66] == 67).all()
     drawn_BR = sampled_negatives(
         z_BD, z_BD, labels_B, labels_B, _positives(labels_B), offset=0, seed=1

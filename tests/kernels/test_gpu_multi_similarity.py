@@ -148,11 +148,12 @@ def test_agrees_for_other_constants(constants: dict[str, float], D: int) -> None
 
 def test_a_small_loss_keeps_its_digits() -> None:
     x_BD, labels_B = HALVES[[0, 0, 15, 15, 3, 3]], torch.tensor([0, 0, 1, 1, 2, 2])
+    # Positives weigh exp(-10), negatives less.
     constants = {
         "alpha": 20.0,
         "beta": 20.0,
         "epsilon": 2.5,
-    }  # positives weigh exp(-10), negatives less
+    }
     statistics_B4, gradient_BD = _run(x_BD, labels_B, **constants)
     loss, want_BD = _reference(x_BD, labels_B, **constants)
     assert 0 < loss < 1e-4

@@ -207,9 +207,8 @@ def test_65536_rows_take_320_mib_beside_inputs_and_gradients(
     what it held before and less the gradients that are returned, in the type they are returned
     in."""
     op = KNOWN_POSITIVES[name]
-    op.value_and_gradients(
-        kernels, large_batch(1024, 512).leaves(dtype, DEVICE)
-    )  # the library's workspace
+    # The library's workspace.
+    op.value_and_gradients(kernels, large_batch(1024, 512).leaves(dtype, DEVICE))
     given = largest_batch.leaves(dtype, DEVICE)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

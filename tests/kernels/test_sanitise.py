@@ -46,9 +46,8 @@ def test_the_sanitizer_finds_no_error(tool: str, verdict: str) -> None:
         text=True,
         check=False,
     )
-    if (
-        "Device not supported" in done.stdout + done.stderr
-    ):  # a virtual machine that shows it no debugger
+    # A virtual machine that shows it no debugger.
+    if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer cannot watch this GPU")
     assert verdict in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("loss") == 2 * len(OPS)

@@ -157,9 +157,8 @@ def test_training_the_proxies_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize("statistics", ["batch", "anchor"])
-@pytest.mark.parametrize(
-    "spread", [0.6, 30.0]
-)  # the spread sets the near centre, then the floor does
+# The spread sets the near centre, then the floor does.
+@pytest.mark.parametrize("spread", [0.6, 30.0])
 def test_multi_cluster_ranking_passes_all_its_options(statistics: str, spread: float) -> None:
     z_BD, labels_B = _batch()
     s_BD = torch.linspace(0.5, 1.5, 60, dtype=torch.float64).view(12, 5)

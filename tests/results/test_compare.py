@@ -176,10 +176,11 @@ def test_other_training_images_are_another_setting(tmp_path: Path) -> None:
     assert comparison.fields == ("train images",) and [
         one.seeds for one in comparison.settings
     ] == [(0,), (1,)]
+    # Of each class, the seed draws some.
     for name, hashed, seed in (
         ("c", "three", 0),
         ("d", "four", 1),
-    ):  # of each class, the seed draws some
+    ):
         write_run(tmp_path / "few" / name, recall=70.0, most_images=5, train_hash=hashed, seed=seed)
     assert [one.seeds for one in compare(find_runs([tmp_path / "few"])).settings] == [(0, 1)]
 

@@ -303,10 +303,11 @@ def test_chart_parts():
         and nice_ticks(3, 3)[0] < 3 < nice_ticks(3, 3)[-1]
     )
     assert nice_ticks(0.1, 0.3) == [0.1, 0.15, 0.2, 0.25, 0.3]
+    # Rounding alone apart, as two logged steps may be.
     for low, high in (
         (1e-14, 3e-14),
         (48.6191, 48.6191 + 1e-13),
-    ):  # rounding alone apart, as two logged steps may be
+    ):
         assert len(set(nice_ticks(low, high))) > 2
     assert (
         smoothed([2.0, 2.0, 2.0]) == pytest.approx([2, 2, 2]) and len(thinned(range(1001))) == 400

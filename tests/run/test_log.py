@@ -64,9 +64,8 @@ def test_good_lines_are_read_and_empty_ones_are_nothing(
 ) -> None:
     path.write_bytes(b"\n".join([b"", *lines(*GOOD), b"  ", b"\r", b""]))
     log = read_log(path)
-    assert (
-        repr(log.entries) == repr(tuple(GOOD)) and log.unreadable == 0
-    )  # by their texts, for NaN is not itself
+    # By their texts, for NaN is not itself.
+    assert repr(log.entries) == repr(tuple(GOOD)) and log.unreadable == 0
     log.warn()
     assert capsys.readouterr().err == ""
 

@@ -253,9 +253,8 @@ def test_only_what_was_added_is_read(folder: Folder) -> None:
 
 
 def test_a_held_lock_means_training_and_a_free_one_stopped(folder: Folder) -> None:
-    assert (
-        RunReader(folder.path).look().state == "training"
-    )  # no lock to ask, and a fresh config.json
+    # No lock to ask, and a fresh config.json.
+    assert RunReader(folder.path).look().state == "training"
     with held_lock(folder.path) as process:
         assert RunReader(folder.path).look().state == "training"
         folder.log(step_line(1, 1.0), step_line(2, 2.0))
@@ -279,9 +278,8 @@ def test_without_a_lock_the_age_of_the_last_line_decides(folder: Folder) -> None
     assert RunReader(folder.path).look().state == "training"
     folder.age(59)
     assert RunReader(folder.path).look().state == "training"
-    folder.age(
-        150
-    )  # five times the ten steps between two writes are 50 s, and a minute is the least
+    # Five times the ten steps between two writes are 50 s, and a minute is the least.
+    folder.age(150)
     assert RunReader(folder.path).look().state == "stopped"
 
 
@@ -348,9 +346,8 @@ def on_terminal(run: Path) -> tuple[int, int]:
     """`namr top` on a terminal of its own; its process and the terminal."""
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # ignored in what a script starts in the background
+        # Ignored in what a script starts in the background.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.environ["TERM"] = "xterm"
         os.execv(sys.executable, [sys.executable, "-m", "namr_dist.cli", "top", str(run)])
     return pid, terminal

@@ -32,6 +32,7 @@ class Lab:
             pytest.skip("a cluster of one's own needs root")
         self.folder = folder
         self._lab = folder / "lab"
+        # The machine is busy with other tests.
         self._environment = {
             **ENVIRONMENT,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -42,7 +43,7 @@ class Lab:
             "NAMR_HOME": str(REPOSITORY),
             "SBATCH_GPUS_PER_NODE": "0",
             "NAMR_PREFLIGHT_SECONDS": "120",
-        }  # the machine is busy with other tests
+        }
 
     def __enter__(self) -> Lab:
         self.run(_SCRIPT, "start")

@@ -138,9 +138,8 @@ def test_no_step_is_lost(lab: Lab, shards: Manifest, unbroken: Path) -> None:
     job.until(lambda: steps_done(run) >= kept + 3)
     assert f"resumed   at step {kept} from" in job.log()
     with paused(run):
-        lab.run(
-            "scontrol", "update", f"jobid={job.number}", "timelimit=4"
-        )  # less than the 300 s of --signal
+        # Less than the 300 s of --signal.
+        lab.run("scontrol", "update", f"jobid={job.number}", "timelimit=4")
         job.until(lambda: "USR1" in job.log())
     job.until(lambda: job.fields()["JobState"] == "PENDING")
     lab.run("scontrol", "update", f"jobid={job.number}", "timelimit=60")

@@ -236,9 +236,8 @@ def test_peak_of_a_run() -> None:
 
     assert at_peak(ranks=5) == pytest.approx(5 * at_peak())
     assert at_peak() == at_peak(pieces=2)  # the forward pass that is done once more is no progress
-    assert at_peak() == pytest.approx(
-        2 * at_peak(bf16=False)
-    )  # cuDNN's convolutions are TF32 unless told otherwise
+    # CuDNN's convolutions are TF32 unless told otherwise.
+    assert at_peak() == pytest.approx(2 * at_peak(bf16=False))
     network = EmbeddingNetwork(model, image_size=32)
     assert run_peak_img_per_s(network, None, size=32, device=CPU, ranks=1) is None
 

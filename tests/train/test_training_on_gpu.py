@@ -90,9 +90,8 @@ def test_phases_add_up_to_the_step(trained: tuple[Path, str]) -> None:
     for line in lines:
         step_s, spent_s = IMAGES / line["img_per_s"], sum(line[f"{name}_s"] for name in STEP_PHASES)
         assert 0 < spent_s <= 1.05 * step_s
-    assert (
-        spent_s >= 0.5 * step_s
-    )  # of the last: the first ones compile, and write checkpoints besides
+    # Of the last: the first ones compile, and write checkpoints besides.
+    assert spent_s >= 0.5 * step_s
 
 
 def test_the_same_seed_gives_the_same_bits(

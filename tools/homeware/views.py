@@ -26,15 +26,13 @@ class View:
     distance: float  # of the camera, in radii of the object
     fill: float  # share of the frame that the object's longer side takes
     shift: tuple[float, float]  # of the object's middle, in half frames
-    lights: tuple[
-        tuple[float, float, float], ...
-    ]  # azimuth, elevation (seen from the camera), intensity
+    # Azimuth, elevation (seen from the camera), intensity.
+    lights: tuple[tuple[float, float, float], ...]
     warmth: float  # -1 (bluish) .. 1 (yellowish)
     ambient: float
     shadow: float  # darkness of the shadow on the ground, 0 for none
-    background: tuple[
-        tuple[float, ...], tuple[float, ...]
-    ]  # RGB in 0..1 at both ends of the gradient
+    # RGB in 0..1 at both ends of the gradient.
+    background: tuple[tuple[float, ...], tuple[float, ...]]
     gradient_angle: float
 
 

@@ -187,9 +187,8 @@ def _write(
 ) -> dict[str, _Finished]:
     """Write these shards; returns them by file name."""
     if tasks:
-        (out / FILE_NAME).unlink(
-            missing_ok=True
-        )  # of a build killed at its very end, whose sources changed since
+        # Of a build killed at its very end, whose sources changed since.
+        (out / FILE_NAME).unlink(missing_ok=True)
     finished = {}
     try:
         with BuildProgress(

@@ -77,9 +77,8 @@ def as_shard_jpeg(data: bytes, encoding: Encoding) -> tuple[bytes, Treatment]:
     except BrokenImageError:
         raise
     except ValueError as error:
-        image = _open_with_pillow(
-            data
-        )  # which, like viewers, shows grey without a word where data is lost
+        # Which, like viewers, shows grey without a word where data is lost.
+        image = _open_with_pillow(data)
         if not (
             _is_sound(_with_plain_header(data)) or _is_sound(_without_stray_end(data, str(error)))
         ):

@@ -108,9 +108,8 @@ class TrainView(View):
         offset = (1 - self.contrast) * mean_grey * self.brightness
         red_SS, green_SS, blue_SS = colour_3SS
         grey_SS = red_SS * 77 + green_SS * 150 + blue_SS * 29  # _LUMA in 1/256
-        grey_SS.mul_(round(shared * 256)).add_(
-            round(offset * 65536) + 32768
-        )  # a half, to round to the nearest
+        # A half, to round to the nearest.
+        grey_SS.mul_(round(shared * 256)).add_(round(offset * 65536) + 32768)
         return (
             colour_3SS.mul_(round(own * 65536))
             .add_(grey_SS)

@@ -99,9 +99,8 @@ def write_shard(
             os.fsync(stream.fileno())
         os.replace(temporary, folder / file)
     except OSError as error:
-        error.filename = str(
-            folder / file
-        )  # the file the caller knows, not the temporary one, or none at all
+        # The file the caller knows, not the temporary one, or none at all.
+        error.filename = str(folder / file)
         raise
     finally:
         temporary.unlink(missing_ok=True)

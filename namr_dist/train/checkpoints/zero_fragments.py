@@ -157,9 +157,8 @@ def set_moments(
 
 def _cut(flat: Tensor, fragment: _Fragment) -> Tensor:
     """The fragment's place in a tensor that is laid out as its owner."""
-    if (
-        fragment.owner.dim() != 1
-    ):  # stage 0: a whole parameter, which may lie in memory in any order
+    # Stage 0: a whole parameter, which may lie in memory in any order.
+    if fragment.owner.dim() != 1:
         return flat.detach()
     return flat.detach().narrow(0, fragment.offset, fragment.count)
 

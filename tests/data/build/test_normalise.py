@@ -145,9 +145,8 @@ def test_inks_are_the_colours_they_print(
 )
 def test_other_formats_look_the_same(smooth: Image.Image, kind: str, mode: str) -> None:
     image = smooth.quantize(16) if mode == "P" else smooth.convert(mode)
-    pixels, treatment = shown(
-        saved(image, kind, lossless=True)
-    )  # an option of WEBP, which the others pass over
+    # An option of WEBP, which the others pass over.
+    pixels, treatment = shown(saved(image, kind, lossless=True))
     assert treatment == "converted" and far(pixels, np.asarray(image.convert("RGB"))) < 2.5
 
 

@@ -87,9 +87,8 @@ def test_same_generator_same_image(seed: int) -> None:
 )
 def test_jitter_is_what_pillow_calls_it(field: str, enhance: type) -> None:
     transform = dataclasses.replace(PLAIN, size=48, **{field: 0.4})
-    image = np.clip(
-        picture(2, 0), 60, 150
-    )  # away from 0 and 255, where the two would clip differently
+    # Away from 0 and 255, where the two would clip differently.
+    image = np.clip(picture(2, 0), 60, 150)
     factors = rng(3)
     (
         factors.uniform(1, 1),
@@ -137,9 +136,8 @@ def test_middle_square() -> None:
     image = np.zeros((40, 80, 3), np.uint8)
     image[:, 20:60] = 200
     middle = TestTransform(size=20, crop_share=1.0)(image)
-    assert (middle[:, 2:-2] == 200).all(), (
-        "more than the middle was taken"
-    )  # bicubic blurs the outermost columns
+    # Bicubic blurs the outermost columns.
+    assert (middle[:, 2:-2] == 200).all(), "more than the middle was taken"
     assert (middle[:, [0, -1]] > 150).all()
     assert (TestTransform(size=20, crop_share=0.5)(image) == 200).all()
 

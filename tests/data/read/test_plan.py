@@ -181,9 +181,8 @@ def test_one_huge_class_does_not_stop_proportional_sampling() -> None:
     """It can stand in every batch, once; the epoch ends when the others cannot fill one."""
     index = index_of(np.r_[np.zeros(4000, np.int64), np.repeat(np.arange(1, 13), 4)])
     sampling = Sampling(classes_per_batch=4, images_per_class=4, sampling="proportional")
-    assert (
-        steps_per_epoch(index, sampling) == 4
-    )  # 12 other visits fill three places in each of four batches
+    # 12 other visits fill three places in each of four batches.
+    assert steps_per_epoch(index, sampling) == 4
     for shuffle in ("classes", "shards"):
         plan_SPK = epoch_plan(index, replace(sampling, shuffle=shuffle), seed=0, epoch=0)
         assert [int((batch_PK[:, 0] < 4000).sum()) for batch_PK in plan_SPK] == [1, 1, 1, 1]

@@ -147,9 +147,8 @@ def test_picture_is_svg_with_a_bar_for_each_bin(varied: Manifest) -> None:
         for bar in group.iter(f"{space}rect")
     ]
     assert [panel for _, panel in bars] == [0, 0, 1, 1]
-    assert bars[0][0] / bars[1][0] == pytest.approx(
-        2 / 3, abs=1e-3
-    )  # two lone classes, three of four images
+    # Two lone classes, three of four images.
+    assert bars[0][0] / bars[1][0] == pytest.approx(2 / 3, abs=1e-3)
     assert "a < b: classes by number of images" in [text.text for text in root.iter(f"{space}text")]
 
 
