@@ -81,6 +81,18 @@ def load(name: str, *, use: str) -> Any:
 
 
 @contextmanager
+def own_code(name: str, *, use: str) -> Iterator[None]:
+    """Around a call of code that was loaded: if it asks the program to end, which a caller might
+    take for success, InputError is raised in its place."""
+    try:
+        yield
+    except SystemExit as error:
+        raise InputError(
+            f"{use} {name} asks the program to end (sys.exit); let it raise an error instead"
+        ) from error
+
+
+@contextmanager
 def _working_folder() -> Iterator[None]:
     """Last on the path, so that nothing in it takes the place of an installed module, and not for
     longer than need be: a library that looks for an optional module later must not find a file of

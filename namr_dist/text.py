@@ -1,4 +1,4 @@
-"""What people read on a terminal: durations, and a bar while something takes long."""
+"""What people read on a terminal: texts of others, durations, a bar while something takes long."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+def printable(text: str) -> str:
+    """A text that came from a file, with escapes in place of characters that a terminal obeys or
+    that turn the direction of reading."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def duration(seconds: float) -> str:

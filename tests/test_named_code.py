@@ -19,6 +19,7 @@ def nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A module in the working folder that leaves a mark when it is imported."""
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "trap.py").write_text(
         "from pathlib import Path\nPath('sprung').touch()\nclass Thing:\n    part = 7\n"
     )
@@ -43,6 +44,16 @@ def test_what_was_allowed_is_found_in_the_working_folder(trap: Path) -> None:
     assert trap.exists() and sys.path == path
 
 
+def test_a_working_folder_that_is_on_the_path_stays_where_it_is(
+    trap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = [str(trap.parent), *sys.path]
+    monkeypatch.setattr(sys, "path", list(path))
+    named_code.allow(["trap:Thing"])
+    named_code.load("trap:Thing", use="loss.metric")
+    assert sys.path == path
+
+
 def test_nothing_in_the_working_folder_shadows_a_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +69,7 @@ def test_nothing_in_the_working_folder_shadows_a_module(
     [
         ("trap:Thong", "did you mean Thing"),
         ("no_such_module:A", "cannot be imported"),
+        ("ends:A", "cannot be imported .SystemExit: 0"),
         ("triplet", "module:NAME"),
         ("os;x:y", "module:NAME"),
         ("../trap:Thing", "module:NAME"),

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from namr_dist import named_code
 from namr_dist.cluster import checks
 from namr_dist.cluster.deadline import (
     EXIT_CODE,
@@ -249,6 +250,15 @@ class _Node:
                 find=lambda: checks.weights(config),
             ),
         ]
+        if code := config.code_names():
+            plan.append(
+                _Check(
+                    fact=None,
+                    doing=f"importing {', '.join(code.values())}",
+                    hint=_HUNG,
+                    find=lambda: [named_code.load(name, use=use) for use, name in code.items()],
+                )
+            )
         if launch.rank == 0:
             plan.append(
                 _Check(

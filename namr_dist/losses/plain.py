@@ -53,7 +53,7 @@ class PlainRows(RowsLoss):
 
     @classmethod
     def configured(cls, settings: MetricLossConfig, batches: Batches) -> PlainRows:
-        """The loss that settings.metric names as module:NAME, tried on a few rows.
+        """The loss that settings.metric names as module:NAME, tried on a few rows on the CPU.
 
         NAME is a function, or a class whose constructor takes settings.options and, where it asks
         for them, num_classes and embedding_size. Raises InputError if it cannot be imported or
@@ -72,12 +72,14 @@ class PlainRows(RowsLoss):
             torch.manual_seed(seed % 2**63)
             z_ND = rows.z_ND.detach().requires_grad_()
             value = self.definition(z_ND, rows.labels_N, seed=seed)
-            gradients = torch.autograd.grad(value, (z_ND, *learnt), allow_unused=True)
-        # A batch without any term, as a miner may leave one, has no gradient.
-        grad_ND, *of_learnt = (
-            torch.zeros_like(leaf) if gradient is None else gradient
-            for leaf, gradient in zip((z_ND, *learnt), gradients, strict=True)
-        )
+            leaves = (z_ND, *learnt)
+            # A batch without any term, as a miner may leave one, has no gradient.
+            gradients = (
+                torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+                if value.requires_grad
+                else [torch.zeros_like(leaf) for leaf in leaves]
+            )
+        grad_ND, *of_learnt = gradients
         loss = with_gradients(
             value.detach(),
             *(
@@ -107,7 +109,10 @@ def _make(named: Any, settings: MetricLossConfig, batches: Batches) -> Loss:
     if not isinstance(named, type):
         return partial(named, **options) if options else named
     try:
-        loss = named(**options)
+        with named_code.own_code(name, use=_USE):
+            loss = named(**options)
+    except InputError:
+        raise
     except Exception as error:  # another's constructor may raise anything
         raise InputError(
             f"{_USE} is {name}, but {named.__name__} cannot be made with {options or 'no options'} "
@@ -144,7 +149,10 @@ def _try(made: PlainRows, name: str, batches: Batches) -> None:
         torch.manual_seed(0)
         x_BD = torch.randn(2 * classes, batches.width).requires_grad_()
         try:
-            value = copy.deepcopy(made.loss)(x_BD, labels_B)
+            with named_code.own_code(name, use=_USE):
+                value = copy.deepcopy(made.loss)(x_BD, labels_B)
+        except InputError:
+            raise
         except Exception as error:  # another's loss may raise anything
             raise InputError(
                 f"{_USE} is {name}, which fails on {2 * classes} embeddings of {batches.width} numbers "

@@ -40,7 +40,8 @@ def own_network(name: str, *, pretrained: bool, image_size: int) -> nn.Module:
             f"model.backbone {name} wants {', '.join(strange)}, which nothing gives; let it take "
             "pretrained, image_size or neither"
         )
-    network = make(**{keyword: value for keyword, value in known.items() if keyword in parameters})
+    with named_code.own_code(name, use="model.backbone"):
+        network = make(**{word: value for word, value in known.items() if word in parameters})
     if not isinstance(network, nn.Module):
         raise InputError(
             f"model.backbone {name} makes no nn.Module ({type(network).__name__}); let it return one"

@@ -18,6 +18,7 @@ from namr_dist.results.comparison import Comparison, Estimate, Gain, Setting
 from namr_dist.results.page import template
 from namr_dist.results.tables import Row, columns, number
 from namr_dist.run.folder import RunFolder
+from namr_dist.text import printable
 
 _DIGITS = 2
 _FIGURE_COLUMNS = len("± 0.00")
@@ -52,8 +53,8 @@ def print_comparison(comparison: Comparison) -> None:
     parts: list[RenderableType] = [Text(f"Test retrieval, %, on {comparison.test}\n")]
     for grid in grids(comparison):
         table = Table(
-            title=grid.title,
-            caption=grid.note,
+            title=Text(grid.title),
+            caption=Text(grid.note),
             title_justify="left",
             caption_justify="left",
             box=box.SIMPLE_HEAD,
@@ -220,7 +221,9 @@ def _text(value: Any) -> str:
         return "none"
     if isinstance(value, float):
         return f"{value:g}"
-    return ", ".join(map(_text, value)) or "none" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(_text, value)) or "none"
+    return printable(str(value))
 
 
 def _label(setting: Setting, comparison: Comparison) -> str:

@@ -74,7 +74,7 @@ def shown_modes(metrics: Mapping[str, Any]) -> list[ShownMode]:
     ]
     own = metrics.get("own_modes")
     for name, told in own.items() if isinstance(own, dict) else ():
-        if isinstance(told, dict) and name not in [mode.name for mode in MODES]:
+        if isinstance(told, dict) and _is_name(name):
             shown.append(
                 ShownMode(
                     name=name,
@@ -83,6 +83,11 @@ def shown_modes(metrics: Mapping[str, Any]) -> list[ShownMode]:
                 )
             )
     return shown
+
+
+def _is_name(name: str) -> bool:
+    """Whether an own mode may be called so, as `modes.with_own` asks when it is measured."""
+    return name.isprintable() and bool(name.strip()) and name not in [mode.name for mode in MODES]
 
 
 def mode_rows(metrics: Mapping[str, Any]) -> list[Row]:

@@ -14,6 +14,7 @@ from namr_dist.errors import InputError
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import initial_network
 from namr_dist.train.checkpoints.resume import check_same
+from namr_dist.train.checkpoints.state import check_saveable
 from namr_dist.train.checks import check_run, check_sizes, run_bytes
 from namr_dist.train.objective import TrainingModule
 from namr_dist.train.profile import check_profile
@@ -48,6 +49,7 @@ def dry_run(
         classes=training_set.classes,
         images_per_class=config.data.images_per_class,
     )
+    check_saveable(module)
     check_profile(config)
     folder = RunFolder(run)
     if resume and folder.config.exists():

@@ -61,6 +61,12 @@ def make_engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeed
             "stage3_param_persistence_threshold": 0,
         },
     }
+    if config.train.zero_stage == 3:
+        # A loss from outside has its parameters in a module of its own. Once that has returned,
+        # ZeRO-3 puts them away, unless they are said to be used here, where gradients are made.
+        metric_loss = module.objective.metric_loss
+        for parameter in set(metric_loss.parameters()) - set(metric_loss.parameters(recurse=False)):
+            deepspeed.zero.register_external_parameter(metric_loss, parameter)
     optimizer = torch.optim.AdamW(_parameter_groups(module, config.optim))
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=settings, dist_init_required=False

@@ -31,7 +31,7 @@ from namr_dist.train.banner import banner
 from namr_dist.train.checkpoints.network import initial_network, save_network
 from namr_dist.train.checkpoints.policy import CheckpointPolicy
 from namr_dist.train.checkpoints.resume import hash_images
-from namr_dist.train.checkpoints.state import load_state, seed_generators
+from namr_dist.train.checkpoints.state import check_saveable, load_state, seed_generators
 from namr_dist.train.checks import check_run, check_sizes
 from namr_dist.train.embed import embed, test_transform
 from namr_dist.train.engine import make_engine, start_group
@@ -149,13 +149,15 @@ def _training_module(
     pieces = math.ceil(share / (config.train.micro_batch or share))
     network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16, pieces=pieces)
     check_sizes(network, config, rank.device)
-    return TrainingModule(
+    module = TrainingModule(
         network,
         config.loss,
         classes=training_set.classes,
         images_per_class=config.data.images_per_class,
         phases=Phases(rank.device),
-    ).to(rank.device)
+    )
+    check_saveable(module)
+    return module.to(rank.device)
 
 
 class _Pending(NamedTuple):

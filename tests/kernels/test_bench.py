@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from namr_dist import cli
+from namr_dist.cli.main import main
 from namr_dist.kernels.bench import eager, gate, library, measure, memory, naive, providers, table
 from namr_dist.kernels.bench.cases import LOSSES, PASSES, Case, make_batch
 from namr_dist.kernels.bench.run import measure as measure_case
@@ -409,7 +409,7 @@ def test_mistakes_end_with_one_line_and_code_2(
     words: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
-        code: object = cli.main(["bench", "kernels", *words])
+        code: object = main(["bench", "kernels", *words])
     except SystemExit as ended:  # argparse
         code = ended.code
     assert code == 2

@@ -145,9 +145,9 @@ def test_a_new_loss_is_its_module_and_its_rows_in_the_registry(
             "    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)\n",
         ),
         (
-            '    MetricLoss(name="margin"',
-            '    MetricLoss(name="contrastive", title="contrastive loss", '
-            'module="namr_dist.losses.contrastive:ContrastiveRows",\n               op="mean_pairwise_distance"),\n',
+            ")\nNAMES: tuple[str, ...]",
+            '    MetricLoss(name="contrastive", title="contrastive loss", op="mean_pairwise_distance",\n'
+            '               module="namr_dist.losses.contrastive:ContrastiveRows"),\n',
         ),
     ):
         assert listed.count(before) == 1, before

@@ -274,3 +274,20 @@ def test_options_that_do_not_go_together_are_named(
         assert main(["report", *words]) == 2
         error = capsys.readouterr().err
         assert told in error and error.count("\n") == 1
+
+
+def test_what_runs_of_others_are_called_is_only_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No terminal obeys it, and rich takes none of it for markup."""
+    write_run(tmp_path / "own", recall=71.0)
+    foreign = write_run(tmp_path / "foreign", recall=70.0, metric="\x1b[2Jplanted:\u202eLoss[/x]")
+    metrics = json.loads((foreign / "metrics.json").read_text())
+    told = {"sentence": "as others do", "looks_at_gallery": True}
+    metrics["own_modes"] = {"a[/x]": told, "\x1b[1Ab": told}
+    metrics["test"] |= dict.fromkeys(("a[/x]", "\x1b[1Ab"), metrics["test"]["sample"])
+    (foreign / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "all.html")]) == 0
+    said = capsys.readouterr().out
+    assert "\\x1b[2Jplanted:\\u202eLoss[/x]" in said and "a[/x]" in said
+    assert "\x1b" not in said and "\u202e" not in said

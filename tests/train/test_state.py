@@ -16,7 +16,13 @@ from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.parallel.batchnorm import GlobalBatchNorm
 from namr_dist.parallel.pool import Ranks
-from namr_dist.train.checkpoints.state import SavedState, check_fits, open_state, save_state
+from namr_dist.train.checkpoints.state import (
+    SavedState,
+    check_fits,
+    check_saveable,
+    open_state,
+    save_state,
+)
 from namr_dist.train.checkpoints.verified_file import (
     DamagedFileError,
     TensorSpec,
@@ -44,6 +50,7 @@ class Oddities(nn.Module):
         self.scale = nn.Parameter(torch.tensor([1.5]))
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("passing", torch.zeros(2), persistent=False)
+        self.register_buffer("least", torch.tensor(float("inf")))
 
     def forward(self, rows_bW: Tensor) -> Tensor:
         hidden_b7 = self.dropout(self.frozen(self.norm(self.first(rows_bW)).relu()))
@@ -367,3 +374,17 @@ def test_disk_that_refuses_is_told_on_every_rank(pools: dict[int, Ranks], tmp_pa
     assert [(f"File too large: {path}", 0, losses) for losses in unbroken] == pools[2](
         save_on_a_small_disk, path
     )
+
+
+class _WithState(nn.Module):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_refused_before_training() -> None:
+    check_saveable(Oddities(dropout=0.0))
+    turning = nn.Module()
+    turning.register_buffer("turns", torch.zeros(2, dtype=torch.complex64))
+    for module, told in ((turning, "turns is torch.complex64"), (_WithState(), "is dict")):
+        with pytest.raises(InputError, match=told):
+            check_saveable(module)

@@ -44,7 +44,8 @@ def read_source(name: str, source: Path, *, highres: bool = False) -> Listing:
             f"FORMAT {name} is no function ({type(converter).__name__}); name one that takes the source's "
             "path and returns a Listing (namr_dist.data.build.listing)"
         )
-    listing = converter(source)
+    with named_code.own_code(name, use="FORMAT"):
+        listing = converter(source)
     if not isinstance(listing, Listing):
         raise InputError(
             f"FORMAT {name} returned {type(listing).__name__}; let it return a Listing "

@@ -16,6 +16,7 @@ from namr_dist.data.remote.transfer import shown
 from namr_dist.data.shardset.manifest import Manifest, SplitIndex
 from namr_dist.errors import InputError
 from namr_dist.run.folder import RunFolder
+from namr_dist.text import printable
 from namr_dist.train.checkpoints.state import SavedState, open_state
 from namr_dist.train.checkpoints.verified_file import DamagedFileError
 
@@ -113,7 +114,7 @@ def check_same(path: Path, there: Config, here: Config) -> None:
     the same run."""
     before, now = _fields(dataclasses.asdict(there)), _fields(dataclasses.asdict(here))
     changed = [
-        f"{name} is {now[name]}, there {before[name]}"
+        f"{name} is {now[name]}, there {printable(str(before[name]))}"
         for name in now
         if name not in MAY_DIFFER and now[name] != before[name]
     ]

@@ -28,6 +28,7 @@ from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import world_size
 from namr_dist.train.checkpoints import zero_fragments
 from namr_dist.train.checkpoints.verified_file import (
+    DTYPES,
     DamagedFileError,
     TensorSpec,
     VerifiedFileWriter,
@@ -71,6 +72,19 @@ def state_bytes(module: nn.Module) -> int:
     return held + 2 * sum(value.numel() * 4 for value in module.parameters() if value.requires_grad)
 
 
+def check_saveable(module: nn.Module) -> None:
+    """Raise InputError for a part of the module's state that no checkpoint can hold, as a backbone
+    or a loss from outside may have one: better before the first step than at the first checkpoint.
+    """
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor) or value.dtype not in DTYPES:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"{name} is {kind}, which no checkpoint can hold; make it a tensor of numbers of another "
+                "type, or a buffer that is not persistent"
+            )
+
+
 def save_state(
     engine: DeepSpeedEngine,
     path: Path,
@@ -87,6 +101,8 @@ def save_state(
     on the first rank's CPU.
     """
     entries = _entries(engine, host, _generators(engine.device))
+    # Buffers may hold what they like, such as the least value so far, which begins as infinity.
+    trained = {f"model/{name}" for name, _ in engine.module.named_parameters()}
     writer: VerifiedFileWriter | None = None
     trouble: str | None = None
     metadata = {
@@ -112,7 +128,7 @@ def save_state(
             # A disk that is full must not keep the other ranks waiting: the first goes on and
             # writes nothing.
             if writer and not trouble:
-                if entry.name.startswith("model/") and not value.isfinite().all():
+                if entry.name in trained and not value.isfinite().all():
                     trouble = f"{entry.name.removeprefix('model/')} is not finite"
                     continue
                 try:

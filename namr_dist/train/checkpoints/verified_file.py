@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -58,7 +58,7 @@ class TensorSpec:
     @classmethod
     def all_in(cls, file: safetensors.safe_open) -> dict[str, TensorSpec]:
         """Of an open file, by name; no tensor is read."""
-        dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+        dtypes = {name: dtype for dtype, name in DTYPES.items()}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return {
             name: cls(dtype=dtypes[part.get_dtype()], shape=tuple(part.get_shape()))
@@ -149,7 +149,7 @@ def _header(metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]) -> by
     offset = 0
     for name, spec in layout.items():
         entries[name] = {
-            "dtype": _DTYPES[spec.dtype],
+            "dtype": DTYPES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [offset, offset + spec.bytes],
         }
