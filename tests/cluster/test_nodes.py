@@ -110,7 +110,11 @@ def test_one_node_has_no_bandwidth(shard_set: Manifest, tmp_path: Path) -> None:
 
 def test_every_difference_is_named_with_its_node(shard_set: Manifest, tmp_path: Path) -> None:
     """Another version, another manifest, a file in the run folder's place, GPUs that torch lacks,
-    too few ranks."""
+    too few ranks, a loss of the user's own that is on one node alone."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "here_only.py").write_text("def spread(z, labels):\n    return z.square().mean()\n")
+    named = ("--set.loss.metric", "here_only:spread")
     installed = tmp_path / "site" / "timm-0.0.7.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.0.7\n")
@@ -122,17 +126,18 @@ def test_every_difference_is_named_with_its_node(shard_set: Manifest, tmp_path: 
     port = free_port()
     first = Node(
         tmp_path / "first",
-        torchrun_like(0, port),
-        *words(shard_set, tmp_path / "mine", *_GENEROUS, "--set.data.classes_per_batch", 5),
+        {**torchrun_like(0, port), "PYTHONPATH": str(own)},
+        *words(shard_set, tmp_path / "mine", *_GENEROUS, *named, "--set.data.classes_per_batch", 5),
     )
     second = Node(
         tmp_path / "second",
         {**torchrun_like(1, port), "PYTHONPATH": str(installed.parent), "SLURM_GPUS_ON_NODE": "2"},
-        *words(there, in_the_way, *_GENEROUS),
+        *words(there, in_the_way, *_GENEROUS, *named),
     )
     (code, said), other = first.end(), second.end()
     assert (code, other) == (2, (2, ""))
     expected = [
+        "node2: loss.metric is here_only:spread, but here_only cannot be imported (ModuleNotFound",
         "node2: timm is 0.0.7, on node1 ",
         "node2: its shard set's manifest.json is another than on node1",
         f"node2: run folder {in_the_way} cannot be written",
