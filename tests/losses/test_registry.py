@@ -8,12 +8,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from conftest import REPOSITORY, copy_tree, launch, small_run
 
 from namr_dist import kernels
-from namr_dist.config import Config, LossConfig
+from namr_dist.config import Config, LossConfig, RankingConfig
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.kernels import reference
@@ -41,6 +42,14 @@ def test_settings_and_losses_have_the_same_names() -> None:
     source = Path(registry.__file__).read_text()
     explained = source[source.index("metric: str = ") : source.index("options: str = ")]
     assert all(name in explained for name in registry.NAMES)
+
+
+def test_settings_and_kernels_know_the_same_choices() -> None:
+    """The settings import no torch, and so not the kernels' lists."""
+    mining = get_type_hints(registry.TripletConfig)["mining"]
+    statistics = get_type_hints(RankingConfig)["statistics"]
+    assert get_args(mining) == kernels.MINING
+    assert get_args(statistics) == kernels.STATISTICS
 
 
 def test_the_losses_of_a_sweep_are_known() -> None:
