@@ -28,7 +28,7 @@ _ENVIRONMENT = {
 }
 # The last one is what DeepSpeed imports when it is given an optimizer, and half of all time.
 _IMPORTS = [
-    "namr_dist.train.trainer",
+    "namr_dist.train.run",
     "namr_dist.results.evaluate_run",
     "sklearn.cluster",
     "tyro",

@@ -22,10 +22,7 @@ def add_parser(
         "kernels", help="time and memory of the losses beside other implementations"
     )
     # The options live with the benchmark, which imports torch.
-    if words[:2] == [
-        "bench",
-        "kernels",
-    ]:
+    if words[:2] == ["bench", "kernels"]:
         from namr_dist.kernels.bench.options import add_arguments
 
         add_arguments(kernels)

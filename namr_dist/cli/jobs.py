@@ -111,9 +111,8 @@ def _preflight(parsed: argparse.Namespace, overrides: list[str]) -> None:
     if parsed.ranks_per_node is not None and parsed.ranks_per_node < 1:
         raise InputError(f"--ranks-per-node is {parsed.ranks_per_node}; set it to at least 1")
     config = configure_quietly(parsed.recipe, overrides)
-    os.environ["TORCH_CPP_LOG_LEVEL"] = (
-        "FATAL"  # one line says what is wrong, and not torch's traces in C++
-    )
+    # One line says what is wrong, and not torch's traces in C++.
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     from namr_dist.cluster.preflight import preflight
 
     try:

@@ -136,8 +136,8 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
             "say how many ranks train"
         )
     from namr_dist.parallel.ranks import discover, shut_down
+    from namr_dist.train.run import train
     from namr_dist.train.signals import EXIT_CODE
-    from namr_dist.train.trainer import train
 
     finished = train(
         config,

@@ -109,11 +109,8 @@ def _make(named: Any, settings: MetricLossConfig, batches: Batches) -> Loss:
     if not isinstance(named, type):
         return partial(named, **options) if options else named
     try:
-        with named_code.own_code(name, use=_USE):
-            loss = named(**options)
-    except InputError:
-        raise
-    except Exception as error:  # another's constructor may raise anything
+        loss = named(**options)
+    except (Exception, SystemExit) as error:  # another's constructor may raise anything
         raise InputError(
             f"{_USE} is {name}, but {named.__name__} cannot be made with {options or 'no options'} "
             f"({type(error).__name__}: {error}); give its keywords by loss.options, a JSON object"
@@ -149,11 +146,8 @@ def _try(made: PlainRows, name: str, batches: Batches) -> None:
         torch.manual_seed(0)
         x_BD = torch.randn(2 * classes, batches.width).requires_grad_()
         try:
-            with named_code.own_code(name, use=_USE):
-                value = copy.deepcopy(made.loss)(x_BD, labels_B)
-        except InputError:
-            raise
-        except Exception as error:  # another's loss may raise anything
+            value = copy.deepcopy(made.loss)(x_BD, labels_B)
+        except (Exception, SystemExit) as error:  # another's loss may raise anything
             raise InputError(
                 f"{_USE} is {name}, which fails on {2 * classes} embeddings of {batches.width} numbers "
                 f"and their labels ({type(error).__name__}: {error})"

@@ -1,9 +1,8 @@
-"""The only list of metric losses: name, settings, module. Everything else that lists losses reads
-it here.
+"""The only list of metric losses: name, settings, module. All else that lists losses reads it.
 
-To add one: its settings and its row below, and its module beside this one (docs/design.md, "A new
-loss"). Modules are named by string and imported on use, so that the command line and the
-configuration know all losses without torch.
+To add one: its settings and its row below, and its module in this folder (docs/design.md, "What is
+added, and where"). Modules are named by string and imported on use, so that the command line and
+the configuration know all losses without torch.
 """
 
 from __future__ import annotations

@@ -16,9 +16,8 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_library: torch.library.Library | None = (
-    None  # a library's declarations end with its last reference
-)
+# A library's declarations end with its last reference.
+_library: torch.library.Library | None = None
 
 
 def make_torchvision_importable() -> None:
