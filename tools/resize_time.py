@@ -1,6 +1,6 @@
-"""What torch's antialiased bicubic is worth beside Pillow's for training crops, and stacking planes
-beside a transposed
-copy: milliseconds of one core, in turns in one process; median [p20–p80] of all rounds.
+"""What torch's antialiased bicubic is worth compared with Pillow's for training crops, and stacking
+planes compared with a transposed copy: milliseconds of one core, in turns in one process; median
+[p20–p80] of all rounds.
 
     python tools/resize_time.py > docs/results/resize-time.txt
 """

@@ -60,8 +60,7 @@ class SquaredDistances:
 
     anchors_bD, candidates_BD, weights_bD (the anchors', or None): all in one computing dtype.
     Anchor i and candidate i + offset are the same row.  left_bK, right_BK: the factors of the
-    product;
-    z_bD, z_BD: the centred rows.
+    product; z_bD, z_BD: the centred rows.
     """
 
     def __init__(

@@ -74,8 +74,10 @@ def log_weights(z_BD: Tensor, pairs: Pairs, z_ND: Tensor | None = None) -> Tenso
     """Logarithm of the unnormalised chance of each negative, (B, N); -inf where it is never drawn.
 
     1/q(d) with q the density of the distance d between two random points of the unit sphere in D
-        dimensions, log q = (D - 2) log d + (D - 3)/2 · log(1 - d²/4)                        (Wu et
-        al. 2017, eq. 3)
+    dimensions (Wu et al. 2017, eq. 3):
+
+        log q = (D - 2) log d + (D - 3)/2 · log(1 - d²/4)
+
     d between the L2-normalised rows, clamped below at NEAREST; beyond FARTHEST the chance is 0.  An
     anchor all of whose negatives lie beyond it draws from them uniformly.  z_ND: the candidates
     (None: z_BD).

@@ -37,8 +37,7 @@ class Summary:
     """From the begin of the first operation to the end of the last."""
     busy_share: float
     """Of the span in which at least one operation ran. The profiler slows down the CPU, and so a
-    GPU that waits for
-    it: without the profiler it is at least as busy."""
+    GPU that waits for it: without the profiler it is at least as busy."""
     top: tuple[Operation, ...]
     """Those that took longest, longest first."""
 

@@ -35,8 +35,7 @@ Distance = Literal["euclidean", "cosine"]
 
 _LONGEST_LIST = 32
 """R@k beyond it comes from the rank of the first right item, counted where the list does not reach
-it:
-lists of a thousand neighbours would take most of an evaluation's time and memory"""
+it: lists of a thousand neighbours would take most of an evaluation's time and memory."""
 _NOT_LISTED = np.iinfo(np.int64).max
 
 

@@ -275,8 +275,7 @@ def search(
 
     queries_QD, items_ND: numpy or torch, any float type; rounded to fp32 first. metric "l2" ranks
     by squared Euclidean distance, smallest first; "ip" by inner product, largest first. backend:
-    None
-    for :func:`search_backend`.
+    None for :func:`search_backend`.
     Returns values (Q, K) fp32 and item indices (Q, K) int64. Where K > N, the rest of a row is
     filled up with index −1 and value +inf ("ip": −inf). Both are the same, bit for bit, whatever
     the back end. Raises InputError on bad shapes, non-finite entries and K < 1.

@@ -39,10 +39,10 @@ def train(
     """Train as `config` says and leave config.json, metrics.jsonl and the final checkpoint in the
     folder `run`.
 
-    resume: go on from the newest checkpoint in `run`, if there is one. Every rank calls it. False,
-        on all of them:
-    a signal asked for an end before the last step, and `resume` goes on. Raises InputError, before
-    the first step, for whatever can be known to be wrong by then.
+    resume: go on from the newest checkpoint in `run`, if there is one. Every rank calls this.
+    Returns False, on all ranks, if a signal asked for an end before the last step; `resume` goes on
+    from there. Raises InputError, before the first step, for whatever can be known to be wrong by
+    then.
     """
     folder = RunFolder(run)
     training_set = check_run(config, world_size=rank.world_size, local_rank=rank.local_rank)
