@@ -202,6 +202,11 @@ class RankingConfig:
     """a: sharpness of the soft assignment to clusters."""
     statistics: Literal["batch", "anchor"] = "batch"
     """Mean and deviation of the distances: of the whole batch, or of each anchor's row."""
+    geometry: Literal["scaled", "unit"] = "scaled"
+    """Distances are those of z divided by its mean pairwise distance, or of z / ‖z‖ divided by
+    theirs."""
+    rise_passes: Annotated[float, at_least(0)] = 0.0
+    """Passes over the training images in which λ rises from 0 to `weight`; 0: λ is constant."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ embedding."""
 from torch import Tensor, nn
 
 from namr_dist import kernels
-from namr_dist.losses.rows import Rows
+from namr_dist.losses.rows import Rows, scaled_rows, through_unit_rows
 
 
 class MultiClusterRankingRows(nn.Module):
@@ -15,6 +15,8 @@ class MultiClusterRankingRows(nn.Module):
     floor: φ, the nearest centre's least value as a fraction of the mean distance.
     sharpness: a, of the soft assignment of a distance to the centres.
     statistics: "batch" or "anchor", what mean and deviation run over.
+    geometry: "scaled", distances of the rows as they come; "unit", of rows of length 1, divided by
+        their mean pairwise distance. The gradient passes through both.
     Raises ValueError for fewer than two clusters, a floor outside [0, 1], other statistics.
     """
 
@@ -26,6 +28,7 @@ class MultiClusterRankingRows(nn.Module):
         floor: float = 0.2,
         sharpness: float = 10.0,
         statistics: str = "batch",
+        geometry: str = "scaled",
     ) -> None:
         super().__init__()
         kernels.check_clusters(clusters=clusters, floor=floor, statistics=statistics)
@@ -34,10 +37,18 @@ class MultiClusterRankingRows(nn.Module):
         self.floor = floor
         self.sharpness = sharpness
         self.statistics = statistics
+        self.geometry = geometry
 
     def forward(self, rows: Rows, s_bD: Tensor, s_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The batch's loss and its gradients for rows.z_bD and s_bD. s: positive weights, of this
         rank and of all."""
+        if self.geometry == "scaled":
+            return self._of(rows, s_bD, s_BD)
+        scaled = scaled_rows(rows.unit(), batch=len(s_BD))
+        loss, grad_bD, grad_s_bD = self._of(scaled.rows, s_bD, s_BD)
+        return loss, through_unit_rows(rows.z_bD, scaled.through(grad_bD)), grad_s_bD
+
+    def _of(self, rows: Rows, s_bD: Tensor, s_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return kernels.ranking_of_rows(
             rows.z_bD,
             s_bD,
@@ -57,5 +68,5 @@ class MultiClusterRankingRows(nn.Module):
         """The settings, for repr()."""
         return (
             f"clusters={self.clusters}, spread={self.spread}, floor={self.floor}, "
-            f"sharpness={self.sharpness}, statistics={self.statistics!r}"
+            f"sharpness={self.sharpness}, statistics={self.statistics!r}, geometry={self.geometry!r}"
         )

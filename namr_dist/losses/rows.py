@@ -7,7 +7,7 @@ Shapes: b rows of this rank, B rows of all ranks, N candidates, D width, W ranks
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,16 +39,40 @@ class Rows:
 
     def unit(self) -> Rows:
         """The same with rows of length 1."""
-        return Rows(
-            z_bD=kernels.unit_rows(self.z_bD),
-            labels_b=self.labels_b,
-            z_ND=kernels.unit_rows(self.z_ND),
-            labels_N=self.labels_N,
-            offset=self.offset,
-            gather=self.gather,
-            gather_one=self.gather_one,
-            ranks=self.ranks,
-        )
+        return replace(self, z_bD=kernels.unit_rows(self.z_bD), z_ND=kernels.unit_rows(self.z_ND))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledRows:
+    """Rows divided by the mean pairwise distance of the batch: distances in units of their mean."""
+
+    rows: Rows
+    mean: Tensor
+    """What they were divided by; 1 where all rows are equal."""
+    grad_mean_bD: Tensor
+    """The gradient of that mean for this rank's rows."""
+
+    def through(self, grad_x_bD: Tensor) -> Tensor:
+        """Gradient for the scaled rows → gradient for the rows before, both (b, D). Ranks exchange
+        one number each."""
+        # x = z / m(z) with every row's gradient g for x gives (g - (Σ g·x) dm/dz) / m.
+        pull = self.rows.gather_one((grad_x_bD * self.rows.z_bD).sum()[None]).sum()
+        return (grad_x_bD - pull * self.grad_mean_bD) / self.mean
+
+
+def scaled_rows(rows: Rows, *, batch: int) -> ScaledRows:
+    """The rows divided by the mean pairwise distance of the first `batch` candidates: those of the
+    batch, and not of a memory."""
+    mean, grad_mean_bD = kernels.mean_distance_of_rows(
+        rows.z_bD, rows.z_ND[:batch], offset=rows.offset, gather=rows.gather, with_grad=True
+    )
+    mean = mean.where(mean > 0, 1.0)
+    assert grad_mean_bD is not None
+    return ScaledRows(
+        rows=replace(rows, z_bD=rows.z_bD / mean, z_ND=rows.z_ND / mean),
+        mean=mean,
+        grad_mean_bD=grad_mean_bD,
+    )
 
 
 def all_rows(z_BD: Tensor, labels_B: Tensor) -> Rows:

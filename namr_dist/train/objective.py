@@ -13,13 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from namr_dist import kernels
 from namr_dist.config import LossConfig
 from namr_dist.losses import registry
 from namr_dist.losses.memory import CrossBatchMemory
 from namr_dist.losses.multi_cluster import MultiClusterRankingRows
 from namr_dist.losses.plain import PlainRows
-from namr_dist.losses.rows import Batches, Rows, RowsLoss, with_gradients
+from namr_dist.losses.rows import (
+    Batches,
+    Rows,
+    RowsLoss,
+    ScaledRows,
+    scaled_rows,
+    with_gradients,
+)
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.gather import RowGather, Traffic, count_rows, for_averaged_gradients
 from namr_dist.train.phases import Phases
@@ -103,6 +109,7 @@ class Objective(nn.Module):
             floor=ranking.floor,
             sharpness=ranking.sharpness,
             statistics=ranking.statistics,
+            geometry=ranking.geometry,
         )
         self.ranking_weight = ranking.weight
         memory = config.memory
@@ -123,11 +130,12 @@ class Objective(nn.Module):
         seed: int = 0,
         counts_W: Sequence[int] | None = None,
         index_b: Tensor | None = None,
+        ranking_share: float = 1.0,
     ) -> StepLoss:
         """seed: fixes what the loss draws at random. counts_W: rows of each rank (None: asked for).
         Ranks may hold different numbers of rows, or none. index_b: which image each row is of; a
-        memory needs it. Half types are gathered and computed in float32. Raises ValueError for
-        fewer than two rows in all."""
+        memory needs it. ranking_share: of λ, while it rises. Half types are gathered and computed
+        in float32. Raises ValueError for fewer than two rows in all."""
         z_bD, s_bD = (
             rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (z_bD, s_bD)
         )
@@ -152,55 +160,46 @@ class Objective(nn.Module):
                 self.memory.behind(z_BD, labels_B) if self.memory is not None else (z_BD, labels_B)
             )
             # Distances in units of their mean: margins and centres mean the same at any scale of z.
-            mean, grad_mean_bD = kernels.mean_distance_of_rows(
-                z_bD.detach(), z_BD, offset=gather.offset, gather=gather, with_grad=True
-            )
-            mean = mean.where(mean > 0, 1.0)
             rows = Rows(
-                z_bD=z_bD.detach() / mean,
+                z_bD=z_bD.detach(),
                 labels_b=labels_b,
-                z_ND=z_ND / mean,
+                z_ND=z_ND,
                 labels_N=labels_N,
                 offset=gather.offset,
                 gather=gather,
                 gather_one=gather.one_each,
                 ranks=len(gather.counts_W),
             )
-            losses = self._loss(rows, z_bD, s_bD, s_BD, mean, grad_mean_bD, seed=seed)
+            scaled = scaled_rows(rows, batch=len(z_BD))
+            losses = self._loss(scaled, z_bD, s_bD, s_BD, seed=seed, share=ranking_share)
             if self.memory is None:
                 return losses
             distance, images = self.memory.moved(z_BD, index_B)
             if self.training:
                 self.memory.add(z_BD, labels_B, index_B)
-            return losses._replace(drift=distance / mean, drift_images=images)
+            return losses._replace(drift=distance / scaled.mean, drift_images=images)
 
     def _loss(
         self,
-        rows: Rows,
+        scaled: ScaledRows,
         z_bD: Tensor,
         s_bD: Tensor,
         s_BD: Tensor | None,
-        mean: Tensor,
-        grad_mean_bD: Tensor,
         *,
         seed: int,
+        share: float,
     ) -> StepLoss:
-        """rows: scaled. mean, grad_mean_bD: what z_bD was divided by, and its gradient."""
+        rows, weight = scaled.rows, share * self.ranking_weight
         metric, grad_bD = self.metric_loss(rows, seed=seed)
         zero = torch.zeros_like(metric.detach())
         ranking, known = zero, []
         if s_BD is not None:
             ranking, grad_ranking_bD, grad_s_bD = self.ranking_loss(rows, s_bD.detach(), s_BD)
-            grad_bD = grad_bD + self.ranking_weight * grad_ranking_bD
-            known.append((s_bD, self.ranking_weight * grad_s_bD))
-        # Through the division: x = z / m(z) with every row's gradient g for x gives (g - (Σ g·x)
-        # dm/dz) / m.
-        pull = rows.gather_one((grad_bD * rows.z_bD).sum()[None]).sum()
-        known.append((z_bD, (grad_bD - pull * grad_mean_bD) / mean))
+            grad_bD = grad_bD + weight * grad_ranking_bD
+            known.append((s_bD, weight * grad_s_bD))
+        known.append((z_bD, scaled.through(grad_bD)))
         # The metric loss itself carries the gradients of its own parameters.
-        total = with_gradients(
-            metric + self.ranking_weight * ranking, *known, (metric, torch.ones_like(metric))
-        )
+        total = with_gradients(metric + weight * ranking, *known, (metric, torch.ones_like(metric)))
         return StepLoss(
             total=for_averaged_gradients(total),
             metric=metric.detach(),
@@ -243,6 +242,7 @@ class TrainingModule(nn.Module):
         seed: int = 0,
         counts_W: Sequence[int] | None = None,
         index_b: Tensor | None = None,
+        ranking_share: float = 1.0,
     ) -> StepLoss | tuple[Tensor, Tensor]:
         """Without labels: this rank's (z, s). With labels: the loss of the global batch, the same
         on all ranks."""
@@ -251,4 +251,12 @@ class TrainingModule(nn.Module):
             z_bD, s_bD = self.network.heads(features_bF)
         if labels_b is None:
             return z_bD, s_bD
-        return self.objective(z_bD, s_bD, labels_b, seed=seed, counts_W=counts_W, index_b=index_b)
+        return self.objective(
+            z_bD,
+            s_bD,
+            labels_b,
+            seed=seed,
+            counts_W=counts_W,
+            index_b=index_b,
+            ranking_share=ranking_share,
+        )

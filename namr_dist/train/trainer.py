@@ -30,7 +30,7 @@ from namr_dist.train.logging import RunLog
 from namr_dist.train.objective import StepLoss
 from namr_dist.train.phases import Phases, StepTimes, take_peak_bytes
 from namr_dist.train.profile import profiled
-from namr_dist.train.schedule import lr_factor
+from namr_dist.train.schedule import lr_factor, ranking_share
 from namr_dist.train.signals import StopRequests
 
 # DeepSpeed takes seconds to import and looks at the environment: only once that is set.
@@ -185,17 +185,21 @@ class Trainer:
         factor = lr_factor(step, self._config.optim)
         for group, peak in zip(self._engine.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
-        losses = self._update(batch, seed=(self._config.train.seed << 32) + step)
+        losses = self._update(batch, step)
         self._pending.append(_Pending(step, losses, factor, self._log.time_s if self._log else 0.0))
 
-    def _update(self, batch: Batch, *, seed: int) -> StepLoss:
+    def _update(self, batch: Batch, step: int) -> StepLoss:
         with self._phases("forward"):
             losses: StepLoss = self._engine(
                 batch.images_bHW3,
                 batch.labels_b,
-                seed,
+                (self._config.train.seed << 32) + step,
                 (len(batch.labels_b),) * self._rank.world_size,
                 batch.index_b,
+                ranking_share(
+                    self._config.loss.ranking,
+                    passes=step * self._images / len(self._training_set.index),
+                ),
             )
         with self._phases("backward"):
             self._engine.backward(losses.total)
