@@ -12,6 +12,7 @@ from .distances import mean_distance_of_rows, mean_pairwise_distance
 from .margin import margin_loss, margin_of_rows
 from .multi_cluster import multi_cluster_ranking, ranking_of_rows
 from .multi_similarity import multi_similarity_loss, multi_similarity_of_rows
+from .nearest import nearest_centres
 from .ops import Gather, alone
 from .proxy_anchor import proxy_anchor_loss, proxy_anchor_of_rows
 from .reference.pairs import unit_rows
@@ -32,6 +33,7 @@ __all__ = [
     "multi_cluster_ranking",
     "multi_similarity_loss",
     "multi_similarity_of_rows",
+    "nearest_centres",
     "proxy_anchor_loss",
     "proxy_anchor_of_rows",
     "ranking_of_rows",

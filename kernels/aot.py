@@ -35,7 +35,15 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from . import gpu
-from .gpu import distances, mining, multi_cluster, multi_similarity, pairs, proxy_anchor
+from .gpu import (
+    distances,
+    mining,
+    multi_cluster,
+    multi_similarity,
+    nearest,
+    pairs,
+    proxy_anchor,
+)
 from .gpu.configs import Config
 from .gpu.launch import Launch, recording
 
@@ -98,6 +106,11 @@ CASES = {
         x.z_bD, x.z_BD, x.labels_b, x.labels_B, x.rows_BR[: x.b]), tunes=("mine",)),
     "sampled_negatives": Case(lambda x: mining.sampled_negatives(
         x.z_bD, x.z_BD, x.labels_b, x.labels_B, x.rows_BR[: x.b], offset=x.offset, seed=2**40 + 7), tunes=("mine",)),
+    "k_nearest": Case(lambda x: nearest.k_nearest(x.z_bD, x.z_BD, k=5), tunes=("mine",)),
+    "k_nearest, one": Case(lambda x: nearest.k_nearest(x.z_bD, x.z_BD, k=1)),
+    "k_nearest, many": Case(lambda x: nearest.k_nearest(x.z_bD, x.z_BD, k=nearest.MOST)),
+    "k_nearest_gradient": Case(lambda x: nearest.k_nearest_gradient(
+        x.z_bD, x.z_BD, x.rows_BR[: x.b], x.empty(x.b, 3), for_z=True, for_centres=True)),
     "pair_distance": Case(lambda x: pairs.pair_distance(x.z_bD, x.z_BD, x.rows_BR[: x.b])),
     "pair_gradient": Case(lambda x: pairs.pair_gradient(x.z_BD, x.rows_BR, x.empty(x.B, 3), first=x.offset, rows=x.b)),
     "similarity_statistics": Case(lambda x: multi_similarity.similarity_statistics(

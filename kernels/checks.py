@@ -127,6 +127,27 @@ def check_proxy_labels(labels_B: Tensor, classes: int) -> None:
         )
 
 
+def check_centres(rows_ND: Tensor, centres_MD: Tensor, k: int) -> None:
+    """Floating (N, D) rows and (M, D) centres, D >= 1, and 1 <= k <= M."""
+    for name, tensor in (("z", rows_ND), ("centres", centres_MD)):
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point, got {tensor.dtype}; convert it with .float()"
+            )
+    if rows_ND.dim() != 2 or rows_ND.shape[1] < 1:
+        raise ValueError(f"z must have shape (N, D) with D >= 1, got {tuple(rows_ND.shape)}")
+    if centres_MD.dim() != 2 or centres_MD.shape[1] != rows_ND.shape[1]:
+        raise ValueError(
+            f"centres must have shape (M, {rows_ND.shape[1]}), as wide as the rows, "
+            f"got {tuple(centres_MD.shape)}"
+        )
+    if not 1 <= k <= centres_MD.shape[0]:
+        raise ValueError(
+            f"k must lie in 1..{centres_MD.shape[0]}, the number of centres, got {k}; "
+            "ask for fewer or pass more centres"
+        )
+
+
 def check_finite(name: str, rows: Tensor) -> None:
     """No NaN and no infinity; reads the tensor, so on a GPU it waits for the device."""
     finite = torch.isfinite(rows)

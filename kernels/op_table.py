@@ -51,6 +51,7 @@ OPS = {op.name: op for op in (
         Benchmark(name="multi-cluster-ranking", options={"clusters": CLUSTERS}, unit=False, second="weights",
                   forward_products=6, backward_products=8),
     )),
+    Op(name="nearest_centres", primitives=("k_nearest", "k_nearest_gradient")),
     Op(name="triplet_loss", primitives=(
         "hardest_pairs", "semihard_negatives", "sampled_negatives", "pair_distance", "pair_gradient",
     ), benchmarks=(

@@ -9,12 +9,15 @@ from .distances import distance_sum_gradient, row_moments
 from .mining import hardest_pairs, sampled_negatives, semihard_negatives
 from .multi_cluster import ranking
 from .multi_similarity import similarity_gradient, similarity_statistics
+from .nearest import k_nearest, k_nearest_gradient
 from .pairs import pair_distance, pair_gradient
 from .proxy_anchor import proxy_gradient, proxy_sums
 
 __all__ = [
     "distance_sum_gradient",
     "hardest_pairs",
+    "k_nearest",
+    "k_nearest_gradient",
     "pair_distance",
     "pair_gradient",
     "proxy_gradient",

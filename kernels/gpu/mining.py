@@ -21,6 +21,7 @@ from .launch import aligned, architecture, launch, operands, splits
 from .random import absorb, exponential, seed_words, seeded, uniform
 from .tiles import (
     CLOSE,
+    in_order,
     inner_products,
     load_column,
     local_rows,
@@ -87,9 +88,7 @@ def _offer(best, anchors, key, chosen):
     The one thing programs do to each other's results: a minimum, which is the same in whatever
     order it is taken.
     """
-    bits = (key + 0.0).to(tl.int32, bitcast=True)  # + 0.0: −0 and 0 are a tie
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
-    offered = (order.to(tl.int64) << 32) | chosen.to(tl.int64)
+    offered = (in_order(key).to(tl.int64) << 32) | chosen.to(tl.int64)
     tl.atomic_min(best + anchors, offered, mask=chosen != NOBODY, sem="relaxed")
 
 

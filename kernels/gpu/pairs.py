@@ -52,7 +52,7 @@ def pair_distance(z_bD: Tensor, z_BD: Tensor, index_bS: Tensor) -> Tensor:
 
 
 @triton.jit
-def _pull(z, mine, other, exist, coefficients, pair, k, width, total):
+def pull_listed(z, mine, other, exist, coefficients, pair, k, width, total):
     """total + coefficient·(z_i − z_other) of a few pairs of row i: a line of `total` each."""
     coefficient = tl.load(coefficients + pair, mask=exist, other=0.0)
     difference = mine[None, :] - load_rows(z, other, exist, k, width).to(tl.float32)
@@ -87,13 +87,13 @@ def _pair_sums(
     for s in range(0, slots, BLOCK_N):
         pair = (first + row) * slots + s + lane
         other = tl.load(index + pair, mask=s + lane < slots, other=-1)
-        total = _pull(z, mine, other, other >= 0, coefficients, pair, k, width, total)
+        total = pull_listed(z, mine, other, other >= 0, coefficients, pair, k, width, total)
     begin = tl.load(bounds + row)
     end = tl.load(bounds + row + 1)
     for position in range(begin, end, BLOCK_N):
         exist = position + lane < end
         pair = tl.load(order + position + lane, mask=exist, other=0)
-        total = _pull(z, mine, pair // slots, exist, coefficients, pair, k, width, total)
+        total = pull_listed(z, mine, pair // slots, exist, coefficients, pair, k, width, total)
     tl.store(sums + row * width + k, tl.sum(total, 0), mask=k < width)
 
 

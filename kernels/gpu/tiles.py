@@ -57,6 +57,13 @@ def load_column(x, rows, exist, k, width):
 
 
 @triton.jit
+def in_order(key):
+    """float32 numbers, no NaN among them, as int32 in the same order."""
+    bits = (key + 0.0).to(tl.int32, bitcast=True)  # + 0.0: −0 and 0 are a tie
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
 def inner_products(
     x, rows, rows_exist, y, columns, columns_exist, width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -9,6 +9,7 @@ from .losses import (
     mean_pairwise_distance,
     multi_cluster_ranking,
     multi_similarity_loss,
+    nearest_centres,
     proxy_anchor_loss,
     triplet_loss,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "mean_pairwise_distance",
     "multi_cluster_ranking",
     "multi_similarity_loss",
+    "nearest_centres",
     "pairwise_distance",
     "pairwise_squared_distance",
     "proxy_anchor_loss",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checks import (
+    check_centres,
     check_clusters,
     check_labels,
     check_memory,
@@ -50,6 +51,21 @@ def mean_pairwise_distance(z_BD: Tensor) -> Tensor:
     check_rows("z", z_BD)
     B = z_BD.shape[0]
     return pairwise_distance(z_BD, z_BD).sum() / (B * (B - 1))
+
+
+def nearest_centres(z_ND: Tensor, centres_MD: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest ‖z_i - c_m‖² of each row, ascending, and their centres' numbers, int64: (N, k)
+    each.
+
+    Ties go to the lowest number; NaN counts as the least, so that it comes out.  Differentiable in
+    z and the centres through the distances.  Memory O(N·M).
+    Raises ValueError for a wrong shape or dtype, or a k outside 1..M.
+    """
+    check_centres(z_ND, centres_MD, k)
+    squared_NM = pairwise_squared_distance(z_ND, centres_MD)
+    key_NM = squared_NM.detach()
+    index_NK = key_NM.masked_fill(key_NM.isnan(), -math.inf).sort(dim=1, stable=True).indices[:, :k]
+    return squared_NM.gather(1, index_NK), index_NK
 
 
 def _with_memory(rows_B: Tensor, memory_Q: Tensor | None) -> Tensor:

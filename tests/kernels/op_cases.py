@@ -117,6 +117,7 @@ OPS = {
         by=("z", "s")),
     "ranking of 16": Op(
         call=lambda k, b: k.multi_cluster_ranking(b.z, b.s, clusters=16, sharpness=2.0), by=("z", "s")),
+    "nearest_centres": Op(call=lambda k, b: k.nearest_centres(b.z, b.proxies, k=3)[0].mean(), by=("z", "proxies")),
     "semihard": Op(call=lambda k, b: k.triplet_loss(b.z, b.labels), by=("z",)),
     "hardest": Op(call=lambda k, b: k.triplet_loss(b.z, b.labels, mining="hardest"), by=("z",)),
     "distance_weighted": Op(

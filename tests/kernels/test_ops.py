@@ -91,7 +91,10 @@ def test_every_primitive_is_of_some_op_and_runs_everywhere() -> None:
 def test_every_op_of_the_table_is_tried_here() -> None:
     called = []
     stand_ins = SimpleNamespace(
-        **{name: lambda *_, name=name, **__: called.append(name) for name in op_table.OPS}
+        **{
+            name: lambda *_, name=name, **__: (torch.zeros(()), called.append(name))
+            for name in op_table.OPS
+        }
     )
     for op in OPS.values():
         op.call(stand_ins, batch(2, 2))
@@ -267,6 +270,9 @@ RAW: dict[str, tuple[str, Callable[[Batch], tuple[Any, ...]]]] = {
     "ranking": ("multi_cluster_ranking", lambda b: (b.z, b.s, 3, 3.0, 0.2, 10.0, "batch", True)),
     "without gradient": ("multi_cluster_ranking", lambda b: (
         b.z.detach(), b.s.detach(), 3, 3.0, 0.2, 10.0, "anchor", False)),
+    "nearest_centres": ("nearest_centres", lambda b: (b.z, b.proxies, 3)),
+    "gradient of nearest_centres": ("nearest_centres_gradient", lambda b: (
+        b.z.detach(), b.proxies.detach(), b.labels[:, None], b.s.detach()[:, :1].contiguous(), True, False)),
     "semihard": ("triplet_loss", lambda b: (b.z, b.labels, 0.2, "semihard", 0, None, True)),
     "hardest": ("triplet_loss", lambda b: (b.z, b.labels, 0.2, "hardest", 0, None, True)),
     "distance_weighted": ("triplet_loss", lambda b: (b.z, b.labels, 0.2, "distance_weighted", 2**40, 12, True)),
@@ -328,6 +334,7 @@ def test_nan_comes_out_and_debug_mode_names_the_row(
     if name in (
         "mean_distance",
         "ranking",
+        "nearest_centres",
         "multi_similarity",
         "proxy_anchor",
     ):
