@@ -210,6 +210,23 @@ class RankingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructureConfig:
+    """The structure embedding: what beside the sample embedding an image is searched by."""
+
+    form: Literal["centres", "weights"] = "centres"
+    """centres: where an image lies among M cluster centres of the training embeddings. weights:
+    NASA's, one positive weight for each dimension of z."""
+    centres: Annotated[int | None, at_least(1)] = None
+    """M: cluster centres; None: a quarter as many as training images, at most 512."""
+    nearest: Annotated[int, at_least(1)] = 5
+    """k: an image's ρ is the mean squared distance to its k nearest centres."""
+    gamma: Annotated[float | None, at_least(0)] = None
+    """γ: γ ρ is subtracted from an item's squared distances; 0 is the plain search. None: chosen by
+    MAP@R on the validation classes, or, without any, on a tenth of the training classes held out
+    from the centres."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Cross-batch memory, which holds embeddings of earlier batches."""
 
@@ -322,6 +339,10 @@ class EvaluationConfig:
 
     recall_at: Annotated[tuple[int, ...], at_least(1)] = (1, 2, 4, 8)
     """The k of R@k on the test split."""
+    distance: Literal["auto", "euclidean", "cosine"] = "auto"
+    """By which images are searched, in validation too. auto: by the distance of the metric loss,
+    which is Euclidean for triplet and the cosine for the other losses of the package; Euclidean for
+    a loss from outside, so set it for one on unit vectors."""
     reidentification_draws: Annotated[int, at_least(0)] = 0
     """Times that one random image of each class is made the gallery and the others search it (CMC
     and mAP, as VehicleID is measured), beside the leave-one-out figures; 0: not measured."""
@@ -341,6 +362,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    structure: StructureConfig = field(default_factory=StructureConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -375,6 +397,14 @@ class Config:
     def test_size(self) -> int:
         """Side of the network's input at test time in pixels."""
         return self.data.test_size or self.data.image_size
+
+    @property
+    def distance(self) -> Literal["euclidean", "cosine"]:
+        """By which its embeddings are searched."""
+        if self.evaluation.distance != "auto":
+            return self.evaluation.distance
+        known = registry.find(self.loss.metric)
+        return known.distance if known else "euclidean"
 
     def code_names(self) -> dict[str, str]:
         """Settings that name code from outside the package, each with that name (see

@@ -16,7 +16,7 @@ FLOORS = (
     "errors",
     "atomic bounds named_code provenance text",
     "parallel",
-    "losses",
+    "structure losses",
     "config_json",
     "config",
     "recipes",

@@ -90,6 +90,8 @@ class MetricLoss:
     """module:NAME of its class in the package; see `rows.RowsLoss`."""
     op: str
     """Name of the operator in namr_dist.kernels that it rests on."""
+    distance: Literal["euclidean", "cosine"] = "cosine"
+    """By which its embeddings are searched: that of the loss itself."""
     memory: bool = True
     """Whether it can meet rows of earlier batches."""
     checked: Mapping[str, Any] = field(default_factory=dict)
@@ -111,6 +113,7 @@ LOSSES: tuple[MetricLoss, ...] = (
         name="triplet",
         title="triplet loss",
         module="namr_dist.losses.triplet:TripletRows",
+        distance="euclidean",
         op="triplet_loss",
         checked={
             "triplet semihard": TripletConfig(),

@@ -14,11 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from namr_dist.parallel.ranks import world_size
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+from namr_dist.parallel.ranks import rank_number, world_size
 
 
 class Traffic:
@@ -43,7 +39,7 @@ class RowGather:
     def __init__(self, counts_W: Sequence[int], *, traffic: Traffic | None = None) -> None:
         assert len(counts_W) == world_size(), (counts_W, world_size())
         self.counts_W = tuple(counts_W)
-        self.offset = sum(self.counts_W[: _rank()])
+        self.offset = sum(self.counts_W[: rank_number()])
         self.traffic = traffic or Traffic()
 
     @property
@@ -55,10 +51,10 @@ class RowGather:
     def __call__(self, local: Tensor) -> Tensor:
         """The rows of all ranks, which call it together. Raises ValueError for another number of
         rows than counted."""
-        world, own, most = len(self.counts_W), self.counts_W[_rank()], max(self.counts_W)
+        world, own, most = len(self.counts_W), self.counts_W[rank_number()], max(self.counts_W)
         if local.shape[0] != own:
             raise ValueError(
-                f"rank {_rank()} has {local.shape[0]} rows, but was counted with {own}"
+                f"rank {rank_number()} has {local.shape[0]} rows, but was counted with {own}"
             )
         if world == 1:
             return local

@@ -310,6 +310,11 @@ def gpu_index(local_rank: int, *, visible: int, on_node: int) -> int:
     )
 
 
+def rank_number() -> int:
+    """Of this process in the process group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def world_size() -> int:
     """Ranks in the process group; 1 where none was started."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -30,7 +31,7 @@ from namr_dist.retrieval.modes import with_own
 from namr_dist.retrieval.reidentification import reidentify
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.retrieval.search import search_backend
-from namr_dist.run.folder import EMBEDDINGS, METRICS, RunFolder, of_split
+from namr_dist.run.folder import CLASSES, EMBEDDINGS, METRICS, RunFolder, of_split
 from namr_dist.run.log import number_of, read_log, time_of
 from namr_dist.train.checkpoints.network import initial_network, load_network
 from namr_dist.train.embed import embed, test_transform
@@ -47,8 +48,8 @@ def evaluate_run(
     recall_at: tuple[int, ...] = (),
     modes: Sequence[str] = (),
 ) -> dict:
-    """Measure a run on its test split; write RUN/metrics.json and RUN/embeddings.safetensors;
-    return the figures.
+    """Measure a run on its test split; write RUN/metrics.json, RUN/classes.json (the figures of
+    each class) and RUN/embeddings.safetensors; return the figures.
 
     shards: where the set is now; None: where it was trained from. split: another test split or
     subset, whose files are named metrics-SPLIT.json and embeddings-SPLIT.safetensors. recall_at:
@@ -65,9 +66,9 @@ def evaluate_run(
     config = run_config(run, shards)
     own_modes = [named_code.load(name, use="--mode") for name in modes]
     with_own(own_modes)  # before images are embedded
-    names = METRICS, EMBEDDINGS
+    names = [METRICS, EMBEDDINGS, CLASSES]
     if split and split != config.data.test_split:
-        names = of_split(METRICS, split), of_split(EMBEDDINGS, split)
+        names = [of_split(name, split) for name in names]
     config = replace(
         config,
         data=replace(config.data, test_split=split or config.data.test_split),
@@ -104,24 +105,47 @@ def evaluate_run(
     z_ND, s_ND, start_ND, features_NF, pixels_NP = _embedded(forward, images, config, rank)
     labels_N, roles_N, ks = index.label_N, index.role_N, config.evaluation.recall_at
     seed, draws = config.train.seed, config.evaluation.reidentification_draws
+    distance, centres = config.distance, network.centres
+    # What is searched by: weights, or the sample embedding with one number for each image.
+    weights_ND = s_ND if centres is None else None
+    bonus_N = None if centres is None else centres.bonus(s_ND[:, -1])
     reidentified = (
-        reidentify(z_ND, s_ND, labels_N, draws=draws, seed=seed, modes=own_modes) if draws else None
-    )
-    metrics = {
-        **evaluate(
+        reidentify(
             z_ND,
-            s_ND,
+            weights_ND,
             labels_N,
-            delta=config.model.delta,
-            ks=ks,
+            draws=draws,
             seed=seed,
-            roles_N=roles_N,
+            bonus_N=bonus_N,
+            distance=distance,
             modes=own_modes,
-        ),
+        )
+        if draws
+        else None
+    )
+    measured = evaluate(
+        z_ND,
+        weights_ND,
+        labels_N,
+        delta=config.model.delta,
+        ks=ks,
+        seed=seed,
+        bonus_N=bonus_N,
+        distance=distance,
+        roles_N=roles_N,
+        modes=own_modes,
+    )
+    by_class = measured.pop("test_classes")
+    if centres is not None:
+        measured["test_counts"]["beyond_rho_max"] = centres.clamped(s_ND[:, -1])
+    metrics = {
+        **measured,
         **({"reidentification": reidentified} if reidentified else {}),
         "baselines": {
             "raw pixels": evaluate_sample(pixels_NP, labels_N, ks=ks, roles_N=roles_N),
-            "untrained model": evaluate_sample(start_ND, labels_N, ks=ks, roles_N=roles_N),
+            "untrained model": evaluate_sample(
+                start_ND, labels_N, ks=ks, distance=distance, roles_N=roles_N
+            ),
             "frozen backbone": evaluate_sample(
                 features_NF, labels_N, ks=ks, distance="cosine", roles_N=roles_N
             ),
@@ -133,8 +157,9 @@ def evaluate_run(
         },
     }
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **_facts(index)}
-    metrics_name, embeddings_name = names
+    metrics_name, embeddings_name, classes_name = names
     write_atomic(run / embeddings_name, safetensors.torch.save(tensors))
+    write_atomic(run / classes_name, json.dumps(by_class) + "\n")
     write_atomic(run / metrics_name, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
@@ -221,6 +246,15 @@ def _describe(reidentified: dict) -> str:
     )
 
 
+def _structure(fitted: dict[str, Any] | None) -> str:
+    if not fitted:
+        return "a weight for each dimension"
+    return (
+        f"{fitted['centres']} centres of the training embeddings, k = {fitted['nearest']}, "
+        f"γ = {fitted['gamma']:g} ({fitted['chosen on']})"
+    )
+
+
 def _raw_pixels(images_bHW3: Tensor) -> Tensor:
     small = nn.functional.interpolate(
         images_bHW3.permute(0, 3, 1, 2).float(), (_RAW_PIXELS, _RAW_PIXELS), mode="area"
@@ -275,8 +309,11 @@ def _protocol(
         "width": model.width,
         "metric loss": loss.metric,
         "ranking": f"λ = {loss.ranking.weight:g}, M = {loss.ranking.clusters}"
+        + (", on unit vectors" if loss.ranking.geometry == "unit" else "")
+        + (f", rising over {loss.ranking.rise_passes:g} passes" if loss.ranking.rise_passes else "")
         if loss.ranking.weight
         else "none",
+        "structure": _structure(trained.get("structure")),
         "batch": f"{data.classes_per_batch} classes × {data.images_per_class} images",
         "sampling": f"{data.sampling}, shuffled by {data.shuffle}"
         + (f", {data.views} views of an image" if data.views > 1 else "")
@@ -289,6 +326,6 @@ def _protocol(
         "trained with": f"{trained['versions']}, commit {trained['commit']}",
         "evaluated on": f"{here['machine']}; fp32",
         "evaluated with": f"{here['versions']}, commit {here['commit']}",
-        "distance": "Euclidean; the frozen backbone by cosine",
+        "distance": f"{config.distance}; raw pixels Euclidean, the frozen backbone cosine",
         "search": f"{backend.name} ({backend.reason})",
     }

@@ -47,7 +47,7 @@ from namr_dist.results.programs import (
 from namr_dist.results.record import run_config
 from namr_dist.results.redact import shareable
 from namr_dist.run.folder import RunFolder
-from namr_dist.train.checkpoints.network import initial_network, load_network
+from namr_dist.train.checkpoints.network import load_network, network_for
 from namr_dist.train.embed import test_transform
 
 CONFIG = "config.json"
@@ -108,14 +108,13 @@ def load(folder: str | Path) -> EmbeddingNetwork:
         ) from None
     # Weights are drawn, then replaced: the caller's generator stays as it is.
     with torch.random.fork_rng(devices=[]):
-        network = initial_network(config, device=torch.device("cpu"), pretrained=False).eval()
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path} does not fit {where} ({str(error).splitlines()[-1].strip()}); "
-            "export the run again"
-        ) from None
+        try:
+            network = network_for(state, config, device=torch.device("cpu"))
+        except RuntimeError as error:
+            raise InputError(
+                f"{path} does not fit {where} ({str(error).splitlines()[-1].strip()}); "
+                "export the run again"
+            ) from None
     return network
 
 
@@ -150,7 +149,7 @@ def export_run(
             f"the network of {run} does not give finite values for images of its test split; "
             "train it again"
         )
-    about = describe(config, trained)
+    about = describe(network, config, trained)
     differences: dict[str, float] = {}
     with _new_folder(out) as folder:
         (folder / CONFIG).write_text(
@@ -180,7 +179,7 @@ def export_run(
     )
 
 
-def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
+def describe(network: EmbeddingNetwork, config: Config, trained: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json. Of paths and URLs only the last part stays, without credentials:
     the rest is the training machine's."""
     return {
@@ -204,11 +203,25 @@ def describe(config: Config, trained: dict[str, Any]) -> dict[str, Any]:
             "dtype": "float32",
             "width": config.model.width,
             "z": "sample embedding, not normalised",
-            "s": "structure embedding, within 1 ± delta",
-            "delta": config.model.delta,
+            **_structure_output(network, config),
         },
+        "distance": config.distance,
         "trained": trained,
         "config": shareable(json.loads(config.to_json())),
+    }
+
+
+def _structure_output(network: EmbeddingNetwork, config: Config) -> dict[str, Any]:
+    centres = network.centres
+    if centres is None:
+        return {"s": "structure embedding, within 1 ± delta", "delta": config.model.delta}
+    return {
+        "s": f"structure embedding: squared distances to the {centres.nearest} nearest of "
+        f"{len(centres.centres_MD)} centres, and ρ, their mean",
+        "centres": len(centres.centres_MD),
+        "nearest": centres.nearest,
+        "gamma": float(centres.gamma),
+        "rho_max": float(centres.rho_max),
     }
 
 

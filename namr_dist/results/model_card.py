@@ -91,9 +91,9 @@ def model_card(
         f"# {name}",
         f"An image-retrieval network, exported by namr-dist {__version__}: {model['backbone']}, trained for "
         f"{trained['steps']} steps with the {registry.title(loss['metric'])} and {ranking}. It maps an image "
-        f"to a sample embedding z ({output['width']} numbers; the nearer two images' z by Euclidean distance, the more "
-        f"alike the images) and a structure embedding s (as many positive weights, within 1 ± {output['delta']:g}; "
-        "Σ s (z − z′)² is the squared distance read around the image that s belongs to).",
+        f"to a sample embedding z ({output['width']} numbers; the nearer two images' z by "
+        f"{about['distance']} distance, the more alike the images) and a structure embedding s ("
+        f"{_structure(output, about['distance'])}).",
         "## Files",
         f"Each model was read back and compared with the trained network on images of the test split: "
         f"‖difference‖ / ‖embedding‖, the largest over images, z and s. More than {tolerance:g} stops an export.",
@@ -128,6 +128,21 @@ def model_card(
         "training images and of the weights that training started from.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _structure(output: Mapping[str, Any], distance: str) -> str:
+    if "gamma" not in output:
+        return (
+            f"as many positive weights, within 1 ± {output['delta']:g}; Σ s (z − z′)² is the squared "
+            "distance read around the image that s belongs to"
+        )
+    of = "z / ‖z‖" if distance == "cosine" else "z"
+    return (
+        f"the squared distances of {of} to the {output['nearest']} nearest of {output['centres']} cluster centres "
+        f"of the training images, nearest first, and their mean ρ; an item's squared distance to a query less γ ρ, "
+        f"γ = {output['gamma']:g}, ranks better: append √(γ (ρ_max − ρ)), ρ_max = {output['rho_max']:.6g}, to "
+        "every item, and 0 to every query"
+    )
 
 
 def _measured(metrics: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> list[str]:

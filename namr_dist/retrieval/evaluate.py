@@ -7,19 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from namr_dist.errors import InputError
-from namr_dist.retrieval.arrays import Float32, Float64, Int64, as_labels, as_matrix, unit_rows
+from namr_dist.retrieval.arrays import Float32, Int64, as_labels
 from namr_dist.retrieval.metrics import (
+    RetrievalScores,
     clustering_scores,
     relevance,
     relevant_counts,
     retrieval_scores,
 )
-from namr_dist.retrieval.modes import SAMPLE, Mode, Side, row_name, row_names, with_own
+from namr_dist.retrieval.modes import (
+    SAMPLE,
+    STRUCTURE,
+    Distance,
+    Mode,
+    Side,
+    row_name,
+    row_names,
+    with_own,
+)
 from namr_dist.retrieval.rerank import Reranked, check_delta, rerank_candidates
 from namr_dist.retrieval.roles import divide
 from namr_dist.retrieval.search import exact_values, ranks_of, search_backend, search_excluding_self
@@ -27,30 +37,13 @@ from namr_dist.retrieval.vectors import (
     DENSITY_NEIGHBOURS,
     GALLERY_DENSITY_WEIGHT,
     Served,
-    as_weights,
     local_density,
 )
-
-Distance = Literal["euclidean", "cosine"]
 
 _LONGEST_LIST = 32
 """R@k beyond it comes from the rank of the first right item, counted where the list does not reach
 it: lists of a thousand neighbours would take most of an evaluation's time and memory."""
 _NOT_LISTED = np.iinfo(np.int64).max
-
-
-def _whole(
-    z: Any, s: Any, labels: Any, delta: float, distance: Distance, name: str
-) -> tuple[Side, Int64]:
-    """All images, checked, and their labels (N,)."""
-    z_ND = as_matrix(z, f"{name} z")
-    labels_N = as_labels(labels, len(z_ND), f"{name} labels")
-    s_ND = None if s is None else as_weights(s, z_ND, f"{name} s")
-    if s_ND is not None:
-        check_delta(s_ND, delta)
-    if distance not in ("euclidean", "cosine"):
-        raise InputError(f"distance = {distance!r}: take 'euclidean' or 'cosine'")
-    return Side(z=unit_rows(z_ND) if distance == "cosine" else z_ND, s=s_ND), labels_N
 
 
 class _Ranking:
@@ -75,7 +68,7 @@ class _Ranking:
             served.queries_QV, served.items_NV, k, query_ids_Q=self.own_Q, metric=served.metric
         )
 
-    def percent(self, ranked_QK: Int64, first_right_Q: Int64) -> dict[str, float]:
+    def scores(self, ranked_QK: Int64, first_right_Q: Int64) -> RetrievalScores:
         return retrieval_scores(
             ranked_QK,
             self.labels_Q,
@@ -83,11 +76,31 @@ class _Ranking:
             ks=self.ks,
             query_ids_Q=self.own_Q,
             first_right_Q=first_right_Q,
-        ).percent
+        )
 
-    def served_percent(self, served: Served) -> dict[str, float]:
+    def served_scores(self, served: Served) -> RetrievalScores:
         ranked_QK = self.nearest(served, self.k)[1]
-        return self.percent(ranked_QK, self.first_right(ranked_QK, served))
+        return self.scores(ranked_QK, self.first_right(ranked_QK, served))
+
+    def by_class(self, scores: dict[str, RetrievalScores]) -> dict[str, Any]:
+        """Labels of the classes that have queries, how many, and the means over them of R@k for the
+        smallest k and of MAP@R."""
+        counted_Q = self.relevant_Q > 0
+        label_C, class_Q, queries_C = np.unique(
+            self.labels_Q[counted_Q], return_inverse=True, return_counts=True
+        )
+        return {
+            "label": label_C.tolist(),
+            "queries": queries_C.tolist(),
+            **{
+                row: {
+                    name: (np.bincount(class_Q, each_Q[counted_Q]) / queries_C).round(3).tolist()
+                    for name, each_Q in zip(of_row.percent, of_row.each_MQ, strict=True)
+                    if name in (f"R@{min(self.ks)}", "MAP@R")
+                }
+                for row, of_row in scores.items()
+            },
+        }
 
     def first_right(self, ranked_QK: Int64, served: Served) -> Int64:
         """(Q,) ranks of the first right items, in the whole order if a cut-off asks for more than
@@ -132,27 +145,28 @@ def _with_controls(
     modes: Sequence[Mode], queries: Side, items: Side, own_Q: Int64, seed: int
 ) -> Iterator[tuple[str, Mode, Side, Side]]:
     """Name of the figures, mode, and the sides it is given: each mode as it is, then with its
-    controls. Modes that use s are left out where there is none."""
-    given = {"": (queries, items)}
-    if queries.s is not None and items.s is not None:
-        mixed_QD, mixed_ND = _shuffled(queries.s, items.s, own_Q, seed)
-        given["s1"] = (
-            replace(queries, s=np.ones_like(queries.z)),
-            replace(items, s=np.ones_like(items.z)),
-        )
-        given["shuffled"] = replace(queries, s=mixed_QD), replace(items, s=mixed_ND)
+    controls. Modes that use what the model does not have are left out."""
+    given = {
+        "": (queries, items),
+        "s1": (queries.with_ones(), items.with_ones()),
+        "shuffled": _shuffled(queries, items, own_Q, seed),
+    }
     for mode in modes:
-        if not mode.uses_s or len(given) > 1:
+        if mode.can_serve(items):
             for control in ("", *mode.controls):
                 yield row_name(mode.name, control), mode, *given[control]
 
 
-def _shuffled(s_QD: Float64, s_ND: Float64, own_Q: Int64, seed: int) -> tuple[Float64, Float64]:
-    """s of queries and items, permuted between images; a query that is also an item keeps one s."""
+def _shuffled(queries: Side, items: Side, own_Q: Int64, seed: int) -> tuple[Side, Side]:
+    """Both with their structure embeddings permuted between images; a query that is also an item
+    keeps one."""
     rng = np.random.default_rng(seed)
-    items_ND = s_ND[rng.permutation(len(s_ND))]
-    queries_QD = s_QD[rng.permutation(len(s_QD))]
-    return np.where((own_Q >= 0)[:, None], items_ND[own_Q], queries_QD), items_ND
+    mixed = items.shuffled(rng.permutation(len(items.z)))
+    queries_too = queries.shuffled(rng.permutation(len(queries.z)))
+    if queries_too.s is None or mixed.s is None:
+        return queries_too, mixed
+    s_QD = np.where((own_Q >= 0)[:, None], mixed.s[own_Q], queries_too.s)
+    return replace(queries_too, s=s_QD), mixed
 
 
 def evaluate(
@@ -164,8 +178,10 @@ def evaluate(
     ks: Sequence[int] = (1, 2, 4, 8),
     seed: int = 0,
     candidates: int = 100,
+    bonus_N: Any | None = None,
     distance: Distance = "euclidean",
     roles_N: Any | None = None,
+    clustering: bool = True,
     modes: Sequence[Mode] = (),
 ) -> dict[str, Any]:
     """The evaluation of one split: every image queries all the others, or those that its role lets
@@ -173,17 +189,23 @@ def evaluate(
 
     z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None (only the modes that
     do without them are measured); labels_N: (N,) integers. numpy or torch, any float type.
+    bonus_N: (N,) γ ρ of each image, at least 0, in squared units of `distance`; None: no structure
+    mode.
     roles_N: (N,) integers that count in manifest.ROLES; None: every image queries and is searched.
     NMI and AMI are those of the images that are searched.
     delta: δ of the structure head; ks: the cut-offs of R@k; seed: of the permuted controls and of
     k-means; candidates: C of the re-ranking (raised to the k that MAP@R needs; R@k beyond C takes
     the rest in its plain order); distance: "cosine" scales the rows of z to length 1 before
     anything else.
-    modes: of a user's own, measured beside those of modes.py.
+    clustering: whether to measure NMI and AMI, which takes most of the time.
+    modes: of a user's own, measured together with those of modes.py.
 
     Returns blocks that go into metrics.json as they are, all metrics in percent:
       test           {mode: {"R@1", ..., "MAP@R", "R-precision"}} for the modes, then for their
-                     controls; "sample" has "NMI" and "AMI" besides
+                     controls; "sample" has "NMI" and "AMI" besides, with `clustering`
+      test_classes   "label" and "queries" of each class that has any, and for each row of `test`
+                     the means of R@k (the smallest k) and MAP@R over its queries, in lists by
+                     class: for intervals over classes
       test_counts    queries, left_out (no other image of their class), items, classes, largest_R,
                      rerank_candidates, rerank_certified_percent
       test_protocol  distance, seeds, k-means engine, search back end, modes that look at the
@@ -194,7 +216,10 @@ def evaluate(
     Memory: some copies of the (N, 4D + 1) matrix of the symmetric mode, and blocks of 128 MiB.
     """
     every = with_own(modes)
-    whole, labels = _whole(z_ND, s_ND, labels_N, delta, distance, "test")
+    whole = Side.of(z_ND, s_ND=s_ND, bonus_N=bonus_N, distance=distance, name="test")
+    if whole.s is not None:
+        check_delta(whole.s, delta)
+    labels = as_labels(labels_N, len(whole.z), "test labels")
     sides = divide(roles_N, len(whole.z))
     queries, items = whole.at(sides.query_Q), whole.at(sides.item_G)
     ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks)
@@ -209,22 +234,25 @@ def evaluate(
             given.z, given.s, items.z, plain_QC, plain_ids_QC, k=k, delta=delta
         )
 
-    def reranked_percent(given: Side) -> dict[str, float]:
+    def reranked(given: Side) -> RetrievalScores:
         ranked_QC = rerank(given, count).ids_QK
         first_Q = ranking.first_listed(ranked_QC)
         first_Q = np.where(first_Q == _NOT_LISTED, plain_first_Q, first_Q)
-        return ranking.percent(ranked_QC[:, : ranking.k], first_Q)
+        return ranking.scores(ranked_QC[:, : ranking.k], first_Q)
 
-    clusters = clustering_scores(items.z, labels[sides.item_G], seed=seed)
+    clusters = clustering_scores(items.z, labels[sides.item_G], seed=seed) if clustering else None
     items = replace(items, density=local_density(items.z))
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, RetrievalScores] = {}
     for name, mode, side_Q, side_N in _with_controls(every, queries, items, sides.own_Q, seed):
         if mode is SAMPLE:
-            scores[name] = ranking.percent(plain_ids_QC, plain_first_Q) | clusters.percent
+            scores[name] = ranking.scores(plain_ids_QC, plain_first_Q)
         elif mode.vectors is None:
-            scores[name] = reranked_percent(side_Q)
+            scores[name] = reranked(side_Q)
         else:
-            scores[name] = ranking.served_percent(mode.serve(side_Q, side_N))
+            scores[name] = ranking.served_scores(mode.serve(side_Q, side_N))
+    percent = {name: dict(scores[name].percent) for name in row_names(every) if name in scores}
+    if clusters is not None:
+        percent[SAMPLE.name] |= clusters.percent
     counts: dict[str, Any] = dict(ranking.counts)
     if queries.s is not None:
         counts["rerank_candidates"] = count
@@ -232,14 +260,21 @@ def evaluate(
 
     backend = search_backend()
     return {
-        "test": {name: scores[name] for name in row_names(every) if name in scores},
+        "test": percent,
+        "test_classes": ranking.by_class(scores),
         "test_counts": counts,
         "test_protocol": {
             "distance": distance,
             "recall_cut_offs": list(ks),
             "shuffle_seed": seed,
-            "k_means": f"{clusters.engine}, k = {clusters.clusters}, 1 start, seed {clusters.seed}",
-            "nmi_and_ami_normalisation": "arithmetic",
+            **(
+                {
+                    "k_means": f"{clusters.engine}, k = {clusters.clusters}, 1 start, seed {clusters.seed}",
+                    "nmi_and_ami_normalisation": "arithmetic",
+                }
+                if clusters
+                else {}
+            ),
             "calibrated": f"d² − {GALLERY_DENSITY_WEIGHT} × mean d² to its {DENSITY_NEIGHBOURS} nearest",
             "looks_at_gallery": [mode.name for mode in every if mode.looks_at_gallery],
             "search_backend": backend.name,
@@ -274,7 +309,37 @@ def evaluate_sample(
 
     Arguments and errors as in :func:`evaluate`.
     """
-    whole, labels = _whole(z_ND, None, labels_N, 0.0, distance, "sample")
+    whole = Side.of(z_ND, distance=distance, name="sample")
+    labels = as_labels(labels_N, len(whole.z), "sample labels")
     sides = divide(roles_N, len(whole.z))
     ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks)
-    return ranking.served_percent(SAMPLE.serve(whole.at(sides.query_Q), whole.at(sides.item_G)))
+    served = SAMPLE.serve(whole.at(sides.query_Q), whole.at(sides.item_G))
+    return ranking.served_scores(served).percent
+
+
+def evaluate_structure(
+    z_ND: Any,
+    rho_N: Any,
+    labels_N: Any,
+    *,
+    gammas: Sequence[float],
+    ks: Sequence[int] = (1, 2, 4, 8),
+    distance: Distance = "euclidean",
+    roles_N: Any | None = None,
+) -> dict[float, dict[str, float]]:
+    """R@k, MAP@R and R-precision of the structure mode for each γ, in percent; γ = 0 is the sample
+    mode. For choosing γ on classes that are neither trained nor tested on.
+
+    rho_N: (N,) ρ of each image. Other arguments and errors as in :func:`evaluate`.
+    """
+    labels = as_labels(labels_N, len(labels_N), "structure labels")
+    sides = divide(roles_N, len(labels))
+    ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks)
+    figures: dict[float, dict[str, float]] = {}
+    for gamma in gammas:
+        mode = STRUCTURE if gamma else SAMPLE
+        bonus_N = gamma * np.asarray(rho_N, dtype=np.float64)
+        whole = Side.of(z_ND, bonus_N=bonus_N, distance=distance, name="structure")
+        served = mode.serve(whole.at(sides.query_Q), whole.at(sides.item_G))
+        figures[gamma] = ranking.served_scores(served).percent
+    return figures

@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from namr_dist.errors import InputError
-from namr_dist.retrieval.arrays import Bool, Int64, as_labels, as_matrix
+from namr_dist.retrieval.arrays import Bool, Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.search import checked_query_ids
 
 KMeansEngine = Literal["sklearn", "faiss"]
@@ -34,6 +34,8 @@ class RetrievalScores:
     """queries the means are taken over"""
     left_out: int
     """queries with R = 0"""
+    each_MQ: Float64
+    """the same for each query, a row for each name in `percent`; NaN where R = 0"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,23 +112,31 @@ def retrieval_scores(
     right_QK = relevance(ranked_QK[counted_Q], query_labels[counted_Q], item_labels)
     relevant_Q1 = relevant_Q[counted_Q][:, None]
     names = [f"R@{k}" for k in ks] + ["MAP@R", "R-precision"]
+    each_MQ = np.full((len(names), len(counted_Q)), np.nan)
     if not counted_Q.any():
         return RetrievalScores(
-            percent=dict.fromkeys(names, float("nan")), queries=0, left_out=len(counted_Q)
+            percent=dict.fromkeys(names, float("nan")),
+            queries=0,
+            left_out=len(counted_Q),
+            each_MQ=each_MQ,
         )
 
     rank_K = np.arange(1, right_QK.shape[1] + 1)
     hit_QK = right_QK & (rank_K <= relevant_Q1)
     precision_QK = np.cumsum(right_QK, axis=1) / rank_K
     if first_right_Q is None:
-        shares = [right_QK[:, :k].any(axis=1).mean() for k in ks]
+        shares = [right_QK[:, :k].any(axis=1) for k in ks]
     else:
-        shares = [(first_right_Q[counted_Q] <= k).mean() for k in ks]
-    shares.append(((precision_QK * hit_QK).sum(axis=1) / relevant_Q1[:, 0]).mean())
-    shares.append((hit_QK.sum(axis=1) / relevant_Q1[:, 0]).mean())
-    percent = {name: 100 * float(share) for name, share in zip(names, shares, strict=True)}
+        shares = [first_right_Q[counted_Q] <= k for k in ks]
+    shares.append((precision_QK * hit_QK).sum(axis=1) / relevant_Q1[:, 0])
+    shares.append(hit_QK.sum(axis=1) / relevant_Q1[:, 0])
+    percent = {name: 100 * float(share.mean()) for name, share in zip(names, shares, strict=True)}
+    each_MQ[:, counted_Q] = 100 * np.stack(shares)
     return RetrievalScores(
-        percent=percent, queries=int(counted_Q.sum()), left_out=int((~counted_Q).sum())
+        percent=percent,
+        queries=int(counted_Q.sum()),
+        left_out=int((~counted_Q).sum()),
+        each_MQ=each_MQ,
     )
 
 

@@ -11,22 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from namr_dist.errors import InputError
-from namr_dist.retrieval.arrays import Float32, Float64, Int64
+from namr_dist.retrieval.arrays import Float32, Float64, Int64, as_matrix, unit_rows
 from namr_dist.retrieval.vectors import (
     Served,
     adaptive_vectors,
+    as_bonus,
+    as_weights,
     calibrated_vectors,
     sample_vectors,
+    structure_vectors,
     symmetric_vectors,
 )
 
-CONTROLS = {"s1": "with s = 1 everywhere", "shuffled": "with s shuffled between images"}
+Distance = Literal["euclidean", "cosine"]
+
+CONTROLS = {"s1": "with s = 1 everywhere", "shuffled": "shuffled between images"}
 """Name of a control → what it changes."""
 
 
@@ -39,9 +44,43 @@ class Side:
     s: Float64 | None = None
     """(N, D) positive weights; None where a model has no structure head, and for a mode that does
     without them"""
+    bonus: Float64 | None = None
+    """(N,) γ ρ of the items, by which the structure mode lessens their squared distances; None for
+    a model without centres, and for a mode that does without them"""
+    limit: float = 0.0
+    """γ ρ_max, at least every `bonus`"""
     density: Float64 | None = None
     """(N,) of the items, their `local_density`; None for queries, and for a mode that does not look
     at the gallery"""
+
+    @classmethod
+    def of(
+        cls, z_ND: Any, *, s_ND: Any = None, bonus_N: Any = None, distance: Distance, name: str
+    ) -> Side:
+        """All images, checked; by "cosine", rows of z are scaled to length 1. `name` is for
+        errors. Raises InputError on bad shapes, values that are not finite, s ≤ 0, γ ρ < 0."""
+        if distance not in ("euclidean", "cosine"):
+            raise InputError(f"distance = {distance!r}: take 'euclidean' or 'cosine'")
+        z = as_matrix(z_ND, f"{name} z")
+        bonus = None if bonus_N is None else as_bonus(bonus_N, len(z), f"{name} γ ρ")
+        return cls(
+            z=unit_rows(z) if distance == "cosine" else z,
+            s=None if s_ND is None else as_weights(s_ND, z, f"{name} s"),
+            bonus=bonus,
+            limit=0.0 if bonus is None else float(bonus.max()),
+        )
+
+    def shuffled(self, order_N: Int64) -> Side:
+        """With its structure embeddings in another order."""
+        return replace(
+            self,
+            s=None if self.s is None else self.s[order_N],
+            bonus=None if self.bonus is None else self.bonus[order_N],
+        )
+
+    def with_ones(self) -> Side:
+        """With s = 1, where it has an s."""
+        return self if self.s is None else replace(self, s=np.ones_like(self.s))
 
     def at(self, rows: Int64) -> Side:
         """The rows at ascending indices; itself where these are all, so that queries and items
@@ -51,6 +90,8 @@ class Side:
         return Side(
             z=self.z[rows],
             s=None if self.s is None else self.s[rows],
+            bonus=None if self.bonus is None else self.bonus[rows],
+            limit=self.limit,
             density=None if self.density is None else self.density[rows],
         )
 
@@ -67,18 +108,26 @@ class Mode:
     """queries, items → their vectors; None for RERANK alone, which re-orders what the plain search
     finds"""
     uses_s: bool = False
-    """Whether the vectors depend on s. Else they are given none, and the mode has no controls."""
+    """Whether the vectors depend on the weights s. Else they are given none."""
+    uses_centres: bool = False
+    """Whether they depend on γ ρ. Else they are given none."""
     looks_at_gallery: bool = False
     """Whether the distance depends on items other than the two compared: marked so wherever its
     figures stand. Else the vectors are not given the items' density."""
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """Names in CONTROLS. Re-ranking with s = 1 is the plain order, which the sample mode has
-        already."""
-        if not self.uses_s:
-            return ()
-        return ("shuffled",) if self.vectors is None else tuple(CONTROLS)
+        """Names in CONTROLS; none for a mode that uses no structure embedding. Re-ranking with
+        s = 1, and γ = 0, is the plain order, which the sample mode has already."""
+        if self.uses_s and self.vectors is not None:
+            return tuple(CONTROLS)
+        return ("shuffled",) if self.uses_s or self.uses_centres else ()
+
+    def can_serve(self, side: Side) -> bool:
+        """Whether the model has what the mode uses."""
+        return (side.s is not None or not self.uses_s) and (
+            side.bonus is not None or not self.uses_centres
+        )
 
     def serve(self, queries: Side, items: Side) -> Served:
         """The vectors for these queries and items, made from what the mode says it uses and rounded
@@ -100,6 +149,7 @@ class Mode:
         return replace(
             side,
             s=side.s if self.uses_s else None,
+            bonus=side.bonus if self.uses_centres else None,
             density=side.density if self.looks_at_gallery else None,
         )
 
@@ -141,10 +191,21 @@ def _calibrated(queries: Side, items: Side) -> Served:
     return calibrated_vectors(queries.z, items.z, items.density)
 
 
+def _structure(queries: Side, items: Side) -> Served:
+    assert items.bonus is not None
+    return structure_vectors(queries.z, items.z, items.bonus, limit=items.limit)
+
+
 SAMPLE = Mode(
     name="sample",
     sentence="plain distance between sample embeddings",
     vectors=lambda queries, items: sample_vectors(queries.z, items.z),
+)
+STRUCTURE = Mode(
+    name="structure",
+    sentence="plain distance, less γ times how far an item lies from the nearest cluster centres",
+    uses_centres=True,
+    vectors=_structure,
 )
 RERANK = Mode(
     name="rerank",
@@ -171,7 +232,7 @@ CALIBRATED = Mode(
     looks_at_gallery=True,
 )
 
-MODES = (SAMPLE, RERANK, ADAPTIVE, SYMMETRIC, CALIBRATED)
+MODES = (SAMPLE, STRUCTURE, RERANK, ADAPTIVE, SYMMETRIC, CALIBRATED)
 """In the order of tables."""
 
 

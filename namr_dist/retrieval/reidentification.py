@@ -17,24 +17,33 @@ from typing import Any
 import numpy as np
 
 from namr_dist.errors import InputError
-from namr_dist.retrieval.arrays import Int64, as_labels, as_matrix
-from namr_dist.retrieval.modes import Mode, Side, row_name, row_names, with_own
+from namr_dist.retrieval.arrays import Int64, as_labels
+from namr_dist.retrieval.modes import Distance, Mode, Side, row_name, row_names, with_own
 from namr_dist.retrieval.search import ranks_of
-from namr_dist.retrieval.vectors import Served, as_weights, local_density
+from namr_dist.retrieval.vectors import Served, local_density
 
 CUT_OFFS = (1, 5)
 METRICS = (*(f"CMC@{k}" for k in CUT_OFFS), "mAP")
 
 
 def reidentify(
-    z_ND: Any, s_ND: Any | None, labels_N: Any, *, draws: int, seed: int, modes: Sequence[Mode] = ()
+    z_ND: Any,
+    s_ND: Any | None,
+    labels_N: Any,
+    *,
+    draws: int,
+    seed: int,
+    bonus_N: Any | None = None,
+    distance: Distance = "euclidean",
+    modes: Sequence[Mode] = (),
 ) -> dict[str, Any]:
     """CMC@1, CMC@5 and mAP in percent, over galleries drawn at random.
 
     z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None; labels_N: (N,)
-    integers. numpy or torch, any float type. modes: of a user's own, measured beside those of
-    modes.py. Exact Euclidean distances; ties go to the image that comes first. All modes meet the
-    same draws; the density that the calibrated mode needs is that of the drawn gallery. No
+    integers. numpy or torch, any float type. bonus_N, distance: as in `evaluate`. modes: of a
+    user's own, measured beside those of modes.py. Distances are exact; ties go to the image that
+    comes first. All modes meet the same draws; the density that the calibrated mode needs is that
+    of the drawn gallery. No
     re-ranking: a gallery of one image a class is searched whole.
 
     Returns the block that goes into metrics.json as it is: draws, seed, gallery (G), queries (Q),
@@ -45,16 +54,13 @@ def reidentify(
     `evaluate` does for modes.
     """
     served = [mode for mode in with_own(modes) if mode.vectors is not None]
-    z = as_matrix(z_ND, "z")
-    labels = as_labels(labels_N, len(z))
-    given = {"": Side(z=z)}
-    if s_ND is not None:
-        s = as_weights(s_ND, z, "s")
-        given = {
-            "": Side(z=z, s=s),
-            "s1": Side(z=z, s=np.ones_like(s)),
-            "shuffled": Side(z=z, s=s[np.random.default_rng(seed).permutation(len(s))]),
-        }
+    whole = Side.of(z_ND, s_ND=s_ND, bonus_N=bonus_N, distance=distance, name="test")
+    labels = as_labels(labels_N, len(whole.z))
+    given = {
+        "": whole,
+        "s1": whole.with_ones(),
+        "shuffled": whole.shuffled(np.random.default_rng(seed).permutation(len(whole.z))),
+    }
     if draws < 1:
         raise InputError(f"draws = {draws}: draw at least one gallery")
     sizes_G = np.unique(labels, return_counts=True)[1]
@@ -63,13 +69,13 @@ def reidentify(
             "re-identification: no class has two images, so nothing is left to query with; set "
             "evaluation.reidentification_draws to 0"
         )
-    measured = [mode for mode in served if s_ND is not None or not mode.uses_s]
+    measured = [mode for mode in served if mode.can_serve(whole)]
     shares_TM: dict[str, list[list[float]]] = {name: [] for name in row_names(measured)}
     for draw in range(draws):
         query_Q, gallery_G = _draw(labels, np.random.default_rng([seed, draw]))
-        density_G = local_density(z[gallery_G])
-        for control, whole in given.items():
-            queries, gallery = whole.at(query_Q), replace(whole.at(gallery_G), density=density_G)
+        density_G = local_density(whole.z[gallery_G])
+        for control, side in given.items():
+            queries, gallery = side.at(query_Q), replace(side.at(gallery_G), density=density_G)
             for mode in measured:
                 if control in ("", *mode.controls):
                     rank_Q = _ranks(mode.serve(queries, gallery), labels, query_Q, gallery_G)
@@ -78,7 +84,7 @@ def reidentify(
         "draws": draws,
         "seed": seed,
         "gallery": len(sizes_G),
-        "queries": len(z) - len(sizes_G),
+        "queries": len(whole.z) - len(sizes_G),
         "gallery_only": int((sizes_G == 1).sum()),
         "modes": {name: _figures(shares) for name, shares in shares_TM.items()},
     }

@@ -23,6 +23,7 @@ from namr_dist.retrieval.search import Metric, search_excluding_self
 
 DENSITY_NEIGHBOURS = 10
 GALLERY_DENSITY_WEIGHT = 0.5
+_UNIT_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,18 @@ def as_weights(s_ND: Any, z_ND: Float64, name: str) -> Float64:
     return s
 
 
+def as_bonus(bonus_N: Any, items: int, name: str) -> Float64:
+    """γ ρ as float64; InputError unless it is one number for each item, finite and at least 0."""
+    bonus = as_matrix(np.asarray(bonus_N).reshape(-1, 1), name)[:, 0]
+    if np.ndim(bonus_N) != 1 or len(bonus) != items:
+        raise InputError(
+            f"{name}: {items} numbers are needed, one for each item, got shape {np.shape(bonus_N)}"
+        )
+    if bonus.min(initial=0) < 0:
+        raise InputError(f"{name}: {bonus.min():.4g} is negative; a mean squared distance is not")
+    return bonus
+
+
 def sample_vectors(z_QD: Any, z_ND: Any, *, cosine: bool = False) -> Served:
     """‖z_q − z_j‖ as it stands: D wide, l2. With `cosine`, rows are scaled to length 1 first, so
     that the squared distance is 2 − 2 cos."""
@@ -112,6 +125,42 @@ def symmetric_vectors(z_QD: Any, s_QD: Any, z_ND: Any, s_ND: Any) -> Served:
     queries = [2 * sq * zq, -sq, 2 * zq, -zq * zq, np.ones((len(zq), 1))]
     items = [z, z * z, s * z, s, -(s * z * z).sum(1, keepdims=True)]
     return _served(queries, items, "ip", (sq * zq * zq).sum(1), -1.0)
+
+
+def structure_vectors(z_QD: Any, z_ND: Any, bonus_N: Float64, *, limit: float) -> Served:
+    """‖z_q − z_j‖² − γ ρ_j: one more coordinate, l2, D + 1 wide, exact; graph indexes serve it.
+
+    bonus_N: γ ρ_j, what an item's squared distances are lessened by.  limit: γ ρ_max, at least all
+    of them: the same for all items of an index, whenever they are added. Query [z ; 0], item
+    [z ; √(γ (ρ_max − ρ_j))]; the squared distance is value − γ ρ_max, and may be negative.
+    """
+    zq, z = centred(z_QD, z_ND)
+    bonus = as_bonus(bonus_N, len(z), "item γ ρ")
+    if bonus.max(initial=0) > limit:
+        raise InputError(
+            f"item γ ρ: {bonus.max():.6g} is above the limit, {limit:.6g}; clamp it, or raise the limit"
+        )
+    last_N1 = np.sqrt(limit - bonus)[:, None]
+    return _served([zq, np.zeros((len(zq), 1))], [z, last_N1], "l2", np.full(len(zq), -limit), 1.0)
+
+
+def structure_products(z_QD: Any, z_ND: Any, bonus_N: Float64) -> Served:
+    """The same order by inner product, for an index that has nothing else: rows of z of length 1,
+    D + 1 wide.
+
+    Query [z ; 1], item [z ; ½ γ ρ_j]; the squared distance is 2 − 2 value. Raises InputError for
+    rows of another length.
+    """
+    zq, z = as_matrix(z_QD, "query z"), as_matrix(z_ND, "item z")
+    for name, rows in (("query z", zq), ("item z", z)):
+        lengths_N = np.linalg.norm(rows, axis=1)
+        if np.abs(lengths_N - 1).max() > _UNIT_TOLERANCE:
+            raise InputError(
+                f"{name}: a row has length {lengths_N[np.abs(lengths_N - 1).argmax()]:.4g}; scale all to 1, "
+                "or take structure_vectors"
+            )
+    last_N1 = 0.5 * as_bonus(bonus_N, len(z), "item γ ρ")[:, None]
+    return _served([zq, np.ones((len(zq), 1))], [z, last_N1], "ip", np.full(len(zq), 2.0), -2.0)
 
 
 def local_density(z_ND: Any, *, neighbours: int = DENSITY_NEIGHBOURS) -> Float64:

@@ -22,6 +22,7 @@ CONFIG = "config.json"
 LOG = "metrics.jsonl"
 METRICS = "metrics.json"
 EMBEDDINGS = "embeddings.safetensors"
+CLASSES = "classes.json"
 REPORT = "report.html"
 _CHECKPOINTS, _TENSORBOARD = "checkpoints", "tensorboard"
 _FINAL = "final.safetensors"
@@ -71,6 +72,11 @@ class RunFolder:
     def embeddings(self) -> Path:
         """Of the test images."""
         return self.path / EMBEDDINGS
+
+    @property
+    def classes(self) -> Path:
+        """Figures of each class of the test split."""
+        return self.path / CLASSES
 
     @property
     def report(self) -> Path:

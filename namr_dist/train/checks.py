@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from namr_dist.config import Config
+from namr_dist.config import Config, StructureConfig
 from namr_dist.data.location import open_shards
 from namr_dist.data.read.plan import Sampling, check_plan
 from namr_dist.data.read.select import training_images
@@ -20,6 +20,7 @@ from namr_dist.data.shardset.shards import verify_shards
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.retrieval.roles import divide
+from namr_dist.structure.centres import default_centres
 from namr_dist.train.checkpoints.state import state_bytes
 
 
@@ -90,6 +91,19 @@ def _check_measurable(index: SplitIndex, name: str, *, world_size: int) -> None:
             f"{name} has no query with another image of its class to find; name another split, or rebuild "
             "the shard set with classes of two images or more"
         )
+
+
+def centres_for(config: StructureConfig, *, images: int) -> int:
+    """M, for so many training images; 0 where the structure embedding is made of weights. Raises
+    InputError for more centres than images."""
+    if config.form == "weights":
+        return 0
+    if config.centres is not None and config.centres > images:
+        raise InputError(
+            f"structure.centres is {config.centres}, but {images} images are trained on; set it to at "
+            f"most {images}, or leave it out for {default_centres(images)}"
+        )
+    return config.centres or default_centres(images)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import initial_network
 from namr_dist.train.checkpoints.resume import check_same
 from namr_dist.train.checkpoints.state import check_saveable
-from namr_dist.train.checks import check_run, check_sizes, run_bytes
+from namr_dist.train.checks import centres_for, check_run, check_sizes, run_bytes
 from namr_dist.train.objective import TrainingModule
 from namr_dist.train.profile import check_profile
 
@@ -41,7 +41,12 @@ def dry_run(
         and config.model.pretrained
         and config.model.weights is None
     )
-    network = initial_network(config, device=torch.device("cpu"), pretrained=not from_hub)
+    network = initial_network(
+        config,
+        device=torch.device("cpu"),
+        pretrained=not from_hub,
+        centres=centres_for(config.structure, images=len(training_set.index)),
+    )
     check_sizes(network, config, torch.device("cpu"))
     module = TrainingModule(
         network,

@@ -67,14 +67,14 @@ def make_engine(module: TrainingModule, config: Config, rank: Rank) -> DeepSpeed
         metric_loss = module.objective.metric_loss
         for parameter in set(metric_loss.parameters()) - set(metric_loss.parameters(recurse=False)):
             deepspeed.zero.register_external_parameter(metric_loss, parameter)
-    optimizer = torch.optim.AdamW(_parameter_groups(module, config.optim))
+    optimizer = torch.optim.AdamW(parameter_groups(module, config.optim))
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=settings, dist_init_required=False
     )
     return engine
 
 
-def _parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
+def parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
     """AdamW's groups, each with its peak learning rate; empty ones (a loss without parameters) left
     out."""
     network = module.network

@@ -21,6 +21,7 @@ from tensorboardX.summary import scalar
 
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.phases import StepTimes
+from namr_dist.train.structure_fit import Fitted
 
 
 class RunLog:
@@ -187,6 +188,11 @@ class RunLog:
             f"step {step:>6}/{self._steps}  validation  "
             + "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
         )
+
+    def structure(self, step: int, fitted: Fitted) -> None:
+        """Centres were fitted, and γ chosen."""
+        self._line({"step": step, "structure": fitted.record, "time_s": round(self.time_s, 3)})
+        self.say(f"step {step:>6}/{self._steps}  structure   {fitted.gain}")
 
     def resumed(self, step: int, file: Path) -> None:
         """The run goes on from a checkpoint after `step` steps."""

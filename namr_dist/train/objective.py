@@ -28,6 +28,8 @@ from namr_dist.losses.rows import (
 )
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.gather import RowGather, Traffic, count_rows, for_averaged_gradients
+from namr_dist.structure.centres import ROWS_A_CENTRE
+from namr_dist.structure.recent import RecentRows
 from namr_dist.train.phases import Phases
 
 
@@ -87,6 +89,7 @@ class Objective(nn.Module):
     (its broadcast_buffers=False).
 
     classes: labels are 0..classes-1.  images_per_class: K, rows of a class in a batch.  width: D.
+    recent_rows: latest embeddings to keep, for centres that are fitted while training goes on.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Objective(nn.Module):
         classes: int,
         images_per_class: int,
         width: int,
+        recent_rows: int = 0,
         phases: Phases | None = None,
     ) -> None:
         super().__init__()
@@ -118,6 +122,7 @@ class Objective(nn.Module):
             if memory.rows
             else None
         )
+        self.recent = RecentRows(rows=recent_rows, width=width) if recent_rows else None
         self.phases = phases or Phases(torch.device("cpu"))
         self.traffic = Traffic()
 
@@ -172,6 +177,8 @@ class Objective(nn.Module):
             )
             scaled = scaled_rows(rows, batch=len(z_BD))
             losses = self._loss(scaled, z_bD, s_bD, s_BD, seed=seed, share=ranking_share)
+            if self.recent is not None and self.training:
+                self.recent.add(z_BD)
             if self.memory is None:
                 return losses
             distance, images = self.memory.moved(z_BD, index_B)
@@ -227,11 +234,13 @@ class TrainingModule(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
+        centres = network.centres
         self.objective = Objective(
             config,
             classes=classes,
             images_per_class=images_per_class,
             width=network.sample_head.out_features,
+            recent_rows=ROWS_A_CENTRE * len(centres.centres_MD) if centres else 0,
             phases=phases,
         )
 
@@ -244,13 +253,13 @@ class TrainingModule(nn.Module):
         index_b: Tensor | None = None,
         ranking_share: float = 1.0,
     ) -> StepLoss | tuple[Tensor, Tensor]:
-        """Without labels: this rank's (z, s). With labels: the loss of the global batch, the same
-        on all ranks."""
+        """Without labels: this rank's (z, s), what is searched by. With labels: the loss of the
+        global batch, the same on all ranks."""
         features_bF = self.network.features(images_bHW3)
+        if labels_b is None:
+            return self.network.embedding(features_bF)
         with self.objective.phases("heads"):
             z_bD, s_bD = self.network.heads(features_bF)
-        if labels_b is None:
-            return z_bD, s_bD
         return self.objective(
             z_bD,
             s_bD,

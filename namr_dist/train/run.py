@@ -20,7 +20,7 @@ from namr_dist.train.checkpoints.network import initial_network
 from namr_dist.train.checkpoints.policy import CheckpointPolicy
 from namr_dist.train.checkpoints.resume import hash_images
 from namr_dist.train.checkpoints.state import check_saveable, load_state, seed_generators
-from namr_dist.train.checks import check_run, check_sizes
+from namr_dist.train.checks import centres_for, check_run, check_sizes
 from namr_dist.train.engine import make_engine, start_group
 from namr_dist.train.logging import RunLog
 from namr_dist.train.mfu import device_peak, run_peak_img_per_s
@@ -113,7 +113,8 @@ def train(
         )
         finished = trainer.run(requests)
         if finished:
-            trainer.save_network(folder.final)
+            fitted = trainer.fit_structure()
+            trainer.save_network(folder.final, fitted)
         if finished and log:
             log.say(f"trained {config.optim.steps} steps in {log.time_s:.0f} s → {folder.final}")
     # A launcher ends all ranks when the first has left with a code that is not 0: that must not cut
@@ -129,7 +130,14 @@ def _training_module(
     be built."""
     share = config.data.classes_per_batch * config.data.images_per_class // rank.world_size
     pieces = math.ceil(share / (config.train.micro_batch or share))
-    network = initial_network(config, device=rank.device, pretrained=True, bf16=bf16, pieces=pieces)
+    network = initial_network(
+        config,
+        device=rank.device,
+        pretrained=True,
+        bf16=bf16,
+        pieces=pieces,
+        centres=centres_for(config.structure, images=len(training_set.index)),
+    )
     check_sizes(network, config, rank.device)
     module = TrainingModule(
         network,

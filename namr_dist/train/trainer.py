@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from namr_dist.config import Config
@@ -18,11 +19,13 @@ from namr_dist.data.read.stream import Batch, ShardImages, TrainPlan, stream
 from namr_dist.data.read.to_device import on_device
 from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.remote.prefetch import fetched_ahead
+from namr_dist.data.shardset.manifest import SplitIndex
 from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import Rank, shut_down
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
+from namr_dist.structure.centres import Centres
 from namr_dist.train.checkpoints.network import save_network
 from namr_dist.train.checkpoints.policy import CheckpointPolicy
 from namr_dist.train.embed import embed, test_transform
@@ -32,6 +35,7 @@ from namr_dist.train.phases import Phases, StepTimes, take_peak_bytes
 from namr_dist.train.profile import profiled
 from namr_dist.train.schedule import lr_factor, ranking_share
 from namr_dist.train.signals import StopRequests
+from namr_dist.train.structure_fit import Embedded, Fitted, fit_structure
 
 # DeepSpeed takes seconds to import and looks at the environment: only once that is set.
 if TYPE_CHECKING:
@@ -78,6 +82,7 @@ class Trainer:
         self._peak_lrs = [group["lr"] for group in engine.optimizer.param_groups]
         self._pending: list[_Pending] = []
         self._replaced: list[str] = []
+        self._validated: Embedded | None = None
         self._line_steps, self._line_began = 0, time.perf_counter()
 
     def run(self, requests: StopRequests) -> bool:
@@ -119,8 +124,22 @@ class Trainer:
                 return False
         return True
 
-    def save_network(self, path: Path) -> None:
-        """Write the trained network, on the first rank."""
+    def fit_structure(self) -> Fitted | None:
+        """Centres from one pass over the training images, and γ; None where the structure embedding
+        is made of weights."""
+        centres = self._engine.module.network.centres
+        if centres is None:
+            return None
+        index = self._training_set.index
+        with self._phases("structure"):
+            z_ND = self._embedded(index)
+            fitted = self._fit(centres, Embedded(z_ND=z_ND, label_N=index.label_N))
+        if self._log:
+            self._log.structure(self._config.optim.steps, fitted)
+        return fitted
+
+    def save_network(self, path: Path, fitted: Fitted | None) -> None:
+        """Write the trained network, on the first rank. fitted: what its centres came from."""
         import deepspeed
 
         network, training_set = self._engine.module.network, self._training_set
@@ -140,6 +159,7 @@ class Trainer:
                     "images": len(training_set.index),
                     "classes": training_set.classes,
                     "images_hash": training_set.manifest.hash_of(training_set.index),
+                    **({"structure": fitted.record} if fitted else {}),
                     **provenance(),
                 }
                 save_network(path, network.state_dict(), self._config, trained=trained)
@@ -262,26 +282,58 @@ class Trainer:
                 figures = self._validation_figures()
             if self._log:
                 self._log.validation(done, figures)
+            self._fit_recent(done)
+
+    def _fit_recent(self, done: int) -> None:
+        """Centres from embeddings of steps already taken, and what they are worth in validation:
+        the last fit, on all training images, replaces them."""
+        centres, recent = self._engine.module.network.centres, self._engine.module.objective.recent
+        if centres is None or done == self._config.optim.steps or not recent.full():
+            return
+        with self._phases("validation"):
+            rows = Embedded(z_ND=recent.z_RD.cpu().numpy(), label_N=np.zeros(0, dtype=np.int64))
+            fitted = self._fit(centres, rows)
+        if self._log:
+            self._log.structure(done, fitted)
+
+    def _fit(self, centres: Centres, training: Embedded) -> Fitted:
+        return fit_structure(
+            centres,
+            training,
+            self._validated,
+            gamma=self._config.structure.gamma,
+            seed=self._config.train.seed,
+            host=self._host,
+        )
 
     def _validation_figures(self) -> dict[str, float]:
         """Recall and the like, in percent, on the first rank."""
         config, manifest = self._config, self._training_set.manifest
         assert config.data.validation_split
         index = manifest.index(config.data.validation_split)
-        images = ShardImages(manifest, index, test_transform(config))
+        z_ND = self._embedded(index)
+        self._validated = Embedded(z_ND=z_ND, label_N=index.label_N, role_N=index.role_N)
+        return (
+            evaluate_sample(z_ND, index.label_N, distance=config.distance, roles_N=index.role_N)
+            if self._rank.first
+            else {}
+        )
+
+    def _embedded(self, index: SplitIndex) -> np.ndarray:
+        """z of images, unaugmented, on all ranks."""
+        config, manifest = self._config, self._training_set.manifest
+        transform = test_transform(config)
         self._engine.eval()
         z_ND, _ = embed(
             self._engine,
-            images,
+            ShardImages(manifest, index, transform, damaged=config.data.damaged_images),
             rank=self._rank,
             batch_size=self._engine.train_micro_batch_size_per_gpu(),
             workers=config.data.workers,
             timeout_s=60 * config.data.batch_minutes,
         )
         self._engine.train()
-        return (
-            evaluate_sample(z_ND, index.label_N, roles_N=index.role_N) if self._rank.first else {}
-        )
+        return z_ND
 
     def _checkpoint(self, done: int, *, stop: bool) -> None:
         """Write a checkpoint. If it fails, training goes on, unless it shall stop here: then the

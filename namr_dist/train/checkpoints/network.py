@@ -17,8 +17,11 @@ from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.run.folder import CONFIG
+from namr_dist.structure.centres import Centres
 
 _FORMAT = "namr-network/1"
+CENTRES = "centres.centres_MD"
+"""Name of the cluster centres in the network's state dict."""
 
 
 def save_network(
@@ -63,9 +66,8 @@ def load_network(
             f"{path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; it was not written "
             "by this version of namr train"
         )
-    network = initial_network(config, device=device, pretrained=False).eval()
     try:
-        network.load_state_dict(state)
+        network = network_for(state, config, device=device)
     except RuntimeError as error:
         raise InputError(
             f"{path} does not fit the run's {CONFIG} ({str(error).splitlines()[-1].strip()}); "
@@ -75,16 +77,45 @@ def load_network(
 
 
 def initial_network(
-    config: Config, *, device: torch.device, pretrained: bool, bf16: bool = False, pieces: int = 1
+    config: Config,
+    *,
+    device: torch.device,
+    pretrained: bool,
+    bf16: bool = False,
+    pieces: int = 1,
+    centres: int = 0,
 ) -> EmbeddingNetwork:
     """The network as training starts it; not `pretrained`, only its shape, to be filled from a
-    checkpoint."""
+    checkpoint. centres: how many cluster centres it has."""
     torch.manual_seed(config.train.seed)
     model = (
         config.model
         if pretrained
         else dataclasses.replace(config.model, pretrained=False, weights=None)
     )
-    return EmbeddingNetwork(model, image_size=config.data.image_size, bf16=bf16, pieces=pieces).to(
-        device
+    network = EmbeddingNetwork(
+        model,
+        image_size=config.data.image_size,
+        bf16=bf16,
+        pieces=pieces,
+        centres=Centres(
+            centres=centres,
+            width=model.width,
+            nearest=config.structure.nearest,
+            unit=config.distance == "cosine",
+        )
+        if centres
+        else None,
     )
+    return network.to(device)
+
+
+def network_for(
+    state: dict[str, torch.Tensor], config: Config, *, device: torch.device
+) -> EmbeddingNetwork:
+    """The network whose state dict this is, in eval mode and fp32. Raises RuntimeError, as
+    `load_state_dict`, where it does not fit the configuration."""
+    centres = len(state[CENTRES]) if CENTRES in state else 0
+    network = initial_network(config, device=device, pretrained=False, centres=centres).eval()
+    network.load_state_dict(state)
+    return network

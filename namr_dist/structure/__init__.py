@@ -1,0 +1,1 @@
+"""The structure embedding from cluster centres of the training embeddings."""
