@@ -2,7 +2,7 @@
 # Cars196:  sbatch slurm/train_cars.sh [--set.section.field value …]
 #
 # From the folder of the repository, or with NAMR_HOME set to it. sbatch's own options stand before the script, and win:
-#     sbatch --nodes=4 --partition=gpu slurm/train_cars.sh --set.optim.steps 20000
+#     sbatch --nodes=4 --partition=gpu slurm/train_cars.sh --set.data.classes_per_batch 96
 #     sbatch --gpus-per-node=0 slurm/train_cars.sh      # on CPUs
 #SBATCH --job-name=cars
 #SBATCH --nodes=1

@@ -2,10 +2,10 @@
 # In-Shop Clothes Retrieval:  sbatch slurm/train_inshop.sh [--set.section.field value …]
 #
 # From the folder of the repository, or with NAMR_HOME set to it. sbatch's own options stand before the script, and win:
-#     sbatch --nodes=4 --partition=gpu slurm/train_inshop.sh --set.optim.steps 20000
+#     sbatch --nodes=4 --partition=gpu slurm/train_inshop.sh --set.data.classes_per_batch 128
 #     sbatch --gpus-per-node=0 slurm/train_inshop.sh      # on CPUs
 #SBATCH --job-name=inshop
-#SBATCH --nodes=2
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32                  # of a node, for its ranks and their data workers

@@ -2,7 +2,7 @@
 # Stanford Online Products:  sbatch slurm/train_sop.sh [--set.section.field value …]
 #
 # From the folder of the repository, or with NAMR_HOME set to it. sbatch's own options stand before the script, and win:
-#     sbatch --nodes=4 --partition=gpu slurm/train_sop.sh --set.optim.steps 20000
+#     sbatch --nodes=4 --partition=gpu slurm/train_sop.sh --set.data.classes_per_batch 128
 #     sbatch --gpus-per-node=0 slurm/train_sop.sh      # on CPUs
 #SBATCH --job-name=sop
 #SBATCH --nodes=2

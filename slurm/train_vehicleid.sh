@@ -2,7 +2,7 @@
 # PKU VehicleID:  sbatch slurm/train_vehicleid.sh [--set.section.field value …]
 #
 # From the folder of the repository, or with NAMR_HOME set to it. sbatch's own options stand before the script, and win:
-#     sbatch --nodes=4 --partition=gpu slurm/train_vehicleid.sh --set.optim.steps 20000
+#     sbatch --nodes=4 --partition=gpu slurm/train_vehicleid.sh --set.data.classes_per_batch 128
 #     sbatch --gpus-per-node=0 slurm/train_vehicleid.sh      # on CPUs
 #SBATCH --job-name=vehicleid
 #SBATCH --nodes=2

@@ -10,22 +10,27 @@ from collections.abc import Callable
 
 from namr_dist.config import Config
 from namr_dist.errors import InputError
-from namr_dist.recipes.cars import cars
-from namr_dist.recipes.cub import cub
+from namr_dist.recipes.cars import cars, cars_vit_small
+from namr_dist.recipes.cub import cub, cub_vit_small
 from namr_dist.recipes.folder import folder
 from namr_dist.recipes.homeware import homeware, homeware_conv4
-from namr_dist.recipes.inshop import inshop
-from namr_dist.recipes.sop import sop
-from namr_dist.recipes.vehicleid import vehicleid
+from namr_dist.recipes.inshop import inshop, inshop_vit_small
+from namr_dist.recipes.sop import sop, sop_vit_small
+from namr_dist.recipes.vehicleid import vehicleid, vehicleid_vit_small
 
 ALL: tuple[Callable[[], Config], ...] = (
     homeware,
     homeware_conv4,
     sop,
+    sop_vit_small,
     inshop,
+    inshop_vit_small,
     cub,
+    cub_vit_small,
     cars,
+    cars_vit_small,
     vehicleid,
+    vehicleid_vit_small,
     folder,
 )
 
