@@ -5,11 +5,20 @@
 belongs to another package.
 """
 
+import csv
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+
+
+def letter_fonts() -> list[str]:
+    """The packages of the fonts that the set `letters` is drawn from, a requirement each."""
+    table = ROOT / "namr_dist/data/build/formats/letter_fonts.csv"
+    with open(table, encoding="utf-8", newline="") as file:
+        return [f"{row['package']}=={row['version']}" for row in csv.DictReader(file)]
+
 
 # Ranges say what is believed to work; constraints/ pins what was run.
 RUNTIME = [
@@ -39,6 +48,8 @@ EXTRAS = {
     "cpu": ["faiss-cpu>=1.9,<2"],
     "gpu": ["faiss-gpu>=1.15,<2"],
     "export": ONNX,
+    # Exactly these versions: the table has the hashes of their files.
+    "letters": letter_fonts(),
     "bench": ["matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3"],
     "test": [
         "pytest>=8.3",
@@ -82,6 +93,7 @@ setup(
     },
     package_data={
         "namr_dist": ["py.typed"],
+        "namr_dist.data.build.formats": ["letter_fonts.csv"],
         "namr_dist.data.homeware": ["shards/*.tar", "shards/manifest.json", "ATTRIBUTION.csv"],
         "namr_dist.results": ["templates/*.html"],
     },

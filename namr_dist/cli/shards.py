@@ -89,14 +89,15 @@ def _add_build(shard_verbs: argparse._SubParsersAction[argparse.ArgumentParser])
     build.add_argument(
         "format",
         metavar="FORMAT",
-        help="one of sop, inshop, cub, cars, vehicleid and folder, or "
+        help="one of sop, inshop, cub, cars, vehicleid, letters and folder, or "
         "module:NAME for a converter of your own, a function of SOURCE that returns a Listing",
     )
     build.add_argument(
         "source",
         type=Path,
         metavar="SOURCE",
-        help="the unpacked download; for folder, a folder of class folders or a CSV table",
+        help="the unpacked download; for folder, a folder of class folders or a CSV table; for "
+        "letters, a new folder that its pictures are drawn into",
     )
     build.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="the folder to make"

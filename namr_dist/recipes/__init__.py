@@ -15,12 +15,14 @@ from namr_dist.recipes.cub import cub, cub_vit_small
 from namr_dist.recipes.folder import folder
 from namr_dist.recipes.homeware import homeware, homeware_conv4
 from namr_dist.recipes.inshop import inshop, inshop_vit_small
+from namr_dist.recipes.letters import letters
 from namr_dist.recipes.sop import sop, sop_vit_small
 from namr_dist.recipes.vehicleid import vehicleid, vehicleid_vit_small
 
 ALL: tuple[Callable[[], Config], ...] = (
     homeware,
     homeware_conv4,
+    letters,
     sop,
     sop_vit_small,
     inshop,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from namr_dist import named_code
-from namr_dist.data.build.formats import cars, cub, folder, inshop, sop, vehicleid
+from namr_dist.data.build.formats import cars, cub, folder, inshop, letters, sop, vehicleid
 from namr_dist.data.build.listing import Listing
 from namr_dist.errors import InputError
 
@@ -17,6 +17,7 @@ CONVERTERS: dict[str, Callable[[Path], Listing]] = {
     "cub": cub.read,
     "cars": cars.read,
     "vehicleid": vehicleid.read,
+    "letters": letters.read,
     "folder": folder.read,
 }
 

@@ -97,7 +97,7 @@ def test_the_documented_converter_builds_a_set(build: Callable) -> None:
         ("no_flowers:read", "no_flowers cannot be imported"),
         (
             "sopp",
-            "FORMAT is 'sopp'; known are sop, inshop, cub, cars, vehicleid, folder, or module:NAME",
+            "FORMAT is 'sopp'; known are sop, inshop, cub, cars, vehicleid, letters, folder, or module:NAME",
         ),
     ],
 )
