@@ -77,6 +77,12 @@ def evaluate_run(
     config.check()
     rank = only_rank()
     network, trained = load_network(RunFolder(run).final, config, device=rank.device)
+    for mode in own_modes if network.centres is not None else []:
+        if mode.uses_s:
+            raise InputError(
+                f"mode {mode.name} uses weights s, but the structure embedding of {run} is made from "
+                "centres; train with --set.structure.form weights"
+            )
     manifest = open_shards(config.data.path, config.data.remote)
     split = config.data.test_split
     index = manifest.index(split)

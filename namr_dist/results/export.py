@@ -47,6 +47,7 @@ from namr_dist.results.programs import (
 from namr_dist.results.record import run_config
 from namr_dist.results.redact import shareable
 from namr_dist.run.folder import RunFolder
+from namr_dist.structure.centres import Centres
 from namr_dist.train.checkpoints.network import load_network, network_for
 from namr_dist.train.embed import test_transform
 
@@ -149,7 +150,7 @@ def export_run(
             f"the network of {run} does not give finite values for images of its test split; "
             "train it again"
         )
-    about = describe(network, config, trained)
+    about = describe(network.centres, config, trained)
     differences: dict[str, float] = {}
     with _new_folder(out) as folder:
         (folder / CONFIG).write_text(
@@ -179,7 +180,7 @@ def export_run(
     )
 
 
-def describe(network: EmbeddingNetwork, config: Config, trained: dict[str, Any]) -> dict[str, Any]:
+def describe(centres: Centres | None, config: Config, trained: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json. Of paths and URLs only the last part stays, without credentials:
     the rest is the training machine's."""
     return {
@@ -203,7 +204,7 @@ def describe(network: EmbeddingNetwork, config: Config, trained: dict[str, Any])
             "dtype": "float32",
             "width": config.model.width,
             "z": "sample embedding, not normalised",
-            **_structure_output(network, config),
+            **_structure_output(centres, config),
         },
         "distance": config.distance,
         "trained": trained,
@@ -211,8 +212,7 @@ def describe(network: EmbeddingNetwork, config: Config, trained: dict[str, Any])
     }
 
 
-def _structure_output(network: EmbeddingNetwork, config: Config) -> dict[str, Any]:
-    centres = network.centres
+def _structure_output(centres: Centres | None, config: Config) -> dict[str, Any]:
     if centres is None:
         return {"s": "structure embedding, within 1 ± delta", "delta": config.model.delta}
     return {

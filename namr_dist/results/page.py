@@ -28,7 +28,7 @@ from namr_dist.results.tables import (
     number,
     reidentification_rows,
 )
-from namr_dist.retrieval.modes import SYMMETRIC, row_name
+from namr_dist.retrieval.modes import SAMPLE, STRUCTURE, SYMMETRIC, row_name
 from namr_dist.retrieval.reidentification import METRICS
 from namr_dist.run.folder import RunFolder
 from namr_dist.text import duration
@@ -240,24 +240,32 @@ def _what_was_trained(run: RunRecord) -> str:
 
 def _structure_verdict(metrics: Mapping[str, Any], name: str, recall: float) -> Iterator[str]:
     queries = _number_in(metrics, "test_counts", "queries")
-    learnt, ones, shuffled = (
-        _number_in(metrics, "test", row_name(SYMMETRIC.name, control), name)
-        for control in ("", *SYMMETRIC.controls)
+    from_centres = STRUCTURE.name in _block(metrics, "test")
+    rows = (
+        (STRUCTURE.name, SAMPLE.name, row_name(STRUCTURE.name, "shuffled"))
+        if from_centres
+        else tuple(row_name(SYMMETRIC.name, control) for control in ("", *SYMMETRIC.controls))
     )
+    learnt, ones, shuffled = (_number_in(metrics, "test", row, name) for row in rows)
     if learnt is None or ones is None or shuffled is None or not queries:
         return
     error = math.sqrt(max(recall * (100 - recall), 0) / queries)
     gain = learnt - max(ones, shuffled)
     if gain > 2 * error:
-        verdict = "the learnt weights help the search"
+        verdict = "it helps the search"
     elif gain < -2 * error:
-        verdict = "the learnt weights harm the search"
+        verdict = "it harms the search"
     else:
         verdict = "the difference is within chance"
+    how = (
+        "Searching with the structure embedding as well, which tells how far an item lies from the "
+        "nearest cluster centres,"
+        if from_centres
+        else "Searching with the structure weights of both images (the symmetric distance)"
+    )
     yield (
-        "Searching with the learnt structure weights of both images (the symmetric distance) finds "
-        f"{learnt:.1f} %. The controls find {ones:.1f} % with every weight set to 1 and {shuffled:.1f} % "
-        f"with the weights shuffled between images; with a standard error of {error:.1f} points, {verdict}."
+        f"{how} finds {learnt:.1f} %. The controls find {ones:.1f} % without it (s = 1) and "
+        f"{shuffled:.1f} % with that of another image; with a standard error of {error:.1f} points, {verdict}."
     )
 
 

@@ -53,6 +53,8 @@ def trained(shard_set: Manifest, namr: Callable, tmp_path_factory: pytest.TempPa
         *small_run(shard_set, steps=2),
         "--set.model.backbone",
         "own_nets:Small",
+        "--set.structure.form",
+        "weights",
         "--set.evaluation.reidentification_draws",
         2,
         cwd=folder,

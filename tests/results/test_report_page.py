@@ -280,13 +280,13 @@ def test_console_table(run):
         "frozen backbone",
         "trained, sample",
         "trained, rerank",
-        "with s shuffled between images",
+        "shuffled between images",
         "trained, adaptive",
         "with s = 1 everywhere",
-        "with s shuffled between images",
+        "shuffled between images",
         "trained, symmetric",
         "with s = 1 everywhere",
-        "with s shuffled between images",
+        "shuffled between images",
         "trained, calibrated *",
     ]
     assert (

@@ -151,9 +151,10 @@ def test_evaluate_measures_every_mode_and_control():
     labels[-1] = 99
     z = (rng.standard_normal((100, 16))[labels] + rng.standard_normal((200, 16))).astype(np.float32)
     s = rng.uniform(0.5, 1.5, z.shape).astype(np.float32)
-    result = evaluate(z, s, labels, delta=DELTA, candidates=200)
+    bonus = rng.random(200)
+    result = evaluate(z, s, labels, delta=DELTA, candidates=200, bonus_N=bonus)
     test = result["test"]
-    assert list(test) == row_names(MODES) and len(test) == 10
+    assert list(test) == row_names(MODES) and len(test) == 12
     assert result["test_protocol"]["looks_at_gallery"] == ["calibrated"]
     names = {"R@1", "R@2", "R@4", "R@8", "MAP@R", "R-precision"}
     assert set(test["sample"]) == names | {"NMI", "AMI"} and set(test["rerank"]) == names
@@ -179,9 +180,9 @@ def test_evaluate_measures_every_mode_and_control():
         and test["symmetric"] != test["symmetric_shuffled"]
     )
     assert evaluate_sample(z, labels) == pytest.approx(plain)
-    again = evaluate(z, s, labels, delta=DELTA, candidates=200)
+    again = evaluate(z, s, labels, delta=DELTA, candidates=200, bonus_N=bonus)
     assert again == result
-    moved = evaluate(z, s, labels, delta=DELTA, candidates=200, seed=1)["test"]
+    moved = evaluate(z, s, labels, delta=DELTA, candidates=200, bonus_N=bonus, seed=1)["test"]
     assert (
         moved["adaptive"] == test["adaptive"]
         and moved["adaptive_shuffled"] != test["adaptive_shuffled"]
