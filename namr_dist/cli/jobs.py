@@ -140,7 +140,7 @@ def _reproduce(parsed: argparse.Namespace, overrides: list[str]) -> int:
 
     from namr_dist import recipes
     from namr_dist.cli.results import write_table
-    from namr_dist.reproduce import HOMEWARE_STEPS, describe, plan, reproduce
+    from namr_dist.reproduce.images import HOMEWARE_STEPS, describe, plan, reproduce
     from namr_dist.train.signals import EXIT_CODE
 
     ranks = max(1, torch.cuda.device_count()) if parsed.ranks is None else parsed.ranks

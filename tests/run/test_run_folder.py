@@ -21,7 +21,7 @@ NAMES = re.compile(
 ELSEWHERE = {
     ("namr_dist/data/remote/cache.py", ".lock"),
     ("namr_dist/data/staging.py", ".lock"),
-    ("namr_dist/reproduce.py", ".lock"),
+    ("namr_dist/reproduce/images.py", ".lock"),
     ("namr_dist/results/export.py", "config.json"),
     ("namr_dist/results/model_card.py", "config.json"),
     ("namr_dist/results/page.py", "report.html"),
