@@ -36,7 +36,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 def of_split(name: str, split: str) -> str:
-    """The name that METRICS or EMBEDDINGS have for another split than the one that the
+    """The name that METRICS, CLASSES or EMBEDDINGS have for another split than the one that the
     configuration tests on."""
     file = Path(name)
     return f"{file.stem}-{split}{file.suffix}"
@@ -225,9 +225,11 @@ class RunFolder:
     def _written(self) -> list[Path]:
         """What stands in the folder under the names of a run's files and folders, the configuration
         apart."""
-        names = (_CHECKPOINTS, _TENSORBOARD, LOG, METRICS, EMBEDDINGS, REPORT)
+        names = (_CHECKPOINTS, _TENSORBOARD, LOG, METRICS, CLASSES, EMBEDDINGS, REPORT)
         of_splits = [
-            path for name in (METRICS, EMBEDDINGS) for path in self.path.glob(of_split(name, "*"))
+            path
+            for name in (METRICS, CLASSES, EMBEDDINGS)
+            for path in self.path.glob(of_split(name, "*"))
         ]
         return [
             path

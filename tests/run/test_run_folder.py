@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 
 from namr_dist.errors import InputError
-from namr_dist.run.folder import EMBEDDINGS, METRICS, RunFolder, of_split, runs_in
+from namr_dist.run.folder import CLASSES, EMBEDDINGS, METRICS, RunFolder, of_split, runs_in
 
 NAMES = re.compile(
     r"config\.json|metrics[\w{}*-]*\.jsonl?|embeddings[\w{}*-]*\.safetensors|report\.html|step-[\d{}*(]|"
@@ -65,6 +65,7 @@ def test_each_name_stands_in_one_file() -> None:
         "config.json",
         "metrics.jsonl",
         "metrics.json",
+        "classes.json",
         "embeddings.safetensors",
         "report.html",
         "final.safetensors",
@@ -83,18 +84,20 @@ def test_the_names_are_those_of_the_docs(tmp_path: Path) -> None:
         run.config,
         run.log,
         run.metrics,
+        run.classes,
         run.embeddings,
         run.report,
         run.tensorboard,
         run.output,
         run.final,
         run.checkpoint(120),
-        *(tmp_path / of_split(name, "test_800") for name in (METRICS, EMBEDDINGS)),
+        *(tmp_path / of_split(name, "test_800") for name in (METRICS, CLASSES, EMBEDDINGS)),
     ]
     assert [str(path.relative_to(tmp_path)) for path in files] == [
         "config.json",
         "metrics.jsonl",
         "metrics.json",
+        "classes.json",
         "embeddings.safetensors",
         "report.html",
         "tensorboard",
@@ -102,6 +105,7 @@ def test_the_names_are_those_of_the_docs(tmp_path: Path) -> None:
         "checkpoints/final.safetensors",
         "checkpoints/step-00000120.safetensors",
         "metrics-test_800.json",
+        "classes-test_800.json",
         "embeddings-test_800.safetensors",
     ]
 
@@ -150,6 +154,8 @@ def test_overwriting_leaves_no_figures_of_the_old_network(tmp_path: Path) -> Non
         "config.json",
         "metrics.json",
         "metrics-test_800.json",
+        "classes.json",
+        "classes-test_800.json",
         "embeddings-test_800.safetensors",
         "mine.txt",
     ):
