@@ -52,29 +52,37 @@ def print_comparison(comparison: Comparison) -> None:
     """The same tables on stdout, and the runs that are in none."""
     parts: list[RenderableType] = [Text(f"Test retrieval, %, on {comparison.test}\n")]
     for grid in grids(comparison):
-        table = Table(
-            title=Text(grid.title),
-            caption=Text(grid.note),
-            title_justify="left",
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        for name in grid.labels:
-            table.add_column(Text(name), overflow="fold")
-        for name in grid.figures:
-            table.add_column(
-                Text(name), justify="right", overflow="fold", min_width=_FIGURE_COLUMNS
-            )
-        for row in grid.rows:
-            table.add_row(*map(Text, row))
-        parts += [table, Text()]
+        parts += [console_table(grid), Text()]
     parts += [Text(f"left out: {one.run}: {one.why}") for one in comparison.left_out]
+    print_wide(Group(*parts))
+
+
+def console_table(grid: Grid) -> Table:
+    """The table for a terminal."""
+    table = Table(
+        title=Text(grid.title),
+        caption=Text(grid.note),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for name in grid.labels:
+        table.add_column(Text(name), overflow="fold")
+    for name in grid.figures:
+        table.add_column(Text(name), justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
+    for row in grid.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def print_wide(content: RenderableType) -> None:
+    """Print on stdout, with whole lines where that is a file."""
     console = Console()
     if not console.is_terminal:
         console.width = _FILE_COLUMNS
-    console.print(Group(*parts))
+    console.print(content)
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:

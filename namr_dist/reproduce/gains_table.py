@@ -1,0 +1,168 @@
+"""The gains as tables: on the console, and in Markdown for the pages of this repository."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from namr_dist.reproduce.cells import FIGURES, RANKING, Cell, CellName
+from namr_dist.reproduce.gains import (
+    DRAWS,
+    LEVEL,
+    QUANTITIES,
+    Gain,
+    Interval,
+    LossGains,
+    gains,
+)
+from namr_dist.results.comparison_page import Grid, console_table, print_wide
+from namr_dist.results.tables import number
+from namr_dist.text import printable
+
+_DIGITS = 2
+_SHOWN = ("namr - alone", "structure - one", "structure - shuffled", "ranking - alone")
+_LEVEL = f"{100 * LEVEL:.0f} %"
+_NOTE = (
+    f"Test retrieval, %. ± and the first brackets: {_LEVEL} interval by Student’s t over seeds, of differences "
+    f"paired by seed; the second brackets: {_LEVEL} bootstrap interval over test classes ({DRAWS:,} draws). A "
+    "single seed has no interval over seeds."
+)
+_PROTOCOL = ("data set", "test split", "query", "steps", "batch", "trained on", "trained with")
+
+
+def grids(every: Sequence[LossGains]) -> list[Grid]:
+    """A table for each figure; then, where any loss has rivals, one of them for each."""
+    tables = [_by_loss(every, figure) for figure in FIGURES]
+    if any(one.rivals for one in every):
+        tables += [_by_rival(every, figure) for figure in FIGURES]
+    return tables
+
+
+def print_gains(every: Sequence[LossGains]) -> None:
+    """All tables on stdout."""
+    parts: list[RenderableType] = []
+    for grid in grids(every):
+        parts += [console_table(grid), Text()]
+    print_wide(Group(*parts, Text(_NOTE)))
+
+
+def markdown(cells: Sequence[Cell]) -> str:
+    """All tables of these cells, and how they were made."""
+    lines = [_protocol(cells), ""]
+    for grid in grids(gains(cells)):
+        heading = [*grid.labels, *grid.figures]
+        marks = ["---"] * len(grid.labels) + ["---:"] * len(grid.figures)
+        lines += [f"{grid.title}:", ""]
+        lines += [f"| {' | '.join(row)} |" for row in (heading, marks, *map(_escaped, grid.rows))]
+        lines.append("")
+    return "\n".join([*lines, _NOTE])
+
+
+def listed(names: Sequence[CellName]) -> str:
+    """What a grid lacks, in a line."""
+    return ", ".join(map(str, names))
+
+
+def _by_loss(every: Sequence[LossGains], figure: str) -> Grid:
+    rows = [
+        [
+            printable(one.loss),
+            _seeds(one),
+            *(_mean(one.means.get(name, {}).get(figure)) for name in QUANTITIES),
+            *(_gain(one.gains.get(name), figure) for name in _SHOWN),
+        ]
+        for one in every
+    ]
+    return Grid(
+        title=figure,
+        note="",
+        labels=["loss", "seeds"],
+        figures=[*QUANTITIES, *map(_title, _SHOWN)],
+        rows=rows,
+    )
+
+
+def _by_rival(every: Sequence[LossGains], figure: str) -> Grid:
+    rows = []
+    for one in every:
+        for name in (RANKING, *one.rivals) if one.rivals else ():
+            gain = one.gains.get(f"{name} - alone")
+            rows.append(
+                [
+                    printable(one.loss),
+                    printable(name),
+                    str(len(gain.seeds)) if gain else "0",
+                    _mean(one.means.get(name, {}).get(figure)),
+                    _gain(gain, figure),
+                ]
+            )
+    return Grid(
+        title=f"{figure}, with a simpler regulariser in place of the ranking",
+        note="",
+        labels=["loss", "regulariser", "paired seeds"],
+        figures=[figure, "− alone"],
+        rows=rows,
+    )
+
+
+def _seeds(one: LossGains) -> str:
+    """How many seeds; where networks have different ones, how many each, and how many are
+    paired."""
+    shown = {name: seeds for name, seeds in one.seeds.items() if name not in one.rivals}
+    if len(set(shown.values())) == 1:
+        return str(len(next(iter(shown.values()))))
+    paired = one.gains.get("ranking - alone")
+    counts = ", ".join(f"{len(seeds)} {name}" for name, seeds in shown.items())
+    return f"{counts}, {len(paired.seeds) if paired else 0} paired"
+
+
+def _title(difference: str) -> str:
+    side, other = difference.split(" - ")
+    return f"{side} − {'s = 1' if other == 'one' else other}"
+
+
+def _mean(of: Interval | None) -> str:
+    if of is None:
+        return number(None)
+    half = "" if of.high is None else f" ± {number(of.high - of.mean, _DIGITS)}"
+    return number(of.mean, _DIGITS) + half
+
+
+def _gain(gain: Gain | None, figure: str) -> str:
+    if gain is None:
+        return number(None)
+    seeds, classes = gain.over_seeds[figure], gain.over_classes[figure]
+    return f"{seeds.mean:+.{_DIGITS}f} {_brackets(seeds)} {_brackets(classes)}"
+
+
+def _brackets(of: Interval) -> str:
+    if of.low is None or of.high is None:
+        return f"[{number(None)}]"
+    return f"[{of.low:+.{_DIGITS}f}, {of.high:+.{_DIGITS}f}]"
+
+
+def _escaped(row: Sequence[str]) -> list[str]:
+    return [cell.replace("|", "\\|") for cell in row]
+
+
+def _protocol(cells: Sequence[Cell]) -> str:
+    """What is known of how all cells were made; of a fact in which they differ, all values."""
+    facts = [
+        f"{name}: {' / '.join(values)}"
+        for name in _PROTOCOL
+        if (
+            values := dict.fromkeys(
+                str(cell.protocol[name]) for cell in cells if name in cell.protocol
+            )
+        )
+    ]
+    seeds = sorted({cell.name.seed for cell in cells})
+    return "; ".join(
+        [
+            f"{len(cells)} networks, seeds {', '.join(map(str, seeds))}",
+            f"{len(cells[0].label_C):,} test classes, {int(cells[0].queries_C.sum()):,} queries",
+            *facts,
+        ]
+    )

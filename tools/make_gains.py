@@ -1,0 +1,57 @@
+"""Write what multi-cluster ranking and the structure embedding add into README.md and docs/*.md,
+from the finished cells of docs/results/gains-*:
+
+    namr reproduce --results docs/results/gains-images
+    namr reproduce --track features --results docs/results/gains-features
+    python tools/make_gains.py
+
+A table stands in every page that has its marks, <!-- gains-images:begin --> and <!--
+gains-images:end -->. What is missing is reported: cells of a grid that is not whole, folders, and
+marks.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from namr_dist.reproduce.cells import complete_cells, read_cells
+from namr_dist.reproduce.gains import missing
+from namr_dist.reproduce.gains_table import listed, markdown
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("gains-images", "gains-features", "gains-letters")
+
+
+def write(root: Path) -> list[str]:
+    """Replace what stands between the marks in the pages of a repository; return what is missing, a
+    line each."""
+    lacking = []
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    for name in NAMES:
+        folder = root / "docs" / "results" / name
+        cells = read_cells(complete_cells(folder))
+        where = folder.relative_to(root)
+        if not cells:
+            lacking.append(f"{where} has no finished cell; its table is left as it is")
+            continue
+        if absent := missing(cells):
+            lacking.append(f"{where} lacks {listed(absent)}")
+        content = f"{markdown(cells)} Cells: `{where}`, table by `tools/make_gains.py`."
+        marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        marks = 0
+        for page in pages:
+            text, found = marked.subn(
+                lambda match, content=content: f"{match[1]}{content}\n{match[2]}",
+                page.read_text(encoding="utf-8"),
+            )
+            if found:
+                page.write_text(text, encoding="utf-8")
+            marks += found
+        if not marks:
+            lacking.append(f"no page has the marks of {name}")
+    return lacking
+
+
+if __name__ == "__main__":
+    print("\n".join(write(ROOT)) or "all tables are written")
