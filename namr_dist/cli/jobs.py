@@ -4,15 +4,18 @@ reproduce` of many."""
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.recipes.overrides import configure, configure_quietly
-from namr_dist.run.folder import REPORT
+from namr_dist.run.folder import REPORT, runs_in
 
+_RECIPE = "homeware"
 _LONGEST_LIMIT_S = 86_400
 
 
@@ -58,16 +61,22 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     reproduce = verbs.add_parser(
         "reproduce",
         help="losses with and without multi-cluster ranking, over seeds, on this machine",
-        description="Train and evaluate a recipe with each loss, ranking weight and seed, one run at a time, then make "
-        f"one table over them (FOLDER/{REPORT}). --set… goes to all runs. The same command goes on where it was, and "
-        "keeps runs that are done. Exit code 1 if a run failed, 75 if a signal asked for an end.",
+        description="Train and evaluate a grid of networks, each loss with multi-cluster ranking and without, over "
+        "seeds, then print what the ranking and the structure embedding add, with intervals over seeds and over test "
+        "classes. The same command goes on where it was, and keeps what is done. Of images, --set… goes to all runs, "
+        f"and FOLDER/{REPORT} compares them. Exit code 1 if a run failed, 75 if a signal asked for an end.",
     )
     reproduce.add_argument(
         "recipe",
         metavar="RECIPE",
         nargs="?",
-        default="homeware",
-        help="name of a recipe (%(default)s, for more steps than its own)",
+        help=f"name of a recipe on images ({_RECIPE}, for more steps than its own)",
+    )
+    reproduce.add_argument(
+        "--track",
+        choices=("images", "features"),
+        default="images",
+        help="train whole networks on images, or heads on frozen features (%(default)s)",
     )
     reproduce.add_argument(
         "--losses",
@@ -81,21 +90,34 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         nargs="+",
         type=float,
         metavar="WEIGHT",
-        help="weights of multi-cluster ranking; 0 leaves it out (0, and the recipe's own)",
+        help="of images: weights of multi-cluster ranking, 0 to leave it out and one other (0, and the recipe's own)",
     )
     reproduce.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="(0 1 2)"
+        "--seeds", nargs="+", type=int, metavar="SEED", help="(0 1 2; with --short 0 1)"
     )
     reproduce.add_argument(
-        "--run-dir", type=Path, metavar="FOLDER", help="folder of the runs (runs/reproduce-RECIPE)"
+        "--short", action="store_true", help="few steps: shows that all of it works, and no gain"
     )
     reproduce.add_argument(
-        "--ranks", type=int, metavar="W", help="ranks of each run (one a GPU, or one)"
+        "--run-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the runs (runs/reproduce-RECIPE or runs/reproduce-features; with --short, …-short)",
     )
     reproduce.add_argument(
-        "--dry-run", action="store_true", help="print what would be done, and stop"
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="copy finished cells there, without checkpoints and this machine's folders, to be kept in a repository; "
+        "those that are there already count as done",
     )
-    reproduce.add_argument("--json", action="store_true", help="print the table as JSON")
+    reproduce.add_argument(
+        "--ranks", type=int, metavar="W", help="of images: ranks of each run (one a GPU, or one)"
+    )
+    reproduce.add_argument(
+        "--dry-run", action="store_true", help="of images: print what would be done, and stop"
+    )
+    reproduce.add_argument("--json", action="store_true", help="print the gains as JSON")
     reproduce.set_defaults(verb=_reproduce)
 
 
@@ -136,19 +158,73 @@ def _top(parsed: argparse.Namespace, _: list[str]) -> None:
 
 
 def _reproduce(parsed: argparse.Namespace, overrides: list[str]) -> int:
+    if parsed.seeds is None:
+        parsed.seeds = [0, 1] if parsed.short else [0, 1, 2]
+    if parsed.track == "features":
+        return _reproduce_features(parsed, overrides)
+    return _reproduce_images(parsed, overrides)
+
+
+def _reproduce_features(parsed: argparse.Namespace, overrides: list[str]) -> int:
+    for option, given in (
+        ("RECIPE", parsed.recipe),
+        ("--weights", parsed.weights),
+        ("--ranks", parsed.ranks),
+        ("--dry-run", parsed.dry_run),
+        ("--set…", overrides),
+    ):
+        if given:
+            raise InputError(
+                f"{option} is given, which goes with --track images alone; leave it out"
+            )
+    from namr_dist.reproduce.cells import check_results, complete_cells, copy_cell, name_of
+    from namr_dist.reproduce.features import reproduce_features
+
+    folder, results = _folder(parsed, "features"), parsed.results
+    check_results(folder, results)
+    kept = complete_cells(results) if results else []
+    there = {cell.name for cell in complete_cells(folder)}
+    for cell in kept:
+        if cell.name not in there:
+            copy_cell(cell, folder)
+    try:
+        reproduce_features(folder, losses=parsed.losses, seeds=parsed.seeds, short=parsed.short)
+    finally:
+        done = complete_cells(folder)
+        for cell in done:
+            if results and cell.name not in [one.name for one in kept]:
+                copy_cell(cell, results)
+    named = {cell: name_of(cell) for cell in done}
+    _print_gains(
+        [
+            cell
+            for cell, name in named.items()
+            if name.loss in parsed.losses and name.seed in parsed.seeds
+        ],
+        as_json=parsed.json,
+    )
+    return 0
+
+
+def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
     import torch
 
     from namr_dist import recipes
-    from namr_dist.cli.results import write_table
-    from namr_dist.reproduce.images import HOMEWARE_STEPS, describe, plan, reproduce
+    from namr_dist.reproduce.images import HOMEWARE_STEPS, SHORT, describe, plan, reproduce
     from namr_dist.train.signals import EXIT_CODE
 
+    name = parsed.recipe or _RECIPE
     ranks = max(1, torch.cuda.device_count()) if parsed.ranks is None else parsed.ranks
     if ranks < 1:
         raise InputError(f"--ranks is {ranks}; set it to at least 1")
-    if parsed.recipe == "homeware":
+    if parsed.short:
+        overrides = [*SHORT, *overrides]
+    elif name == "homeware":
         overrides = ["--set.optim.steps", str(HOMEWARE_STEPS), *overrides]
-    recipe, base = recipes.find(parsed.recipe), configure(parsed.recipe, overrides)
+    # Validation chooses nothing before the last step.
+    steps = configure(name, overrides).optim.steps
+    overrides = ["--set.train.validate_every", str(steps), *overrides]
+    recipe, base = recipes.find(name), configure(name, overrides)
     for option, field, own, given in (
         ("--losses", "loss.metric", recipe.loss.metric, base.loss.metric),
         ("--seeds", "train.seed", recipe.train.seed, base.train.seed),
@@ -162,25 +238,68 @@ def _reproduce(parsed: argparse.Namespace, overrides: list[str]) -> int:
             f"data.classes_per_batch is {base.data.classes_per_batch}, which {ranks} ranks cannot share; "
             "give another number by --ranks"
         )
-    folder = parsed.run_dir or Path("runs") / f"reproduce-{parsed.recipe}"
+    if 1 not in base.evaluation.recall_at:
+        given = " ".join(map(str, base.evaluation.recall_at))
+        raise InputError(
+            f"evaluation.recall_at is {given}, but R@1 is compared; give --set.evaluation.recall_at 1 {given}"
+        )
     weights = (
         tuple(dict.fromkeys((0.0, base.loss.ranking.weight)))
         if parsed.weights is None
         else parsed.weights
     )
+    if len([weight for weight in weights if weight]) > 1:
+        raise InputError(
+            f"--weights is {' '.join(f'{weight:g}' for weight in weights)}, of which more than one is not 0; "
+            "give one, and each other one with a --run-dir of its own"
+        )
+    folder = _folder(parsed, name)
     runs = plan(
-        parsed.recipe,
+        name,
         base,
         overrides,
         folder,
         losses=parsed.losses,
         weights=weights,
         seeds=parsed.seeds,
+        results=parsed.results,
     )
     if parsed.dry_run:
         print("\n".join(describe(runs, folder, ranks=ranks)))
         return 0
     code = reproduce(runs, folder, ranks=ranks)
-    if code != EXIT_CODE and any(run.evaluated for run in runs):
-        write_table([folder], folder / REPORT, as_json=parsed.json)
+    done = [run.cell for run in runs if run.cell]
+    if code != EXIT_CODE and done:
+        page = folder / REPORT
+        _write_page([*runs_in(folder), *(cell for cell in done if cell.parent != folder)], page)
+        _print_gains(done, as_json=parsed.json)
+        if not parsed.json:
+            print(page)
     return code
+
+
+def _folder(parsed: argparse.Namespace, name: str) -> Path:
+    """Of the runs."""
+    default = Path("runs") / f"reproduce-{name}{'-short' * parsed.short}"
+    return parsed.run_dir or default
+
+
+def _write_page(runs: Sequence[Path], page: Path) -> None:
+    """The comparison that `namr report` makes of these runs."""
+    from namr_dist.results.comparison import compare
+    from namr_dist.results.comparison_page import write_comparison
+
+    write_comparison(compare(runs), page)
+
+
+def _print_gains(cells: Sequence[Path], *, as_json: bool) -> None:
+    from namr_dist.reproduce.cells import read_cells
+    from namr_dist.reproduce.gains import as_json as gains_as_json
+    from namr_dist.reproduce.gains import gains
+    from namr_dist.reproduce.gains_table import print_gains
+
+    every = gains(read_cells(cells))
+    if as_json:
+        print(json.dumps(gains_as_json(every), indent=2))
+    else:
+        print_gains(every)

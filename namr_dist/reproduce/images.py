@@ -1,12 +1,12 @@
-"""`namr reproduce`: losses × ranking weights × seeds on this machine, one run at a time, for one
-table over them.
+"""Losses × ranking weights × seeds of a recipe on images, on this machine, one run at a time.
 
 With and without multi-cluster ranking a loss is trained for as many steps, on the same batches and
 from the same weights: all three depend on the recipe and the seed alone. Optimizer settings are the
 recipe's, for every loss.
 
 Each run is a process of `namr train --resume`, then one of `namr evaluate`. Nothing is known of
-them but what stands in their folders, so the same command goes on after whatever ended it.
+them but what stands in their folders, so the same command goes on after whatever ended it. A run
+that was evaluated is a finished cell (cells.py), also where its checkpoint is not.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from rich.progress import Progress
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.losses import registry
+from namr_dist.reproduce.cells import check_results, copy_cell, is_complete
+from namr_dist.results.redact import shareable
 from namr_dist.run.folder import RunFolder
 from namr_dist.run.state import RunReader
 from namr_dist.text import duration, transient_bar
@@ -44,6 +46,8 @@ HOMEWARE_STEPS = 450
 and pays once the metric loss begins to over-fit. Prototypes on the same products, measured on test
 classes, had no gain at 110 steps and one with all four losses at 450. The number was taken from
 them, and not searched for with this recipe."""
+SHORT = ("--set.optim.steps", "20", "--set.optim.warmup_steps", "2")
+"""What makes a recipe's runs short: they show that all of it works, and no gain."""
 
 _NAMR = [sys.executable, "-m", "namr_dist.cli"]
 _LOOK_EVERY_S = 0.2
@@ -70,6 +74,8 @@ class PlannedRun:
     config: Config
     words: tuple[str, ...]
     """of `namr train`"""
+    kept: Path | None = None
+    """Where its finished cell is copied to; it may be there already."""
 
     @property
     def files(self) -> RunFolder:
@@ -77,9 +83,14 @@ class PlannedRun:
         return RunFolder(self.folder)
 
     @property
-    def evaluated(self) -> bool:
-        """True if nothing is left to do: there are a trained network and its figures."""
-        return self.files.final.exists() and self.files.metrics.exists()
+    def cell(self) -> Path | None:
+        """The folder that holds it as a finished cell; None if something is left to do."""
+        return next((path for path in (self.folder, self.kept) if path and is_complete(path)), None)
+
+    def keep(self) -> None:
+        """Copy the finished cell to where it is kept, unless it is there."""
+        if self.kept and not is_complete(self.kept):
+            copy_cell(self.folder, self.kept.parent)
 
 
 def plan(
@@ -91,12 +102,14 @@ def plan(
     losses: Sequence[str],
     weights: Sequence[float],
     seeds: Sequence[int],
+    results: Path | None = None,
 ) -> list[PlannedRun]:
     """The runs of the grid, seed by seed, so that each seed adds to every row of the table.
 
     base: the recipe with its overrides. folder: holds a folder LOSS-WEIGHT-SEED a run, as those of
-    slurm/sweep.sh. Raises InputError if two runs are the same, or if something else is in the
-    folder.
+    slurm/sweep.sh. results: finished cells are copied there, into folders of the same names; those
+    that are there already count as done. Raises InputError if two runs are the same, or if
+    something else is in one of the folders.
     """
     runs: list[PlannedRun] = []
     for seed, weight, loss in itertools.product(seeds, weights, losses):
@@ -124,11 +137,19 @@ def plan(
         registry.find(loss)
         if run in (other.folder for other in runs):
             raise InputError(f"{run.name} is asked for twice; give each loss, weight and seed once")
-        runs.append(PlannedRun(folder=run, config=config, words=words))
+        kept = results / run.name if results else None
+        runs.append(PlannedRun(folder=run, config=config, words=words, kept=kept))
     if RunFolder(folder).config.exists():
         raise InputError(f"{folder} is the folder of one run; give another with --run-dir")
-    for there in (run for run in runs if run.files.config.exists()):
-        check_same(there.files.config, Config.load(there.files.config), there.config)
+    check_results(folder, results)
+    for there in runs:
+        if there.files.config.exists():
+            check_same(there.files.config, Config.load(there.files.config), there.config)
+        if there.kept and (copied := RunFolder(there.kept).config).exists():
+            # The copy was made without this machine's folders.
+            given = shareable(json.loads(there.config.to_json()))
+            here = Config.from_object(given, "the planned run")
+            check_same(copied, Config.load(copied), here, option="--results")
     return runs
 
 
@@ -142,7 +163,7 @@ def describe(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> list[st
 
 
 def _what_is_left(run: PlannedRun) -> str:
-    if run.evaluated:
+    if run.cell:
         return "is kept"
     if run.files.final.exists():
         return "lacks its figures"
@@ -160,6 +181,10 @@ def reproduce(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> int:
     terminal.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for results in {run.kept.parent for run in runs if run.kept}:
+        results.mkdir(
+            parents=True, exist_ok=True
+        )  # what cannot be is said now, and not after hours
     with _only_one(folder) as lock, _noted_signals() as noted, transient_bar() as bar:
         _say(bar, _summary(runs, folder, ranks=ranks))
         grid = _Grid(lock, noted, bar, total=len(runs))
@@ -168,10 +193,11 @@ def reproduce(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> int:
         for number, run in enumerate(runs, start=1):
             began, said = time.monotonic(), "kept"
             try:
-                if not run.evaluated:
+                if not run.cell:
                     grid.train_and_evaluate(run, ranks, done=number - 1)
                     took_s.append(time.monotonic() - began)
                     said = duration(took_s[-1]) + _figures(run)
+                run.keep()
             except _FailedError as error:
                 said = f"FAILED: {error}"
                 failed.append(run.folder.name)
@@ -182,7 +208,7 @@ def reproduce(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> int:
                     f"report {folder}` shows what is there",
                 )
                 return EXIT_CODE
-            left = sum(not other.evaluated for other in runs[number:])
+            left = sum(not other.cell for other in runs[number:])
             rest = (
                 f"; {left} left, about {duration(left * sum(took_s) / len(took_s))}"
                 if left and took_s
@@ -317,7 +343,7 @@ def _say(bar: Progress, text: str) -> None:
 
 
 def _summary(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> str:
-    kept = sum(run.evaluated for run in runs)
+    kept = sum(bool(run.cell) for run in runs)
     return (
         f"{runs[0].words[0]} → {folder}: {len(runs)} runs of {runs[0].config.optim.steps:,} steps on {ranks} "
         f"rank(s), {kept} of them there already"

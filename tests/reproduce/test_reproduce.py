@@ -1,18 +1,22 @@
 """`namr reproduce` on real runs: kill -9, a signal and a loss that fails on the way to one table,
-which is what metrics.json of its runs says."""
+which is what metrics.json of its runs says; and cells that are done wherever they lie."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cells import write_cell
 from conftest import ENVIRONMENT, alive
 from training_runs import entries
 
@@ -151,19 +155,19 @@ def test_a_grid_that_was_killed_ends_in_the_table_of_its_runs(
     assert steps_of(first) == steps_of(folder / "triplet-2-0") == list(range(1, STEPS + 1))
 
     rows = [
-        line.split()
-        for line in done.stdout.split("What multi")[0].splitlines()
-        if line.split()[:1] in (["0"], ["2"])
+        words for line in done.stdout.splitlines() if (words := line.split())[:1] == ["triplet"]
     ]
-    measured = {
-        weight: json.loads((folder / f"triplet-{weight}-0" / "metrics.json").read_text())["test"][
-            "sample"
+    for row, figure in zip(rows, ("R@1", "MAP@R"), strict=True):
+        without, with_ranking = (
+            json.loads((folder / f"triplet-{weight}-0" / "metrics.json").read_text())["test"]
+            for weight in "02"
+        )
+        shown = [without["sample"], with_ranking["sample"]]
+        shown += [without["structure"], with_ranking["structure"]]
+        assert row[1] == "1"  # seed
+        assert [float(cell) for cell in row[2:6]] == [
+            pytest.approx(one[figure], abs=0.006) for one in shown
         ]
-        for weight in "02"
-    }
-    assert [row[0] for row in rows] == ["0", "2"]
-    for weight, _, recall, *_ in rows:
-        assert float(recall) == pytest.approx(measured[weight]["R@1"], abs=0.006)
     assert (
         done.stdout.splitlines()[-1] == str(folder / "report.html")
         and (folder / "report.html").exists()
@@ -196,18 +200,103 @@ def test_runs_that_are_done_are_kept(
     said = capfd.readouterr()
     assert "2 runs of 30 steps on 1 rank(s), 2 of them there already" in said.err
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) > 10
-    table = json.loads(said.out)
-    measured = [
-        json.loads((folder / f"triplet-{weight}-0" / "metrics.json").read_text())["test"]["sample"]
+    told = json.loads(said.out)
+    assert list(told) == ["triplet"]
+    without, with_ranking = (
+        json.loads((folder / f"triplet-{weight}-0" / "metrics.json").read_text())["test"]
         for weight in "02"
-    ]
-    assert [one["figures"]["sample"]["MAP@R"]["mean"] for one in table["settings"]] == [
-        pytest.approx(one["MAP@R"]) for one in measured
-    ]
-    [difference] = table["differences"]
-    assert difference["paired"] and difference["gains"]["R@1"]["mean"] == pytest.approx(
-        measured[1]["R@1"] - measured[0]["R@1"]
     )
+    means = {
+        "alone": without["sample"],
+        "ranking": with_ranking["sample"],
+        "structure": without["structure"],
+        "namr": with_ranking["structure"],
+    }
+    assert list(told["triplet"]) == [*means, "gain", "gain over classes"]
+    for name, figures in means.items():
+        assert told["triplet"][name] == {
+            figure: [pytest.approx(figures[figure]), None, None] for figure in ("R@1", "MAP@R")
+        }
+    assert list(told["triplet"]["gain"]) == [
+        "namr - alone",
+        "ranking - alone",
+        "structure - one",
+        "structure - shuffled",
+        "namr - ranking",
+        "namr - shuffled",
+    ]
+    assert told["triplet"]["gain"].keys() == told["triplet"]["gain over classes"].keys()
+    assert told["triplet"]["gain"]["ranking - alone"]["R@1"] == [
+        pytest.approx(with_ranking["sample"]["R@1"] - without["sample"]["R@1"]),
+        None,
+        None,
+    ]
+    mean, low, high = told["triplet"]["gain over classes"]["structure - shuffled"]["MAP@R"]
+    assert low <= mean <= high
+
+
+CELL = {"cell.json", "classes.json", "config.json", "metrics.json", "metrics.jsonl"}
+
+
+def test_finished_cells_are_copied_without_places_and_are_done_anywhere(
+    grid: tuple[Path, list[str]],
+    tmp_path: Path,
+    shard_set: Manifest,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder, words = grid
+    results = tmp_path / "results"
+    assert main([*words, "--losses", "triplet", "--results", str(results), "--json"]) == 0
+    first = json.loads(capfd.readouterr().out)
+    assert {path.name for path in results.iterdir()} == {"triplet-0-0", "triplet-2-0"}
+    for cell in results.iterdir():
+        assert {path.name for path in cell.iterdir()} == CELL
+        content = "".join(path.read_text() for path in cell.iterdir())
+        for place in (str(folder), str(shard_set.folder.parent), str(Path.home())):
+            assert place not in content
+        assert "slowest_host" not in content and f'"{socket.gethostname()}"' not in content
+        assert steps_of(cell) == steps_of(folder / cell.name)
+        for name in ("metrics.json", "classes.json"):
+            assert (cell / name).read_bytes() == (folder / cell.name / name).read_bytes()
+
+    # A copy that was cut short is made again, and one that is whole is left alone.
+    (results / "triplet-0-0" / "metrics.json").unlink()
+    before = (results / "triplet-2-0" / "metrics.json").stat().st_mtime_ns
+    assert main([*words, "--losses", "triplet", "--results", str(results), "--json"]) == 0
+    assert (results / "triplet-0-0" / "metrics.json").exists()
+    assert (results / "triplet-2-0" / "metrics.json").stat().st_mtime_ns == before
+    capfd.readouterr()
+
+    # Each is copied before the next is looked at: here, before the next one fails.
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "triplet-2-0").touch()
+    assert main([*words, "--losses", "triplet", "--results", str(blocked)]) != 0
+    assert {path.name for path in (blocked / "triplet-0-0").iterdir()} == CELL
+    capfd.readouterr()
+
+    # Elsewhere, with nothing but these files, nothing is left to do.
+    clean = command(shard_set, tmp_path / "clean", "--losses", "triplet", "--seeds", "0")
+    assert main([*clean, "--results", str(results), "--json"]) == 0
+    said = capfd.readouterr()
+    assert "2 of them there already" in said.err and json.loads(said.out) == first
+    assert not list((tmp_path / "clean").glob("triplet-*"))
+    assert (tmp_path / "clean" / "report.html").exists()
+    shutil.copytree(results / "triplet-0-0", tmp_path / "clean" / "triplet-0-0")
+    assert main([*clean, "--dry-run"]) == 0
+    rows = [line.split()[:2] for line in capfd.readouterr().out.splitlines()[1:]]
+    assert rows == [["triplet-0-0", "is"], ["triplet-2-0", "begins"]]
+
+    # Its figures of each class are part of it.
+    (tmp_path / "clean" / "triplet-0-0" / "classes.json").unlink()
+    assert main([*clean, "--dry-run"]) == 0
+    assert "1 of them" not in capfd.readouterr().out.splitlines()[0]
+
+    other = [*words, "--results", str(results), "--run-dir", str(tmp_path / "other")]
+    assert main([*other, "--set.optim.head_lr", "0.5"]) == 2
+    error = capfd.readouterr().err
+    assert "triplet-0-0/config.json belongs to another run: optim.head_lr is 0.5" in error
+    assert "another folder with --results" in error and not (tmp_path / "other").exists()
 
 
 def test_other_settings_than_those_of_the_runs_there_are_refused_before_any_starts(
@@ -237,8 +326,8 @@ def test_the_dry_run_names_every_run_and_writes_nothing(
         for loss in ("triplet", "margin", "multi_similarity", "proxy_anchor")
     ]
     assert rows[-1].endswith(
-        "--set.optim.steps 450 --set.loss.metric proxy_anchor --set.loss.ranking.weight 2.0 "
-        "--set.train.seed 2"
+        "--set.train.validate_every 450 --set.optim.steps 450 --set.loss.metric proxy_anchor "
+        "--set.loss.ranking.weight 2.0 --set.train.seed 2"
     )
     assert (
         main(
@@ -269,12 +358,69 @@ def test_the_dry_run_names_every_run_and_writes_nothing(
     )
 
 
+def test_a_short_grid_has_few_steps_two_seeds_and_a_folder_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["reproduce", "--short", "--dry-run", "--ranks", "1", "--set.train.validate_every", "7"]
+    assert main(words) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert "→ runs/reproduce-homeware-short: 16 runs of 20 steps" in head and len(rows) == 16
+    # The command line's own settings come later, so they hold.
+    assert (
+        "--set.train.validate_every 20 --set.optim.steps 20 --set.optim.warmup_steps 2 "
+        "--set.train.validate_every 7 --set.loss" in rows[0]
+    )
+
+
+def test_cells_of_the_features_track_are_kept_and_printed_in_the_same_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What trains them is replaced: it only leaves cells, and those that are there already are
+    there before it begins."""
+    met: list[set[str]] = []
+
+    def reproduce_features(
+        folder: Path, *, losses: list[str], seeds: list[int], short: bool
+    ) -> None:
+        assert (losses, seeds, short) == (["margin"], [0, 1], True)
+        met.append({path.name for path in folder.glob("*-*")})
+        for variant, seed in ((one, seed) for one in ("alone", "early_stop") for seed in seeds):
+            if f"margin-{variant}-{seed}" not in met[-1]:
+                write_cell(
+                    folder / f"margin-{variant}-{seed}", loss="margin", variant=variant, seed=seed
+                )
+
+    stand_in = types.ModuleType("namr_dist.reproduce.features")
+    stand_in.reproduce_features = reproduce_features  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    words = ["reproduce", "--track", "features", "--short", "--losses", "margin", "--json"]
+    words += ["--results", str(tmp_path / "results"), "--run-dir"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told["margin"]) == [
+        "alone",
+        "structure",
+        "early_stop",
+        "gain",
+        "gain over classes",
+    ]
+    assert "early_stop - alone" in told["margin"]["gain"]
+    assert main([*words, str(tmp_path / "two")]) == 0
+    assert met[0] == set() and len(met[1]) == 4
+    assert json.loads(capsys.readouterr().out) == told
+    assert main([*words, str(tmp_path / "two"), "--set.optim.steps", "3"]) == 2
+    assert "--set… is given, which goes with --track images" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, told",
     [
+        (["--weights", "0", "1", "2"], "--weights is 0 1 2, of which more than one is not 0"),
         (["--seeds", "1", "1"], "triplet-0-1 is asked for twice"),
         (["--set.loss.metric", "margin"], "give --losses margin"),
         (["--set.train.seed", "4"], "give --seeds 4"),
+        (["--set.evaluation.recall_at", "2", "4"], "give --set.evaluation.recall_at 1 2 4"),
         (["--ranks", "0"], "--ranks is 0"),
         (["--ranks", "3"], "which 3 ranks cannot share"),
     ],

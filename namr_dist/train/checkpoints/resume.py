@@ -109,9 +109,9 @@ def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
     return Start(goes_on=True, warnings=tuple(warnings))
 
 
-def check_same(path: Path, there: Config, here: Config) -> None:
+def check_same(path: Path, there: Config, here: Config, *, option: str = "--run-dir") -> None:
     """Raise InputError, naming the file `path` and the fields, if two configurations do not make
-    the same run."""
+    the same run. option: gives another folder."""
     before, now = _fields(dataclasses.asdict(there)), _fields(dataclasses.asdict(here))
     changed = [
         f"{name} is {now[name]}, there {printable(str(before[name]))}"
@@ -121,7 +121,7 @@ def check_same(path: Path, there: Config, here: Config) -> None:
     if changed:
         raise InputError(
             f"{path} belongs to another run: {'; '.join(changed)}; give its settings, or another folder "
-            "with --run-dir"
+            f"with {option}"
         )
 
 
