@@ -218,7 +218,7 @@ class StructureConfig:
     NASA's, one positive weight for each dimension of z."""
     centres: Annotated[int | None, at_least(1)] = None
     """M: cluster centres; None: a quarter as many as training images, at most 512."""
-    nearest: Annotated[int, at_least(1)] = 5
+    nearest: Annotated[int, at_least(1)] = 10
     """k: an image's ρ is the mean squared distance to its k nearest centres."""
     gamma: Annotated[float | None, at_least(0)] = None
     """γ: γ ρ is subtracted from an item's squared distances; 0 is the plain search. None: chosen by

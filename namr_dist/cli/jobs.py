@@ -70,7 +70,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "recipe",
         metavar="RECIPE",
         nargs="?",
-        help=f"name of a recipe on images ({_RECIPE}, for more steps than its own)",
+        help=f"name of a recipe ({_RECIPE}, for more steps than its own)",
     )
     reproduce.add_argument(
         "--track",
@@ -93,7 +93,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="of images: weights of multi-cluster ranking, 0 to leave it out and one other (0, and the recipe's own)",
     )
     reproduce.add_argument(
-        "--seeds", nargs="+", type=int, metavar="SEED", help="(0 1 2; with --short 0 1)"
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help="(0 1 2; of features 0 to 9; with --short 0 1)",
+    )
+    reproduce.add_argument(
+        "--rivals",
+        action="store_true",
+        help="of features: the simplest things that could do what multi-cluster ranking does, too",
     )
     reproduce.add_argument(
         "--short", action="store_true", help="few steps: shows that all of it works, and no gain"
@@ -159,7 +168,8 @@ def _top(parsed: argparse.Namespace, _: list[str]) -> None:
 
 def _reproduce(parsed: argparse.Namespace, overrides: list[str]) -> int:
     if parsed.seeds is None:
-        parsed.seeds = [0, 1] if parsed.short else [0, 1, 2]
+        whole = range(10) if parsed.track == "features" else range(3)
+        parsed.seeds = [0, 1] if parsed.short else list(whole)
     if parsed.track == "features":
         return _reproduce_features(parsed, overrides)
     return _reproduce_images(parsed, overrides)
@@ -167,20 +177,41 @@ def _reproduce(parsed: argparse.Namespace, overrides: list[str]) -> int:
 
 def _reproduce_features(parsed: argparse.Namespace, overrides: list[str]) -> int:
     for option, given in (
-        ("RECIPE", parsed.recipe),
         ("--weights", parsed.weights),
         ("--ranks", parsed.ranks),
         ("--dry-run", parsed.dry_run),
-        ("--set…", overrides),
     ):
         if given:
             raise InputError(
                 f"{option} is given, which goes with --track images alone; leave it out"
             )
-    from namr_dist.reproduce.cells import check_results, complete_cells, copy_cell, name_of
-    from namr_dist.reproduce.features import reproduce_features
+    from namr_dist.reproduce.cells import (
+        ALONE,
+        RANKING,
+        check_results,
+        complete_cells,
+        copy_cell,
+        name_of,
+    )
+    from namr_dist.reproduce.features import (
+        RIVALS,
+        SHORT_STEPS,
+        SHORT_VIEWS,
+        STEPS,
+        VIEWS,
+        reproduce_features,
+    )
 
-    folder, results = _folder(parsed, "features"), parsed.results
+    name = parsed.recipe or _RECIPE
+    steps, views = (SHORT_STEPS, SHORT_VIEWS) if parsed.short else (STEPS, VIEWS)
+    base = configure(name, ["--set.optim.steps", str(steps), *overrides])
+    if base.data.validation_split is None:
+        raise InputError(
+            f"recipe {name} has no validation split, by which this track chooses γ; name one by "
+            "--set.data.validation_split"
+        )
+    variants = (ALONE, RANKING, *(RIVALS if parsed.rivals else ()))
+    folder, results = _folder(parsed, f"{name}-features"), parsed.results
     check_results(folder, results)
     kept = complete_cells(results) if results else []
     there = {cell.name for cell in complete_cells(folder)}
@@ -188,7 +219,14 @@ def _reproduce_features(parsed: argparse.Namespace, overrides: list[str]) -> int
         if cell.name not in there:
             copy_cell(cell, folder)
     try:
-        reproduce_features(folder, losses=parsed.losses, seeds=parsed.seeds, short=parsed.short)
+        reproduce_features(
+            base,
+            folder,
+            losses=parsed.losses,
+            seeds=parsed.seeds,
+            variants=variants,
+            views=views,
+        )
     finally:
         done = complete_cells(folder)
         for cell in done:

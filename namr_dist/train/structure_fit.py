@@ -18,7 +18,7 @@ from namr_dist.structure.centres import HEAD_ROOM, Centres
 
 GAMMAS = (0.0, 0.15, 0.25, 0.4, 0.5, 0.75, 1.0)
 """From which γ is chosen; 0 is the plain search, so a choice is never worse where it is made."""
-DEFAULT_GAMMA = 0.25
+DEFAULT_GAMMA = 0.4
 _CHOOSES = "MAP@R"
 _EVERY = 10
 _FEWEST_HELD_OUT = 5
