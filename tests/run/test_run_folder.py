@@ -14,7 +14,8 @@ from namr_dist.errors import InputError
 from namr_dist.run.folder import CLASSES, EMBEDDINGS, METRICS, RunFolder, of_split, runs_in
 
 NAMES = re.compile(
-    r"config\.json|metrics[\w{}*-]*\.jsonl?|embeddings[\w{}*-]*\.safetensors|report\.html|step-[\d{}*(]|"
+    r"config\.json|metrics[\w{}*-]*\.jsonl?|classes[\w{}*-]*\.json|"
+    r"embeddings[\w{}*-]*\.safetensors|report\.html|step-[\d{}*(]|"
     r"final\.safetensors|^\.lock$|^\.writable$|log\.txt|^checkpoints$|^tensorboard$|checkpoints/|tensorboard/"
 )
 """As they stand in a string; {} is where an f-string puts a value."""
