@@ -1,4 +1,4 @@
-"""Nearest centres beside plain PyTorch and torch.compile, by
+"""Nearest centres compared with plain PyTorch and torch.compile, by
 `python -m namr_dist.kernels.bench.nearest`.
 
 A module of its own, for the op is no loss: its data are N rows and M centres, without labels, and
@@ -7,7 +7,8 @@ moved a little, as in a later iteration of k-means.  All run in one process, tur
 (measure.py), after each has shown that it computes the same on CHECKED rows as the definition in
 float64: squared distances to a share of 1e-4 (a matrix form cancels), gradients to 1e-3.  Peak
 memory is that of one forward and backward pass in a process of its own, gradients included, inputs
-not (memory.py).
+not (memory.py).  On a CPU milliseconds are processor time, summed over threads: what else the
+machine does then counts little.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import csv
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from .. import nearest, reference
 from .machine import describe
-from .measure import Stopwatch, affordable, spread
+from .measure import Stopwatch, Timing, affordable, spread
 from .memory import cuda_peak_mib, resident_peak_mib
 
 CHECKED = 256
@@ -38,6 +40,7 @@ COLUMNS = ("device", "platform", "torch", "triton", "commit", "dtype", "provider
            "samples", "median_ms", "p20_ms", "p80_ms", "ratio_to_ours", "product_ms", "peak_extra_mib",
            "distance_error", "gradient_error")  # fmt: skip
 
+Leaves = tuple[Tensor, Tensor]
 Form = Callable[[Tensor, Tensor, int], Tensor]
 """(z_ND, centres_MD, k) -> the squared distances (N, k)."""
 
@@ -99,7 +102,20 @@ class Case:
         return z_ND.to(dtype).requires_grad_(), centres_MD.to(dtype).requires_grad_()
 
 
-def run_pass(form: Form, leaves: Sequence[Tensor], k: int, part: str) -> None:
+class ProcessorClock(Stopwatch):
+    """A stopwatch that on a CPU reads the processor time of this process."""
+
+    def __call__(self, call: Callable[[], object]) -> Timing:
+        """The time of one call."""
+        if self.cuda:
+            return super().__call__(call)
+        began = time.process_time()
+        call()
+        spent_ms = 1000 * (time.process_time() - began)
+        return Timing(spent_ms, spent_ms)
+
+
+def run_pass(form: Form, leaves: Leaves, k: int, part: str) -> None:
     """One pass; gradients of a mean are dropped."""
     if part == "forward":
         with torch.no_grad():
@@ -111,7 +127,7 @@ def run_pass(form: Form, leaves: Sequence[Tensor], k: int, part: str) -> None:
 def errors(form: Form, case: Case) -> tuple[float, float]:
     """Largest relative error of a squared distance, and of a gradient over its largest entry."""
     z_ND, centres_MD = (leaf.detach() for leaf in case.data())
-    leaves = [z_ND[:CHECKED].clone().requires_grad_(), centres_MD.clone().requires_grad_()]
+    leaves = z_ND[:CHECKED].clone().requires_grad_(), centres_MD.clone().requires_grad_()
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     squared_NK = form(*leaves, case.k)
     wanted_NK, _ = reference.nearest_centres(*exact, k=case.k)
@@ -153,7 +169,7 @@ def measure(
     for name, (distance_error, gradient_error) in found.items():
         if not (distance_error <= 1e-4 and gradient_error <= 1e-3):
             raise RuntimeError(f"{name} does not agree: {distance_error:.1e}, {gradient_error:.1e}")
-    leaves, watch = case.data(), Stopwatch(torch.device(case.device))
+    leaves, watch = case.data(), ProcessorClock(torch.device(case.device))
     times: dict[tuple[str, str], list[float]] = {
         (name, part): [] for name in forms for part in PASSES
     }
