@@ -213,9 +213,10 @@ class RankingConfig:
 class StructureConfig:
     """The structure embedding: what beside the sample embedding an image is searched by."""
 
-    form: Literal["centres", "weights"] = "centres"
-    """centres: where an image lies among M cluster centres of the training embeddings. weights:
-    NASA's, one positive weight for each dimension of z."""
+    form: Literal["centres", "learnt", "weights"] = "centres"
+    """centres: where an image lies among M cluster centres of the training embeddings. learnt: the
+    same with centres that are trained with the embeddings. weights: NASA's, one positive weight for
+    each dimension of z."""
     centres: Annotated[int | None, at_least(1)] = None
     """M: cluster centres; None: a quarter as many as training images, at most 512."""
     nearest: Annotated[int, at_least(1)] = 10
@@ -223,7 +224,28 @@ class StructureConfig:
     gamma: Annotated[float | None, at_least(0)] = None
     """γ: γ ρ is subtracted from an item's squared distances; 0 is the plain search. None: chosen by
     MAP@R on the validation classes, or, without any, on a tenth of the training classes held out
-    from the centres."""
+    from the centres; no class can be held out from learnt ones, which then take 0.25."""
+    objective: Literal["soft_k_means", "views", "ranking"] = "soft_k_means"
+    """What learnt centres minimise. soft_k_means: a row's mean squared distance to them, by soft
+    assignment. views: how differently two views of an image order them; needs data.views. ranking:
+    multi-cluster ranking of a row's distances to its k nearest, with the thresholds of
+    loss.ranking."""
+    weight: Annotated[float, above_up_to(0, 1e6)] = 1.0
+    """Of that loss beside the others. The centres have an optimizer of their own rate
+    (optim.loss_lr), to which it makes next to no difference: it is what `pull` is a share of."""
+    pull: Annotated[float, at_least(0)] = 0.0
+    """Share of its gradient that reaches z; 0: learnt centres follow z and do not change it."""
+    sharpness: Annotated[float, above_up_to(0, 1e6)] = 20.0
+    """κ: soft assignment is a softmax of -κ times squared distances, whose unit is the squared mean
+    pairwise distance of the batch."""
+
+    def check(self, *, views: int) -> None:
+        """Raise InputError for settings that do not go together."""
+        if self.form == "learnt" and self.objective == "views" and views < 2:
+            raise InputError(
+                f"structure.objective views compares views of an image, and data.views is {views}; set "
+                "that to at least 2, or structure.objective to another"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,9 +294,9 @@ class OptimConfig:
     head_lr: Annotated[float, at_least(0)] = 1e-4
     """Learning rate of the two heads at its peak."""
     loss_lr: Annotated[float, at_least(0)] = 1e-2
-    """Learning rate of a loss's own parameters (proxies, β) at its peak."""
+    """Learning rate of a loss's own parameters (proxies, β, learnt centres) at its peak."""
     weight_decay: Annotated[float, at_least(0)] = 1e-4
-    """AdamW's decay of weight matrices; biases, norms, proxies and β have none."""
+    """AdamW's decay of weight matrices; biases, norms and a loss's own parameters have none."""
     schedule: Literal["cosine", "step"] = "cosine"
     """After the warm-up: down to 0 by a half cosine, or down by `step_factor` at each of
     `step_at`."""
@@ -418,6 +440,7 @@ class Config:
         self.data.check()
         self.model.check()
         self.loss.check()
+        self.structure.check(views=self.data.views)
         self.optim.check()
         self.evaluation.check()
         memory, steps = self.loss.memory, self.optim.steps

@@ -255,8 +255,9 @@ def _describe(reidentified: dict) -> str:
 def _structure(fitted: dict[str, Any] | None) -> str:
     if not fitted:
         return "a weight for each dimension"
+    made = "learnt with" if fitted["learnt"] else "of"
     return (
-        f"{fitted['centres']} centres of the training embeddings, k = {fitted['nearest']}, "
+        f"{fitted['centres']} centres {made} the training embeddings, k = {fitted['nearest']}, "
         f"γ = {fitted['gamma']:g} ({fitted['chosen on']})"
     )
 

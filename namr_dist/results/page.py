@@ -274,6 +274,7 @@ def _charts(run: RunRecord) -> Iterator[Chart]:
     panels = [
         ("metric_loss", "Metric loss", "c0"),
         ("ranking_loss", "Multi-cluster ranking loss", "c1"),
+        ("structure_loss", "Loss of the learnt centres", "c2"),
     ]
     if not any(key in entry for entry in run.steps for key, _, _ in panels):
         panels = [("loss", "Training loss", "c0")]

@@ -53,6 +53,7 @@ def dry_run(
         config.loss,
         classes=training_set.classes,
         images_per_class=config.data.images_per_class,
+        structure=config.structure,
     )
     check_saveable(module)
     check_profile(config)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from namr_dist.config import Config, OptimConfig
 from namr_dist.parallel.ranks import Rank
@@ -83,6 +84,7 @@ def parameter_groups(module: TrainingModule, config: OptimConfig) -> list[dict]:
         (network.sample_head, config.head_lr, True),
         (network.structure_head, config.head_lr, True),
         (module.objective.metric_loss, config.loss_lr, False),
+        (module.objective.structure_loss or nn.Module(), config.loss_lr, False),
     )
     groups = []
     for part, peak, may_decay in parts:

@@ -162,9 +162,14 @@ class RunLog:
         if self._bar:
             return
         latest = self._latest
+        parts = ", ".join(
+            f"{part} {latest[f'{part}_loss']:.4f}"
+            for part in ("metric", "ranking", "structure")
+            if f"{part}_loss" in latest
+        )
         line = (
             f"step {step:>6}/{self._steps}  epoch {latest['epoch']:>3}  {self.time_s:>5.0f} s  "
-            f"loss {latest['loss']:.4f} (metric {latest['metric_loss']:.4f}, ranking {latest['ranking_loss']:.4f})"
+            f"loss {latest['loss']:.4f} ({parts})"
             f"  lr {latest['lr']:.1e}{self._speed}  {spent(times.mean_s, step_s=images / img_per_s)}"
         )
         if len(self._hosts) > 1:

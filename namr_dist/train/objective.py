@@ -1,5 +1,5 @@
-"""What is minimised: the metric loss on z plus λ times multi-cluster ranking on (z, s), over the
-global batch.
+"""What is minimised: the metric loss on z plus λ times multi-cluster ranking on (z, s), and the
+loss of learnt centres where there are some, over the global batch.
 
 Shapes: b rows of one rank, B rows of all ranks, N candidates, D width, W ranks. Formulas:
 docs/algorithm.md.
@@ -8,13 +8,15 @@ docs/algorithm.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from namr_dist.config import LossConfig
+from namr_dist.config import LossConfig, StructureConfig
 from namr_dist.losses import registry
+from namr_dist.losses.centres import LearntCentres
 from namr_dist.losses.memory import CrossBatchMemory
 from namr_dist.losses.multi_cluster import MultiClusterRankingRows
 from namr_dist.losses.plain import PlainRows
@@ -28,7 +30,7 @@ from namr_dist.losses.rows import (
 )
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.gather import RowGather, Traffic, count_rows, for_averaged_gradients
-from namr_dist.structure.centres import ROWS_A_CENTRE
+from namr_dist.structure.centres import ROWS_A_CENTRE, Centres
 from namr_dist.structure.recent import RecentRows
 from namr_dist.train.phases import Phases
 
@@ -43,6 +45,8 @@ class StepLoss(NamedTuple):
     total: Tensor
     metric: Tensor
     ranking: Tensor
+    structure: Tensor
+    """Of learnt centres; 0 without them."""
     drift: Tensor
     """How far the batch's images have moved since the memory took them, in units of the mean
     pairwise distance: a mean over those that it holds."""
@@ -73,9 +77,32 @@ def build_metric_loss(
     return loss
 
 
+def build_structure_loss(
+    structure: StructureConfig, loss: LossConfig, *, centres: Centres
+) -> LearntCentres | None:
+    """The loss of learnt centres, which are as many as `centres` and searched as these are; None
+    for another form of the structure embedding."""
+    if structure.form != "learnt":
+        return None
+    M, D = centres.centres_MD.shape
+    return LearntCentres(
+        centres=M,
+        width=D,
+        unit=centres.unit,
+        objective=structure.objective,
+        pull=structure.pull,
+        sharpness=structure.sharpness,
+        nearest=centres.nearest,
+        clusters=loss.ranking.clusters,
+        spread=loss.ranking.spread,
+        floor=loss.ranking.floor,
+        rank_sharpness=loss.ranking.sharpness,
+    )
+
+
 class Objective(nn.Module):
     """The loss of the global batch from one rank's embeddings: metric loss + λ · multi-cluster
-    ranking.
+    ranking, and `structure_weight` times the loss of learnt centres, if there are some.
 
     Every rank calls it with its own rows and gets the same loss. Its backward pass gives the rank
     the whole gradient of its own rows, as anchors and as candidates of all others, and sends
@@ -90,6 +117,7 @@ class Objective(nn.Module):
 
     classes: labels are 0..classes-1.  images_per_class: K, rows of a class in a batch.  width: D.
     recent_rows: latest embeddings to keep, for centres that are fitted while training goes on.
+    structure_loss: learnt centres.
     """
 
     def __init__(
@@ -100,6 +128,8 @@ class Objective(nn.Module):
         images_per_class: int,
         width: int,
         recent_rows: int = 0,
+        structure_loss: LearntCentres | None = None,
+        structure_weight: float = 1.0,
         phases: Phases | None = None,
     ) -> None:
         super().__init__()
@@ -116,6 +146,8 @@ class Objective(nn.Module):
             geometry=ranking.geometry,
         )
         self.ranking_weight = ranking.weight
+        self.structure_loss = structure_loss
+        self.structure_weight = structure_weight
         memory = config.memory
         self.memory = (
             CrossBatchMemory(rows=memory.rows, width=width, start_step=memory.start_step)
@@ -139,8 +171,9 @@ class Objective(nn.Module):
     ) -> StepLoss:
         """seed: fixes what the loss draws at random. counts_W: rows of each rank (None: asked for).
         Ranks may hold different numbers of rows, or none. index_b: which image each row is of; a
-        memory needs it. ranking_share: of λ, while it rises. Half types are gathered and computed
-        in float32. Raises ValueError for fewer than two rows in all."""
+        memory needs it, and so do centres that are learnt from views. ranking_share: of λ, while it
+        rises. Half types are gathered and computed in float32. Raises ValueError for fewer than two
+        rows in all."""
         z_bD, s_bD = (
             rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (z_bD, s_bD)
         )
@@ -154,12 +187,11 @@ class Objective(nn.Module):
                 )
             z_BD, labels_B = gather(z_bD.detach()), gather(labels_b)
             s_BD = gather(s_bD.detach()) if self.ranking_weight else None
-            if self.memory is not None:
-                if index_b is None:
-                    raise ValueError(
-                        "index_b is missing: with a memory, pass which image each row is of"
-                    )
-                index_B = gather(index_b)
+            if self.memory is not None and index_b is None:
+                raise ValueError(
+                    "index_b is missing: with a memory, pass which image each row is of"
+                )
+            index_B = gather(index_b) if index_b is not None and self._asks_for_images else None
         with self.phases("loss"):
             z_ND, labels_N = (
                 self.memory.behind(z_BD, labels_B) if self.memory is not None else (z_BD, labels_B)
@@ -176,15 +208,29 @@ class Objective(nn.Module):
                 ranks=len(gather.counts_W),
             )
             scaled = scaled_rows(rows, batch=len(z_BD))
-            losses = self._loss(scaled, z_bD, s_bD, s_BD, seed=seed, share=ranking_share)
+            losses = self._loss(
+                scaled,
+                z_bD,
+                s_bD,
+                s_BD,
+                index_B,
+                batch=len(z_BD),
+                seed=seed,
+                share=ranking_share,
+            )
             if self.recent is not None and self.training:
                 self.recent.add(z_BD)
-            if self.memory is None:
+            if self.memory is None or index_B is None:
                 return losses
             distance, images = self.memory.moved(z_BD, index_B)
             if self.training:
                 self.memory.add(z_BD, labels_B, index_B)
             return losses._replace(drift=distance / scaled.mean, drift_images=images)
+
+    @property
+    def _asks_for_images(self) -> bool:
+        views = self.structure_loss is not None and self.structure_loss.objective == "views"
+        return self.memory is not None or views
 
     def _loss(
         self,
@@ -192,7 +238,9 @@ class Objective(nn.Module):
         z_bD: Tensor,
         s_bD: Tensor,
         s_BD: Tensor | None,
+        index_B: Tensor | None,
         *,
+        batch: int,
         seed: int,
         share: float,
     ) -> StepLoss:
@@ -204,13 +252,22 @@ class Objective(nn.Module):
             ranking, grad_ranking_bD, grad_s_bD = self.ranking_loss(rows, s_bD.detach(), s_BD)
             grad_bD = grad_bD + weight * grad_ranking_bD
             known.append((s_bD, weight * grad_s_bD))
-        known.append((z_bD, scaled.through(grad_bD)))
-        # The metric loss itself carries the gradients of its own parameters.
-        total = with_gradients(metric + weight * ranking, *known, (metric, torch.ones_like(metric)))
+        # The metric loss itself carries the gradients of its own parameters, as learnt centres do.
+        value = metric + weight * ranking
+        known.append((metric, torch.ones_like(metric)))
+        structure = zero
+        if self.structure_loss is not None:
+            of_batch = replace(rows, z_ND=rows.z_ND[:batch], labels_N=rows.labels_N[:batch])
+            structure, grad_structure_bD = self.structure_loss(of_batch, index_B)
+            value = value + self.structure_weight * structure
+            grad_bD = grad_bD + self.structure_weight * grad_structure_bD
+            known.append((structure, torch.full_like(structure, self.structure_weight)))
+        total = with_gradients(value, (z_bD, scaled.through(grad_bD)), *known)
         return StepLoss(
             total=for_averaged_gradients(total),
             metric=metric.detach(),
             ranking=ranking,
+            structure=structure.detach(),
             drift=zero,
             drift_images=zero,
         )
@@ -230,17 +287,23 @@ class TrainingModule(nn.Module):
         *,
         classes: int,
         images_per_class: int,
+        structure: StructureConfig | None = None,
         phases: Phases | None = None,
     ) -> None:
+        """structure: how the centres of the network come about; None: as in no settings."""
         super().__init__()
         self.network = network
-        centres = network.centres
+        structure, centres = structure or StructureConfig(), network.centres
         self.objective = Objective(
             config,
             classes=classes,
             images_per_class=images_per_class,
             width=network.sample_head.out_features,
             recent_rows=ROWS_A_CENTRE * len(centres.centres_MD) if centres else 0,
+            structure_loss=build_structure_loss(structure, config, centres=centres)
+            if centres
+            else None,
+            structure_weight=structure.weight,
             phases=phases,
         )
 

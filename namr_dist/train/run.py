@@ -144,6 +144,7 @@ def _training_module(
         config.loss,
         classes=training_set.classes,
         images_per_class=config.data.images_per_class,
+        structure=config.structure,
         phases=Phases(rank.device),
     )
     check_saveable(module)

@@ -1,6 +1,7 @@
-"""Centres from embeddings of training images, and γ from classes that may choose it.
+"""Centres from embeddings of training images, or learnt with them, and γ from classes that may
+choose it.
 
-Shapes: N training rows, V rows that choose, D width.
+Shapes: N training rows, V rows that choose, M centres, D width.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from namr_dist.parallel.host import HostGroup
 from namr_dist.retrieval.evaluate import evaluate_structure
@@ -42,6 +44,8 @@ class Fitted:
     """What became of a fit."""
 
     centres: int
+    learnt: bool
+    """with the embeddings, and not placed by k-means in those of the training images"""
     nearest: int
     gamma: float
     chosen_on: str
@@ -54,6 +58,7 @@ class Fitted:
         """For the trained network's metadata."""
         return {
             "centres": self.centres,
+            "learnt": self.learnt,
             "nearest": self.nearest,
             "gamma": self.gamma,
             "chosen on": self.chosen_on,
@@ -63,7 +68,7 @@ class Fitted:
     @property
     def gain(self) -> str:
         """What the choice is worth where it was made, as a line for people."""
-        head = f"{self.centres} centres, k = {self.nearest}, γ = {self.gamma:g}"
+        head = f"{self.centres} {'learnt ' * self.learnt}centres, k = {self.nearest}, γ = {self.gamma:g}"
         if not self.figures:
             return f"{head} ({self.chosen_on})"
         plain, best = (self.figures[gamma][_CHOOSES] for gamma in (0.0, self.gamma))
@@ -78,20 +83,26 @@ def fit_structure(
     gamma: float | None,
     seed: int,
     host: HostGroup,
+    learnt_MD: Tensor | None = None,
 ) -> Fitted:
     """Place the centres in the training embeddings, choose γ, and fix ρ_max, with head-room.
 
     Every rank calls it with the same rows. gamma: that of the settings; None: of GAMMAS the one
     with the greatest MAP@R on the validation classes. Without these, on a tenth of the training
     classes, held out from centres that are made for the choice; with too few of them, or more rows
-    than are searched in seconds, it is DEFAULT_GAMMA.
+    than are searched in seconds, it is DEFAULT_GAMMA. learnt_MD: centres that have been learnt, in
+    units of the mean pairwise distance; None: k-means finds them. From learnt ones no training
+    class was held out: without validation classes they take DEFAULT_GAMMA too.
     """
     chosen_on, choosing = "the validation classes", validation
     rho_V = None
-    if gamma is None and validation is None:
+    if gamma is None and validation is None and learnt_MD is None:
         chosen_on = "a tenth of the training classes, held out from the centres"
         choosing, rho_V = _held_out(centres, training, seed=seed)
-    centres.fit(torch.from_numpy(training.z_ND), seed=seed)
+    if learnt_MD is None:
+        centres.fit(torch.from_numpy(training.z_ND), seed=seed)
+    else:
+        centres.place(learnt_MD, torch.from_numpy(training.z_ND), seed=seed)
     seen = [rho_of(centres, training.z_ND)]
     if validation is not None:
         rho_V = rho_of(centres, validation.z_ND)
@@ -109,6 +120,7 @@ def fit_structure(
     centres.settle(gamma=gamma, rho_max=HEAD_ROOM * max(float(rho_N.max()) for rho_N in seen))
     return Fitted(
         centres=len(centres.centres_MD),
+        learnt=learnt_MD is not None,
         nearest=centres.nearest,
         gamma=gamma,
         chosen_on=chosen_on,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from namr_dist.config import Config
 from namr_dist.data.read.augment import TrainTransform
@@ -26,6 +27,7 @@ from namr_dist.parallel.ranks import Rank, shut_down
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.structure.centres import Centres
+from namr_dist.train.checkpoints import zero_fragments
 from namr_dist.train.checkpoints.network import save_network
 from namr_dist.train.checkpoints.policy import CheckpointPolicy
 from namr_dist.train.embed import embed, test_transform
@@ -83,6 +85,7 @@ class Trainer:
         self._pending: list[_Pending] = []
         self._replaced: list[str] = []
         self._validated: Embedded | None = None
+        self._learns = config.structure.form == "learnt"
         self._line_steps, self._line_began = 0, time.perf_counter()
 
     def run(self, requests: StopRequests) -> bool:
@@ -125,8 +128,8 @@ class Trainer:
         return True
 
     def fit_structure(self) -> Fitted | None:
-        """Centres from one pass over the training images, and γ; None where the structure embedding
-        is made of weights."""
+        """Centres from one pass over the training images, or learnt ones, and γ; None where the
+        structure embedding is made of weights."""
         centres = self._engine.module.network.centres
         if centres is None:
             return None
@@ -230,7 +233,9 @@ class Trainer:
     def _tell_losses(self) -> None:
         """Read the losses of the pending steps, stop if one is not finite, and log them."""
         values = torch.stack([torch.stack(one.losses) for one in self._pending]).tolist()
-        for one, (total, metric, ranking, drift, images) in zip(self._pending, values, strict=True):
+        for one, (total, metric, ranking, structure, drift, images) in zip(
+            self._pending, values, strict=True
+        ):
             if not math.isfinite(total):
                 raise InputError(
                     f"the loss is {total} at step {one.step + 1}; lower optim.backbone_lr and "
@@ -244,6 +249,7 @@ class Trainer:
                         "loss": total,
                         "metric_loss": metric,
                         "ranking_loss": ranking,
+                        **({"structure_loss": structure} if self._learns else {}),
                         "lr": self._config.optim.head_lr * one.lr_factor,
                         "time_s": round(one.time_s, 3),
                         **({"drift": drift, "drift_images": int(images)} if images else {}),
@@ -285,8 +291,8 @@ class Trainer:
             self._fit_recent(done)
 
     def _fit_recent(self, done: int) -> None:
-        """Centres from embeddings of steps already taken, and what they are worth in validation:
-        the last fit, on all training images, replaces them."""
+        """Centres from embeddings of steps already taken, or as far as they are learnt, and what
+        they are worth in validation: the last fit, on all training images, replaces them."""
         centres, recent = self._engine.module.network.centres, self._engine.module.objective.recent
         if centres is None or done == self._config.optim.steps or not recent.full():
             return
@@ -304,7 +310,17 @@ class Trainer:
             gamma=self._config.structure.gamma,
             seed=self._config.train.seed,
             host=self._host,
+            learnt_MD=self._learnt(),
         )
+
+    def _learnt(self) -> Tensor | None:
+        """Learnt centres in units of the mean pairwise distance, on all ranks."""
+        loss = self._engine.module.objective.structure_loss
+        if loss is None:
+            return None
+        moves_MD = zero_fragments.get_value(self._engine, loss.moves)
+        learnt_MD: Tensor = loss.centres(moves_MD.to(self._rank.device))
+        return learnt_MD
 
     def _validation_figures(self) -> dict[str, float]:
         """Recall and the like, in percent, on the first rank."""

@@ -14,11 +14,12 @@ import pytest
 from conftest import REPOSITORY, copy_tree, launch, small_run
 
 from namr_dist import kernels
-from namr_dist.config import Config, LossConfig, RankingConfig
+from namr_dist.config import Config, LossConfig, RankingConfig, StructureConfig
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.kernels import reference
 from namr_dist.losses import registry
+from namr_dist.losses.centres import CentresObjective
 from namr_dist.losses.rows import RowsLoss
 from namr_dist.train.objective import build_metric_loss
 
@@ -50,6 +51,7 @@ def test_settings_and_kernels_know_the_same_choices() -> None:
     statistics = get_type_hints(RankingConfig)["statistics"]
     assert get_args(mining) == kernels.MINING
     assert get_args(statistics) == kernels.STATISTICS
+    assert get_type_hints(StructureConfig)["objective"] == CentresObjective
 
 
 def test_the_losses_of_a_sweep_are_known() -> None:
