@@ -2,6 +2,7 @@
 
 Columns beside the obvious:
     provider         NAMR-dist, or pytorch-metric-learning with its version
+    namr             whether multi-cluster ranking is on, and what centres are learnt by, if any are
     way              no ranks (one process, the definition by autograd), DDP, ZeRO 0..3; for the
                      library's comparison ours, wrapper (DistributedLossWrapper) or wrapper,
                      efficient (efficient=True)
@@ -222,7 +223,7 @@ def row(verdict: Verdict) -> Row:
     return Row(
         provider=_OURS,
         loss=case.loss,
-        namr="on" if case.namr else "off",
+        namr=", ".join(["on" if case.namr else "off", *filter(None, [case.learnt])]),
         way=_WAYS.get(case.way, case.way),
         ranks=case.ranks,
         dtype=case.dtype,

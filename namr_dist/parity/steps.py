@@ -24,12 +24,15 @@ from namr_dist.config import (
     ModelConfig,
     OptimConfig,
     RankingConfig,
+    StructureConfig,
     TrainConfig,
 )
 from namr_dist.kernels import reference
 from namr_dist.losses import registry
+from namr_dist.losses.centres import CentresObjective
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.ranks import Rank
+from namr_dist.structure.centres import Centres
 from namr_dist.train.objective import StepLoss, TrainingModule
 
 if TYPE_CHECKING:
@@ -37,8 +40,8 @@ if TYPE_CHECKING:
 
 Way = Literal["definition", "DDP", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3"]
 Precision = Literal["float64", "float32"]
-_Inputs = tuple[Tensor, Tensor, int, "tuple[int, ...] | None"]
-"""Images, labels, seed and counts, as TrainingModule.forward takes them."""
+_Inputs = tuple[Tensor, Tensor, int, "tuple[int, ...] | None", Tensor]
+"""Images, labels, seed, counts and which image each is, as TrainingModule.forward takes them."""
 
 LOSSES = {
     name: LossConfig(metric=loss.name, **{loss.name: settings})
@@ -51,6 +54,9 @@ CONV4 = ModelConfig(
 )
 
 _CLASSES, _EACH, _SIZE, _SEED = 8, 3, 16, 7
+_INDEX = torch.arange(_CLASSES * _EACH) % (_CLASSES * _EACH // 2)
+"""Which image each is: two views of each, which lie on different ranks."""
+_CENTRES, _NEAREST, _PULL = 6, 3, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +66,14 @@ class Case:
     loss: str
     """A key of LOSSES."""
     namr: bool
+    """Multi-cluster ranking beside it."""
     way: Way
     """definition: one process, the definitions of kernels/reference differentiated by autograd."""
     ranks: int
     dtype: Precision
     """Of the parameters, the network and the loss."""
+    learnt: CentresObjective | None = None
+    """What centres are learnt by beside it, if they are."""
     model: ModelConfig = CONV4
     pieces: int = 1
     """Pieces in which a rank's batch passes the backbone."""
@@ -92,7 +101,7 @@ class Step:
 def step_alone(case: Case) -> Step:
     """One process, no process group, no wrapper: the case's way and ranks do not matter."""
     module, images, labels = make_batch(case)
-    losses = module(images, labels, _SEED)
+    losses = module(images, labels, _SEED, None, _INDEX)
     losses.total.backward()
     return Step(loss=losses.total.item(), gradients=_gradients(module))
 
@@ -101,11 +110,16 @@ def step_by_definition(case: Case) -> Step:
     """One process whose loss is as kernels/reference defines it, and differentiated by autograd."""
     module, images, labels_B = make_batch(case)
     config = _loss_config(case)
-    z_BD, s_BD = module.network(images)
+    z_BD, s_BD = module.network.heads(module.network.features(images))
     x_BD = z_BD / reference.mean_pairwise_distance(z_BD)
     loss = module.objective.metric_loss.definition(x_BD, labels_B, seed=_SEED)
     if case.namr:
         loss = loss + config.ranking.weight * reference.multi_cluster_ranking(x_BD, s_BD)
+    learnt = module.objective.structure_loss
+    if learnt is not None:
+        # The share of its gradient that reaches z.
+        pulled_BD = z_BD.detach() + learnt.pull * (z_BD - z_BD.detach())
+        loss = loss + learnt.definition(pulled_BD, _INDEX)
     loss.backward()
     return Step(loss=loss.item(), gradients=_gradients(module))
 
@@ -116,7 +130,7 @@ def step_on_rank(case: Case) -> Step:
     module, images, labels = make_batch(case)
     rows = case.rows_by_rank
     own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
-    inputs = (images[own], labels[own], _SEED, rows if case.counted else None)
+    inputs = (images[own], labels[own], _SEED, rows if case.counted else None, _INDEX[own])
     if case.way == "DDP":
         return _ddp_step(module, inputs, unused=not case.namr)
     engine = zero_engine(module, case)
@@ -222,14 +236,35 @@ def make_batch(case: Case) -> tuple[TrainingModule, Tensor, Tensor]:
     images = patches.repeat_interleave(_SIZE // 4, 1).repeat_interleave(_SIZE // 4, 2)
     labels = torch.arange(_CLASSES).repeat(_EACH)
     torch.manual_seed(0)
-    network = EmbeddingNetwork(case.model, image_size=_SIZE, pieces=case.pieces)
+    network = EmbeddingNetwork(
+        case.model,
+        image_size=_SIZE,
+        pieces=case.pieces,
+        centres=Centres(centres=_CENTRES, width=case.model.width, nearest=_NEAREST, unit=True)
+        if case.learnt
+        else None,
+    )
     with torch.no_grad():
         # Embeddings of an untrained network have much in common, which unit vectors lose: the
         # ranks' gradients for the bias would cancel, and their rounding stay. Quarters, because
         # ranks round a mean in other ways.
         bias = network.double().sample_head.bias
         bias.copy_((bias - (4 * network(images)[0].mean(0)).round() / 4).float())
-    module = TrainingModule(network, _loss_config(case), classes=_CLASSES, images_per_class=_EACH)
+    structure = StructureConfig()
+    if case.learnt:
+        structure = StructureConfig(form="learnt", objective=case.learnt, pull=_PULL)
+    module = TrainingModule(
+        network,
+        _loss_config(case),
+        classes=_CLASSES,
+        images_per_class=_EACH,
+        structure=structure,
+    )
+    learnt = module.objective.structure_loss
+    if learnt is not None:
+        # As after some steps; at the first, centres are rows.
+        learnt.base_MD.copy_(torch.randn(learnt.base_MD.shape) / case.model.width**0.5)
+        learnt.taken.fill_(_CENTRES)
     return module.to(getattr(torch, case.dtype)).train(), images, labels
 
 

@@ -6,7 +6,8 @@ backward. Every other way of running the same batch is measured against it by on
 loss and one for the gradients:
 
     loss       |L - L₁| / |L₁|, the worst rank
-    gradients  the largest ‖g - g₁‖ / ‖g₁‖ over all trainable parameters (network, β, proxies)
+    gradients  the largest ‖g - g₁‖ / ‖g₁‖ over all trainable parameters (network, β, proxies,
+               learnt centres)
 
 A parameter whose true gradient is 0 has no size of its own to compare with (the bias of the sample
 head under losses that see only differences, a linear map's bias before batch norm, the structure
@@ -25,10 +26,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import get_args
 
 import numpy as np
 
 from namr_dist.config import ModelConfig
+from namr_dist.losses.centres import CentresObjective
 from namr_dist.parallel.pool import Ranks
 from namr_dist.parity.steps import (
     LOSSES,
@@ -44,6 +47,11 @@ from namr_dist.parity.steps import (
 ENGINES: tuple[Way, ...] = ("DDP", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 WORLD_SIZES = (1, 2, 4)
 PRECISIONS: tuple[Precision, ...] = ("float64", "float32")
+
+LEARNT: dict[str, CentresObjective] = dict(
+    zip(LOSSES, itertools.cycle(get_args(CentresObjective)), strict=False)
+)
+"""What centres are learnt by in each loss's cases with NAMR, so that it takes no further cases."""
 
 _ZERO = 1e-9
 """A gradient below this share of the whole one is rounding, in float64."""
@@ -88,17 +96,23 @@ class Verdict:
 
 def all_cases() -> list[Case]:
     """The whole table, by number of ranks."""
-    cases = [
-        Case(loss=loss, namr=namr, way="definition", ranks=1, dtype=dtype)
-        for loss, namr, dtype in itertools.product(LOSSES, (True, False), PRECISIONS)
+    ways: list[tuple[Way, int]] = [
+        ("definition", 1),
+        *((way, ranks) for ranks, way in itertools.product(WORLD_SIZES, ENGINES)),
     ]
-    cases += [
-        Case(loss=loss, namr=namr, way=way, ranks=ranks, dtype=dtype)
-        for ranks, way, loss, namr, dtype in itertools.product(
-            WORLD_SIZES, ENGINES, LOSSES, (True, False), PRECISIONS
+    return [
+        Case(
+            loss=loss,
+            namr=namr,
+            way=way,
+            ranks=ranks,
+            dtype=dtype,
+            learnt=LEARNT[loss] if namr else None,
+        )
+        for (way, ranks), loss, namr, dtype in itertools.product(
+            ways, LOSSES, (True, False), PRECISIONS
         )
     ]
-    return cases
 
 
 def measure(cases: Sequence[Case], pool: Ranks | None) -> Iterator[Verdict]:
@@ -112,7 +126,8 @@ def measure(cases: Sequence[Case], pool: Ranks | None) -> Iterator[Verdict]:
 def judge(case: Case, steps: Sequence[Step]) -> Verdict:
     """The ranks' steps against one process."""
     exact, alone = (
-        _alone(case.loss, case.namr, dtype, case.model) for dtype in ("float64", case.dtype)
+        _alone(case.loss, case.namr, case.learnt, dtype, case.model)
+        for dtype in ("float64", case.dtype)
     )
     errors = compare(steps[0], alone, exact=exact)
     loss = float(np.max([abs(step.loss / alone.loss - 1) for step in steps]))  # NaN, if one is
@@ -145,8 +160,18 @@ def compare(step: Step, other: Step, *, exact: Step) -> Errors:
 
 
 @cache
-def _alone(loss: str, namr: bool, dtype: Precision, model: ModelConfig) -> Step:
+def _alone(
+    loss: str, namr: bool, learnt: CentresObjective | None, dtype: Precision, model: ModelConfig
+) -> Step:
     """The yardstick."""
     return step_alone(
-        Case(loss=loss, namr=namr, way="definition", ranks=1, dtype=dtype, model=model)
+        Case(
+            loss=loss,
+            namr=namr,
+            learnt=learnt,
+            way="definition",
+            ranks=1,
+            dtype=dtype,
+            model=model,
+        )
     )

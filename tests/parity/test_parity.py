@@ -28,7 +28,7 @@ from namr_dist.parity.steps import (
     step_by_definition,
     step_on_rank,
 )
-from namr_dist.parity.table import Verdict, judge
+from namr_dist.parity.table import LEARNT, Verdict, judge
 from namr_dist.train.objective import TrainingModule
 
 FROZEN = dataclasses.replace(CONV4, batchnorm="frozen")
@@ -53,27 +53,35 @@ def check(verdict: Verdict) -> None:
 @pytest.mark.parametrize("namr", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_process_is_the_definition(loss: str, namr: bool) -> None:
-    of = case(loss=loss, namr=namr, way="definition", ranks=1)
+    of = case(
+        loss=loss, namr=namr, way="definition", ranks=1, learnt=LEARNT[loss] if namr else None
+    )
     step = step_by_definition(of)
     check(judge(of, [step]))
     assert step.gradients["network.structure_head.layers.0.weight"].any() == namr
     for learnt in ("beta", "proxies"):
         gradient = step.gradients.get(f"objective.metric_loss.{learnt}")
         assert gradient is None or gradient.any()
+    moves = step.gradients.get("objective.structure_loss.moves")
+    assert moves.any() if namr else moves is None
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("namr", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_ranks_are_one(two_ranks: Ranks, loss: str, namr: bool) -> None:
-    check(measured(two_ranks, case(loss=loss, namr=namr)))
+    check(measured(two_ranks, case(loss=loss, namr=namr, learnt=LEARNT[loss] if namr else None)))
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("way", STAGES)
-@pytest.mark.parametrize(("loss", "namr"), [("margin", True), ("proxy-anchor", False)])
-def test_every_stage_is_one_process(two_ranks: Ranks, way: str, loss: str, namr: bool) -> None:
-    check(measured(two_ranks, case(loss=loss, namr=namr, way=way)))
+@pytest.mark.parametrize(
+    ("loss", "namr", "learnt"), [("margin", True, None), ("proxy-anchor", False, "views")]
+)
+def test_every_stage_is_one_process(
+    two_ranks: Ranks, way: str, loss: str, namr: bool, learnt: str | None
+) -> None:
+    check(measured(two_ranks, case(loss=loss, namr=namr, way=way, learnt=learnt)))
 
 
 @pytest.mark.dist
@@ -96,8 +104,8 @@ def test_four_ranks_are_one(four_ranks: Ranks, loss: str, way: str, dtype: str) 
 def test_ranks_with_fewer_rows_or_none(
     two_ranks: Ranks, rows: tuple[int, ...], counted: bool
 ) -> None:
-    for loss in ("triplet semihard", "proxy-anchor"):
-        check(measured(two_ranks, case(loss=loss, rows=rows, counted=counted)))
+    for loss, learnt in (("triplet semihard", "views"), ("proxy-anchor", "ranking")):
+        check(measured(two_ranks, case(loss=loss, rows=rows, counted=counted, learnt=learnt)))
 
 
 class Collectives(TorchDispatchMode):
