@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ def train_heads(features: Features, config: Config, training: Training) -> Train
     steps, seed, index = config.optim.steps, config.train.seed, features.training_set.index
     torch.manual_seed(seed)
     centres = Centres(
-        centres=centres_for(replace(config.structure, form="centres"), images=len(index)),
+        centres=centres_for(config.structure, images=len(index)),
         width=config.model.width,
         nearest=config.structure.nearest,
         unit=config.distance == "cosine",
@@ -218,6 +218,7 @@ def train_heads(features: Features, config: Config, training: Training) -> Train
         config.loss,
         classes=features.training_set.classes,
         images_per_class=config.data.images_per_class,
+        structure=config.structure,
     ).train()
     optimizer = torch.optim.AdamW(parameter_groups(module, config.optim), fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -255,10 +256,24 @@ def train_heads(features: Features, config: Config, training: Training) -> Train
                 best = figures["MAP@R"], step + 1, state
     if best is not None:
         network.load_state_dict(best[2])
-    return _finish(network, features, config, step=best[1] if best else steps)
+    learnt = module.objective.structure_loss
+    return _finish(
+        network,
+        features,
+        config,
+        learnt_MD=learnt.centres(learnt.moves).detach() if learnt else None,
+        step=best[1] if best else steps,
+    )
 
 
-def _finish(network: HeadsNetwork, features: Features, config: Config, *, step: int) -> Trained:
+def _finish(
+    network: HeadsNetwork,
+    features: Features,
+    config: Config,
+    *,
+    learnt_MD: Tensor | None,
+    step: int,
+) -> Trained:
     centres = network.centres
     assert centres is not None
     validation_VF, chooser = features.validation
@@ -274,6 +289,7 @@ def _finish(network: HeadsNetwork, features: Features, config: Config, *, step: 
         gamma=config.structure.gamma,
         seed=config.train.seed,
         host=HostGroup(),
+        learnt_MD=learnt_MD,
     )
     rho = {name: rho_of(centres, z[name]) for name in ("validation", "test")}
     return Trained(z=z, rho=rho, centres=centres, fitted=fitted, step=step)
