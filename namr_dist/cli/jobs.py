@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.recipes.overrides import configure, configure_quietly
@@ -111,7 +112,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--run-dir",
         type=Path,
         metavar="FOLDER",
-        help="folder of the runs (runs/reproduce-RECIPE or runs/reproduce-features; with --short, …-short)",
+        help="folder of the runs (runs/reproduce-RECIPE, of features runs/reproduce-RECIPE-features; with --short, …-short)",
     )
     reproduce.add_argument(
         "--results",
@@ -175,6 +176,28 @@ def _reproduce(parsed: argparse.Namespace, overrides: list[str]) -> int:
     return _reproduce_images(parsed, overrides)
 
 
+def _base(name: str, overrides: list[str]) -> Config:
+    """What all cells of a grid share. Raises InputError for settings that each has of its own, and
+    where R@1 is not measured."""
+    from namr_dist import recipes
+
+    recipe, base = recipes.find(name), configure(name, overrides)
+    for option, field, own, given in (
+        ("--losses", "loss.metric", recipe.loss.metric, base.loss.metric),
+        ("--seeds", "train.seed", recipe.train.seed, base.train.seed),
+    ):
+        if given != own:
+            raise InputError(
+                f"--set.{field} is {given}, but each run has its own; give {option} {given}"
+            )
+    if 1 not in base.evaluation.recall_at:
+        given = " ".join(map(str, base.evaluation.recall_at))
+        raise InputError(
+            f"evaluation.recall_at is {given}, but R@1 is compared; give --set.evaluation.recall_at 1 {given}"
+        )
+    return base
+
+
 def _reproduce_features(parsed: argparse.Namespace, overrides: list[str]) -> int:
     for option, given in (
         ("--weights", parsed.weights),
@@ -204,7 +227,7 @@ def _reproduce_features(parsed: argparse.Namespace, overrides: list[str]) -> int
 
     name = parsed.recipe or _RECIPE
     steps, views = (SHORT_STEPS, SHORT_VIEWS) if parsed.short else (STEPS, VIEWS)
-    base = configure(name, ["--set.optim.steps", str(steps), *overrides])
+    base = _base(name, ["--set.optim.steps", str(steps), *overrides])
     if base.data.validation_split is None:
         raise InputError(
             f"recipe {name} has no validation split, by which this track chooses γ; name one by "
@@ -247,7 +270,6 @@ def _reproduce_features(parsed: argparse.Namespace, overrides: list[str]) -> int
 def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
     import torch
 
-    from namr_dist import recipes
     from namr_dist.reproduce.images import HOMEWARE_STEPS, SHORT, describe, plan, reproduce
     from namr_dist.train.signals import EXIT_CODE
 
@@ -262,24 +284,11 @@ def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
     # Validation chooses nothing before the last step.
     steps = configure(name, overrides).optim.steps
     overrides = ["--set.train.validate_every", str(steps), *overrides]
-    recipe, base = recipes.find(name), configure(name, overrides)
-    for option, field, own, given in (
-        ("--losses", "loss.metric", recipe.loss.metric, base.loss.metric),
-        ("--seeds", "train.seed", recipe.train.seed, base.train.seed),
-    ):
-        if given != own:
-            raise InputError(
-                f"--set.{field} is {given}, but each run has its own; give {option} {given}"
-            )
+    base = _base(name, overrides)
     if base.data.classes_per_batch % ranks:
         raise InputError(
             f"data.classes_per_batch is {base.data.classes_per_batch}, which {ranks} ranks cannot share; "
             "give another number by --ranks"
-        )
-    if 1 not in base.evaluation.recall_at:
-        given = " ".join(map(str, base.evaluation.recall_at))
-        raise InputError(
-            f"evaluation.recall_at is {given}, but R@1 is compared; give --set.evaluation.recall_at 1 {given}"
         )
     weights = (
         tuple(dict.fromkeys((0.0, base.loss.ranking.weight)))

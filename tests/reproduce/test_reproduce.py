@@ -11,17 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cells import write_cell
-from conftest import ENVIRONMENT, alive
+from conftest import ENVIRONMENT, alive, small_run
 from training_runs import entries
 
 from namr_dist.cli.main import main
 from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.reproduce.features import FEATURES, VARIANTS
 from namr_dist.train.signals import EXIT_CODE
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
@@ -373,44 +372,31 @@ def test_a_short_grid_has_few_steps_two_seeds_and_a_folder_of_its_own(
     )
 
 
-def test_cells_of_the_features_track_are_kept_and_printed_in_the_same_way(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_features_track_keeps_its_cells_and_prints_them_in_the_same_way(
+    shard_set: Manifest, namr: Callable, tmp_path: Path
 ) -> None:
-    """What trains them is replaced: it only leaves cells, and those that are there already are
-    there before it begins."""
-    met: list[set[str]] = []
-
-    def reproduce_features(
-        folder: Path, *, losses: list[str], seeds: list[int], short: bool
-    ) -> None:
-        assert (losses, seeds, short) == (["margin"], [0, 1], True)
-        met.append({path.name for path in folder.glob("*-*")})
-        for variant, seed in ((one, seed) for one in ("alone", "early_stop") for seed in seeds):
-            if f"margin-{variant}-{seed}" not in met[-1]:
-                write_cell(
-                    folder / f"margin-{variant}-{seed}", loss="margin", variant=variant, seed=seed
-                )
-
-    stand_in = types.ModuleType("namr_dist.reproduce.features")
-    stand_in.reproduce_features = reproduce_features  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    words = ["reproduce", "--track", "features", "--short", "--losses", "margin", "--json"]
-    words += ["--results", str(tmp_path / "results"), "--run-dir"]
-    assert main([*words, str(tmp_path / "one")]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert list(told["margin"]) == [
-        "alone",
-        "structure",
-        "early_stop",
-        "gain",
-        "gain over classes",
-    ]
-    assert "early_stop - alone" in told["margin"]["gain"]
-    assert main([*words, str(tmp_path / "two")]) == 0
-    assert met[0] == set() and len(met[1]) == 4
-    assert json.loads(capsys.readouterr().out) == told
-    assert main([*words, str(tmp_path / "two"), "--set.optim.steps", "3"]) == 2
-    assert "--set… is given, which goes with --track images" in capsys.readouterr().err
+    words = ["reproduce", "homeware_conv4", "--track", "features", "--short", "--json"]
+    words += ["--losses", "margin", *small_run(shard_set, steps=6)]
+    words += ["--rivals", "--results", tmp_path / "results", "--run-dir"]
+    done = namr(*words, tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert list(told["margin"])[:4] == ["alone", "ranking", "structure", "namr"]
+    assert {"early_stop - alone", "namr - alone", "structure - one"} <= told["margin"][
+        "gain"
+    ].keys()
+    cells = {path.name for path in (tmp_path / "results").iterdir()}
+    assert (
+        cells == {f"margin-{variant}-{seed}" for variant in VARIANTS for seed in (0, 1)}
+        and "variance" in VARIANTS
+    )
+    # What is there already is neither trained nor embedded again.
+    again = namr(*words, tmp_path / "two")
+    assert again.returncode == 0 and json.loads(again.stdout) == told
+    assert "12 of them there already" in again.stderr
+    assert not (tmp_path / "two" / FEATURES).exists()
+    other = namr(*words, tmp_path / "two", "--set.optim.steps", 7)
+    assert other.returncode == 2 and "optim.steps" in other.stderr
 
 
 @pytest.mark.parametrize(

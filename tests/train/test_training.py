@@ -15,6 +15,7 @@ from conftest import REPOSITORY, launch, small_run
 
 from namr_dist.config import Config
 from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.train.structure_fit import GAMMAS
 
 LAUNCHER = REPOSITORY / "launchers" / "train.py"
 BIN = Path(sys.executable).parent
@@ -43,10 +44,12 @@ def test_leaves_what_the_docs_say(trained: Path) -> None:
         assert line["loss"] == pytest.approx(
             line["metric_loss"] + 2 * line["ranking_loss"], rel=1e-5
         )
-    assert set(lines[-1]["val"]) >= {"R@1", "MAP@R"}
+    assert set(lines[-2]["val"]) >= {"R@1", "MAP@R"}
+    assert lines[-1]["structure"]["gamma"] in GAMMAS
     assert list((trained / "tensorboard").iterdir())
     state = safetensors.torch.load_file(trained / "checkpoints" / "final.safetensors")
     assert state["sample_head.weight"].shape == (16, 128)
+    assert len(state["centres.centres_MD"]) == lines[-1]["structure"]["centres"]
 
 
 def test_learns(trained: Path) -> None:
@@ -189,7 +192,7 @@ def test_evaluate_report_embed(
     assert done.returncode == 0, done.stderr
     assert "raw pixels" in done.stdout and "R@1" in done.stdout
     metrics = json.loads((run / "metrics.json").read_text())
-    for mode in ("sample", "rerank", "adaptive", "symmetric", "calibrated"):
+    for mode in ("sample", "structure", "structure_shuffled", "calibrated"):
         assert set(metrics["test"][mode]) >= {"R@1", "R@2", "R@4", "R@8", "MAP@R", "R-precision"}
     assert metrics["protocol"]["test hash"] == shard_set.split_hash("test")
     assert metrics["train"]["steps"] == 10
@@ -204,6 +207,7 @@ def test_evaluate_report_embed(
     from_shards = safetensors.torch.load_file(out)
     evaluated = safetensors.torch.load_file(run / "embeddings.safetensors")
     assert (from_shards["z"] - evaluated["z"]).abs().max() < 1e-5
+    assert (from_shards["s"] - evaluated["s"]).abs().max() < 1e-4
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     index = shard_set.index("test")
