@@ -77,7 +77,7 @@ def _nearest_centres_gradient(
     for_z: bool,
     for_centres: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of z and the centres in their own types; one that nobody asked for is empty."""
+    """The gradients of z and the centres in their own types; one not asked for is empty."""
     dtypes = z_ND.dtype, centres_MD.dtype
     z_ND, centres_MD = _alike(z_ND, centres_MD)
     primitives = implementation(z_ND)

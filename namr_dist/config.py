@@ -211,7 +211,7 @@ class RankingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StructureConfig:
-    """The structure embedding: what beside the sample embedding an image is searched by."""
+    """The structure embedding: what an image is searched by in addition to its sample embedding."""
 
     form: Literal["centres", "learnt", "weights"] = "centres"
     """centres: where an image lies among M cluster centres of the training embeddings. learnt: the
@@ -224,14 +224,14 @@ class StructureConfig:
     gamma: Annotated[float | None, at_least(0)] = None
     """γ: γ ρ is subtracted from an item's squared distances; 0 is the plain search. None: chosen by
     MAP@R on the validation classes, or, without any, on a tenth of the training classes held out
-    from the centres; no class can be held out from learnt ones, which then take 0.25."""
+    from the centres; no class can be held out from learnt ones, which then take 0.4."""
     objective: Literal["soft_k_means", "views", "ranking"] = "soft_k_means"
     """What learnt centres minimise. soft_k_means: a row's mean squared distance to them, by soft
     assignment. views: how differently two views of an image order them; needs data.views. ranking:
     multi-cluster ranking of a row's distances to its k nearest, with the thresholds of
     loss.ranking."""
     weight: Annotated[float, above_up_to(0, 1e6)] = 1.0
-    """Of that loss beside the others. The centres have an optimizer of their own rate
+    """Of that loss, added to the others. The centres have an optimizer of their own rate
     (optim.loss_lr), to which it makes next to no difference: it is what `pull` is a share of."""
     pull: Annotated[float, at_least(0)] = 0.0
     """Share of its gradient that reaches z; 0: learnt centres follow z and do not change it."""

@@ -104,6 +104,12 @@ def test_nothing_imports_upwards() -> None:
     assert not upwards
 
 
+def test_names_of_test_files_are_unique() -> None:
+    """Ranks in processes of their own import a test's functions by the name of its file alone."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("*.py")]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_every_file_has_a_room() -> None:
     code = {module for module, path in FILES.items() if _has_code(path)} - {"namr_dist"}
     assert not {module for module in code if _room(module) not in ROOMS}

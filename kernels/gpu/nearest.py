@@ -58,7 +58,7 @@ def _key(entry):
 
 @triton.jit
 def _empty(BLOCK_M: tl.constexpr, LISTED: tl.constexpr):
-    """Lists of nobody."""
+    """Empty lists."""
     return tl.zeros((BLOCK_M, LISTED), tl.int64) + (tl.arange(0, LISTED).to(tl.int64) + NOBODY)
 
 

@@ -64,7 +64,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="losses with and without multi-cluster ranking, over seeds, on this machine",
         description="Train and evaluate a grid of networks, each loss with multi-cluster ranking and without, over "
         "seeds, then print what the ranking and the structure embedding add, with intervals over seeds and over test "
-        "classes. The same command goes on where it was, and keeps what is done. Of images, --set… goes to all runs, "
+        "classes. The same command resumes, and keeps what is done. Of images, --set… goes to all runs, "
         f"and FOLDER/{REPORT} compares them. Exit code 1 if a run failed, 75 if a signal asked for an end.",
     )
     reproduce.add_argument(
@@ -112,7 +112,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--run-dir",
         type=Path,
         metavar="FOLDER",
-        help="folder of the runs (runs/reproduce-RECIPE, of features runs/reproduce-RECIPE-features; with --short, …-short)",
+        help="folder of the runs (runs/reproduce-RECIPE, of features …-features, with --short …-short)",
     )
     reproduce.add_argument(
         "--results",

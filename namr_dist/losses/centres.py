@@ -43,7 +43,7 @@ class LearntCentres(nn.Module):
     nearest: k, at most M.  clusters, spread, floor, rank_sharpness: as in multi-cluster ranking.
 
     A call in training mode is a step: the first M rows that are seen become the centres (until
-    there are so many, loss and gradients are 0), and a centre that is nobody's nearest for long
+    there are so many, loss and gradients are 0), and a centre that has long been no row's nearest
     (UNSEEN) takes the place of a row that is farthest from all centres. The loss is that of the
     centres before. All of it depends on the rows of the global batch alone, so it is the same on
     all ranks and on any number of them.

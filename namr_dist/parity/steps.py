@@ -66,14 +66,14 @@ class Case:
     loss: str
     """A key of LOSSES."""
     namr: bool
-    """Multi-cluster ranking beside it."""
+    """Multi-cluster ranking is added to it."""
     way: Way
     """definition: one process, the definitions of kernels/reference differentiated by autograd."""
     ranks: int
     dtype: Precision
     """Of the parameters, the network and the loss."""
     learnt: CentresObjective | None = None
-    """What centres are learnt by beside it, if they are."""
+    """What centres are learnt by at the same time, if they are."""
     model: ModelConfig = CONV4
     pieces: int = 1
     """Pieces in which a rank's batch passes the backbone."""

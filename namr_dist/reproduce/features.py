@@ -2,7 +2,7 @@
 features.
 
 Each run leaves a folder of the same kind as those of the track on images, without a network:
-cell.json (what it is), config.json, metrics.json, classes.json. The same command goes on after
+cell.json (what it is), config.json, metrics.json, classes.json. The same command resumes after
 whatever ended it.
 """
 

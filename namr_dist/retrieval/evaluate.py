@@ -202,7 +202,7 @@ def evaluate(
 
     Returns blocks that go into metrics.json as they are, all metrics in percent:
       test           {mode: {"R@1", ..., "MAP@R", "R-precision"}} for the modes, then for their
-                     controls; "sample" has "NMI" and "AMI" besides, with `clustering`
+                     controls; "sample" also has "NMI" and "AMI", with `clustering`
       test_classes   "label" and "queries" of each class that has any, and for each row of `test`
                      the means of R@k (the smallest k) and MAP@R over its queries, in lists by
                      class: for intervals over classes

@@ -41,7 +41,7 @@ def reidentify(
 
     z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None; labels_N: (N,)
     integers. numpy or torch, any float type. bonus_N, distance: as in `evaluate`. modes: of a
-    user's own, measured beside those of modes.py. Distances are exact; ties go to the image that
+    user's own, measured with those of modes.py. Distances are exact; ties go to the image that
     comes first. All modes meet the same draws; the density that the calibrated mode needs is that
     of the drawn gallery. No
     re-ranking: a gallery of one image a class is searched whole.

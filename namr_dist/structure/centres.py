@@ -28,7 +28,8 @@ def default_centres(rows: int) -> int:
 
 
 def _nearest(rows_bD: Tensor, centres_MD: Tensor, k: int) -> Tensor:
-    """The same by PyTorch's own operators, for programs that are run without this package."""
+    """`kernels.nearest_centres`, its distances, by PyTorch's own operators: for exported programs,
+    which run without this package."""
     near_bM = centres_MD.square().sum(dim=1) - 2 * rows_bD @ centres_MD.T
     index_bk = near_bM.topk(k, dim=1, largest=False).indices
     difference_bkD = rows_bD[:, None] - centres_MD[index_bk]

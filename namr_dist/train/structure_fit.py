@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from namr_dist.parallel.host import HostGroup
+from namr_dist.parallel.ranks import rank_number
 from namr_dist.retrieval.evaluate import evaluate_structure
 from namr_dist.structure.centres import HEAD_ROOM, Centres
 
@@ -109,7 +110,10 @@ def fit_structure(
         seen.append(rho_V)
     figures: dict[float, dict[str, float]] = {}
     if gamma is None and choosing is not None:
-        figures = host.from_first(_figures(centres, choosing, rho_V))
+        # The searches are the first rank's alone, like those of a validation.
+        figures = host.from_first(
+            _figures(centres, choosing, rho_V) if rank_number() == 0 else None
+        )
     if gamma is not None:
         chosen_on = "the settings"
     elif not figures:

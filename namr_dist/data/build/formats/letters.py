@@ -149,7 +149,7 @@ def _png(font: ImageFont.FreeTypeFont, letter: str) -> bytes:
 
 
 def _keep_or_write(path: Path, data: bytes) -> None:
-    """A file that keeps its time lets a build that broke off go on."""
+    """A file that keeps its time lets a build that was interrupted resume."""
     if not (path.is_file() and path.read_bytes() == data):
         write_atomic(path, data)
 
