@@ -18,6 +18,7 @@ USES = [
     ("hardest", "hardest_pairs"), ("semihard", "semihard_negatives"), ("distance_weighted", "sampled_negatives"),
     ("semihard", "pair_distance"), ("margin", "pair_gradient"), ("multi_similarity", "similarity_statistics"),
     ("multi_similarity", "similarity_gradient"), ("proxy_anchor", "proxy_sums"), ("proxy_anchor", "proxy_gradient"),
+    ("nearest_centres", "k_nearest"), ("nearest_centres", "k_nearest_gradient"),
 ]  # fmt: skip
 
 
