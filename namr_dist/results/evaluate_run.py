@@ -258,7 +258,7 @@ def _structure(fitted: dict[str, Any] | None) -> str:
     made = "learnt with" if fitted["learnt"] else "of"
     return (
         f"{fitted['centres']} centres {made} the training embeddings, k = {fitted['nearest']}, "
-        f"γ = {fitted['gamma']:g} ({fitted['chosen on']})"
+        f"γ = {fitted['gamma']:g} from {fitted['chosen on']}"
     )
 
 
