@@ -6,8 +6,8 @@ from the finished cells of docs/results/gains-*:
     python tools/make_gains.py
 
 A table stands in every page that has its marks, <!-- gains-images:begin --> and <!--
-gains-images:end -->. What is missing is reported: cells of a grid that is not whole, folders, and
-marks.
+gains-images:end -->, and that of simpler regularisers between those of gains-images-rivals. What is
+missing is reported: cells of a grid that is not whole, folders, and marks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from namr_dist.reproduce.cells import complete_cells, read_cells
 from namr_dist.reproduce.gains import missing
-from namr_dist.reproduce.gains_table import listed, markdown
+from namr_dist.reproduce.gains_table import listed, markdown, rivals_markdown
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("gains-images", "gains-features", "gains-letters")
@@ -37,20 +37,27 @@ def write(root: Path) -> list[str]:
             continue
         if absent := missing(cells):
             lacking.append(f"{where} lacks {listed(absent)}")
-        content = f"{markdown(cells)} Cells: `{where}`, table by `tools/make_gains.py`."
-        marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        marks = 0
-        for page in pages:
-            text, found = marked.subn(
-                lambda match, content=content: f"{match[1]}{content}\n{match[2]}",
-                page.read_text(encoding="utf-8"),
-            )
-            if found:
-                page.write_text(text, encoding="utf-8")
-            marks += found
-        if not marks:
-            lacking.append(f"no page has the marks of {name}")
+        for marks, content in ((name, markdown(cells)), (f"{name}-rivals", rivals_markdown(cells))):
+            if not content:
+                continue
+            made = f"{content} Cells: `{where}`, table by `tools/make_gains.py`."
+            if not _between(marks, made, pages):
+                lacking.append(f"no page has the marks of {marks}")
     return lacking
+
+
+def _between(name: str, content: str, pages: list[Path]) -> int:
+    """Put it between the marks of that name; return how many there were."""
+    marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    marks = 0
+    for page in pages:
+        text, found = marked.subn(
+            lambda match: f"{match[1]}{content}\n{match[2]}", page.read_text(encoding="utf-8")
+        )
+        if found:
+            page.write_text(text, encoding="utf-8")
+        marks += found
+    return marks
 
 
 if __name__ == "__main__":

@@ -83,14 +83,19 @@ class LossGains:
     seeds: dict[str, tuple[int, ...]]
     """of each variant of the network"""
     means: dict[str, dict[str, Interval]]
-    """by name in QUANTITIES, then by rival, and by figure"""
+    """by name in QUANTITIES, then by rival, then by `with_structure` of a rival, and by figure"""
     gains: dict[str, Gain]
-    """by name in DIFFERENCES, then "RIVAL - alone" """
+    """by name in DIFFERENCES, then "RIVAL - alone", then the same with structure"""
 
     @property
     def rivals(self) -> list[str]:
         """The regularisers in place of the ranking."""
         return [variant for variant in self.seeds if variant not in (ALONE, RANKING)]
+
+
+def with_structure(variant: str) -> str:
+    """The name of a variant's figures with the structure embedding."""
+    return "namr" if variant == RANKING else f"{variant} + structure"
 
 
 def gains(cells: Sequence[Cell]) -> list[LossGains]:
@@ -145,9 +150,11 @@ def _of_loss(loss: str, cells: Sequence[Cell]) -> LossGains:
                 f"{cell.folder} is of the variant {variant!r}, which is the name of something else; give "
                 "it another"
             )
-    quantities = QUANTITIES | {rival: (rival, SAMPLE.name) for rival in rivals}
+    of_rivals = {rival: (rival, SAMPLE.name) for rival in rivals}
+    of_rivals |= {with_structure(rival): (rival, STRUCTURE.name) for rival in rivals}
+    quantities = QUANTITIES | of_rivals
     differences = DIFFERENCES | {
-        f"{rival} - alone": (quantities[rival], quantities["alone"]) for rival in rivals
+        f"{name} - alone": (side, quantities["alone"]) for name, side in of_rivals.items()
     }
 
     def measured(side: Side) -> dict[int, Cell]:

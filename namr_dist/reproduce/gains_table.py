@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from namr_dist.reproduce.cells import FIGURES, RANKING, Cell, CellName
+from namr_dist.reproduce.cells import ALONE, FIGURES, RANKING, Cell, CellName
 from namr_dist.reproduce.gains import (
     DRAWS,
     LEVEL,
@@ -16,6 +16,7 @@ from namr_dist.reproduce.gains import (
     Interval,
     LossGains,
     gains,
+    with_structure,
 )
 from namr_dist.results.comparison_page import Grid, console_table, print_wide
 from namr_dist.results.tables import number
@@ -33,25 +34,40 @@ _PROTOCOL = ("data set", "test split", "query", "steps", "batch", "trained on", 
 
 
 def grids(every: Sequence[LossGains]) -> list[Grid]:
-    """A table for each figure; then, where any loss has rivals, one of them for each."""
-    tables = [_by_loss(every, figure) for figure in FIGURES]
-    if any(one.rivals for one in every):
-        tables += [_by_rival(every, figure) for figure in FIGURES]
-    return tables
+    """A table for each figure."""
+    return [_by_loss(every, figure) for figure in FIGURES]
+
+
+def rival_grids(every: Sequence[LossGains]) -> list[Grid]:
+    """For each figure a table of the ranking loss and its rivals; none where no loss has any."""
+    if not any(one.rivals for one in every):
+        return []
+    return [_by_rival(every, figure) for figure in FIGURES]
 
 
 def print_gains(every: Sequence[LossGains]) -> None:
     """All tables on stdout."""
     parts: list[RenderableType] = []
-    for grid in grids(every):
+    for grid in (*grids(every), *rival_grids(every)):
         parts += [console_table(grid), Text()]
     print_wide(Group(*parts, Text(_NOTE)))
 
 
 def markdown(cells: Sequence[Cell]) -> str:
-    """All tables of these cells, and how they were made."""
+    """What the method adds to each loss, and how the networks were made."""
+    kept = [cell for cell in cells if cell.name.variant in (ALONE, RANKING)]
+    return _markdown(kept, grids(gains(kept)))
+
+
+def rivals_markdown(cells: Sequence[Cell]) -> str:
+    """What simpler regularisers add in place of the ranking; empty where there are none."""
+    tables = rival_grids(gains(cells))
+    return _markdown(cells, tables) if tables else ""
+
+
+def _markdown(cells: Sequence[Cell], tables: Sequence[Grid]) -> str:
     lines = [_protocol(cells), ""]
-    for grid in grids(gains(cells)):
+    for grid in tables:
         heading = [*grid.labels, *grid.figures]
         marks = ["---"] * len(grid.labels) + ["---:"] * len(grid.figures)
         lines += [f"{grid.title}:", ""]
@@ -89,6 +105,7 @@ def _by_rival(every: Sequence[LossGains], figure: str) -> Grid:
     for one in every:
         for name in (RANKING, *one.rivals) if one.rivals else ():
             gain = one.gains.get(f"{name} - alone")
+            both = with_structure(name)
             rows.append(
                 [
                     printable(one.loss),
@@ -96,13 +113,15 @@ def _by_rival(every: Sequence[LossGains], figure: str) -> Grid:
                     str(len(gain.seeds)) if gain else "0",
                     _mean(one.means.get(name, {}).get(figure)),
                     _gain(gain, figure),
+                    _mean(one.means.get(both, {}).get(figure)),
+                    _gain(one.gains.get(f"{both} - alone"), figure),
                 ]
             )
     return Grid(
         title=f"{figure}, with a simpler regulariser in place of the ranking",
         note="",
         labels=["loss", "regulariser", "paired seeds"],
-        figures=[figure, "− alone"],
+        figures=[figure, "− alone", "with structure", "with structure − alone"],
         rows=rows,
     )
 

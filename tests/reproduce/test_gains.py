@@ -18,7 +18,7 @@ from scipy import stats
 from namr_dist.errors import InputError
 from namr_dist.reproduce.cells import complete_cells, copy_cell, read_cells
 from namr_dist.reproduce.gains import Interval, as_json, gains, missing, over_classes
-from namr_dist.reproduce.gains_table import grids
+from namr_dist.reproduce.gains_table import grids, rival_grids
 
 SEEDS = (0, 1, 3)
 
@@ -51,6 +51,7 @@ SIDES = {
     "namr - ranking": (("ranking", "structure"), ("ranking", "sample")),
     "namr - shuffled": (("ranking", "structure"), ("ranking", "structure_shuffled")),
     "lower_lr - alone": (("lower_lr", "sample"), ("alone", "sample")),
+    "lower_lr + structure - alone": (("lower_lr", "structure"), ("alone", "sample")),
 }
 
 
@@ -71,6 +72,7 @@ def test_intervals_over_seeds_are_those_of_scipys_t_tests(tmp_path: Path, figure
         "structure": ("alone", "structure"),
         "namr": ("ranking", "structure"),
         "lower_lr": ("lower_lr", "sample"),
+        "lower_lr + structure": ("lower_lr", "structure"),
     }
     assert list(told) == [*quantities, "gain", "gain over classes"]
     for name, side in quantities.items():
@@ -161,7 +163,7 @@ def test_only_seeds_that_both_have_are_paired_and_the_table_counts_them(tmp_path
         low=pytest.approx(low),
         high=pytest.approx(high),
     )
-    first, *_, rivals = grids([one])
+    first, rivals = grids([one])[0], rival_grids([one])[0]
     assert first.rows[0][1] == "3 alone, 3 ranking, 2 paired"
     assert [row[:3] for row in rivals.rows] == [
         ["triplet", "ranking", "2"],
@@ -263,7 +265,8 @@ def test_pages_show_the_tables_between_their_marks(tmp_path: Path) -> None:
     (cells / "triplet-ranking-3" / "classes.json").unlink()
     marks = "<!-- gains-images:begin -->\n{}<!-- gains-images:end -->"
     (tmp_path / "README.md").write_text(f"before\n{marks.format('old')}\nafter\n")
-    (docs / "page.md").write_text(marks.format(""))
+    rivals = "<!-- gains-images-rivals:begin -->\n<!-- gains-images-rivals:end -->"
+    (docs / "page.md").write_text(f"{marks.format('')}\n{rivals}")
     assert _make_gains().write(tmp_path) == [
         "docs/results/gains-images lacks triplet ranking seed 3",
         "docs/results/gains-features has no finished cell; its table is left as it is",
@@ -271,7 +274,8 @@ def test_pages_show_the_tables_between_their_marks(tmp_path: Path) -> None:
     ]
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("before\n<!--") and page.endswith("-->\nafter\n") and "old" not in page
-    assert (docs / "page.md").read_text() in page
+    both, _, simpler = (docs / "page.md").read_text().partition("\n<!-- gains-images-rivals:")
+    assert both in page
     heading, marks, row = page.split("R@1:\n\n")[1].split("\n\n")[0].splitlines()
     assert heading == (
         "| loss | seeds | alone | ranking | structure | namr | namr − alone | structure − s = 1 | "
@@ -285,5 +289,6 @@ def test_pages_show_the_tables_between_their_marks(tmp_path: Path) -> None:
     assert shown[6] == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] [{ends[0]:+.2f}, {ends[1]:+.2f}]"
     mean, low, high = told["alone"]["R@1"]
     assert shown[2] == f"{mean:.2f} ± {high - mean:.2f}"
-    assert "8 networks, seeds 0, 1, 3; 30 test classes" in page and "steps: 450" in page
-    assert "| triplet | one_centre | 3 |" in page
+    assert "5 networks, seeds 0, 1, 3; 30 test classes" in page and "steps: 450" in page
+    assert "8 networks, seeds 0, 1, 3" in simpler
+    assert "| triplet | one_centre | 3 |" in simpler and "one_centre" not in page
