@@ -6,8 +6,9 @@ from the finished cells of docs/results/gains-*:
     python tools/make_gains.py
 
 A table stands in every page that has its marks, <!-- gains-images:begin --> and <!--
-gains-images:end -->, and that of simpler regularisers between those of gains-images-rivals. What is
-missing is reported: cells of a grid that is not whole, folders, and marks.
+gains-images:end -->, that of simpler regularisers between those of gains-images-rivals, and the
+gains of all grids between those of gains-summary. What is missing is reported: cells of a grid that
+is not whole, folders, and marks.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from pathlib import Path
 
 from namr_dist.reproduce.cells import complete_cells, read_cells
 from namr_dist.reproduce.gains import missing
-from namr_dist.reproduce.gains_table import listed, markdown, rivals_markdown
+from namr_dist.reproduce.gains_table import listed, markdown, rivals_markdown, summary_markdown
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("gains-images", "gains-features", "gains-letters")
+TITLES = {
+    "gains-images": "homeware, end to end",
+    "gains-features": "homeware, heads",
+    "gains-letters": "letters, heads",
+}
+SUMMARY = "gains-summary"
 
 
 def write(root: Path) -> list[str]:
@@ -28,13 +34,15 @@ def write(root: Path) -> list[str]:
     line each."""
     lacking = []
     pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    for name in NAMES:
+    every = {}
+    for name, title in TITLES.items():
         folder = root / "docs" / "results" / name
         cells = read_cells(complete_cells(folder))
         where = folder.relative_to(root)
         if not cells:
             lacking.append(f"{where} has no finished cell; its table is left as it is")
             continue
+        every[title] = cells
         if absent := missing(cells):
             lacking.append(f"{where} lacks {listed(absent)}")
         for marks, content in ((name, markdown(cells)), (f"{name}-rivals", rivals_markdown(cells))):
@@ -43,6 +51,9 @@ def write(root: Path) -> list[str]:
             made = f"{content} Cells: `{where}`, table by `tools/make_gains.py`."
             if not _between(marks, made, pages):
                 lacking.append(f"no page has the marks of {marks}")
+    made = f"{summary_markdown(every)} Table by `tools/make_gains.py`."
+    if every and not _between(SUMMARY, made, pages):
+        lacking.append(f"no page has the marks of {SUMMARY}")
     return lacking
 
 

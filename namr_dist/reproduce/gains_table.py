@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -29,6 +29,10 @@ _NOTE = (
     f"Test retrieval, %. ± and the first brackets: {_LEVEL} interval by Student’s t over seeds, of differences "
     f"paired by seed; the second brackets: {_LEVEL} bootstrap interval over test classes ({DRAWS:,} draws). A "
     "single seed has no interval over seeds."
+)
+_SUMMARY_NOTE = (
+    f"Test retrieval, %. Gains are means of differences paired by seed, in brackets the {_LEVEL} bootstrap "
+    "interval over test classes."
 )
 _PROTOCOL = ("data set", "test split", "query", "steps", "batch", "trained on", "trained with")
 
@@ -63,6 +67,29 @@ def rivals_markdown(cells: Sequence[Cell]) -> str:
     """What simpler regularisers add in place of the ranking; empty where there are none."""
     tables = rival_grids(gains(cells))
     return _markdown(cells, tables) if tables else ""
+
+
+def summary_markdown(every: Mapping[str, Sequence[Cell]]) -> str:
+    """The gain of the whole method and of its structure embedding, in a row a loss of each grid.
+    every: title → the cells of a grid."""
+    heading = ["networks", "loss"]
+    for figure in FIGURES:
+        heading += [f"{figure} alone", "NAMR", "gain"]
+    heading.append(f"structure − s = 1, {FIGURES[-1]}")
+    rows = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2)]
+    for title, cells in every.items():
+        kept = [cell for cell in cells if cell.name.variant in (ALONE, RANKING)]
+        for one in gains(kept):
+            row = [f"{title}, {_seeds(one)} seeds", printable(one.loss)]
+            for figure in FIGURES:
+                row += [
+                    number(one.means[name][figure].mean if name in one.means else None)
+                    for name in ("alone", "namr")
+                ]
+                row.append(_short_gain(one.gains.get("namr - alone"), figure))
+            rows.append([*row, _short_gain(one.gains.get("structure - one"), FIGURES[-1])])
+    table = "\n".join(f"| {' | '.join(_escaped(row))} |" for row in rows)
+    return f"{table}\n\n{_SUMMARY_NOTE}"
 
 
 def _markdown(cells: Sequence[Cell], tables: Sequence[Grid]) -> str:
@@ -154,6 +181,19 @@ def _gain(gain: Gain | None, figure: str) -> str:
         return number(None)
     seeds, classes = gain.over_seeds[figure], gain.over_classes[figure]
     return f"{seeds.mean:+.{_DIGITS}f} {_brackets(seeds)} {_brackets(classes)}"
+
+
+def _short_gain(gain: Gain | None, figure: str) -> str:
+    if gain is None:
+        return number(None)
+    of = gain.over_classes[figure]
+    if of.low is None or of.high is None:
+        return _signed(of.mean)
+    return f"{_signed(of.mean)} [{_signed(of.low)}, {_signed(of.high)}]"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # + 0.0: no "-0.0"
 
 
 def _brackets(of: Interval) -> str:

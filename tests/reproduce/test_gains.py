@@ -271,7 +271,10 @@ def test_pages_show_the_tables_between_their_marks(tmp_path: Path) -> None:
         "docs/results/gains-images lacks triplet ranking seed 3",
         "docs/results/gains-features has no finished cell; its table is left as it is",
         "no page has the marks of gains-letters",
+        "no page has the marks of gains-summary",
     ]
+    (docs / "summary.md").write_text("<!-- gains-summary:begin -->\n<!-- gains-summary:end -->")
+    assert "no page has the marks of gains-summary" not in _make_gains().write(tmp_path)
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("before\n<!--") and page.endswith("-->\nafter\n") and "old" not in page
     both, _, simpler = (docs / "page.md").read_text().partition("\n<!-- gains-images-rivals:")
@@ -287,6 +290,10 @@ def test_pages_show_the_tables_between_their_marks(tmp_path: Path) -> None:
     mean, low, high = told["gain"]["namr - alone"]["R@1"]
     _, *ends = told["gain over classes"]["namr - alone"]["R@1"]
     assert shown[6] == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+    short = (docs / "summary.md").read_text().split("\n| ")[3].strip("| ").split(" | ")
+    assert short[:2] == ["homeware, end to end, 3 alone, 2 ranking, 2 paired seeds", "triplet"]
+    namr = told["namr"]["R@1"][0]
+    assert short[3:5] == [f"{namr:.1f}", f"{mean:+.1f} [{ends[0]:+.1f}, {ends[1]:+.1f}]"]
     mean, low, high = told["alone"]["R@1"]
     assert shown[2] == f"{mean:.2f} ± {high - mean:.2f}"
     assert "5 networks, seeds 0, 1, 3; 30 test classes" in page and "steps: 450" in page
