@@ -157,7 +157,10 @@ def reproduce_features(
             said = _result(done, began[done])
             bar.advance(task)
             bar.console.print(
-                f"{number:>3}/{len(left)}  {_folder_name(began[done]):<32} {said}", highlight=False
+                f"{number:>3}/{len(left)}  {_folder_name(began[done]):<32} {said}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
 
 
