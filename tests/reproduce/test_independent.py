@@ -91,15 +91,9 @@ def features() -> Features:
         index = index.only(np.flatnonzero(np.isin(index.label_N, np.unique(index.label_N)[:count])))
         parts[split] = made(index.label_N), index
     train_NF, index = parts["train"]
-    views_VNF = torch.stack(
-        [
-            train_NF
-            + 0.2 * torch.randn(train_NF.shape, generator=torch.Generator().manual_seed(view))
-            for view in range(VIEWS)
-        ]
-    )
+    noise_VNF = 0.2 * rng.normal(size=(VIEWS, *train_NF.shape))
     return Features(
-        views_VNF=views_VNF,
+        views_VNF=train_NF + torch.from_numpy(noise_VNF).float(),
         train_NF=train_NF,
         validation=parts["val"],
         test=parts["test"],
