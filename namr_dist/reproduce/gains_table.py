@@ -213,7 +213,10 @@ def _protocol(cells: Sequence[Cell]) -> str:
         for name in _PROTOCOL
         if (
             values := dict.fromkeys(
-                str(cell.protocol[name]) for cell in cells if name in cell.protocol
+                # Each cell's metrics.json names the commit.
+                str(cell.protocol[name]).partition(", commit ")[0]
+                for cell in cells
+                if name in cell.protocol
             )
         )
     ]
