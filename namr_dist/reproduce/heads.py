@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +296,10 @@ def _finish(
 
 
 def _batches(features: Features, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
-    """(view (B,), image (B,)) of every step: the plan of a whole run, and a view at random."""
-    index, sampling = features.training_set.index, features.training_set.sampling
+    """(view (B,), image (B,)) of every step: the plan of a whole run, and a view at random; where
+    `data.views` shows an image several times in a row, different ones."""
+    index, seen = features.training_set.index, config.data.views
+    sampling = replace(features.training_set.sampling, views=seen)
     views, seed = len(features.views_VNF), config.train.seed
     step = 0
     for epoch in range(config.optim.steps):
@@ -306,7 +308,10 @@ def _batches(features: Features, config: Config) -> Iterator[tuple[Tensor, Tenso
                 return
             rng = np.random.default_rng([_VIEW_STREAM, seed, step])
             index_B = torch.from_numpy(batch_PK.reshape(-1))
-            yield torch.from_numpy(rng.integers(views, size=len(index_B))), index_B
+            view_B = rng.integers(views, size=len(index_B))
+            if seen > 1:
+                view_B = (view_B.reshape(-1, seen)[:, :1] + np.arange(seen)).reshape(-1) % views
+            yield torch.from_numpy(view_B), index_B
             step += 1
 
 
