@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 
 from namr_dist.reproduce.cells import complete_cells, read_cells
-from namr_dist.reproduce.gains import missing
+from namr_dist.reproduce.gains import gains, missing
 from namr_dist.reproduce.gains_table import listed, markdown, rivals_markdown, summary_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -42,10 +42,13 @@ def write(root: Path) -> list[str]:
         if not cells:
             lacking.append(f"{where} has no finished cell; its table is left as it is")
             continue
-        every[title] = cells
+        every[title] = of_grid = gains(cells)
         if absent := missing(cells):
             lacking.append(f"{where} lacks {listed(absent)}")
-        for marks, content in ((name, markdown(cells)), (f"{name}-rivals", rivals_markdown(cells))):
+        for marks, content in (
+            (name, markdown(cells, of_grid)),
+            (f"{name}-rivals", rivals_markdown(cells, of_grid)),
+        ):
             if not content:
                 continue
             made = f"{content} Cells: `{where}`, table by `tools/make_gains.py`."

@@ -15,7 +15,6 @@ from namr_dist.reproduce.gains import (
     Gain,
     Interval,
     LossGains,
-    gains,
     with_structure,
 )
 from namr_dist.results.comparison_page import Grid, console_table, print_wide
@@ -57,29 +56,29 @@ def print_gains(every: Sequence[LossGains]) -> None:
     print_wide(Group(*parts, Text(_NOTE)))
 
 
-def markdown(cells: Sequence[Cell]) -> str:
-    """What the method adds to each loss, and how the networks were made."""
+def markdown(cells: Sequence[Cell], every: Sequence[LossGains]) -> str:
+    """What the method adds to each loss, and how the networks were made. every: the gains of these
+    cells."""
     kept = [cell for cell in cells if cell.name.variant in (ALONE, RANKING)]
-    return _markdown(kept, grids(gains(kept)))
+    return _markdown(kept, grids(every))
 
 
-def rivals_markdown(cells: Sequence[Cell]) -> str:
+def rivals_markdown(cells: Sequence[Cell], every: Sequence[LossGains]) -> str:
     """What simpler regularisers add in place of the ranking; empty where there are none."""
-    tables = rival_grids(gains(cells))
+    tables = rival_grids(every)
     return _markdown(cells, tables) if tables else ""
 
 
-def summary_markdown(every: Mapping[str, Sequence[Cell]]) -> str:
-    """The gain of the whole method and of its structure embedding, in a row a loss of each grid.
-    every: title → the cells of a grid."""
+def summary_markdown(grid_gains: Mapping[str, Sequence[LossGains]]) -> str:
+    """The gain of the whole method and of its structure embedding: one row per loss of each grid.
+    grid_gains: title → the gains of a grid."""
     heading = ["networks", "loss"]
     for figure in FIGURES:
         heading += [f"{figure} alone", "NAMR", "gain"]
     heading.append(f"structure − s = 1, {FIGURES[-1]}")
-    rows = [heading, ["---"] * 2 + ["---:"] * (len(heading) - 2)]
-    for title, cells in every.items():
-        kept = [cell for cell in cells if cell.name.variant in (ALONE, RANKING)]
-        for one in gains(kept):
+    rows = []
+    for title, every in grid_gains.items():
+        for one in every:
             row = [f"{title}, {_seeds(one)} seeds", printable(one.loss)]
             for figure in FIGURES:
                 row += [
@@ -88,19 +87,21 @@ def summary_markdown(every: Mapping[str, Sequence[Cell]]) -> str:
                 ]
                 row.append(_short_gain(one.gains.get("namr - alone"), figure))
             rows.append([*row, _short_gain(one.gains.get("structure - one"), FIGURES[-1])])
-    table = "\n".join(f"| {' | '.join(_escaped(row))} |" for row in rows)
-    return f"{table}\n\n{_SUMMARY_NOTE}"
+    return "\n".join([*_table(heading[:2], heading[2:], rows), "", _SUMMARY_NOTE])
 
 
 def _markdown(cells: Sequence[Cell], tables: Sequence[Grid]) -> str:
     lines = [_protocol(cells), ""]
     for grid in tables:
-        heading = [*grid.labels, *grid.figures]
-        marks = ["---"] * len(grid.labels) + ["---:"] * len(grid.figures)
-        lines += [f"{grid.title}:", ""]
-        lines += [f"| {' | '.join(row)} |" for row in (heading, marks, *map(_escaped, grid.rows))]
-        lines.append("")
+        lines += [f"{grid.title}:", "", *_table(grid.labels, grid.figures, grid.rows), ""]
     return "\n".join([*lines, _NOTE])
+
+
+def _table(
+    labels: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]
+) -> list[str]:
+    marks = ["---"] * len(labels) + ["---:"] * len(figures)
+    return [f"| {' | '.join(row)} |" for row in ([*labels, *figures], marks, *map(_escaped, rows))]
 
 
 def listed(names: Sequence[CellName]) -> str:

@@ -134,7 +134,8 @@ def objective(
 
 
 def random_batches(data: Data, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(view (B,), image (B,)): in every pass each class at most once, and of it so many images."""
+    """(view (B,), image (B,)): a pass draws each class at most once, `images_per_class` images of
+    it."""
     rng = np.random.default_rng([seed, 1])
     images = [
         np.flatnonzero(data.train.label_N == label) for label in np.unique(data.train.label_N)
