@@ -153,7 +153,7 @@ def main() -> None:
     print(
         f"{here['machine']}; {here['versions']}, numpy {np.__version__}, faiss {faiss.__version__}"
     )
-    print(f"commit {here['commit']}; Linux {platform.release()}; one thread a process")
+    print(f"commit {here['commit']}; Linux {platform.release()}; one thread per process")
     print(
         "The machine had other work on it: load average at the start "
         f"{', '.join(f'{load:.1f}' for load in os.getloadavg())}."

@@ -45,7 +45,7 @@ SEED = 0
 BAR, LISTED = 0.98, 10
 HNSW_LINKS, HNSW_BUILD = 32, 100
 EF_SEARCH = (64, 128, 256, 512)
-LISTS_A_ROOT = 4
+LISTS_PER_ROOT = 4
 """IVF lists over √N"""
 PROBES = (8, 16, 32, 64, 128, 256)
 PQ_BYTES, PQ_POINTS, CANDIDATES = 48, 64, 100
@@ -113,7 +113,7 @@ def indexes(gallery: Gallery, served: Served) -> Found:
     metric = faiss.METRIC_L2 if served.metric == "l2" else faiss.METRIC_INNER_PRODUCT
     items_NV, found = served.items_NV, Found()
     N, V = items_NV.shape
-    lists = round(LISTS_A_ROOT * N**0.5)
+    lists = round(LISTS_PER_ROOT * N**0.5)
 
     def search(index: faiss.Index) -> Int64:
         return gallery.others(index.search(served.queries_QV, gallery.neighbours + 1)[1])
@@ -359,7 +359,7 @@ def main() -> None:
     )
     print(f"random rows: {PROTOCOL}")
     print(
-        f"HNSW: M = {HNSW_LINKS}, efConstruction = {HNSW_BUILD}. IVF: {LISTS_A_ROOT} √N lists. IVF-PQ: nprobe "
+        f"HNSW: M = {HNSW_LINKS}, efConstruction = {HNSW_BUILD}. IVF: {LISTS_PER_ROOT} √N lists. IVF-PQ: nprobe "
         f"{max(PROBES)} or all lists, {PQ_BYTES} bytes."
     )
     print(
