@@ -102,8 +102,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     reproduce.add_argument(
         "--rivals",
-        action="store_true",
-        help="of features: the simplest things that could do what multi-cluster ranking does, too",
+        nargs="*",
+        metavar="RIVAL",
+        help="the simplest things that could do what multi-cluster ranking does, too (lower_rate early_stop "
+        "one_centre, of features also variance)",
     )
     reproduce.add_argument(
         "--short", action="store_true", help="few steps: shows that all of it works, and no gain"
@@ -233,7 +235,7 @@ def _reproduce_features(parsed: argparse.Namespace, overrides: list[str]) -> int
             f"recipe {name} has no validation split, by which this track chooses γ; name one by "
             "--set.data.validation_split"
         )
-    variants = (ALONE, RANKING, *(RIVALS if parsed.rivals else ()))
+    variants = (ALONE, RANKING, *_rivals(parsed, RIVALS))
     folder, results = _folder(parsed, f"{name}-features"), parsed.results
     check_results(folder, results)
     kept = complete_cells(results) if results else []
@@ -270,7 +272,14 @@ def _reproduce_features(parsed: argparse.Namespace, overrides: list[str]) -> int
 def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
     import torch
 
-    from namr_dist.reproduce.images import HOMEWARE_STEPS, SHORT, describe, plan, reproduce
+    from namr_dist.reproduce.images import (
+        HOMEWARE_STEPS,
+        RIVALS,
+        SHORT,
+        describe,
+        plan,
+        reproduce,
+    )
     from namr_dist.train.signals import EXIT_CODE
 
     name = parsed.recipe or _RECIPE
@@ -309,6 +318,7 @@ def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
         losses=parsed.losses,
         weights=weights,
         seeds=parsed.seeds,
+        rivals=_rivals(parsed, tuple(RIVALS)),
         results=parsed.results,
     )
     if parsed.dry_run:
@@ -323,6 +333,16 @@ def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
         if not parsed.json:
             print(page)
     return code
+
+
+def _rivals(parsed: argparse.Namespace, known: Sequence[str]) -> Sequence[str]:
+    """Those that --rivals names, or all of the track where it names none."""
+    asked: Sequence[str] = parsed.rivals or []
+    if unknown := [name for name in asked if name not in known]:
+        raise InputError(
+            f"--rivals names {unknown[0]!r}; --track {parsed.track} has {' '.join(known)}"
+        )
+    return asked or (known if parsed.rivals is not None else ())
 
 
 def _folder(parsed: argparse.Namespace, name: str) -> Path:

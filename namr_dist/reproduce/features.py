@@ -42,6 +42,10 @@ VIEWS, SHORT_VIEWS = 8, 1
 """augmented views of each training image"""
 FEATURES = "features.safetensors"
 SPREAD_PENALTY = 0.3
+LOWER_RATE = 0.3
+"""times the learning rate"""
+EARLY_STOP = 0.3
+"""times the steps"""
 
 Settings = tuple[Config, Training]
 
@@ -58,14 +62,14 @@ def _alone(config: Config) -> Settings:
 def _lower_rate(config: Config) -> Settings:
     config, training = _alone(config)
     return replace(
-        config, optim=replace(config.optim, head_lr=0.3 * config.optim.head_lr)
+        config, optim=replace(config.optim, head_lr=LOWER_RATE * config.optim.head_lr)
     ), training
 
 
 def _early_stop(config: Config) -> Settings:
     config, training = _alone(config)
     steps = config.optim.steps
-    return config, replace(training, stops=(steps // 10, 3 * steps // 10, steps))
+    return config, replace(training, stops=(steps // 10, round(EARLY_STOP * steps), steps))
 
 
 def _variance(config: Config) -> Settings:

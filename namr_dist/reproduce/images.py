@@ -2,7 +2,7 @@
 
 With and without multi-cluster ranking a loss is trained for as many steps, on the same batches and
 from the same weights: all three depend on the recipe and the seed alone. Optimizer settings are the
-recipe's, for every loss.
+recipe's, for every loss, but for the rivals that are made of others.
 
 Each run is a process of `namr train --resume`, then one of `namr evaluate`. Nothing is known of
 them but what stands in their folders, so the same command goes on after whatever ended it. A run
@@ -22,17 +22,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from rich.progress import Progress
 
+from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.losses import registry
-from namr_dist.reproduce.cells import check_results, copy_cell, is_complete
+from namr_dist.reproduce.cells import CELL, check_results, copy_cell, is_complete
+from namr_dist.reproduce.features import EARLY_STOP, LOWER_RATE
 from namr_dist.results.redact import shareable
 from namr_dist.run.folder import RunFolder
 from namr_dist.run.state import RunReader
@@ -48,6 +50,37 @@ classes, had no gain at 110 steps and one with all four losses at 450. The numbe
 them, and not searched for with this recipe."""
 SHORT = ("--set.optim.steps", "20", "--set.optim.warmup_steps", "2")
 """What makes a recipe's runs short: they show that all of it works, and no gain."""
+
+
+def _lower_rate(base: Config) -> dict[str, Any]:
+    return {
+        "loss.ranking.weight": 0.0,
+        "optim.backbone_lr": float(f"{LOWER_RATE * base.optim.backbone_lr:.6g}"),
+        "optim.head_lr": float(f"{LOWER_RATE * base.optim.head_lr:.6g}"),
+    }
+
+
+def _early_stop(base: Config) -> dict[str, Any]:
+    steps = round(EARLY_STOP * base.optim.steps)
+    warmup = min(base.optim.warmup_steps, steps)
+    return {"loss.ranking.weight": 0.0, "optim.steps": steps, "optim.warmup_steps": warmup}
+
+
+def _one_centre(base: Config) -> dict[str, Any]:
+    # With φ = 1 all centres lie at the mean distance.
+    return {"loss.ranking.floor": 1.0, "model.delta": _NO_WEIGHTS}
+
+
+RIVALS: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "lower_rate": _lower_rate,
+    "early_stop": _early_stop,
+    "one_centre": _one_centre,
+}
+"""Settings of the simplest things that could do what multi-cluster ranking does: LOWER_RATE times
+the learning rates of backbone and heads; a run of its own of EARLY_STOP times the steps; the
+ranking loss with a single centre at the mean distance and s = 1."""
+_NO_WEIGHTS = 1e-6
+"""δ by which s = 1"""
 
 _NAMR = [sys.executable, "-m", "namr_dist.cli"]
 _LOOK_EVERY_S = 0.2
@@ -74,6 +107,8 @@ class PlannedRun:
     config: Config
     words: tuple[str, ...]
     """of `namr train`"""
+    rival: str | None = None
+    """its name in RIVALS"""
     kept: Path | None = None
     """Where its finished cell is copied to; it may be there already."""
 
@@ -102,43 +137,41 @@ def plan(
     losses: Sequence[str],
     weights: Sequence[float],
     seeds: Sequence[int],
+    rivals: Sequence[str] = (),
     results: Path | None = None,
 ) -> list[PlannedRun]:
     """The runs of the grid, seed by seed, so that each seed adds to every row of the table.
 
-    base: the recipe with its overrides. folder: holds a folder LOSS-WEIGHT-SEED a run, as those of
-    slurm/sweep.sh. results: finished cells are copied there, into folders of the same names; those
-    that are there already count as done. Raises InputError if two runs are the same, or if
-    something else is in one of the folders.
+    base: the recipe with its overrides. folder: holds a folder LOSS-WEIGHT-SEED per run, as those
+    of slurm/sweep.sh, and LOSS-RIVAL-SEED. rivals: names in RIVALS. results: finished cells are
+    copied there, into folders of the same names; those that are there already count as done. Raises
+    InputError if two runs are the same, or if something else is in one of the folders.
     """
     runs: list[PlannedRun] = []
-    for seed, weight, loss in itertools.product(seeds, weights, losses):
+    variants: list[tuple[str, str | None, dict[str, Any]]] = [
+        (f"{weight:g}", None, {"loss.ranking.weight": weight}) for weight in weights
+    ]
+    variants += [(rival, rival, RIVALS[rival](base)) for rival in rivals]
+    for seed, (variant, rival, settings), loss in itertools.product(seeds, variants, losses):
         # A colon would be a host's to scp and rsync.
-        run = folder / f"{loss.replace(':', '.')}-{weight:g}-{seed}"
-        ranking = replace(base.loss.ranking, weight=weight)
-        config = replace(
-            base,
-            loss=replace(base.loss, metric=loss, ranking=ranking),
-            train=replace(base.train, seed=seed),
-        )
+        run = folder / f"{loss.replace(':', '.')}-{variant}-{seed}"
+        own = {"loss.metric": loss, **settings, "train.seed": seed}
+        config = base
+        for name, value in own.items():
+            config = _changed(config, name, value)
         words = (
             recipe,
             "--run-dir",
             str(run),
             "--resume",
             *overrides,
-            "--set.loss.metric",
-            loss,
-            "--set.loss.ranking.weight",
-            str(weight),
-            "--set.train.seed",
-            str(seed),
+            *(word for name, value in own.items() for word in (f"--set.{name}", str(value))),
         )
         registry.find(loss)
         if run in (other.folder for other in runs):
             raise InputError(f"{run.name} is asked for twice; give each loss, weight and seed once")
         kept = results / run.name if results else None
-        runs.append(PlannedRun(folder=run, config=config, words=words, kept=kept))
+        runs.append(PlannedRun(folder=run, config=config, words=words, rival=rival, kept=kept))
     if RunFolder(folder).config.exists():
         raise InputError(f"{folder} is the folder of one run; give another with --run-dir")
     check_results(folder, results)
@@ -151,6 +184,16 @@ def plan(
             here = Config.from_object(given, "the planned run")
             check_same(copied, Config.load(copied), here, option="--results")
     return runs
+
+
+_Settings = TypeVar("_Settings")
+
+
+def _changed(settings: _Settings, name: str, value: object) -> _Settings:
+    """Settings with the field of a dotted name replaced."""
+    section, _, rest = name.partition(".")
+    new = _changed(getattr(settings, section), rest, value) if rest else value
+    return replace(settings, **{section: new})  # type: ignore[type-var]
 
 
 def describe(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> list[str]:
@@ -231,6 +274,11 @@ class _Grid:
         """Raises _FailedError if a command failed, _StoppedError once a signal has ended it."""
         self._bar.update(self._task, description=run.folder.name, completed=done)
         run.folder.mkdir(exist_ok=True)
+        if run.rival:  # which its configuration does not say
+            of = {"loss": run.config.loss.metric, "variant": run.rival}
+            write_atomic(
+                run.folder / CELL, json.dumps({**of, "seed": run.config.train.seed}) + "\n"
+            )
         where = run.config.data.path
         evaluate = [
             *_NAMR,
@@ -344,8 +392,9 @@ def _say(bar: Progress, text: str) -> None:
 
 def _summary(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> str:
     kept = sum(bool(run.cell) for run in runs)
+    steps = max(run.config.optim.steps for run in runs)
     return (
-        f"{runs[0].words[0]} → {folder}: {len(runs)} runs of {runs[0].config.optim.steps:,} steps on {ranks} "
+        f"{runs[0].words[0]} → {folder}: {len(runs)} runs of {steps:,} steps on {ranks} "
         f"rank(s), {kept} of them there already"
     )
 

@@ -357,6 +357,52 @@ def test_the_dry_run_names_every_run_and_writes_nothing(
     )
 
 
+def test_rivals_change_what_they_are_named_for_and_their_cells_bear_their_names(
+    shard_set: Manifest, tmp_path: Path, namr: Callable
+) -> None:
+    folder, results = tmp_path / "runs", tmp_path / "results"
+    words = command(shard_set, folder, "--losses", "margin", "--seeds", "3", "--weights", "0")
+    words += ["--rivals", "--results", str(results), "--json", "--set.optim.steps", "10"]
+    words += ["--set.loss.memory.rows", "0"]
+    done = namr(*words, timeout=600)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["margin"]
+    assert list(told)[:4] == ["alone", "structure", "early_stop", "lower_rate"]
+    changed = {
+        "lower_rate": {"optim": {"backbone_lr": 0.3, "head_lr": 0.3}},
+        "early_stop": {"optim": {"steps": 0.3}},
+        "one_centre": {
+            "loss": {"ranking": {"weight": 2.0, "floor": 1.0}},
+            "model": {"delta": 1e-6},
+        },
+    }
+    base = json.loads((results / "margin-0-3" / "config.json").read_text())
+    for rival, new in changed.items():
+        cell = results / f"margin-{rival}-3"
+        assert json.loads((cell / "cell.json").read_text()) == {
+            "loss": "margin",
+            "variant": rival,
+            "seed": 3,
+        }
+        there = json.loads((cell / "config.json").read_text())
+        expected = json.loads(json.dumps(base))
+        for section, fields in new.items():
+            if section == "optim":
+                fields = {name: base["optim"][name] * share for name, share in fields.items()}
+            else:
+                fields = {
+                    name: {**base[section][name], **value} if isinstance(value, dict) else value
+                    for name, value in fields.items()
+                }
+            expected[section] |= fields
+        for name in ("backbone_lr", "head_lr"):
+            expected["optim"][name] = pytest.approx(expected["optim"][name])
+        assert there == expected
+        measured = json.loads((cell / "metrics.json").read_text())["test"]["sample"]
+        assert told[rival]["MAP@R"] == [pytest.approx(measured["MAP@R"]), None, None]
+    assert steps_of(results / "margin-early_stop-3") == [1, 2, 3]
+
+
 def test_a_short_grid_has_few_steps_two_seeds_and_a_folder_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,6 +453,10 @@ def test_the_features_track_keeps_its_cells_and_prints_them_in_the_same_way(
         (["--set.loss.metric", "margin"], "give --losses margin"),
         (["--set.train.seed", "4"], "give --seeds 4"),
         (["--set.evaluation.recall_at", "2", "4"], "give --set.evaluation.recall_at 1 2 4"),
+        (
+            ["--rivals", "variance"],
+            "'variance'; --track images has lower_rate early_stop one_centre",
+        ),
         (["--ranks", "0"], "--ranks is 0"),
         (["--ranks", "3"], "which 3 ranks cannot share"),
     ],
