@@ -11,16 +11,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT, alive, small_run
 from training_runs import entries
 
+from namr_dist import recipes
 from namr_dist.cli.main import main
+from namr_dist.config import Config
 from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.recipes.overrides import configure
 from namr_dist.reproduce.features import FEATURES, VARIANTS
+from namr_dist.reproduce.images import RIVALS, plan
 from namr_dist.train.signals import EXIT_CODE
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
@@ -357,50 +361,66 @@ def test_the_dry_run_names_every_run_and_writes_nothing(
     )
 
 
-def test_rivals_change_what_they_are_named_for_and_their_cells_bear_their_names(
-    shard_set: Manifest, tmp_path: Path, namr: Callable
-) -> None:
-    folder, results = tmp_path / "runs", tmp_path / "results"
-    words = command(shard_set, folder, "--losses", "margin", "--seeds", "3", "--weights", "0")
-    words += ["--rivals", "--results", str(results), "--json", "--set.optim.steps", "10"]
-    words += ["--set.loss.memory.rows", "0"]
-    done = namr(*words, timeout=600)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)["margin"]
-    assert list(told)[:4] == ["alone", "structure", "early_stop", "lower_rate"]
-    changed = {
-        "lower_rate": {"optim": {"backbone_lr": 0.3, "head_lr": 0.3}},
-        "early_stop": {"optim": {"steps": 0.3}},
-        "one_centre": {
-            "loss": {"ranking": {"weight": 2.0, "floor": 1.0}},
-            "model": {"delta": 1e-6},
+def test_rivals_change_what_they_are_named_for(tmp_path: Path) -> None:
+    base = recipes.find("homeware")
+    runs = plan(
+        "homeware",
+        base,
+        [],
+        tmp_path,
+        losses=["margin"],
+        weights=[],
+        seeds=[3],
+        rivals=list(RIVALS),
+    )
+    expected = {
+        "margin-lower_rate-3": {
+            "loss.ranking.weight": 0.0,
+            "optim.backbone_lr": 0.3 * 2e-4,
+            "optim.head_lr": 0.3 * 1e-3,
         },
+        "margin-early_stop-3": {"loss.ranking.weight": 0.0, "optim.steps": 36},
+        "margin-one_centre-3": {"loss.ranking.floor": 1.0, "model.delta": 1e-6},
     }
-    base = json.loads((results / "margin-0-3" / "config.json").read_text())
-    for rival, new in changed.items():
-        cell = results / f"margin-{rival}-3"
-        assert json.loads((cell / "cell.json").read_text()) == {
-            "loss": "margin",
-            "variant": rival,
-            "seed": 3,
-        }
-        there = json.loads((cell / "config.json").read_text())
-        expected = json.loads(json.dumps(base))
-        for section, fields in new.items():
-            if section == "optim":
-                fields = {name: base["optim"][name] * share for name, share in fields.items()}
+    old = flat(base)
+    for run in runs:
+        new = flat(run.config)
+        assert {name: value for name, value in new.items() if value != old[name]} == pytest.approx(
+            {"loss.metric": "margin", "train.seed": 3, **expected.pop(run.folder.name)}
+        )
+        # What the run is trained with is what the plan says.
+        assert configure("homeware", run.words[4:]) == run.config
+    assert not expected
+
+
+def flat(config: Config) -> dict[str, object]:
+    def fields(prefix: str, section: dict[str, object]) -> Iterator[tuple[str, object]]:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                yield from fields(f"{prefix}{name}.", value)
             else:
-                fields = {
-                    name: {**base[section][name], **value} if isinstance(value, dict) else value
-                    for name, value in fields.items()
-                }
-            expected[section] |= fields
-        for name in ("backbone_lr", "head_lr"):
-            expected["optim"][name] = pytest.approx(expected["optim"][name])
-        assert there == expected
-        measured = json.loads((cell / "metrics.json").read_text())["test"]["sample"]
-        assert told[rival]["MAP@R"] == [pytest.approx(measured["MAP@R"]), None, None]
-    assert steps_of(results / "margin-early_stop-3") == [1, 2, 3]
+                yield prefix + name, value
+
+    return dict(fields("", json.loads(config.to_json())))
+
+
+def test_a_rivals_cell_bears_its_name(shard_set: Manifest, tmp_path: Path, namr: Callable) -> None:
+    folder, results = tmp_path / "runs", tmp_path / "results"
+    words = command(shard_set, folder, "--losses", "triplet", "--seeds", "3", "--weights", "0")
+    words += ["--rivals", "early_stop", "--results", str(results), "--json"]
+    words += ["--set.loss.memory.rows", "0"]
+    done = namr(*words, "--set.optim.steps", "10", timeout=600)
+    assert done.returncode == 0, done.stderr
+    cell = results / "triplet-early_stop-3"
+    assert json.loads((cell / "cell.json").read_text()) == {
+        "loss": "triplet",
+        "variant": "early_stop",
+        "seed": 3,
+    }
+    assert steps_of(cell) == [1, 2, 3] and len(steps_of(results / "triplet-0-3")) == 10
+    measured = json.loads((cell / "metrics.json").read_text())["test"]["sample"]
+    told = json.loads(done.stdout)["triplet"]
+    assert told["early_stop"]["MAP@R"] == [pytest.approx(measured["MAP@R"]), None, None]
 
 
 def test_a_short_grid_has_few_steps_two_seeds_and_a_folder_of_its_own(
