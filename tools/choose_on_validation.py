@@ -4,8 +4,8 @@ frozen features, measured on the validation classes alone.
     python tools/choose_on_validation.py learnt docs/results/choices/learnt.jsonl [--seeds 5]
 
 Writes a line of JSON a run: group, setting, loss, seed, and for each γ R@1 and MAP@R in percent.
-Lines that are there already are kept. `learnt` also prints the differences from k-means, paired by
-seed, with 95 % intervals. No test figure is computed.
+Lines that are there already are kept. `learnt` also prints the differences from k-means, and
+`ablations` those from the default, paired by seed, with 95 % intervals. No test figure is computed.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ GROUPS: dict[str, dict[str, Settings]] = {
         "scaled, λ = 4": _with(ranking={"weight": 4.0}),
     },
     "ablations": {
+        "default": _with(),
         "M = 3": _with(ranking={"clusters": 3}),
         "M = 4": _with(ranking={"clusters": 4}),
         "M = 1": _with(ranking={"floor": 1.0}),
@@ -99,10 +100,14 @@ GROUPS: dict[str, dict[str, Settings]] = {
     },
 }
 REFERENCE = {
-    setting: "centres, two views" if setting.startswith("views") else "centres"
-    for setting in GROUPS["learnt"]
-    if not setting.startswith("centres")
+    "learnt": {
+        setting: "centres, two views" if setting.startswith("views") else "centres"
+        for setting in GROUPS["learnt"]
+        if not setting.startswith("centres")
+    },
+    "ablations": {setting: "default" for setting in GROUPS["ablations"] if setting != "default"},
 }
+"""What each setting is compared with."""
 
 _features: Features
 
@@ -143,10 +148,10 @@ def _best(line: dict[str, Any], name: str) -> float:
     return float(line["validation"][f"{line['gamma']:g}"][name])
 
 
-def differences(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """What learnt centres add to those of k-means, a line for each loss and setting."""
+def differences(lines: list[dict[str, Any]], group: str) -> Iterator[str]:
+    """What a setting adds to that which it is compared with, one line per loss and setting."""
     by_run = {(line["setting"], line["loss"], line["seed"]): line for line in lines}
-    for setting, reference in REFERENCE.items():
+    for setting, reference in REFERENCE[group].items():
         for loss in registry.NAMES:
             cells = []
             for name in ("R@1", "MAP@R"):
@@ -192,8 +197,8 @@ def main() -> None:
     with pool, asked.out.open("a", encoding="utf-8") as file:
         for done in as_completed([pool.submit(_run, asked.group, *one) for one in left]):
             print(json.dumps(done.result(), ensure_ascii=False), file=file, flush=True)
-    if asked.group == "learnt":
-        print("\n".join(differences(_lines(asked.out))))
+    if asked.group in REFERENCE:
+        print("\n".join(differences(_lines(asked.out), asked.group)))
 
 
 if __name__ == "__main__":
