@@ -27,7 +27,7 @@ def homeware() -> Config:
         ),
         model=ModelConfig(backbone="efficientnet_lite0", width=128),
         # In so few steps a constant λ costs what it gains in more.
-        loss=LossConfig(ranking=RankingConfig(rise_passes=10)),
+        loss=LossConfig(ranking=RankingConfig(rise_passes=10.0)),
         optim=OptimConfig(steps=120, backbone_lr=2e-4, head_lr=1e-3, warmup_steps=10),
         train=TrainConfig(validate_every=40),
     )
