@@ -44,7 +44,8 @@ def _with(
     **training: Any,
 ) -> Settings:
     config = homeware()
-    loss = replace(config.loss, ranking=replace(config.loss.ranking, **(ranking or {})))
+    settings = {"rise_passes": 0.0, **(ranking or {})}
+    loss = replace(config.loss, ranking=replace(config.loss.ranking, **settings))
     config = replace(
         config,
         loss=loss,

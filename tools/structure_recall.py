@@ -331,7 +331,9 @@ def cases(features: Features) -> Iterator[tuple[Gallery, Gallery, Callable[[Gall
         base = homeware()
         config = replace(
             base,
-            loss=replace(base.loss, metric=metric),
+            loss=replace(
+                base.loss, metric=metric, ranking=replace(base.loss.ranking, rise_passes=0.0)
+            ),
             optim=replace(base.optim, steps=STEPS),
             train=replace(base.train, seed=SEED),
         )

@@ -226,10 +226,11 @@ def _reproduce_features(parsed: argparse.Namespace, overrides: list[str]) -> int
         VIEWS,
         reproduce_features,
     )
+    from namr_dist.reproduce.images import CONSTANT
 
     name = parsed.recipe or _RECIPE
     steps, views = (SHORT_STEPS, SHORT_VIEWS) if parsed.short else (STEPS, VIEWS)
-    base = _base(name, ["--set.optim.steps", str(steps), *overrides])
+    base = _base(name, ["--set.optim.steps", str(steps), *CONSTANT, *overrides])
     if base.data.validation_split is None:
         raise InputError(
             f"recipe {name} has no validation split, by which this track chooses γ; name one by "
@@ -273,6 +274,7 @@ def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
     import torch
 
     from namr_dist.reproduce.images import (
+        CONSTANT,
         HOMEWARE_STEPS,
         RIVALS,
         SHORT,
@@ -292,7 +294,7 @@ def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
         overrides = ["--set.optim.steps", str(HOMEWARE_STEPS), *overrides]
     # Validation chooses nothing before the last step.
     steps = configure(name, overrides).optim.steps
-    overrides = ["--set.train.validate_every", str(steps), *overrides]
+    overrides = ["--set.train.validate_every", str(steps), *CONSTANT, *overrides]
     base = _base(name, overrides)
     if base.data.classes_per_batch % ranks:
         raise InputError(

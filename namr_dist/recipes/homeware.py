@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from namr_dist.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from namr_dist.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RankingConfig,
+    TrainConfig,
+)
 
 
 def homeware() -> Config:
@@ -18,6 +26,8 @@ def homeware() -> Config:
             test_crop=1.0,
         ),
         model=ModelConfig(backbone="efficientnet_lite0", width=128),
+        # In so few steps a constant λ costs what it gains in more.
+        loss=LossConfig(ranking=RankingConfig(rise_passes=10.0)),
         optim=OptimConfig(steps=120, backbone_lr=2e-4, head_lr=1e-3, warmup_steps=10),
         train=TrainConfig(validate_every=40),
     )

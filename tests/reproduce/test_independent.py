@@ -58,7 +58,7 @@ def config_of(loss: str, *, seed: int = 0, steps: int = STEPS) -> Config:
         base,
         data=replace(base.data, verify=False),
         model=replace(base.model, width=WIDTH, structure_hidden=HIDDEN),
-        loss=replace(base.loss, metric=loss),
+        loss=replace(base.loss, metric=loss, ranking=replace(base.loss.ranking, rise_passes=0.0)),
         optim=replace(base.optim, steps=steps),
         train=replace(base.train, seed=seed),
     )

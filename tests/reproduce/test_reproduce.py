@@ -329,7 +329,8 @@ def test_the_dry_run_names_every_run_and_writes_nothing(
         for loss in ("triplet", "margin", "multi_similarity", "proxy_anchor")
     ]
     assert rows[-1].endswith(
-        "--set.train.validate_every 450 --set.optim.steps 450 --set.loss.metric proxy_anchor "
+        "--set.train.validate_every 450 --set.loss.ranking.rise_passes 0 --set.optim.steps 450 "
+        "--set.loss.metric proxy_anchor "
         "--set.loss.ranking.weight 2.0 --set.train.seed 2"
     )
     assert (
@@ -433,8 +434,8 @@ def test_a_short_grid_has_few_steps_two_seeds_and_a_folder_of_its_own(
     assert "→ runs/reproduce-homeware-short: 16 runs of 20 steps" in head and len(rows) == 16
     # The command line's own settings come later, so they hold.
     assert (
-        "--set.train.validate_every 20 --set.optim.steps 20 --set.optim.warmup_steps 2 "
-        "--set.train.validate_every 7 --set.loss" in rows[0]
+        "--set.train.validate_every 20 --set.loss.ranking.rise_passes 0 --set.optim.steps 20 "
+        "--set.optim.warmup_steps 2 --set.train.validate_every 7 --set.loss" in rows[0]
     )
 
 
