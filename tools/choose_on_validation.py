@@ -161,10 +161,11 @@ def differences(lines: list[dict[str, Any]], group: str) -> Iterator[str]:
                     for (own, of, seed), line in sorted(by_run.items())
                     if own == setting and of == loss and (reference, loss, seed) in by_run
                 ]
-                if len(changes) < 2:
+                if not changes:
                     continue
                 half = stats.t.ppf(0.975, len(changes) - 1) * stats.sem(changes)
-                cells.append(f"{np.mean(changes):+.2f} ± {half:.2f}")
+                interval = f" ± {half:.2f}" if len(changes) > 1 else ""
+                cells.append(f"{np.mean(changes):+.2f}{interval}")
             if cells:
                 yield f"| {setting} | {loss} | {len(changes)} | {' | '.join(cells)} |"
 
