@@ -27,7 +27,7 @@ RUNTIME = [
     "triton>=3.6,<3.9; platform_system == 'Linux'",
     "deepspeed>=0.19.8,<0.20",
     "webdataset>=1.0.2,<2",
-    "fsspec>=2025.3",
+    "fsspec>=2026.7",
     "numpy>=2.1,<3",
     "timm>=1.0.20,<2",
     "efficientnet-lite-pytorch==0.1.0",

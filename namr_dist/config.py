@@ -37,6 +37,8 @@ class RemoteConfig:
     """Times a fetch is tried again, after 1, 2, 4 … seconds, from where it broke off."""
     stall_seconds: Annotated[float, above_up_to(0, 1e6)] = 30.0
     """Seconds without a byte after which a fetch counts as broken off."""
+    manifest_seconds: Annotated[float, above_up_to(0, 1e6)] = 600.0
+    """Seconds in which the manifest must have come, all tries together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,9 @@ class DataConfig:
     """Which images are trained on and how they become batches."""
 
     path: str | None = None
-    """Folder of the shard set, with its manifest.json, or its URL (http, https, s3, gs … or
-    pipe:COMMAND with {} for the file). None: homeware, the set that comes with the package."""
+    """Folder of the shard set, with its manifest.json, or its URL (http, https, s3, gs, az, abfs,
+    hf, or pipe:COMMAND with {} for the file). None: homeware, the set that comes with the
+    package."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     train_splits: tuple[str, ...] = ("train",)
     """Splits whose images are trained on."""

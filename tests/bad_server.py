@@ -29,7 +29,7 @@ class BadServer:
     """Serves FOLDER/NAME at `url`/NAME. `faults[NAME]` are used up in order, one a request; then it
     serves well."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
         self.folder = folder
         self.faults: dict[str, list[Callable[[Answer], None]]] = defaultdict(list)
         self.asked: list[Asked] = []
@@ -50,10 +50,10 @@ class BadServer:
             def log_message(self, *words: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((host, 0), Handler)
         self._server.daemon_threads = True
         self.port = self._server.server_port
-        self.url = f"http://127.0.0.1:{self.port}/set"
+        self.url = f"http://{host}:{self.port}/set"
 
     def starts(self, file: str) -> list[int]:
         """The first bytes that were asked for, request by request."""
@@ -186,3 +186,23 @@ def late(seconds: float) -> Callable[[Answer], None]:
         answer.send(answer.body)
 
     return fault
+
+
+def drip(answer: Answer) -> None:
+    """Send the whole answer, header and all, but a byte now and then."""
+    body = answer.body
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
+    _drip(answer, head.encode() + body)
+
+
+def drip_body(answer: Answer) -> None:
+    """The same of the body alone, whose length is not announced."""
+    answer.handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    _drip(answer, answer.body)
+
+
+def _drip(answer: Answer, content: bytes) -> None:
+    for byte in content:
+        answer.handler.wfile.write(bytes([byte]))
+        if answer.server.closing.wait(0.05):
+            return

@@ -21,6 +21,7 @@ from training_runs import fork_namr, start_parent
 from namr_dist.config import RemoteConfig
 from namr_dist.data.read.augment import TrainTransform
 from namr_dist.data.read.plan import Sampling
+from namr_dist.data.remote import address
 from namr_dist.data.remote import transfer as transport
 from namr_dist.data.shardset.manifest import ImageClass, Manifest
 from namr_dist.data.shardset.shards import Sample, write_shard
@@ -172,6 +173,8 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteConfig:
     # asked.
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    # fsspec's store in this process's memory stands for those that need a network.
+    monkeypatch.setattr(address, "STORES", address.STORES | {"memory"})
     return RemoteConfig(cache=tmp_path / "cache", retries=2, stall_seconds=10)
 
 

@@ -118,7 +118,7 @@ def image_folder(work: Work, folder: Path) -> Provider:
         def load(path: str) -> Image.Image:
             jpeg = Path(path).read_bytes()
             clock.lap("read")
-            image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+            image = Image.open(io.BytesIO(jpeg), formats=("JPEG",)).convert("RGB")
             clock.lap("decode")
             return image
 

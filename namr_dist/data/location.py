@@ -8,8 +8,8 @@ from urllib.request import url2pathname
 
 from namr_dist.config import RemoteConfig
 from namr_dist.data.homeware import embedded_shards
+from namr_dist.data.remote.address import is_url
 from namr_dist.data.remote.cache import open_remote
-from namr_dist.data.remote.transfer import is_url
 from namr_dist.data.shardset.manifest import Manifest
 
 

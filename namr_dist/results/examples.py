@@ -69,7 +69,8 @@ def data_uri(jpeg: bytes, name: str) -> str:
     """
     if not jpeg.startswith(b"\xff\xd8") or len(jpeg) > _EMBEDDED_AS_IS_BYTES:
         try:
-            with Image.open(io.BytesIO(jpeg)) as image:
+            # Pillow runs a program to read some other formats.
+            with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
                 small = image.convert("RGB")
         except (OSError, ValueError) as error:
             raise InputError(

@@ -6,7 +6,7 @@ import copy
 from pathlib import PurePath
 from typing import Any
 
-from namr_dist.data.remote.transfer import shown
+from namr_dist.data.remote.address import shown
 
 _LOCATIONS = (
     ("data", "path"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import EpsImagePlugin
 from rich.console import Console
 from safetensors.numpy import save_file
 
@@ -267,6 +269,18 @@ def test_other_bad_input_is_named(run):
     save_file({"labels": run.labels}, run.folder / "embeddings.safetensors")
     with pytest.raises(InputError, match="no tensor z: evaluate the run first"):
         write_report(run.folder, run.jpeg, run.names, run.categories)
+
+
+def test_no_program_is_run_for_an_image(tmp_path, monkeypatch):
+    """Pillow reads PostScript, whatever the file is called, by the first gs on the path."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    image = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+    with pytest.raises(InputError, match="image of 'a.jpg' cannot be read"):
+        examples.data_uri(image, "a.jpg")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_console_table(run):

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 
 from namr_dist.config import Config
-from namr_dist.data.remote.transfer import shown
+from namr_dist.data.remote.address import shown
 from namr_dist.data.shardset.manifest import Manifest, SplitIndex
 from namr_dist.errors import InputError
 from namr_dist.run.folder import RunFolder
@@ -26,6 +26,7 @@ MAY_DIFFER = {
     "data.remote.cache_gib",
     "data.remote.retries",
     "data.remote.stall_seconds",
+    "data.remote.manifest_seconds",
     "data.workers",
     "data.batch_minutes",
     "data.verify",

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
-from bad_server import BadServer, chunked, drop, flip, late, shorten, stall, status, whole
+from bad_server import (
+    Answer,
+    BadServer,
+    chunked,
+    drip,
+    drip_body,
+    drop,
+    flip,
+    late,
+    shorten,
+    stall,
+    status,
+    whole,
+)
+from namespaces import apart
 
 from namr_dist.config import RemoteConfig
 from namr_dist.data.location import open_shards
 from namr_dist.data.remote import transfer as transport
+from namr_dist.data.remote import web
 from namr_dist.data.remote.cache import ShardCache
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
@@ -80,6 +98,60 @@ def test_a_redirect_is_followed_without_the_password(
     assert [asked.authorization for asked in other.asked] == [None]
 
 
+def test_a_redirect_leads_to_no_other_host_of_a_private_network(
+    shard_set: Manifest, remote: RemoteConfig
+) -> None:
+    """A public server's to none at all, also by another spelling of its address. In a network of
+    its own, where this machine has a public address."""
+
+    def redirects() -> None:
+        hosts = ("8.8.8.8", "8.8.4.4", "10.1.2.3", "10.1.2.4", "127.0.0.1")
+        with contextlib.ExitStack() as stack:
+            servers = {
+                host: stack.enter_context(BadServer(shard_set.folder, host)) for host in hosts
+            }
+            public, other, private, neighbour, loopback = servers.values()
+            twin = stack.enter_context(BadServer(shard_set.folder, "10.1.2.3"))
+            refused = [
+                (public, f"http://localhost:{loopback.port}", r"localhost \(127.0.0.1\)"),
+                (public, f"http://2130706433:{loopback.port}", r"2130706433 \(127.0.0.1\)"),
+                (public, loopback.url, r"127.0.0.1 \(127.0.0.1\)"),
+                (public, private.url, r"10.1.2.3 \(10.1.2.3\)"),
+                (private, neighbour.url, r"10.1.2.4 \(10.1.2.4\)"),
+                (private, loopback.url, r"127.0.0.1 \(127.0.0.1\)"),
+            ]
+            for source, target, where in refused:
+                source.faults["manifest.json"] = [status(302, Location=f"{target}/manifest.json")]
+                with pytest.raises(
+                    InputError,
+                    match=rf"^{source.url}/manifest.json cannot be fetched: it redirects to {where}, "
+                    "another host on a private network; ",
+                ):
+                    open_shards(source.url, remote)
+            assert not loopback.asked and not neighbour.asked
+            for source, target in ((public, other), (private, twin), (private, public)):
+                source.faults["manifest.json"] = [
+                    status(302, Location=f"{target.url}/manifest.json")
+                ]
+                assert open_shards(source.url, remote).shards == shard_set.shards
+
+    apart(redirects, addresses=("8.8.8.8", "8.8.4.4", "10.1.2.3", "10.1.2.4"))
+
+
+@pytest.mark.parametrize("fault", [drip, drip_body])
+def test_a_server_that_drips_holds_no_fetch_beyond_its_deadline(
+    server: BadServer, remote: RemoteConfig, fault: Callable[[Answer], None]
+) -> None:
+    server.faults["manifest.json"] = [fault] * 3
+    with pytest.raises(
+        InputError,
+        match=rf"^{server.url}/manifest.json cannot be fetched: it has not come within 0.3 s "
+        r"\(data.remote.manifest_seconds\), all tries together; check the server and",
+    ):
+        open_shards(server.url, dataclasses.replace(remote, manifest_seconds=0.3))
+    assert len(server.asked) == 1
+
+
 @pytest.mark.parametrize(
     ("faults", "said"),
     [
@@ -99,6 +171,10 @@ def test_a_redirect_is_followed_without_the_password(
         (
             [status(302, Location="ftp://127.0.0.1/x")],
             r"the server answers 302 Found, without end or",
+        ),
+        (
+            [status(302, Location="http://me:secret@127.0.0.1/x")],
+            r"fetched: it redirects to an address with a user or a password in it; give that address$",
         ),
         (
             [status(500)] * 3,
@@ -153,6 +229,7 @@ def test_what_cannot_be_fetched_is_one_clear_line(
         ),
         (f"http://{'a' * 64}.invalid/set", r"it is no URL \(.*\); check the address$"),
         ("nonsense://bucket/set", "nothing here reads such URLs; give one of http"),
+        ("https://…@host/set?…", "lacks its credentials, which were left out .*; give the whole"),
         ("s3://bucket/set", "a package is missing: Install s3fs"),
         ("memory://nothing", "it is not there; check the address"),
         ("pipe:cat /set", r"^pipe:cat … has no {} where the file's name belongs; put it there$"),
@@ -211,8 +288,8 @@ def test_pauses_grow_and_are_as_long_as_the_server_asks(
     open_shards(server.url, dataclasses.replace(remote, retries=3)).path(shard)
     pauses = [line.rsplit(" in ", 1)[1] for line in capfd.readouterr().err.splitlines()]
     assert pauses == ["0.3 s", "0.0 s", "0.0 s"]
-    assert transport._asked_wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert transport._asked_wait("Wed, 21 Oct 2195 07:28:00 GMT") > 1e9
+    assert web._asked_wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert web._asked_wait("Wed, 21 Oct 2195 07:28:00 GMT") > 1e9
 
 
 def test_credentials_are_never_told(
@@ -238,17 +315,55 @@ def test_credentials_are_never_told(
     assert "secret" not in capfd.readouterr().err
 
 
-def test_any_way_to_the_set_gives_the_same_bytes(shard_set: Manifest, tmp_path: Path) -> None:
+def test_any_way_to_the_set_gives_the_same_bytes(
+    shard_set: Manifest, remote: RemoteConfig, tmp_path: Path
+) -> None:
     store = fsspec.filesystem("memory")
     store.put(f"{shard_set.folder}/", "/set/", recursive=True)
     for number, url in enumerate(
         ("memory://set", f"pipe:cat {shard_set.folder}/{{}}", f"file://{shard_set.folder}")
     ):
-        manifest = open_shards(url, RemoteConfig(cache=tmp_path / str(number), retries=0))
+        here = dataclasses.replace(remote, cache=tmp_path / str(number), retries=0)
+        manifest = open_shards(url, here)
         assert manifest == dataclasses.replace(shard_set, folder=manifest.folder)
         for shard in manifest.shards:
             assert manifest.path(shard).read_bytes() == (shard_set.folder / shard.file).read_bytes()
     assert not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize(
+    ("location", "file"),
+    [
+        ("trap://set", "train-0.tar"),
+        ("TRAP://set", "train-0.tar"),
+        ("memory://set::trap://set", "train-0.tar"),
+        ("reference://::trap://set", "train-0.tar"),
+        ("memory://set", "train-0.tar::trap"),
+    ],
+)
+def test_no_other_scheme_reaches_fsspec(
+    shard_set: Manifest,
+    remote: RemoteConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    location: str,
+    file: str,
+) -> None:
+    """Neither of the location, which may stand in somebody's file, nor of a shard's name. The trap
+    is a module that fsspec would import for its scheme."""
+    (tmp_path / "trap_of_fsspec.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trap_of_fsspec", raising=False)
+    for scheme in ("trap", "TRAP"):
+        fsspec.register_implementation(scheme, "trap_of_fsspec.Store", clobber=True)
+    fsspec.filesystem("memory").put(f"{shard_set.folder}/", "/set/", recursive=True)
+    shard = dataclasses.replace(shard_set.shards[0], file=file)
+    with pytest.raises(
+        InputError,
+        match="nothing here reads such URLs; |no file of such a name .*; rename the shard",
+    ):
+        open_shards(location, remote).path(shard)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_fsspec_goes_on_where_it_broke_off(shard_set: Manifest, remote: RemoteConfig) -> None:
