@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 FLOORS = (
     "kernels",
     "errors",
-    "atomic bounds named_code provenance text",
+    "atomic bounds named_code own_files provenance text",
     "parallel",
     "structure losses",
     "config_json",

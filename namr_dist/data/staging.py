@@ -31,6 +31,7 @@ from namr_dist.data.remote.transfer import Origin
 from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
 from namr_dist.data.shardset.shards import shard_problems
 from namr_dist.errors import InputError
+from namr_dist.own_files import make_folder, open_own, open_unfollowed
 
 _AT_ONCE = 4
 """Copies: one alone does not fill the way to a file server."""
@@ -60,16 +61,17 @@ def stage(location: str, to: Path, splits: Sequence[str] = ()) -> Staged:
     is too small.
     """
     manifest = open_shards(location)
-    to = to.resolve()
-    if manifest.source is None and manifest.folder.resolve() in (to, *to.parents):
+    place = to.resolve()
+    if manifest.source is None and manifest.folder.resolve() in (place, *place.parents):
         raise InputError(
-            f"{to} is the shard set's own folder or lies in it; give a folder on this machine's own disk"
+            f"{place} is the shard set's own folder or lies in it; give a folder on this machine's own disk"
         )
     shards = manifest.shards_of(*splits) if splits else manifest.shards
     body = (manifest.folder / FILE_NAME).read_bytes()
-    folder = to / f"{_plain(manifest.name)}-{hashlib.sha256(body).hexdigest()[:12]}"
+    folder = place / f"{_plain(manifest.name)}-{hashlib.sha256(body).hexdigest()[:12]}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(to)
+        make_folder(folder)
         with _alone(folder):
             whole = _whole(folder, shards)
             _copy(
@@ -115,7 +117,7 @@ def _origin(location: str, manifest: Manifest) -> Origin:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Held by one process at a time; the system lets go of it for one that dies."""
-    with open(folder / ".lock", "ab") as lock:
+    with open_unfollowed(folder / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -180,7 +182,7 @@ def _copy(origin: Origin, folder: Path, shards: Sequence[Shard]) -> None:
                 )
                 had[shard.file] = have
 
-        with open(parts[shard.file], "a+b", buffering=0) as part:
+        with open_own(parts[shard.file]) as part:
             fetch(
                 origin,
                 shard,
@@ -208,5 +210,5 @@ def _images(shard: Shard, have: int) -> int:
 
 
 def _size(path: Path) -> int:
-    """In bytes; 0 if there is no such file."""
-    return path.stat().st_size if path.is_file() else 0
+    """In bytes; 0 if there is no such file, or a link."""
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else 0

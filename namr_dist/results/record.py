@@ -16,7 +16,8 @@ from safetensors.numpy import load
 
 from namr_dist import named_code
 from namr_dist.config import Config
-from namr_dist.data.remote.transfer import is_command, shown
+from namr_dist.data.remote.address import is_command, shown
+from namr_dist.data.remote.cache import is_cache
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.roles import Division, divide
@@ -44,13 +45,17 @@ class RunRecord:
 def trained_config(run: Path) -> Config:
     """The configuration that a run was trained with.
 
-    Raises InputError if it cannot be read, or names code that has not been allowed: a file that
-    somebody else made is no reason to import any.
+    A cache that it names is used where there is one, else this user's own: what a file says is no
+    reason to write somewhere. Raises InputError if it cannot be read, or names code that has not
+    been allowed: neither is it a reason to import any.
     """
     path = RunFolder(run).config
     config = Config.load(path)
     named_code.check_allowed(config.code_names(), str(path))
-    return config
+    remote = config.data.remote
+    if remote.cache is not None and not is_cache(remote.cache):
+        remote = replace(remote, cache=None)
+    return replace(config, data=replace(config.data, remote=remote))
 
 
 def run_config(run: Path, shards: str | None = None) -> Config:

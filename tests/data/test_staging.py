@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from bad_server import BadServer, drop, flip, late, stall
 from conftest import TRANSFORM, launch
+from namespaces import apart
 
 from namr_dist.cli.main import main
 from namr_dist.config import RemoteConfig
@@ -171,6 +172,45 @@ def test_an_unfinished_copy_that_a_crash_has_left_damaged_is_begun_anew(
     (folder / ".train-0.tar.part").write_bytes(left)
     assert stage(str(shard_set.folder), tmp_path).were_there == 2
     assert files(folder) == files(shard_set.folder)
+
+
+def test_links_that_others_planted_are_not_written_through(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
+    to, victim = tmp_path / "to", tmp_path / "victim"
+    folder = stage(str(shard_set.folder), to, ["val"]).folder
+    one, other, third, *_ = shard_set.shards
+    precious = b"precious" * (one.bytes // 8)
+    victim.write_bytes(precious)
+    (folder / f".{one.file}.part").symlink_to(victim)
+    os.link(victim, folder / f".{other.file}.part")
+    (folder / third.file).unlink()
+    (folder / third.file).symlink_to(shard_set.folder / third.file)
+    stage(str(shard_set.folder), to)
+    assert victim.read_bytes() == precious and victim.stat().st_nlink == 1
+    assert files(folder) == files(shard_set.folder)
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(tmp_path / "new")
+    with pytest.raises(
+        InputError, match=r"cannot be used \(.*/.lock is a link, which another user"
+    ):
+        stage(str(shard_set.folder), to)
+    assert not (tmp_path / "new").exists()
+
+
+def test_in_a_folder_for_all_the_staged_set_is_this_users_own(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o1777)
+    folder = stage(str(shard_set.folder), tmp_path, ["val"]).folder
+    assert folder.stat().st_mode & 0o077 == 0
+    if os.geteuid() == 0:  # who alone can give a folder away
+        os.chown(folder, 65534, 65534)
+        with pytest.raises(
+            InputError, match=r"cannot be used \(.* was made by another user\); stage"
+        ):
+            stage(str(shard_set.folder), tmp_path)
 
 
 # Several processes, and kills.
@@ -328,13 +368,17 @@ main([*words, "--splits", "train", "val"])
 def test_a_disk_that_fills_up_and_a_folder_that_is_none_are_one_clear_line(
     shard_set: Manifest, tmp_path: Path
 ) -> None:
-    folder = stage(str(shard_set.folder), tmp_path, ["val"]).folder
-    # Writing to this device fails as on a full disk.
-    (folder / ".train-0.tar.part").symlink_to("/dev/full")
-    with pytest.raises(
-        InputError, match=rf"^{folder} is full \({os.strerror(errno.ENOSPC)}\); free some space, or"
-    ):
-        stage(str(shard_set.folder), tmp_path)
+    folder = stage(str(shard_set.folder), tmp_path / "to", ["val"]).folder
+
+    def without_room() -> None:
+        with pytest.raises(
+            InputError,
+            match=rf"/to/\S+ is full \({os.strerror(errno.ENOSPC)}\); free some space, or",
+        ):
+            stage(str(shard_set.folder), tmp_path / "to")
+
+    # Room for the bytes, and not for so many files.
+    apart(without_room, disk=(tmp_path / "to", "size=2m,nr_inodes=5"))
     (tmp_path / "file").write_text("")
     with pytest.raises(
         InputError, match=r"/file/synthetic-\w+ cannot be used \(Not a directory\); stage into"

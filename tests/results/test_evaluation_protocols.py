@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -17,6 +18,8 @@ from conftest import make_shards, small_run
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.results.evaluate_run import embed_shards, evaluate_run, report_run
+from namr_dist.results.export import export_run
+from namr_dist.results.record import trained_config
 
 KS = (1, 3, 40)
 
@@ -169,15 +172,34 @@ def test_another_part_of_the_set_at_another_place(
         evaluate_run(evaluated, shards=str(moved), split="seen")
 
 
-def test_a_command_in_a_runs_file_is_not_run(evaluated: Path, tmp_path: Path) -> None:
+def test_nothing_that_a_runs_file_names_is_run_imported_or_written(
+    evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command; a scheme for which fsspec would import a module, alone and behind another; a cache
+    that is none."""
+    (tmp_path / "trap_of_a_run.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    fsspec.register_implementation("trap", "trap_of_a_run.Store", clobber=True)
     run = tmp_path / "foreign"
     shutil.copytree(evaluated, run)
     config = json.loads((run / "config.json").read_text())
-    config["data"]["path"] = f"pipe:touch {tmp_path}/ran; cat {{}}"
-    (run / "config.json").write_text(json.dumps(config))
-    for use in (evaluate_run, report_run):
-        with pytest.raises(
-            InputError, match="reads its shards by a command .*; .* give it with --shards"
-        ):
-            use(run)
-    assert not (tmp_path / "ran").exists()
+    for location, said in (
+        (
+            f"pipe:touch {tmp_path}/ran; cat {{}}",
+            "reads its shards by a command .*; .* give it with --shards",
+        ),
+        ("trap://set", "^trap://… cannot be read: nothing here reads such URLs; give one of http"),
+        ("reference://::trap://set", "^reference://… cannot be read: nothing here reads such"),
+        ("s3://bucket/set::trap://set", "^s3://… cannot be read: nothing here reads such"),
+    ):
+        config["data"]["path"] = location
+        config["data"]["remote"]["cache"] = str(tmp_path / "elsewhere")
+        (run / "config.json").write_text(json.dumps(config))
+        for use in (evaluate_run, report_run, lambda run: export_run(run, tmp_path / "exported")):
+            with pytest.raises(InputError, match=said):
+                use(run)
+        assert not (tmp_path / "ran").exists() and not (tmp_path / "exported").exists()
+    assert trained_config(run).data.remote.cache is None
+    for name in ("manifests", "shards"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+    assert trained_config(run).data.remote.cache == tmp_path / "elsewhere"

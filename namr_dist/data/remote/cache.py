@@ -17,6 +17,7 @@ import hashlib
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from io import FileIO
@@ -27,10 +28,12 @@ import numpy as np
 from namr_dist.atomic import write_atomic
 from namr_dist.config import RemoteConfig
 from namr_dist.data.read.training_set import TrainingSet
-from namr_dist.data.remote.transfer import Origin, TransferError
+from namr_dist.data.remote.body import TransferError
+from namr_dist.data.remote.transfer import Origin
 from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
 from namr_dist.data.shardset.shards import sha256_of
 from namr_dist.errors import InputError
+from namr_dist.own_files import make_folder, open_own, open_unfollowed
 
 _POLL_S = 0.1
 _WHOLE = re.compile(r"[0-9a-f]{32}-.+", re.DOTALL)
@@ -47,8 +50,8 @@ def open_remote(url: str, remote: RemoteConfig) -> Manifest:
     origin = Origin(url=url, remote=remote)
     body = origin.read(FILE_NAME, remedy="check the address and the network")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (cache / "shards").mkdir(exist_ok=True)
+        for made in (cache, folder.parent, folder, cache / "shards"):
+            make_folder(made)
         write_atomic(folder / FILE_NAME, body)
     except OSError as error:
         raise _unusable(cache, error) from None
@@ -73,6 +76,11 @@ def cache_folder(remote: RemoteConfig) -> Path:
         remote.cache
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "namr-dist"
     )
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether remote shards were kept in a folder before."""
+    return all((folder / name).is_dir() for name in ("manifests", "shards"))
 
 
 def check_cache(training_set: TrainingSet, *, world_size: int, ranks_here: int) -> None:
@@ -165,7 +173,7 @@ class ShardCache:
             for entry in entries:
                 unfinished = _UNFINISHED.fullmatch(entry.name)
                 if entry.name != part.name and (unfinished or _WHOLE.fullmatch(entry.name)):
-                    status = entry.stat()
+                    status = entry.stat(follow_symlinks=False)
                     others.append(
                         (
                             status.st_mtime_ns,
@@ -190,7 +198,7 @@ class ShardCache:
     @contextlib.contextmanager
     def _locked_folder(self) -> Iterator[None]:
         """Held for moments: where names appear and go, never during a transfer."""
-        with open(self._folder / ".lock", "ab", buffering=0) as lock:
+        with open_unfollowed(self._folder / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with _unlocking(lock):
                 yield
@@ -248,15 +256,16 @@ def _receive(origin: Origin, shard: Shard, part: FileIO, told: Callable[[int], o
 
 
 def _used(path: Path, shard: Shard) -> bool:
-    """Whether the whole shard is there; if so, its time stamp says that it is in use."""
+    """Whether the whole shard is there, and no link to something; if so, its time stamp says that
+    it is in use."""
     try:
-        status = path.stat()
+        status = path.lstat()
     except FileNotFoundError:
         return False
     # Another user's file in a shared cache may be read and not touched.
     with contextlib.suppress(FileNotFoundError, PermissionError):
-        os.utime(path)
-    return status.st_size == shard.bytes
+        os.utime(path, follow_symlinks=False)
+    return stat.S_ISREG(status.st_mode) and status.st_size == shard.bytes
 
 
 def _gib(size_bytes: int) -> str:
@@ -280,20 +289,11 @@ def _check(shard: Shard, part: FileIO) -> None:
 
 
 def _open_locked(path: Path) -> FileIO | None:
-    """The file, for appending, with a lock on it; None if it is locked already."""
-    # Unbuffered: nothing is left to be written once the lock is gone.
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115 (open as long as it is locked)
+    """This user's file, for appending, with a lock on it; None if it is locked already."""
     try:
-        # The kind that belongs to the open file and not to the process: a rank's threads exclude
-        # each other too.
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return open_own(path)
     except BlockingIOError:
-        file.close()
         return None
-    except OSError:
-        file.close()
-        raise
-    return file
 
 
 def _is_being_fetched(path: Path) -> bool:

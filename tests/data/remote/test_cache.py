@@ -20,6 +20,7 @@ import pytest
 import torch
 from bad_server import BadServer, drop, flip, late, stall, status
 from conftest import SAMPLING, TRANSFORM
+from namespaces import apart
 
 from namr_dist.config import RemoteConfig
 from namr_dist.data.location import open_shards
@@ -237,16 +238,65 @@ def test_a_cache_that_cannot_be_used_is_one_clear_line(
         match=r"train-0.tar has 0.001 GiB, more than data.remote.cache_gib \(.*\); set it",
     ):
         manifest.path(shard)
-    manifest = open_shards(server.url, remote)
-    # Writing to this device fails as on a full disk.
+
+    def on_a_small_disk() -> None:
+        with pytest.raises(
+            InputError, match=rf"cache is full \({os.strerror(errno.ENOSPC)}\); free some space"
+        ):
+            open_shards(server.url, remote).path(shard)
+
     assert remote.cache
-    (remote.cache / "shards" / f".{shard.sha256[:32]}-{shard.file}.{shard.bytes}.part").symlink_to(
-        "/dev/full"
-    )
+    remote.cache.mkdir(exist_ok=True)
+    apart(on_a_small_disk, disk=(remote.cache, "size=96k"))
+
+
+def test_what_others_planted_in_the_cache_is_not_written_through(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest, tmp_path: Path
+) -> None:
+    """Links where a shard begins, where it ends up, and where the lock is."""
+    manifest = open_shards(server.url, remote)
+    assert remote.cache
+    shards, victim = remote.cache / "shards", tmp_path / "victim"
+    victim.write_bytes(b"precious" * 10_000)
+    for number, shard in enumerate(shard_set.shards[:4]):
+        whole = f"{shard.sha256[:32]}-{shard.file}"
+        part = shards / f".{whole}.{shard.bytes}.part"
+        if number == 0:
+            part.symlink_to(victim)
+        elif number == 1:
+            part.symlink_to(tmp_path / "new")
+        elif number == 2:
+            os.link(victim, part)
+        else:
+            os.truncate(victim, shard.bytes)
+            (shards / whole).symlink_to(victim)
+        before = victim.read_bytes()
+        path = manifest.path(shard)
+        assert path.read_bytes() == (shard_set.folder / shard.file).read_bytes()
+        assert not path.is_symlink() and path.stat().st_nlink == 1
+        assert victim.read_bytes() == before and not (tmp_path / "new").exists()
+    (shards / ".lock").unlink()
+    (shards / ".lock").symlink_to(tmp_path / "new")
     with pytest.raises(
-        InputError, match=rf"cache is full \({os.strerror(errno.ENOSPC)}\); free some space"
+        InputError,
+        match=r"cannot be used \(.*/shards/.lock is a link, which another user may have planted\);",
     ):
-        manifest.path(shard)
+        manifest.path(shard_set.shards[4])
+    assert not (tmp_path / "new").exists()
+
+
+def test_in_a_folder_for_all_the_cache_is_this_users_own(
+    server: BadServer, remote: RemoteConfig, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o1777)
+    open_shards(server.url, remote)
+    assert remote.cache and remote.cache.stat().st_mode & 0o077 == 0
+    if os.geteuid() == 0:  # who alone can give a folder away
+        os.chown(remote.cache, 65534, 65534)
+        with pytest.raises(
+            InputError, match=r"cannot be used \(.*/cache was made by another user\); name a folder"
+        ):
+            open_shards(server.url, remote)
 
 
 def test_the_cache_must_hold_what_training_reads_at_a_time(
