@@ -19,8 +19,10 @@ def check_target(option: str, path: Path) -> None:
         raise InputError(f"{option} {path} is not a file in a folder that exists; give one")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | str, *, private: bool = False) -> None:
     """Replace `path` by `data` (text is stored as UTF-8), also across a crash or a power cut.
+
+    private: nobody else may read it.
 
     A temporary file in the same folder is written and flushed to disk, then renamed over `path`.
     The folder must exist. Raises OSError where writing fails; the old file then still stands and
@@ -29,7 +31,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     payload = data.encode("utf-8") if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=_private if private else None) as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
@@ -46,6 +48,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

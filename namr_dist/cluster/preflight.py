@@ -33,6 +33,7 @@ from namr_dist.cluster.deadline import (
 from namr_dist.cluster.rendezvous import FirstNodeGoneError, Rendezvous
 from namr_dist.cluster.report import Report, compare, show
 from namr_dist.config import Config
+from namr_dist.data.remote.address import shown
 from namr_dist.errors import InputError
 from namr_dist.parallel.hostlist import expand_hosts
 from namr_dist.parallel.ranks import Launch, read_launch
@@ -238,7 +239,7 @@ class _Node:
             ),
             _Check(
                 fact="shards",
-                doing=f"checking shards ({data.path or 'homeware'})",
+                doing=f"checking shards ({shown(data.path or 'homeware')})",
                 hint=_HUNG,
                 find=lambda: asdict(checks.shards(data)),
             ),

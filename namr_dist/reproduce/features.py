@@ -35,6 +35,7 @@ from namr_dist.retrieval.evaluate import evaluate
 from namr_dist.run.folder import RunFolder
 from namr_dist.text import duration, transient_bar
 from namr_dist.train.checkpoints.resume import check_same
+from namr_dist.train.start import write_config
 
 STEPS = 1000
 SHORT_STEPS = 40
@@ -209,7 +210,7 @@ def _run(cell: CellName, folder: Path) -> str:
     run = RunFolder(folder / _folder_name(cell))
     run.path.mkdir(exist_ok=True)
     metrics, by_class = measure(trained, _features, config)
-    write_atomic(run.config, config.to_json())
+    write_config(run, config)
     write_atomic(
         run.path / CELL,
         json.dumps(dataclasses.asdict(cell)) + "\n",

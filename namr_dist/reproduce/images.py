@@ -31,6 +31,7 @@ from rich.progress import Progress
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
+from namr_dist.data.remote.address import shown
 from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.reproduce.cells import CELL, check_results, copy_cell, is_complete
@@ -203,7 +204,7 @@ def describe(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> list[st
     """What `reproduce` would do, a line a run with the command that trains it."""
     lines = [f"dry run   {_summary(runs, folder, ranks=ranks)}; nothing written or started"]
     for run in runs:
-        what, command = _what_is_left(run), shlex.join(_train_command(run, ranks))
+        what, command = _what_is_left(run), shlex.join(map(shown, _train_command(run, ranks)))
         lines.append(f"{run.folder.name:<22} {what:<22} {command}")
     return lines
 

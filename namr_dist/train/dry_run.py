@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from namr_dist.config import Config
+from namr_dist.data.remote.address import shown
 from namr_dist.errors import InputError
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import initial_network
@@ -79,7 +80,7 @@ def dry_run(
         + ("; its weights on the hub were not asked for" if from_hub else ""),
     ]
     return lines + [
-        f"{name:<10}{shlex.join(command)}"
+        f"{name:<10}{shlex.join(map(shown, command))}"
         for name, command in launch_commands(ranks, words).items()
     ]
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
+from namr_dist.data.remote.address import has_credentials
 from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import shut_down
@@ -69,8 +70,14 @@ def _claim(
         need_bytes=max(0, run_bytes(module, config) - there_bytes),
     )
     lock = lock or run.lock()
-    write_atomic(run.config, config.to_json())
+    write_config(run, config)
     return start, lock
+
+
+def write_config(run: RunFolder, config: Config) -> None:
+    """Write config.json, which evaluation reads the set's location from: for this user's eyes alone
+    where that may hold credentials."""
+    write_atomic(run.config, config.to_json(), private=has_credentials(config))
 
 
 def _end_together(trouble: Exception | None, host: HostGroup) -> None:

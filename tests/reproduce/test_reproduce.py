@@ -319,7 +319,11 @@ def test_the_dry_run_names_every_run_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "runs"
-    assert main(["reproduce", "--dry-run", "--ranks", "1", "--run-dir", str(folder)]) == 0
+    words = ["reproduce", "--dry-run", "--ranks", "1", "--run-dir", str(folder)]
+    assert main([*words, "--set.data.path", "https://me:secret@host/set?sig=secret"]) == 0
+    said = capsys.readouterr().out
+    assert "https://…@host/set?…" in said and "secret" not in said
+    assert main(words) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert "24 runs of 450 steps" in head and not folder.exists()
     assert [row.split()[:2] for row in rows] == [

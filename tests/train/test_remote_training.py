@@ -9,7 +9,11 @@ from bad_server import BadServer, drop, flip, stall, status
 from conftest import small_run
 from training_runs import Run, losses, start_parent
 
+from namr_dist.config import Config
 from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.run.folder import RunFolder
+from namr_dist.train.checkpoints.resume import check_same
+from namr_dist.train.checkpoints.state import open_state
 
 pytestmark = pytest.mark.dist
 
@@ -30,6 +34,8 @@ def train(manifest: Manifest, run: Path, *more: object) -> Run:
 def test_a_run_over_a_bad_network_has_the_losses_of_a_local_one(
     shard_set: Manifest, tmp_path: Path
 ) -> None:
+    """Nor does it leave the URL's credentials anywhere but in its config.json, for this user's eyes
+    alone."""
     first, second = shard_set.shards_of("train")
     with BadServer(shard_set.folder) as server:
         server.faults["manifest.json"] = [status(502)]
@@ -40,9 +46,11 @@ def test_a_run_over_a_bad_network_has_the_losses_of_a_local_one(
             shard_set,
             tmp_path / "remote",
             "--set.data.path",
-            server.url,
+            server.url.replace("http://", "http://me:hunter2@") + "?X-Amz-Signature=hunter2",
             "--set.data.verify",
             "False",
+            "--set.train.checkpoint_every",
+            4,
             "--set.data.remote.cache",
             tmp_path / "cache",
             "--set.data.remote.stall_seconds",
@@ -55,6 +63,17 @@ def test_a_run_over_a_bad_network_has_the_losses_of_a_local_one(
     assert remote_losses == losses(tmp_path / "local") and len(remote_losses) == 6
     fetched = server.completed
     assert {fetched[shard.file] for shard in shard_set.shards_of("train", "val")} == {1}, fetched
+    run = RunFolder(tmp_path / "remote")
+    written = [path for path in run.path.rglob("*") if path.is_file()]
+    assert {run.final, run.checkpoint(4), run.log, run.config} <= {*written}
+    assert [path for path in written if b"hunter2" in path.read_bytes()] == [run.config]
+    assert run.config.stat().st_mode & 0o777 == 0o600 and "hunter2" not in remote.said()
+    config = Config.load(run.config)
+    saved = open_state(run.checkpoint(4))
+    assert config != saved.config and saved.config.data.path
+    check_same(saved.path, saved.config, config)  # as resuming does
+    of_local = RunFolder(tmp_path / "local").config
+    assert of_local.stat().st_mode == (tmp_path / "local.txt").stat().st_mode, "kept from others"
 
 
 def test_a_run_whose_shards_are_gone_ends_in_one_line(shard_set: Manifest, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from namr_dist import __version__
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
+from namr_dist.data.remote.address import without_credentials
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.run.folder import CONFIG
@@ -33,7 +34,7 @@ def save_network(
         "format": _FORMAT,
         "version": __version__,
         "trained": json.dumps(trained),
-        "config": config.to_json(),
+        "config": without_credentials(config).to_json(),
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     data = safetensors.torch.save(tensors, metadata)

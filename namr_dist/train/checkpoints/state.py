@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from namr_dist import __version__
 from namr_dist.config import Config
+from namr_dist.data.remote.address import without_credentials
 from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import world_size
@@ -112,7 +113,7 @@ def save_state(
         "ranks": str(world_size()),
         "zero_stage": str(engine.zero_optimization_stage()),
         "data": data_hash,
-        "config": config.to_json(),
+        "config": without_credentials(config).to_json(),
     }
     try:
         if dist.get_rank() == 0:
