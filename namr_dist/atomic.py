@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import secrets
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from namr_dist.errors import InputError
@@ -52,16 +49,3 @@ def write_atomic(path: Path, data: bytes | str, *, private: bool = False) -> Non
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Replace `path` by a table with a line a row, of which there is one at least; all have the
-    first's columns.
-
-    Writes and raises as `write_atomic`.
-    """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from namr_dist import __version__
 from namr_dist.atomic import check_target
-from namr_dist.text import transient_bar
+from namr_dist.terminal import Console, plain, transient_bar
 
 Status = Literal["ok", "slow", "missing"]
 
@@ -77,7 +76,9 @@ def show(findings: list[Finding]) -> None:
         table.add_column(heading, overflow="fold")
     marks = {"ok": "[green]ok[/]", "slow": "[yellow]slow[/]", "missing": "[red]missing[/]"}
     for finding in findings:
-        table.add_row(marks[finding.status], finding.what, finding.found, finding.remedy)
+        table.add_row(
+            marks[finding.status], *map(plain, (finding.what, finding.found, finding.remedy))
+        )
     Console().print(table)
 
 

@@ -1,20 +1,33 @@
-"""What people read on a terminal: texts of others, durations, a bar while something takes long."""
+"""What people read, as text: names and messages of others made harmless, lines, durations."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+import sys
+from typing import TextIO
 
 
-def printable(text: str) -> str:
-    """A text that came from a file, with escapes in place of characters that a terminal obeys or
-    that turn the direction of reading."""
+def printable(text: str, *, keep: str = "") -> str:
+    """A text that came from a file, a name or an error, with escapes such as `\\x1b` in place of
+    characters that a terminal obeys, that turn the direction of reading, or that nothing shows.
+
+    keep: characters that stay, such as the line ends of a text of several lines.
+    """
+    if text.isprintable():
+        return text
     return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        letter
+        if letter.isprintable() or letter in keep
+        else letter.encode("unicode_escape").decode()
         for letter in text
     )
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print each line (on stdout, unless a file is given) and flush. A line end within one is shown
+    as an escape: no name can add a line of its own."""
+    file = file or sys.stdout
+    file.writelines(f"{printable(line)}\n" for line in lines)
+    file.flush()
 
 
 def duration(seconds: float) -> str:
@@ -27,18 +40,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def transient_bar() -> Progress:
-    """Counts on stderr, if that is a terminal, and leaves nothing behind."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    console = Console(stderr=True)
-    return Progress(
-        *Progress.get_default_columns(),
-        MofNCompleteColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

@@ -15,6 +15,7 @@ FLOORS = (
     "kernels",
     "errors",
     "atomic bounds named_code own_files provenance text",
+    "csv_file json_file terminal",
     "parallel",
     "structure losses",
     "config_json",

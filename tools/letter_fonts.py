@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from fontTools.ttLib import TTFont
 
-from namr_dist.atomic import write_csv
+from namr_dist.csv_file import write_csv
 from namr_dist.data.build.formats.glyphs import TABLE, FontFile, draw, open_font
 from namr_dist.data.build.formats.letters import RANGES, letters_of
 

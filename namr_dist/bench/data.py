@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from namr_dist.atomic import write_csv
 from namr_dist.bench.data_providers import (
     STAGES,
     LapClock,
@@ -32,9 +30,11 @@ from namr_dist.bench.data_providers import (
 )
 from namr_dist.bench.example_set import make_example_set
 from namr_dist.config import DataConfig
+from namr_dist.csv_file import write_csv
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.model.torchvision_shim import make_torchvision_importable
 from namr_dist.provenance import provenance
+from namr_dist.terminal import Console
 
 _BATCH = 64
 

@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from namr_dist import kernels
-from namr_dist.atomic import write_csv
 from namr_dist.config import LossConfig
+from namr_dist.csv_file import write_csv
 from namr_dist.parallel.pool import Ranks
 from namr_dist.provenance import provenance
+from namr_dist.terminal import Console
 from namr_dist.train.objective import Objective
 
 _EACH = 4

@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from namr_dist.atomic import write_csv
+from namr_dist.csv_file import write_csv
 from namr_dist.errors import InputError
 from namr_dist.kernels.bench.machine import describe
 from namr_dist.kernels.bench.measure import spread
 from namr_dist.retrieval.arrays import Float32, Int64
 from namr_dist.retrieval.metrics import retrieval_scores
 from namr_dist.retrieval.search import BackendName, search_backend, search_excluding_self
+from namr_dist.terminal import Console
 
 IMAGES_A_CLASS = 5
 _CLASSES_WITH_DUPLICATES = 10  # one in ten

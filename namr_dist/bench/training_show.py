@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from namr_dist.atomic import write_csv
 from namr_dist.bench.trace import Summary
 from namr_dist.bench.training import Measured, Value
+from namr_dist.csv_file import write_csv
 from namr_dist.kernels.bench.machine import describe
 from namr_dist.kernels.bench.measure import Spread
+from namr_dist.terminal import Console
 
 _BUSY = 0.95
 """Below this share of the time without waiting for images, it is said what limits training."""

@@ -15,6 +15,7 @@ from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.recipes.overrides import configure, configure_quietly
 from namr_dist.run.folder import REPORT, runs_in
+from namr_dist.text import say
 
 _RECIPE = "homeware"
 _LONGEST_LIMIT_S = 86_400
@@ -157,7 +158,7 @@ def _preflight(parsed: argparse.Namespace, overrides: list[str]) -> None:
             deadline=deadline,
         )
     except InputError as error:
-        print(f"namr: error: {error}", file=sys.stderr)
+        say(f"namr: error: {error}", file=sys.stderr)
         code = EXIT_CODE
     sys.stderr.flush()
     os._exit(code)  # a call that hangs has left a thread behind, which the usual end would wait for
@@ -324,7 +325,7 @@ def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
         results=parsed.results,
     )
     if parsed.dry_run:
-        print("\n".join(describe(runs, folder, ranks=ranks)))
+        say(*describe(runs, folder, ranks=ranks))
         return 0
     code = reproduce(runs, folder, ranks=ranks)
     done = [run.cell for run in runs if run.cell]
@@ -333,7 +334,7 @@ def _reproduce_images(parsed: argparse.Namespace, overrides: list[str]) -> int:
         _write_page([*runs_in(folder), *(cell for cell in done if cell.parent != folder)], page)
         _print_gains(done, as_json=parsed.json)
         if not parsed.json:
-            print(page)
+            say(str(page))
     return code
 
 

@@ -20,6 +20,7 @@ from namr_dist.cli import bench, jobs, results, shards
 from namr_dist.config import Config
 from namr_dist.errors import InputError
 from namr_dist.recipes.overrides import configure, split_overrides
+from namr_dist.text import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(text: str) -> int:
-    print(f"namr: error: {text}", file=sys.stderr, flush=True)
+    say(f"namr: error: {text}", file=sys.stderr)
     return 2
 
 
@@ -172,7 +173,7 @@ def _dry_run(parsed: argparse.Namespace, overrides: list[str], config: Config) -
         words=words,
     )
     if launch.rank == 0:
-        print("\n".join(lines))
+        say(*lines)
 
 
 def _doctor(parsed: argparse.Namespace, _: list[str]) -> int:

@@ -12,6 +12,7 @@ from namr_dist import named_code
 from namr_dist.atomic import check_target
 from namr_dist.errors import InputError
 from namr_dist.run.folder import EMBEDDINGS, METRICS, REPORT, RunFolder, of_split, runs_in
+from namr_dist.text import say
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -146,9 +147,8 @@ def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
     if parsed.json:
         print(json.dumps(metrics, indent=2))
         return
-    from rich.console import Console
-
     from namr_dist.results.tables import results_table
+    from namr_dist.terminal import Console
 
     Console().print(results_table(metrics))
 
@@ -169,7 +169,7 @@ def _report(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.results.evaluate_run import report_run
 
     named_code.allow(parsed.allow_code)
-    print(report_run(parsed.runs[0], shards=parsed.shards))
+    say(str(report_run(parsed.runs[0], shards=parsed.shards)))
 
 
 def _compare(parsed: argparse.Namespace) -> None:
@@ -198,7 +198,7 @@ def write_table(folders: Sequence[Path], out: Path, *, as_json: bool) -> None:
         print(json.dumps(dataclasses.asdict(comparison), indent=2))
         return
     print_comparison(comparison)
-    print(out)
+    say(str(out))
 
 
 def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
@@ -211,7 +211,7 @@ def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
         if parsed.shards is not None
         else embed_folder(parsed.run, parsed.images, parsed.out)
     )
-    print(f"{count} images → {parsed.out}")
+    say(f"{count} images → {parsed.out}")
 
 
 def _export(parsed: argparse.Namespace, _: list[str]) -> None:
@@ -228,4 +228,4 @@ def _export(parsed: argparse.Namespace, _: list[str]) -> None:
             if file in exported.differences
             else ""
         )
-        print(f"{exported.folder / file}  {size / 2**20:.1f} MiB{compared}")
+        say(f"{exported.folder / file}  {size / 2**20:.1f} MiB{compared}")

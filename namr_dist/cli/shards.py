@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from namr_dist import named_code
 from namr_dist.atomic import check_target, write_atomic
 from namr_dist.errors import InputError
+from namr_dist.text import say
 
 if TYPE_CHECKING:
     from namr_dist.data.build.build import Built
@@ -164,9 +165,9 @@ def _shards_build(parsed: argparse.Namespace, _: list[str]) -> None:
                 "or add --allow-counts to build what is there"
             )
         for line in different:
-            print(f"WARNING: {line}", file=sys.stderr)
+            say(f"WARNING: {line}", file=sys.stderr)
     for line in listing.notes:
-        print(f"WARNING: {line}", file=sys.stderr)
+        say(f"WARNING: {line}", file=sys.stderr)
     options = BuildOptions(
         encoding=Encoding(size=parsed.size, quality=parsed.quality),
         shard_mib=parsed.shard_mib,
@@ -182,7 +183,7 @@ def _shards_build(parsed: argparse.Namespace, _: list[str]) -> None:
     )
     rows = statistics(built.manifest)["splits"]
     if built.lost:
-        print(
+        say(
             f"WARNING: {len(built.lost)} classes have no whole image and are left out: {', '.join(built.lost)}",
             file=sys.stderr,
         )
@@ -229,27 +230,27 @@ def _check_build(parsed: argparse.Namespace) -> None:
 
 
 def _show_build(built: Built, rows: dict[str, dict]) -> None:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
+
+    from namr_dist.terminal import Console, plain
 
     manifest = built.manifest
     if built.was_there:
-        print(f"{manifest.folder} holds this very set already; nothing was done")
-    table = Table(title=Text(f"{manifest.name}: {manifest.folder}"))
+        say(f"{manifest.folder} holds this very set already; nothing was done")
+    table = Table(title=plain(f"{manifest.name}: {manifest.folder}"))
     for column in ("split", "images", "classes", "shards", "MiB"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, row in rows.items():
         counts = (f"{row[name]:,}" for name in ("images", "classes", "shards"))
-        table.add_row(Text(split), *counts, f"{row['mib']:,.1f}")
+        table.add_row(plain(split), *counts, f"{row['mib']:,.1f}")
     Console().print(table)
-    print(
+    say(
         "images: "
         + ", ".join(f"{number:,} {treatment}" for treatment, number in built.treated.items())
     )
     if built.skipped:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in built.skipped.items())
-        print(f"left out: {kinds}; {manifest.folder / 'skipped.csv'} lists them")
+        say(f"left out: {kinds}; {manifest.folder / 'skipped.csv'} lists them")
 
 
 def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> int:
@@ -265,14 +266,14 @@ def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> int:
     problems = verified.problems
     strays = unnamed_tars(manifest)
     for file in strays:
-        print(
+        say(
             f"WARNING: {manifest.folder / file} is not in the manifest; move it elsewhere",
             file=sys.stderr,
         )
     for line in verified.shared[:_SHOWN_PROBLEMS]:
-        print(f"WARNING: {line}", file=sys.stderr)
+        say(f"WARNING: {line}", file=sys.stderr)
     if len(verified.shared) > _SHOWN_PROBLEMS:
-        print(f"WARNING: {len(verified.shared)} images are in two splits in all", file=sys.stderr)
+        say(f"WARNING: {len(verified.shared)} images are in two splits in all", file=sys.stderr)
     if parsed.json:
         print(
             json.dumps(
@@ -292,18 +293,21 @@ def _shards_verify(parsed: argparse.Namespace, _: list[str]) -> int:
             )
         )
     if problems:
-        shown = (
-            problems
-            if len(problems) == 1
-            else [f"{len(problems)} problems in {manifest.folder}:", *problems[:_SHOWN_PROBLEMS]]
+        if len(problems) == 1:
+            raise InputError(problems[0])
+        say(
+            f"namr: error: {len(problems)} problems in {manifest.folder}:",
+            *(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS]),
+            *(["  …"] if len(problems) > _SHOWN_PROBLEMS else []),
+            file=sys.stderr,
         )
-        raise InputError("\n  ".join(shown) + ("\n  …" if len(problems) > _SHOWN_PROBLEMS else ""))
+        return 2
     if not parsed.json:
-        print(
+        say(
             f"{manifest.name}: {images} images in {len(manifest.shards)} shards, all as the manifest says"
         )
         for split, row in rows.items():
-            print(
+            say(
                 f"  {split}: images {row['images']:,}, classes {row['classes']:,}, shards {row['shards']:,}"
             )
     return 0
@@ -333,9 +337,8 @@ def _shards_stats(parsed: argparse.Namespace, _: list[str]) -> None:
 
 
 def _show_stats(figures: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from namr_dist.data.shardset.show import near_duplicate_tables, statistics_tables
+    from namr_dist.terminal import Console
 
     console = Console()
     for table in statistics_tables(figures):
@@ -350,18 +353,18 @@ def _shards_stage(parsed: argparse.Namespace, _: list[str]) -> None:
 
     began = time.perf_counter()
     staged = stage(parsed.folder, parsed.to, parsed.splits)
-    print(
+    say(
         f"staged {staged.images:,} images, {staged.bytes / 2**20:,.1f} MiB, in {time.perf_counter() - began:.1f} s; "
         f"{staged.were_there} of {staged.shards} shards were there already",
         file=sys.stderr,
     )
-    print(staged.folder)  # alone on stdout: for a shell's $(…)
+    print(staged.folder)  # alone on stdout, and as it is: for a shell's $(…)
 
 
 @contextlib.contextmanager
 def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar, if stderr is a terminal; gives what moves it on."""
-    from namr_dist.text import transient_bar
+    from namr_dist.terminal import transient_bar
 
     with transient_bar() as bar:
         task = bar.add_task(name, total=total)

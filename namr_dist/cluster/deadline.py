@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
+from namr_dist.text import printable
+
 EXIT_CODE = 2
 MORE_TIME = "(if it is only slow, give it time with --limit, in a Slurm job NAMR_PREFLIGHT_SECONDS)"
 _T = TypeVar("_T")
@@ -68,7 +70,10 @@ class Deadline:
             f"namr: error: preflight: {node_name()}: not done after {self._limit_s:g} s, still {self.doing} "
             f"{MORE_TIME}\n"
         )
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+        os.write(
+            sys.__stderr__.fileno() if sys.__stderr__ else 2,
+            printable(text, keep="\n").encode(),
+        )
         os._exit(EXIT_CODE)
 
 

@@ -38,6 +38,7 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.hostlist import expand_hosts
 from namr_dist.parallel.ranks import Launch, read_launch
 from namr_dist.retrieval.search import search_backend
+from namr_dist.text import say
 from namr_dist.train.dry_run import dry_run
 
 _CHECKED, _REPORTED, _EXCHANGED, _TOLD = 0.5, 0.7, 0.85, 0.95
@@ -135,9 +136,9 @@ class _Node:
         problems += [f"{names[rank]}: {self._why_silent(rank)}" for rank in sorted(silent)]
         show(reports, names)
         for problem in problems:
-            print(f"namr: error: preflight: {problem}", file=sys.stderr)
+            say(f"namr: error: preflight: {problem}", file=sys.stderr)
         if not problems:
-            print(
+            say(
                 f"preflight: {size} node{'s' * (size > 1)} in {self._deadline.passed_s:.0f} s",
                 file=sys.stderr,
             )

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from namr_dist.terminal import Console, plain
 
 _NAMED = 4
 """Nodes that a line names; of more, their number."""
@@ -117,9 +118,12 @@ def show(reports: Mapping[int, Report], names: Sequence[str]) -> None:
             heading, overflow="fold", justify="right" if heading == "MiB/s" else "left"
         )
     for rank, name in enumerate(names):
-        table.add_row(
-            name, *(_cells(reports[rank], reports[0]) if rank in reports else ["[red]no report[/]"])
+        cells = (
+            map(plain, _cells(reports[rank], reports[0]))
+            if rank in reports
+            else ["[red]no report[/]"]
         )
+        table.add_row(plain(name), *cells)
     console.print(table)
 
 

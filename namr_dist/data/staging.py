@@ -32,6 +32,7 @@ from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
 from namr_dist.data.shardset.shards import shard_problems
 from namr_dist.errors import InputError
 from namr_dist.own_files import make_folder, open_own, open_unfollowed
+from namr_dist.text import say
 
 _AT_ONCE = 4
 """Copies: one alone does not fill the way to a file server."""
@@ -121,11 +122,7 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(
-                f"namr: another process stages into {folder}; waiting for it",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"namr: another process stages into {folder}; waiting for it", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

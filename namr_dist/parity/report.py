@@ -15,16 +15,15 @@ Columns beside the obvious:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.metadata
-import io
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
+from namr_dist import csv_file
 from namr_dist.atomic import write_atomic
 from namr_dist.parallel.pool import Ranks
 from namr_dist.parity import library
@@ -116,24 +115,20 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 def write_csv(path: Path, rows: Sequence[Row], made: dict[str, str]) -> None:
     """Replace the file. made: what `origin` said."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, (*_ORIGIN, *_COLUMNS), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            made
-            | {
-                name: f"{value:.3e}" if isinstance(value, float) else value
-                for name, value in dataclasses.asdict(row).items()
-            }
-        )
-    write_atomic(path, text.getvalue())
+    lines = (
+        made
+        | {
+            name: f"{value:.3e}" if isinstance(value, float) else value
+            for name, value in dataclasses.asdict(row).items()
+        }
+        for row in rows
+    )
+    write_atomic(path, csv_file.csv_text((*_ORIGIN, *_COLUMNS), lines))
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
     """The rows of a file that write_csv wrote, and where they were made."""
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+    lines = csv_file.read_csv(path)
     return [_read(line) for line in lines], {name: lines[0][name] for name in _ORIGIN}
 
 

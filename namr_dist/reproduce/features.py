@@ -33,7 +33,8 @@ from namr_dist.reproduce.heads import Features, Trained, Training, embed_once, t
 from namr_dist.results.redact import shareable
 from namr_dist.retrieval.evaluate import evaluate
 from namr_dist.run.folder import RunFolder
-from namr_dist.text import duration, transient_bar
+from namr_dist.terminal import say_above, transient_bar
+from namr_dist.text import duration, say
 from namr_dist.train.checkpoints.resume import check_same
 from namr_dist.train.start import write_config
 
@@ -146,7 +147,7 @@ def reproduce_features(
             check_same(run.config, Config.load(run.config), _settings(cell, base)[0])
         else:
             left.append(cell)
-    print(
+    say(
         f"{base.recipe} → {folder}: {len(cells)} cells of {base.optim.steps:,} steps on frozen features, "
         f"{len(cells) - len(left)} of them there already",
         file=sys.stderr,
@@ -161,12 +162,7 @@ def reproduce_features(
         for number, done in enumerate(as_completed(began), start=1):
             said = _result(done, began[done])
             bar.advance(task)
-            bar.console.print(
-                f"{number:>3}/{len(left)}  {_folder_name(began[done]):<32} {said}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            say_above(bar, f"{number:>3}/{len(left)}  {_folder_name(began[done]):<32} {said}")
 
 
 def _result(done: Future[str], cell: CellName) -> str:

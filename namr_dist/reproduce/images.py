@@ -39,7 +39,8 @@ from namr_dist.reproduce.features import EARLY_STOP, LOWER_RATE
 from namr_dist.results.redact import shareable
 from namr_dist.run.folder import RunFolder
 from namr_dist.run.state import RunReader
-from namr_dist.text import duration, transient_bar
+from namr_dist.terminal import say_above, transient_bar
+from namr_dist.text import duration, say
 from namr_dist.train.checkpoints.resume import check_same
 from namr_dist.train.dry_run import launch_commands
 from namr_dist.train.signals import EXIT_CODE
@@ -233,7 +234,7 @@ def reproduce(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> int:
             parents=True, exist_ok=True
         )  # what cannot be is said now, and not after hours
     with _only_one(folder) as lock, _noted_signals() as noted, transient_bar() as bar:
-        _say(bar, _summary(runs, folder, ranks=ranks))
+        say_above(bar, _summary(runs, folder, ranks=ranks))
         grid = _Grid(lock, noted, bar, total=len(runs))
         took_s: list[float] = []
         failed: list[str] = []
@@ -249,7 +250,7 @@ def reproduce(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> int:
                 said = f"FAILED: {error}"
                 failed.append(run.folder.name)
             except _StoppedError:
-                _say(
+                say_above(
                     bar,
                     f"stopped at {run.folder.name}, as a signal asked for; the same command goes on, and `namr "
                     f"report {folder}` shows what is there",
@@ -261,9 +262,9 @@ def reproduce(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> int:
                 if left and took_s
                 else ""
             )
-            _say(bar, f"{number:>3}/{len(runs)}  {run.folder.name:<22} {said}{rest}")
+            say_above(bar, f"{number:>3}/{len(runs)}  {run.folder.name:<22} {said}{rest}")
     if failed:
-        _say(bar, f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
+        say_above(bar, f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
@@ -364,10 +365,9 @@ def _only_one(folder: Path) -> Iterator[BinaryIO]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(
+            say(
                 f"{folder} is in use by another `namr reproduce`; waiting until it has ended",
                 file=sys.stderr,
-                flush=True,
             )
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
@@ -388,10 +388,6 @@ def _noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _say(bar: Progress, text: str) -> None:
-    bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _summary(runs: Sequence[PlannedRun], folder: Path, *, ranks: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +18,7 @@ from namr_dist.results.comparison import Comparison, Estimate, Gain, Setting
 from namr_dist.results.page import template
 from namr_dist.results.tables import Row, columns, number
 from namr_dist.run.folder import RunFolder
+from namr_dist.terminal import Console, plain
 from namr_dist.text import printable
 
 _DIGITS = 2
@@ -50,18 +51,18 @@ def grids(comparison: Comparison) -> list[Grid]:
 
 def print_comparison(comparison: Comparison) -> None:
     """The same tables on stdout, and the runs that are in none."""
-    parts: list[RenderableType] = [Text(f"Test retrieval, %, on {comparison.test}\n")]
+    parts: list[RenderableType] = [plain(f"Test retrieval, %, on {comparison.test}").append("\n")]
     for grid in grids(comparison):
         parts += [console_table(grid), Text()]
-    parts += [Text(f"left out: {one.run}: {one.why}") for one in comparison.left_out]
+    parts += [plain(f"left out: {one.run}: {one.why}") for one in comparison.left_out]
     print_wide(Group(*parts))
 
 
 def console_table(grid: Grid) -> Table:
     """The table for a terminal."""
     table = Table(
-        title=Text(grid.title),
-        caption=Text(grid.note),
+        title=plain(grid.title),
+        caption=plain(grid.note),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -69,11 +70,11 @@ def console_table(grid: Grid) -> Table:
         pad_edge=False,
     )
     for name in grid.labels:
-        table.add_column(Text(name), overflow="fold")
+        table.add_column(plain(name), overflow="fold")
     for name in grid.figures:
-        table.add_column(Text(name), justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
+        table.add_column(plain(name), justify="right", overflow="fold", min_width=_FIGURE_COLUMNS)
     for row in grid.rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(plain, row))
     return table
 
 

@@ -20,6 +20,7 @@ from namr_dist.results.tables import (
     reidentification_rows,
 )
 from namr_dist.retrieval.reidentification import METRICS
+from namr_dist.text import printable
 
 _LOADING = {
     "model.safetensors": (
@@ -88,7 +89,7 @@ def model_card(
         else "no multi-cluster ranking"
     )
     parts = [
-        f"# {name}",
+        f"# {printable(name)}",
         f"An image-retrieval network, exported by namr-dist {__version__}: {model['backbone']}, trained for "
         f"{trained['steps']} steps with the {registry.title(loss['metric'])} and {ranking}. It maps an image "
         f"to a sample embedding z ({output['width']} numbers; the nearer two images' z by "
@@ -127,7 +128,7 @@ def model_card(
         "Not stated here: whoever publishes these weights states it, minding the licences of the "
         "training images and of the weights that training started from.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return printable("\n\n".join(parts), keep="\n") + "\n"
 
 
 def _structure(output: Mapping[str, Any], distance: str) -> str:
@@ -195,7 +196,8 @@ def _label(row: Row) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |"
+        for line in lines
     )
 
 

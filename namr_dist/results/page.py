@@ -31,7 +31,7 @@ from namr_dist.results.tables import (
 from namr_dist.retrieval.modes import SAMPLE, STRUCTURE, SYMMETRIC, row_name
 from namr_dist.retrieval.reidentification import METRICS
 from namr_dist.run.folder import RunFolder
-from namr_dist.text import duration
+from namr_dist.text import duration, printable
 
 _BACKBONES = {"efficientnet_lite0": "EfficientNet-Lite0", "conv4": "a small four-layer network"}
 
@@ -68,6 +68,7 @@ def write_report(
                 f"{len(values)} {what} for {len(run.z_ND)} embeddings in {run_dir}: the data set is not "
                 "the one that was evaluated; evaluate the run again"
             )
+    names, categories = [printable(name) for name in names], [printable(one) for one in categories]
     seed = _number_in(run.config, "train", "seed")
     seed = 0 if seed is None else int(seed)
     cosine = _block(run.metrics, "test_protocol").get("distance") == "cosine"
@@ -106,7 +107,7 @@ def write_report(
             ("Protocol", list(_flat(_block(run.metrics, "protocol")))),
             ("Measurement", list(_flat(measurement))),
         ],
-        config=json.dumps(shareable(run.config), indent=2, ensure_ascii=False),
+        config=json.dumps(shareable(run.config), indent=2, ensure_ascii=False).split("\n"),
     )
     path = RunFolder(run_dir).report
     write_atomic(path, page)
@@ -120,11 +121,18 @@ def template(name: str) -> Template:
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
     return environment.get_template(name)
+
+
+def _shown(value: Any) -> Any:
+    """What a template puts into the page for a value: texts without characters that nothing shows,
+    or that turn the direction of reading."""
+    return printable(value) if type(value) is str else value
 
 
 def _block(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from namr_dist.retrieval.modes import CONTROLS, MODES, row_name
 from namr_dist.retrieval.reidentification import METRICS
+from namr_dist.terminal import plain
 
 BASELINES = ("raw pixels", "untrained model", "frozen backbone")
 _LAST_COLUMNS = ("MAP@R", "R-precision")
@@ -146,7 +146,7 @@ def results_table(metrics: Mapping[str, Any]) -> Group:
     for name in names:
         table.add_column(name, justify="right")
     for row in before:
-        table.add_row(Text(row.name), *(number(row.figures.get(name)) for name in names))
+        table.add_row(plain(row.name), *(number(row.figures.get(name)) for name in names))
     if before:
         table.add_section()
     _add_trained(
@@ -177,4 +177,4 @@ def _add_trained(table: Table, rows: list[Row], values: list[list[str]]) -> None
         label = (
             f"  {row.name}" if row.control else f"trained, {row.name}" + " *" * row.looks_at_gallery
         )
-        table.add_row(Text(label), *cells, style="dim" if row.control else None)
+        table.add_row(plain(label), *cells, style="dim" if row.control else None)

@@ -22,6 +22,7 @@ from typing import Any
 
 from namr_dist.atomic import write_atomic
 from namr_dist.errors import InputError
+from namr_dist.text import say
 
 Entry = Mapping[str, Any]
 """One line: `step`, and what was told."""
@@ -43,7 +44,7 @@ class Log:
     def warn(self) -> None:
         """Say on stderr how many lines were skipped, if there are any."""
         if self.unreadable:
-            print(f"WARNING: {skipped(self.unreadable, self.path)}; left out", file=sys.stderr)
+            say(f"WARNING: {skipped(self.unreadable, self.path)}; left out", file=sys.stderr)
 
 
 def skipped(count: int, path: Path) -> str:

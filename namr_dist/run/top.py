@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.bar import Bar
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from namr_dist.run.state import RunReader, RunState, Validation
-from namr_dist.text import duration
+from namr_dist.terminal import Console, plain
+from namr_dist.text import duration, printable
 
 _REFRESH_S = 2.0
 _STYLES = {
@@ -62,7 +63,7 @@ def view(state: RunState) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     for name, value in _rows(state):
-        table.add_row(name, Text(value) if isinstance(value, str) else value)
+        table.add_row(name, plain(value) if isinstance(value, str) else value)
     bar = Table.grid(expand=True)
     bar.width = _WIDEST
     bar.add_row(ProgressBar(total=max(state.steps, 1), completed=state.step))
@@ -75,7 +76,7 @@ def _title(state: RunState) -> Text:
         title.append("; goes on with --resume")
     if state.silent_s is not None:
         title.append(f", silent for {duration(state.silent_s)}", style="bold red")
-    return Text.assemble(title, f"   {state.recipe} → ", (state.run, "bold"))
+    return Text.assemble(title, printable(f"   {state.recipe} → "), (printable(state.run), "bold"))
 
 
 def _rows(state: RunState) -> Iterator[tuple[str, RenderableType]]:
@@ -164,7 +165,7 @@ def _phases(step_s: float, phases_s: dict[str, float]) -> Table:
     for name, seconds in [*phases_s.items(), ("rest", rest_s)]:
         share = seconds / step_s
         table.add_row(
-            name,
+            plain(name),
             f"{1e3 * seconds:,.1f} ms",
             f"{100 * share:.0f} %",
             Bar(1, 0, share, width=_BAR_COLUMNS, color="cyan"),

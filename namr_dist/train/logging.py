@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from namr_dist.run.folder import RunFolder
+from namr_dist.terminal import Console, plain
 from namr_dist.train.phases import StepTimes
 from namr_dist.train.structure_fit import Fitted
 
@@ -103,7 +103,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(plain(text), soft_wrap=True)
 
     def step(self, figures: dict[str, float | int]) -> None:
         """One training step's figures."""

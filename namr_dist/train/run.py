@@ -15,6 +15,7 @@ from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import Rank
 from namr_dist.run.folder import RunFolder
 from namr_dist.run.log import cut_log, skipped, time_of
+from namr_dist.text import say
 from namr_dist.train.banner import banner
 from namr_dist.train.checkpoints.network import initial_network
 from namr_dist.train.checkpoints.policy import CheckpointPolicy
@@ -59,7 +60,7 @@ def train(
     start, lock = begin(module, config, folder, data_hash, host, overwrite=overwrite, resume=resume)
     if host.from_first(start.finished):
         if rank.first:
-            print(f"{run} is finished: {folder.final}", file=sys.stderr)
+            say(f"{run} is finished: {folder.final}", file=sys.stderr)
         return True
     hosts = host.of_all(socket.gethostname())
     peak_img_per_s = run_peak_img_per_s(

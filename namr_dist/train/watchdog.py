@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from namr_dist.parallel.ranks import Rank
+from namr_dist.text import printable
 from namr_dist.train.phases import STEP_PHASES, Phases
 
 EXIT_CODE = 69
@@ -310,7 +311,7 @@ def _first_sentence(error: BaseException) -> str:
 def _print(text: str) -> None:
     # A progress bar hides the cursor, and this process is about to end without showing it again.
     cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-    print(cursor + text, file=sys.stderr, flush=True)
+    print(cursor + printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 _CLAIM, _TOLD = "namr/report", "namr/told"

@@ -9,12 +9,10 @@ ended the build; and, until the manifest is written, a hidden file for each fini
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from namr_dist.atomic import write_atomic
+from namr_dist.csv_file import write_csv
 from namr_dist.data.build.layout import ShardPlan, shard_plans, tar_bytes, with_validation
 from namr_dist.data.build.listing import Listing, SourceImage
 from namr_dist.data.build.normalise import BrokenImageError, Encoding, as_shard_jpeg
@@ -442,13 +441,13 @@ def _told(broken: list[_Broken], path: Path, *, images: int) -> str:
 
 
 def _write_broken(path: Path, broken: list[_Broken]) -> None:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("path", "reason"))
-    writer.writerows(
-        (file, f"{kind} ({detail})" if detail else kind) for file, kind, detail in broken
+    write_csv(
+        path,
+        [
+            {"path": file, "reason": f"{kind} ({detail})" if detail else kind}
+            for file, kind, detail in broken
+        ],
     )
-    write_atomic(path, table.getvalue())
 
 
 def _complete(listing: Listing, out: Path, done: list[_Finished], broken: list[_Broken]) -> Built:

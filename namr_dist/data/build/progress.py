@@ -6,8 +6,10 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from namr_dist.terminal import Console, plain
+from namr_dist.text import printable
 
 _LINE_EVERY_S, _BAR_EVERY_S = 10.0, 0.1
 
@@ -28,7 +30,7 @@ class BuildProgress:
                 TextColumn("{task.fields[note]}"),
                 console=self._console,
             )
-            self._task = self._bar.add_task(name, total=size, note="")
+            self._task = self._bar.add_task(printable(name), total=size, note="")
         self._began = self._told = time.perf_counter()
 
     def __enter__(self) -> BuildProgress:
@@ -63,6 +65,4 @@ class BuildProgress:
         if self._bar:
             self._bar.update(self._task, completed=self._done_size, note=note)
         else:
-            self._console.print(
-                f"{self._name}  {note}", highlight=False, markup=False, soft_wrap=True
-            )
+            self._console.print(plain(f"{self._name}  {note}"), soft_wrap=True)

@@ -31,6 +31,7 @@ from namr_dist.data.remote.address import check_scheme, is_command, is_http, is_
 from namr_dist.data.remote.body import BLOCK_BYTES, Body, RefusedError, TransferError
 from namr_dist.data.remote.web import HttpBody, http_host
 from namr_dist.errors import InputError
+from namr_dist.text import say
 
 _LONGEST_READ_BYTES = 1 << 30
 _FIRST_WAIT_S = 1.0
@@ -148,10 +149,9 @@ class Origin:
                 )
                 left_s = max(0.0, ends - time.monotonic())
                 pause_s = min(_LONGEST_WAIT_S, max(backoff_s, wait_s), left_s)
-                print(
+                say(
                     f"namr: {self.shown(file)}: {last}; try {number + 1} of {tries} in {pause_s:.1f} s",
                     file=sys.stderr,
-                    flush=True,
                 )
                 time.sleep(pause_s)
         raise InputError(

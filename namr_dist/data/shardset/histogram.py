@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
+from namr_dist.text import printable
+
 _WIDTH, _PANEL, _PLOT, _EDGE, _HEAD = 720, 190, 110, 24, 52
 _STYLE = """
 svg { --page: #ffffff; --ink: #1b1f24; --soft: #59616b; --rule: #dfe1dd; --bar: #0b6e75; }
@@ -27,19 +29,19 @@ def bin_name(first: int, last: int) -> str:
 
 def histogram_svg(figures: dict[str, Any]) -> str:
     """The `histogram` of statistics(), a panel for each split, each to its own height."""
-    histogram = figures["histogram"]
+    histogram, name = figures["histogram"], escape(printable(figures["name"]))
     height = _HEAD + _PANEL * len(histogram["classes"])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
-        f'height="{height}" role="img"><title>Images per class of {escape(figures["name"])}</title>'
+        f'height="{height}" role="img"><title>Images per class of {name}</title>'
         f'<style>{_STYLE}</style><rect class="page" width="100%" height="100%"/>'
-        f'<text class="title" x="{_EDGE}" y="34">{escape(figures["name"])}: classes by number of images</text>'
+        f'<text class="title" x="{_EDGE}" y="34">{name}: classes by number of images</text>'
     ]
     for number, (split, counts) in enumerate(histogram["classes"].items()):
         row = figures["splits"][split]
         parts.append(
             f'<g transform="translate({_EDGE} {_HEAD + _PANEL * number})"><text class="split" y="16">'
-            f"{escape(split)}: {row['classes']:,} classes, {row['images']:,} images</text>"
+            f"{escape(printable(split))}: {row['classes']:,} classes, {row['images']:,} images</text>"
         )
         parts += _bars(histogram["bins"], counts)
         parts.append("</g>")

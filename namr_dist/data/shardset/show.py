@@ -8,9 +8,9 @@ from typing import Any
 from rich.bar import Bar
 from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from namr_dist.data.shardset.histogram import bin_name
+from namr_dist.terminal import plain
 
 _BAR_CELLS = 14
 _LABELS = {"mib": "MiB", "height": "px high: least / median / most", "width": "px wide"}
@@ -32,7 +32,7 @@ def statistics_tables(figures: dict[str, Any]) -> Iterator[Table]:
         table = _table("Super-classes", "super-class", "classes", *figures["splits"])
         for name, row in figures["categories"].items():
             table.add_row(
-                Text(name or "–"), _number(row["classes"]), *map(_number, row["images"].values())
+                plain(name or "–"), _number(row["classes"]), *map(_number, row["images"].values())
             )
         yield table
 
@@ -49,16 +49,18 @@ def near_duplicate_tables(audit: dict[str, Any]) -> Iterator[Table]:
     )
     for split, row in audit["splits"].items():
         near = [_number(comparison["near"]) for comparison in row["against"].values()]
-        table.add_row(Text(split), _number(row["images"]), _number(row["flat"]), *near)
+        table.add_row(plain(split), _number(row["images"]), _number(row["flat"]), *near)
     yield table
     for split, row in audit["splits"].items():
         for other, comparison in row["against"].items():
-            table = Table(title=Text(f"Nearest pairs of {split} and {other}"), title_justify="left")
+            table = Table(
+                title=plain(f"Nearest pairs of {split} and {other}"), title_justify="left"
+            )
             for column in (split, other):
-                table.add_column(Text(column), overflow="fold")
+                table.add_column(plain(column), overflow="fold")
             table.add_column("bits", justify="right")
             for pair in comparison["nearest"]:
-                table.add_row(Text(pair["key"]), Text(pair["other_key"]), _number(pair["bits"]))
+                table.add_row(plain(pair["key"]), plain(pair["other_key"]), _number(pair["bits"]))
             yield table
 
 
@@ -68,7 +70,7 @@ def _histogram(histogram: dict[str, Any]) -> Table:
     )
     table.add_column("images", justify="right", no_wrap=True)
     for split in histogram["classes"]:
-        table.add_column(Text(split), justify="right", no_wrap=True)
+        table.add_column(plain(split), justify="right", no_wrap=True)
         table.add_column(min_width=_BAR_CELLS)
     for position, (first, last) in enumerate(histogram["bins"]):
         cells: list[RenderableType] = []
@@ -82,10 +84,10 @@ def _histogram(histogram: dict[str, Any]) -> Table:
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=plain(title), title_justify="left")
     table.add_column(first)
     for column in columns:
-        table.add_column(Text(column), justify="right")
+        table.add_column(plain(column), justify="right")
     return table
 
 

@@ -14,6 +14,7 @@ from namr_dist.data.homeware import embedded_shards
 from namr_dist.data.shardset.manifest import ImageClass, Manifest
 from namr_dist.data.shardset.shards import Sample, write_shard
 from namr_dist.errors import InputError
+from namr_dist.text import say
 
 PRODUCTS, VIEWS = 820, 6
 _SHARDS_PER_SPLIT = {"train": 4, "val": 1, "test": 4}
@@ -99,7 +100,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     manifest = build(arguments.images, arguments.out)
-    print(
+    say(
         f"{sum(shard.bytes for shard in manifest.shards) / 2**20:.1f} MiB in {len(manifest.shards)} shards"
     )
 
