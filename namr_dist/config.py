@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from namr_dist.bounds import above_up_to, at_least, between, check_bounds, strictly_between
 from namr_dist.config_json import from_object
 from namr_dist.errors import InputError
+from namr_dist.json_file import parse_json
 from namr_dist.losses import registry
 from namr_dist.losses.registry import MetricLossConfig
 from namr_dist.named_code import is_named_code
@@ -400,17 +401,13 @@ class Config:
     def load(cls, path: Path) -> Config:
         """Read a run's config.json. Raises InputError if it is missing or not one."""
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_bytes()
         except FileNotFoundError:
             raise InputError(
                 f"{path} is missing: {path.parent} is not the folder of a run"
             ) from None
-        except ValueError as error:
-            raise InputError(
-                f"{path} is not JSON ({error}); copy it again: the metadata of every checkpoint holds it "
-                "too"
-            ) from None
-        return cls.from_object(value, str(path))
+        remedy = "copy it again: the metadata of every checkpoint holds it too"
+        return cls.from_object(parse_json(text, str(path), remedy), str(path))
 
     @classmethod
     def from_object(cls, value: Any, where: str) -> Config:

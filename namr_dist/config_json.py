@@ -41,11 +41,15 @@ def from_object(kind: Any, value: Any, where: str) -> Any:
             raise InputError(f"{where} is {value!r}, not one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
+        if not isinstance(value, list):
+            raise InputError(f"{where} is {value!r}, expected a list")
         return tuple(from_object(arguments[0], entry, where) for entry in value)
-    if kind is Path:
-        return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         return float(value)
-    if not isinstance(value, kind):
-        raise InputError(f"{where} is {value!r}, expected a {kind.__name__}")
-    return value
+    wanted = str if kind is Path else kind
+    # A bool is an int to Python, and true is no number of steps.
+    if not isinstance(value, wanted) or (type(value) is bool and kind is not bool):
+        raise InputError(f"{where} is {value!r}, expected a {wanted.__name__}")
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"{where} is {value!r}, which holds a NUL character")
+    return Path(value) if kind is Path else value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from namr_dist import named_code
 from namr_dist.errors import InputError
+from namr_dist.json_file import parse_json
 from namr_dist.losses.registry import MetricLossConfig
 from namr_dist.losses.rows import Batches, Rows, RowsLoss, with_gradients
 
@@ -123,13 +123,11 @@ def _make(named: Any, settings: MetricLossConfig, batches: Batches) -> Loss:
 
 
 def _options(text: str) -> dict[str, Any]:
-    try:
-        options = json.loads(text or "{}")
-    except ValueError as error:
-        raise InputError(
-            f"loss.options is {text!r}, which is not JSON ({error}); give an object, such as "
-            '{"temperature": 0.1}'
-        ) from None
+    options = parse_json(
+        text or "{}",
+        f"loss.options is {text!r}, which",
+        'give an object, such as {"temperature": 0.1}',
+    )
     if not isinstance(options, dict):
         raise InputError(
             f'loss.options is {text!r}; give a JSON object, such as {{"temperature": 0.1}}'

@@ -19,6 +19,7 @@ import numpy as np
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.errors import InputError
+from namr_dist.json_file import json_object
 from namr_dist.results.redact import shareable
 from namr_dist.retrieval.arrays import Float64
 from namr_dist.retrieval.modes import SAMPLE
@@ -208,10 +209,4 @@ def _text(content: Mapping[str, Any]) -> str:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; copy it again")
-    return content
+    return json_object(path.read_bytes(), str(path), "copy it again")

@@ -28,6 +28,7 @@ from namr_dist.data.read.plan import augment_seed, epoch_plan
 from namr_dist.data.read.stream import ShardImages, stream
 from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.shardset.manifest import SplitIndex
+from namr_dist.json_file import parse_json
 from namr_dist.model.heads import SampleHead, StructureHead
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.host import HostGroup
@@ -99,7 +100,14 @@ def _read(file: Path, identity: dict[str, Any]) -> dict[str, Tensor] | None:
     if not file.exists():
         return None
     with safetensors.safe_open(file, "pt") as opened:
-        if json.loads((opened.metadata() or {}).get("identity", "null")) != identity:
+        if (
+            parse_json(
+                (opened.metadata() or {}).get("identity", "null"),
+                f"{file}: identity",
+                f"remove {file}",
+            )
+            != identity
+        ):
             return None
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from namr_dist.config import Config
 from namr_dist.errors import InputError
+from namr_dist.json_file import parse_json
 from namr_dist.losses import registry
 from namr_dist.results.redact import shareable
 from namr_dist.results.tables import Row, ShownMode, columns, shown_modes
@@ -200,7 +201,7 @@ def _read(run: Path) -> _Measured:
             "is trained and evaluated"
         )
     try:
-        metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+        metrics = parse_json(folder.metrics.read_bytes(), METRICS, "evaluate it again")
         test, protocol = metrics["test"], metrics["protocol"]
         if not isinstance(test["sample"], dict) or not isinstance(protocol["test hash"], str):
             raise TypeError

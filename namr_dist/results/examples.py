@@ -16,6 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
+from namr_dist.data.shardset.shards import MOST_PIXELS
 from namr_dist.errors import InputError
 from namr_dist.results.charts import HUES, SHAPES, marker, scatter
 from namr_dist.retrieval.arrays import Float64, Int64
@@ -71,8 +72,12 @@ def data_uri(jpeg: bytes, name: str) -> str:
         try:
             # Pillow runs a program to read some other formats.
             with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(
+                        f"{image.width} × {image.height} pixels are more than {MOST_PIXELS:,}"
+                    )
                 small = image.convert("RGB")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(
                 f"image of {name!r} cannot be read ({error}): verify the data set"
             ) from None

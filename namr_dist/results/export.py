@@ -33,6 +33,7 @@ from namr_dist.config import Config
 from namr_dist.data.location import open_shards
 from namr_dist.data.read.stream import ShardImages, stream
 from namr_dist.errors import InputError
+from namr_dist.json_file import json_object, parse_json
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.results.model_card import model_card
 from namr_dist.results.programs import (
@@ -84,11 +85,10 @@ def load(folder: str | Path) -> EmbeddingNetwork:
     """
     where = Path(folder) / CONFIG
     try:
-        about = json.loads(where.read_text(encoding="utf-8"))
+        text = where.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{where} is missing: {folder} was not written by `namr export`") from None
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}); export the run again") from None
+    about = parse_json(text, str(where), "export the run again")
     if not isinstance(about, dict) or about.get("format") != _FORMAT:
         told = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise InputError(f"{where} has format {told!r}, expected {_FORMAT!r}; export the run again")
@@ -253,13 +253,8 @@ def _check_folder(out: Path) -> None:
 def _read_metrics(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path} is not JSON ({error}); evaluate the run again, or remove it"
-        ) from None
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("test"), dict):
+    metrics = json_object(path.read_bytes(), str(path), "evaluate the run again, or remove it")
+    if not isinstance(metrics.get("test"), dict):
         raise InputError(f"{path} has no test figures; evaluate the run again, or remove it")
     return metrics
 

@@ -5,7 +5,6 @@ Shapes: N test images, D width.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from namr_dist.config import Config
 from namr_dist.data.remote.address import is_command, shown
 from namr_dist.data.remote.cache import is_cache
 from namr_dist.errors import InputError
+from namr_dist.json_file import json_object
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.run.folder import RunFolder
@@ -80,15 +80,7 @@ def _bytes(path: Path, made_by: str) -> bytes:
 
 
 def _object(path: Path, made_by: str) -> dict[str, Any]:
-    try:
-        value = json.loads(_bytes(path, made_by))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): {made_by}") from None
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path} holds a {type(value).__name__}, not an object with fields: {made_by}"
-        )
-    return value
+    return json_object(_bytes(path, made_by), str(path), made_by)
 
 
 def read_run(run_dir: Path) -> RunRecord:

@@ -11,7 +11,6 @@ No torch is imported: people look often.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -22,13 +21,15 @@ from typing import Any
 
 from namr_dist.atomic import write_atomic
 from namr_dist.errors import InputError
+from namr_dist.json_file import json_object
 from namr_dist.text import say
 
 Entry = Mapping[str, Any]
 """One line: `step`, and what was told."""
 
-_MOST_DIGITS = 18
-"""Of an integer: any of so many is a float as well, and no count that a run makes has more."""
+_MOST = 10**18
+"""Of an integer: any of so many digits is a float as well, and no count that a run makes has
+more."""
 _LONGEST_S = 1e12
 
 
@@ -131,7 +132,7 @@ def number_of(entry: Entry, name: str) -> float | None:
 def count_of(entry: Entry, name: str) -> int | None:
     """A field's integer; None where it is missing or of another type."""
     value = entry.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if type(value) is int and abs(value) < _MOST else None
 
 
 def text_of(entry: Entry, name: str) -> str | None:
@@ -168,13 +169,7 @@ def _lines(content: bytes) -> Iterator[tuple[bytes, Entry | None]]:
 
 def _entry(line: bytes) -> Entry | None:
     try:
-        entry = json.loads(line.decode(), parse_int=_integer)
-    except (ValueError, RecursionError):
+        entry = json_object(line, "the line", "")
+    except InputError:
         return None
-    return entry if isinstance(entry, dict) and count_of(entry, "step") is not None else None
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
-        raise ValueError(f"{len(digits)} digits")
-    return int(digits)
+    return entry if count_of(entry, "step") is not None else None

@@ -168,10 +168,10 @@ def test_unusual_images_are_shown_as_others_show_them(
     assert np.abs(shown.astype(int) - pillow).max() <= 2, kind
 
 
-@pytest.mark.parametrize(("width", "height"), [(65_500, 65_500), (13_000, 13_766)])
+@pytest.mark.parametrize(("width", "height"), [(65_500, 65_500), (13_000, 5_163)])
 def test_the_size_of_a_large_image_is_named(width: int, height: int) -> None:
     """The second by less than a row, so that another limit would show."""
-    with pytest.raises(InputError, match=f"x has {width} × {height} pixels, more than 178,956,970"):
+    with pytest.raises(InputError, match=f"x has {width} × {height} pixels, more than 67,108,864"):
         decode_rgb(jpeg_claiming(width, height), "x")
 
 

@@ -27,12 +27,18 @@ from namr_dist.atomic import write_atomic
 from namr_dist.csv_file import write_csv
 from namr_dist.data.build.layout import ShardPlan, shard_plans, tar_bytes, with_validation
 from namr_dist.data.build.listing import Listing, SourceImage
-from namr_dist.data.build.normalise import BrokenImageError, Encoding, as_shard_jpeg
+from namr_dist.data.build.normalise import (
+    TOO_LARGE,
+    BrokenImageError,
+    Encoding,
+    as_shard_jpeg,
+)
 from namr_dist.data.build.progress import BuildProgress
 from namr_dist.data.build.workers import Advance, run_tasks
 from namr_dist.data.shardset.manifest import FILE_NAME, ImageClass, Manifest, Shard
 from namr_dist.data.shardset.shards import Sample, write_shard
 from namr_dist.errors import InputError
+from namr_dist.json_file import parse_json
 
 RECORD, SKIPPED, BROKEN = "build.json", "skipped.csv", "broken.csv"
 """Files that a build leaves: the second only if it left images out, the third only if such ended
@@ -291,8 +297,8 @@ def _read_record(out: Path, record: dict[str, Any]) -> dict[str, Any]:
     ):
         return {}
     try:
-        existing = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        existing = parse_json((out / RECORD).read_bytes(), str(out / RECORD), "")
+    except (OSError, InputError):
         existing = None
     if not isinstance(existing, dict) or existing.get("format") != _FORMAT:
         raise InputError(f"{out} is there and not from a build; give a new folder")
@@ -321,7 +327,8 @@ def _read_finished(out: Path, task: _Task, *, skip_broken: bool) -> _Finished | 
     with files that the system would not read, which says nothing of the files.
     """
     try:
-        value = json.loads(_finished_path(out, task.plan.file).read_text(encoding="utf-8"))
+        path = _finished_path(out, task.plan.file)
+        value = parse_json(path.read_bytes(), str(path), f"remove {path}")
         size = (out / task.plan.file).stat().st_size
     except FileNotFoundError:
         return None
@@ -431,7 +438,10 @@ def _told(broken: list[_Broken], path: Path, *, images: int) -> str:
         f"{number} {kind}"
         for kind, number in sorted(Counter(kind for _, kind, _ in broken).items())
     )
-    named = ", ".join(f"{file} ({kind})" for file, kind, _ in broken[:_TOLD])
+    named = ", ".join(
+        f"{file} ({f'{kind}: {detail}' if kind == TOO_LARGE else kind})"
+        for file, kind, detail in broken[:_TOLD]
+    )
     more = f" and {len(broken) - _TOLD} more" if len(broken) > _TOLD else ""
     return (
         f"{len(broken)} of {images} images are broken ({kinds}): {named}{more}; all are in {path}; add "

@@ -34,6 +34,9 @@ _MOST_SIDE = 65_500
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _STRAY_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _MOST_STRAY = 16
+TOO_LARGE = "too large"
+_STRIP = 64
+"""Rows."""
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 """Of a JPEG's segment or end (ITU T.81, B.1), not what may stand within image data: a stuffed zero,
 a restart."""
@@ -72,49 +75,58 @@ def as_shard_jpeg(data: bytes, encoding: Encoding) -> tuple[bytes, Treatment]:
         raise BrokenImageError("empty", "")
     if not data.startswith(b"\xff\xd8"):
         return _encode(_open_with_pillow(data), "converted", encoding)
+    least = encoding.size
     try:
-        pixels = _strict_pixels(data)
+        pixels, shrink = _strict_pixels(data, least)
     except BrokenImageError:
         raise
     except ValueError as error:
         # Which, like viewers, shows grey without a word where data is lost.
-        image = _open_with_pillow(data)
+        image = _open_with_pillow(data, least)
         if not (
-            _is_sound(_with_plain_header(data)) or _is_sound(_without_stray_end(data, str(error)))
+            _is_sound(_with_plain_header(data), least)
+            or _is_sound(_without_stray_end(data, str(error)), least)
         ):
             raise BrokenImageError("damaged", str(error)) from None
         return _encode(image, "repaired", encoding)
     if pixels.shape[2] == 4:
-        return _encode(_open_with_pillow(data), "converted", encoding)
+        return _encode(_open_with_pillow(data, least), "converted", encoding)
     if _is_turned(data):
-        return _encode(_open_with_pillow(data), "turned", encoding)
-    if encoding.size is not None and min(pixels.shape[:2]) > encoding.size:
+        return _encode(_open_with_pillow(data, least), "turned", encoding)
+    if shrink > 1 or (least is not None and min(pixels.shape[:2]) > least):
         return _encode(Image.fromarray(pixels), "shrunk", encoding)
     end = next((end for code, _, end in _segments(data) if code == _END), len(data))
-    if len(data) - end > JPEG_TAIL - len(END_OF_IMAGE) and _is_sound(data[:end]):
+    if len(data) - end > JPEG_TAIL - len(END_OF_IMAGE) and _is_sound(data[:end], least):
         return data[:end], "cut"
     return data, "kept"
 
 
-def viewed_rgb(data: bytes) -> np.ndarray:
-    """uint8 (H, W, 3): what a viewer shows of any image file that a build takes. Raises
-    BrokenImageError."""
+def viewed_rgb(data: bytes, least: int = 1) -> np.ndarray:
+    """uint8 (H, W, 3): what a viewer shows of any image file that a build takes; of a JPEG of more
+    than MOST_PIXELS, at a half, a quarter or an eighth of its size, with `least` pixels or more on
+    a side. Raises BrokenImageError."""
     if not data:
         raise BrokenImageError("empty", "")
-    return np.asarray(_as_rgb(_open_with_pillow(data)))
+    return np.asarray(_as_rgb(_open_with_pillow(data, least)))
 
 
-def _strict_pixels(jpeg: bytes) -> np.ndarray:
-    """uint8 (H, W, 3): RGB; (H, W, 4): inks. Raises ValueError for whatever libjpeg warns of, and
-    BrokenImageError for too large an image."""
+def _strict_pixels(jpeg: bytes, least: int | None) -> tuple[np.ndarray, int]:
+    """uint8 (H, W, 3): RGB; (H, W, 4): inks; and by how much the decoder shrank the image, which is
+    1 but for one of more than MOST_PIXELS (see `_shrink`). Raises ValueError for whatever libjpeg
+    warns of, and BrokenImageError for too large an image."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
-    _check_size(width, height)
-    return simplejpeg.decode_jpeg(jpeg, "CMYK" if colours in ("CMYK", "YCCK") else "RGB")
+    shrink = _shrink(jpeg, width, height, least)
+    return simplejpeg.decode_jpeg(
+        jpeg,
+        "CMYK" if colours in ("CMYK", "YCCK") else "RGB",
+        min_height=-(-height // shrink),
+        min_width=-(-width // shrink),
+    ), shrink
 
 
-def _is_sound(jpeg: bytes) -> bool:
+def _is_sound(jpeg: bytes, least: int | None) -> bool:
     try:
-        _strict_pixels(jpeg)
+        _strict_pixels(jpeg, least)
     except ValueError:
         return False
     return True
@@ -165,9 +177,42 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
             return
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise BrokenImageError("too large", f"{width} × {height} pixels")
+def _shrink(data: bytes, width: int, height: int, least: int | None) -> int:
+    """1 for an image of at most MOST_PIXELS; for a JPEG of more the least of 2, 4 and 8 by which
+    the decoder has to shrink it.
+
+    Raises BrokenImageError for another format, without `least`, where fewer pixels than that would
+    be left on a side, and for a JPEG of several scans, of which libjpeg keeps all coefficients at
+    whatever scale.
+    """
+    for shrink in (1, 2, 4, 8):
+        if -(-width // shrink) * -(-height // shrink) > MOST_PIXELS:
+            continue
+        if shrink == 1 or (
+            least is not None and min(width, height) // shrink >= least and _has_one_scan(data)
+        ):
+            return shrink
+        break
+    raise _too_large(f"{width} × {height} pixels")
+
+
+def _too_large(what: str) -> BrokenImageError:
+    return BrokenImageError(
+        TOO_LARGE,
+        f"{what}, more than {MOST_PIXELS:,}; shrink the image, or give --size where it is a "
+        "baseline JPEG",
+    )
+
+
+def _has_one_scan(data: bytes) -> bool:
+    """Whether it is a sequential JPEG whose first scan has all its components."""
+    components = 0
+    for code, start, _ in _segments(data) if data.startswith(b"\xff\xd8") else ():
+        if code in (_BASELINE, _EXTENDED):
+            components = data[start + 9] if len(data) > start + 9 else 0
+        elif code == _SCAN:
+            return len(data) > start + 4 and data[start + 4] == components
+    return False
 
 
 def _is_turned(jpeg: bytes) -> bool:
@@ -184,13 +229,16 @@ def _is_turned(jpeg: bytes) -> bool:
         return False
 
 
-def _open_with_pillow(data: bytes) -> Image.Image:
-    """The image as it would be viewed, in any mode."""
+def _open_with_pillow(data: bytes, least: int | None = None) -> Image.Image:
+    """The image as it would be viewed, in any mode, shrunk as `_shrink` says."""
     try:
         with _quiet(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_size(*image.size)
+            shrink = _shrink(data, *image.size, least)
+            if shrink > 1:
+                image.draft(None, (image.width // shrink, image.height // shrink))
             image.load()
-            return ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # not in place, it makes a copy of all
+            return image
     except (BrokenImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -199,7 +247,8 @@ def _open_with_pillow(data: bytes) -> Image.Image:
             "damaged" if known else "not an image", f"cannot be read as {', '.join(_FORMATS)}"
         ) from None
     except Image.DecompressionBombError as error:
-        raise BrokenImageError("too large", str(error)) from None
+        pixels = re.search(r"\d+", str(error))
+        raise _too_large(f"{int(pixels[0]):,} pixels" if pixels else str(error)) from None
     except Exception as error:  # damaged files raise whatever Pillow's parsers run into
         raise BrokenImageError(
             "truncated" if "truncated" in str(error).lower() else "damaged", str(error)
@@ -208,14 +257,22 @@ def _open_with_pillow(data: bytes) -> Image.Image:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     """On white where it was transparent."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips
-        return Image.fromarray(
-            (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if not (image.mode.startswith("I") or image.has_transparency_data):
+        return image.convert("RGB")
+    # Strip by strip: what lies between takes several times an image's memory.
+    made = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips
+            grey_HW = (np.asarray(strip).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            made.paste(Image.fromarray(grey_HW).convert("RGB"), (0, top))
+        else:
+            white = Image.new("RGBA", strip.size, "white")
+            shown = Image.alpha_composite(white, strip.convert("RGBA"))
+            made.paste(shown.convert("RGB"), (0, top))
+    return made
 
 
 def _encode(
@@ -234,7 +291,7 @@ def _encode(
         treatment = "shrunk"
     if max(image.size) > _MOST_SIDE:
         raise BrokenImageError(
-            "too large", f"{width} × {height} pixels: a JPEG has {_MOST_SIDE} at most on a side"
+            TOO_LARGE, f"{width} × {height} pixels: a JPEG has {_MOST_SIDE} at most on a side"
         )
     jpeg = simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=encoding.quality, colorsubsampling="444"

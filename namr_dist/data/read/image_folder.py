@@ -61,7 +61,7 @@ class FolderImages(ImageSource):
 
     def _image(self, path: Path) -> np.ndarray:
         try:
-            return self._transform(viewed_rgb(path.read_bytes()))
+            return self._transform(viewed_rgb(path.read_bytes(), least=self.side))
         except BrokenImageError as error:
             raise InputError(f"{path} cannot be decoded ({error}); repair or remove it") from None
         except OSError as error:

@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,16 +21,19 @@ import numpy as np
 
 from namr_dist.atomic import write_atomic
 from namr_dist.errors import InputError
+from namr_dist.json_file import parse_json
 
 FORMAT = "namr-shards/1"
 FILE_NAME = "manifest.json"
+MOST_BYTES = 1 << 30
+"""Of the file: twenty million images. Read, a manifest takes five to ten times as much."""
 
 ROLES = ("", "query", "gallery")
 """What an image does at test time: both, only query, only be searched. `SplitIndex.role_N` counts
 in this order."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageClass:
     """One class: a product, a bird, a car."""
 
@@ -109,6 +112,25 @@ class SplitIndex:
         )
 
 
+_CLASS_FIELDS = {field.name for field in fields(ImageClass)}
+
+
+def _compact(entry: dict[str, Any]) -> dict[str, Any] | ImageClass:
+    """What is kept of an object of the file, as soon as it is read: a manifest may have millions of
+    entries, and at no time are there all of them twice."""
+    if entry.keys() == _CLASS_FIELDS:
+        return ImageClass(**entry)
+    for key, value in entry.items():
+        if isinstance(value, list):
+            entry[key] = tuple(value)
+    return entry
+
+
+def _image_class(entry: Any) -> ImageClass:
+    """Raises TypeError for missing or unknown fields."""
+    return entry if isinstance(entry, ImageClass) else ImageClass(**entry)
+
+
 class ShardSource(Protocol):
     """Where the tars of a set that lies elsewhere come from."""
 
@@ -138,16 +160,28 @@ class Manifest:
         """
         path = Path(folder) / FILE_NAME
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            if path.stat().st_size > MOST_BYTES:
+                raise InputError(
+                    f"{path} has {path.stat().st_size:,} bytes, more than {MOST_BYTES:,}; divide the "
+                    "set into several"
+                )
+            text = path.read_bytes()
         except FileNotFoundError:
             raise InputError(
                 f"no shard set at {path.parent}: {FILE_NAME} is missing; "
                 "give the folder that holds it"
             ) from None
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
             raise InputError(
                 f"{path} cannot be read as a manifest: {error}; rebuild the shard set"
             ) from None
+        data = parse_json(
+            text,
+            f"{path} cannot be read as a manifest: the file",
+            "rebuild the shard set",
+            object_hook=_compact,
+        )
+        del text
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             actual = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise InputError(
@@ -157,7 +191,7 @@ class Manifest:
             manifest = cls(
                 name=data["name"],
                 description=data["description"],
-                classes=tuple(ImageClass(**entry) for entry in data["classes"]),
+                classes=tuple(map(_image_class, data["classes"])),
                 shards=tuple(Shard.from_json(entry) for entry in data["shards"]),
                 folder=path.parent,
                 subsets={name: tuple(keys) for name, keys in data.get("subsets", {}).items()},

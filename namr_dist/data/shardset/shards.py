@@ -28,9 +28,10 @@ END_OF_IMAGE = b"\xff\xd9"
 JPEG_TAIL = 32
 """Last bytes of a JPEG in which its end-of-image marker is looked for: writers may pad behind
 it."""
-MOST_PIXELS = 178_956_970
-"""An image with more by its header is not decoded, as in Pillow: a few bytes could ask for all
-memory."""
+MOST_PIXELS = 1 << 26
+"""An image with more by its header, 8192 × 8192 say, is not decoded: a few bytes could ask for all
+memory. One with as many takes up to 0.6 GiB while a shard's JPEG is decoded (a progressive one,
+whose coefficients libjpeg keeps), 0.8 GiB while another file is made a JPEG."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +239,7 @@ def jpeg_size(jpeg: bytes, where: str) -> tuple[int, int]:
     if height * width > MOST_PIXELS:
         raise DamagedImageError(
             f"{where} has {width} × {height} pixels, more than {MOST_PIXELS:,}; rebuild the shard "
-            "set with a smaller one"
+            "set with --size, or with a smaller image"
         )
     return height, width
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import BinaryIO
 from namr_dist.data.shardset.manifest import Manifest, Shard
 from namr_dist.data.shardset.shards import shard_problems
 from namr_dist.errors import InputError
+from namr_dist.json_file import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,8 @@ def _member_problems(stream: BinaryIO, shard: Shard, path: Path) -> Iterator[str
 
 def _label(meta: bytes) -> object:
     try:
-        return json.loads(meta)["label"]
-    except (ValueError, KeyError, TypeError):
+        return parse_json(meta, "the label", "")["label"]
+    except (InputError, KeyError, TypeError):
         return None
 
 

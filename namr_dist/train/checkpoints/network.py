@@ -16,6 +16,7 @@ from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.remote.address import without_credentials
 from namr_dist.errors import InputError
+from namr_dist.json_file import json_object
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.run.folder import CONFIG
 from namr_dist.structure.centres import Centres
@@ -74,7 +75,9 @@ def load_network(
             f"{path} does not fit the run's {CONFIG} ({str(error).splitlines()[-1].strip()}); "
             "it belongs to another run"
         ) from None
-    return network, json.loads(metadata["trained"])
+    return network, json_object(
+        metadata.get("trained", "null"), f"{path}: trained", "copy it again or train again"
+    )
 
 
 def initial_network(

@@ -9,7 +9,7 @@ unpickled from it.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from namr_dist import __version__
 from namr_dist.config import Config
 from namr_dist.data.remote.address import without_credentials
 from namr_dist.errors import InputError
+from namr_dist.json_file import parse_json
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import world_size
 from namr_dist.train.checkpoints import zero_fragments
@@ -39,6 +40,7 @@ from namr_dist.train.checkpoints.verified_file import (
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+_COUNT = re.compile(r"[0-9]{1,15}")
 _FORMAT = "namr-training/1"
 _RNG_STREAM = 3  # beside the plan's and the augmentation's (data/read/plan.py)
 
@@ -164,12 +166,21 @@ def open_state(path: Path) -> SavedState:
             f"version {metadata.get('version')} of namr-dist: go on with that one, or start again with "
             "--overwrite"
         )
+    remedy = "it is not as namr train writes them: remove it, or copy it again"
+    for name in ("step", "ranks", "data", "config"):
+        if name not in metadata:
+            raise InputError(f"{path} lacks {name} in its metadata; {remedy}")
+    for name in ("step", "ranks"):
+        if not _COUNT.fullmatch(metadata[name]):
+            raise InputError(f"{path}: {name} is {metadata[name]!r}, not a count; {remedy}")
     return SavedState(
         path=path,
         step=int(metadata["step"]),
         ranks=int(metadata["ranks"]),
         data_hash=metadata["data"],
-        config=Config.from_object(json.loads(metadata["config"]), f"{path}: config"),
+        config=Config.from_object(
+            parse_json(metadata["config"], f"{path}: config", remedy), f"{path}: config"
+        ),
     )
 
 
