@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from namr_dist.errors import InputError
+from namr_dist.text import say
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")
 # What ranks on other machines need of this shell's environment.
 _PASSED_ON = ("NCCL_", "GLOO_", "OMP_", "PYTHONPATH")
 
@@ -41,7 +42,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if not entry:
             continue
         match = _LINE.fullmatch(entry)
-        if not match or match[1].startswith("-") or int(match[2]) < 1:
+        unusable = not entry.isprintable() or entry.startswith("-")
+        if not match or unusable or int(match[2]) < 1:
             raise InputError(
                 f"line {number} of hostfile {path} is {entry!r}; write HOST slots=N, with N at least 1"
             )
@@ -145,7 +147,7 @@ def main() -> int:
     try:
         print("\n".join(_lines(parser.parse_args())))
     except InputError as error:
-        print(f"namr: error: {error}", file=sys.stderr)
+        say(f"namr: error: {error}", file=sys.stderr)
         return 2
     return 0
 

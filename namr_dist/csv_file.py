@@ -32,11 +32,19 @@ def value_of(text: str) -> str:
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
     """A table with a header. Raises ValueError for a row with another column."""
+    lines = [_line(columns)]
+    for row in rows:
+        if unknown := row.keys() - set(columns):
+            raise ValueError(f"no column {min(unknown)}")
+        lines.append(_line([row.get(column, "") for column in columns]))
+    return "".join(lines)
+
+
+def _line(values: Iterable[object]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writerow({column: cell(column) for column in columns})
-    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
+    # The end of a line decides which characters of a cell need quotes: either of these does.
+    csv.writer(text, lineterminator="\r\n").writerow(map(cell, values))
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

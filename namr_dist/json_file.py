@@ -77,7 +77,7 @@ def _too_deep() -> str:
 def _check_memory(text: str) -> None:
     """Raise ValueError for a text that costs far more memory than it has bytes.
 
-    What CPython 3.12 takes: 72 bytes for a list, 232 for an object with fields, 64 for a short
+    What CPython takes, about: 72 bytes for a list, 232 for an object with fields, 64 for a short
     string, 48 for a number and a place in a list. Characters within strings are counted too, for
     an estimate may be too high.
     """
@@ -97,8 +97,10 @@ def _check_memory(text: str) -> None:
         )
     # Three bytes make an empty list of 80. A shard of one image has five lists to ten values.
     if lists + objects > 0.6 * values:
-        bare = _STRING.sub('"', text.replace(r"\\", "").replace(r"\"", ""))
-        lists, values = bare.count("[") + bare.count("{"), bare.count(",") + bare.count(":")
+        lists += objects
+        for string in _STRING.finditer(text.replace(r"\\", "").replace(r"\"", "")):
+            lists -= string[0].count("[") + string[0].count("{")
+            values -= string[0].count(",") + string[0].count(":")
         if lists > 0.6 * values:
             raise ValueError(f"it holds {lists:,} lists and objects and hardly anything else")
 
@@ -107,7 +109,9 @@ def _check(value: Any, *, texts: bool) -> None:
     """Level by level, without recursion. Raises ValueError for too many levels, UnicodeEncodeError
     for half a character where `texts` are to be looked at."""
     level = [value]
-    for _ in range(MOST_DEPTH + 1):
+    for depth in range(MOST_DEPTH + 1):
+        if depth == MOST_DEPTH and any(isinstance(entry, (dict, list)) for entry in level):
+            raise ValueError(_too_deep())
         if texts:
             for entry in level:
                 if isinstance(entry, str):
@@ -123,5 +127,3 @@ def _check(value: Any, *, texts: bool) -> None:
         ]
         if not level:
             return
-    if any(isinstance(entry, (dict, list)) for entry in level):
-        raise ValueError(_too_deep())

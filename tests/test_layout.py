@@ -126,6 +126,38 @@ def test_the_design_page_knows_every_room_and_no_file_that_is_gone() -> None:
     assert not {name for name in named if name.endswith(".py") and Path(name).name not in files}
 
 
+def test_whatever_is_printed_is_made_harmless() -> None:
+    """Names and errors of others reach a terminal by text.py and terminal.py alone; JSON has
+    escapes of its own."""
+    rooms = {module for module in FILES if not module.startswith("namr_dist.kernels")}
+    raw = {
+        f"{module}: {ast.unparse(node)}"
+        for module in rooms
+        for node in ast.walk(ast.parse(FILES[module].read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and not _is_json(node)
+    }
+    assert (
+        raw
+        == {
+            "namr_dist.cli.shards: print(staged.folder)",  # for a shell's $(…), which takes it as it is
+            "namr_dist.train.watchdog: print(cursor + printable(text, keep='\\n'), file=sys.stderr, flush=True)",
+            "namr_dist.launchers.hostfile: print('\\n'.join(_lines(parser.parse_args())))",  # for a shell
+            "namr_dist.launchers.torchrun: print(f'torchrun: rank {rank} was the first to end, with code "
+            "{code}', file=sys.stderr)",
+        }
+    )
+    consoles = {
+        module
+        for module in rooms
+        if re.search(r"from rich\.console import .*\bConsole\b", FILES[module].read_text())
+    }
+    assert not consoles
+
+
+def _is_json(node: ast.Call) -> bool:
+    return ast.unparse(node.args[0]).startswith("json.dumps(")
+
+
 def _has_code(path: Path) -> bool:
     return any(not isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body)
 

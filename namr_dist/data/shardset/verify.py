@@ -16,6 +16,8 @@ from namr_dist.data.shardset.shards import shard_problems
 from namr_dist.errors import InputError
 from namr_dist.json_file import parse_json
 
+_MOST_META_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
@@ -103,8 +105,11 @@ def _member_problems(stream: BinaryIO, shard: Shard, path: Path) -> Iterator[str
                 if member.name in members:
                     yield f"{path} holds {member.name} twice; rebuild the shard set"
                 members[member.name] = member
-    except tarfile.TarError as error:
-        yield f"{path} cannot be read as a tar ({error}); copy it again or rebuild the shard set"
+    except OSError:
+        raise
+    except Exception as error:  # damaged headers raise whatever tarfile runs into
+        why = str(error) or type(error).__name__
+        yield f"{path} cannot be read as a tar ({why}); copy it again or rebuild the shard set"
         return
     for key, label, offset, length in zip(
         shard.keys, shard.labels, shard.offsets, shard.lengths, strict=True
@@ -117,10 +122,15 @@ def _member_problems(stream: BinaryIO, shard: Shard, path: Path) -> Iterator[str
                 f"{key}.jpg in {path} is at byte {image.offset_data} and has {image.size} bytes, its manifest says "
                 f"{offset} and {length}; rebuild the shard set"
             )
-        elif (stated := _label(_read(stream, meta.offset_data, meta.size))) != label:
+        elif (stated := _label(_read(stream, meta.offset_data, _meta_bytes(meta)))) != label:
             yield f"{key}.json in {path} says label {stated!r}, its manifest says {label}; rebuild the shard set"
     for name in members:
         yield f"{path} holds {name}, which its manifest does not name; rebuild the shard set"
+
+
+def _meta_bytes(meta: tarfile.TarInfo) -> int:
+    """Of a KEY.json; none of a size that only a damaged header states."""
+    return meta.size if 0 <= meta.size <= _MOST_META_BYTES else 0
 
 
 def _label(meta: bytes) -> object:
