@@ -233,7 +233,7 @@ def _open_with_pillow(data: bytes, least: int | None = None) -> Image.Image:
     """The image as it would be viewed, in any mode, shrunk as `_shrink` says."""
     try:
         with _quiet(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            shrink = _shrink(data, *image.size, least)
+            shrink = _shrink(data, image.width, image.height, least)
             if shrink > 1:
                 image.draft(None, (image.width // shrink, image.height // shrink))
             image.load()

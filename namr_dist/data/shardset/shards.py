@@ -30,8 +30,8 @@ JPEG_TAIL = 32
 it."""
 MOST_PIXELS = 1 << 26
 """An image with more by its header, 8192 × 8192 say, is not decoded: a few bytes could ask for all
-memory. One with as many takes up to 0.6 GiB while a shard's JPEG is decoded (a progressive one,
-whose coefficients libjpeg keeps), 0.8 GiB while another file is made a JPEG."""
+memory. One with as many takes some 600 MiB: ten bytes a pixel while a PNG is made a JPEG, nine
+while a progressive JPEG is decoded, of which libjpeg keeps all coefficients."""
 
 
 @dataclass(frozen=True, kw_only=True)
