@@ -43,6 +43,8 @@ def from_object(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise InputError(f"{where} is {value!r}, expected a list")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise InputError(f"{where} is {value!r}, expected {len(arguments)} values")
         return tuple(from_object(arguments[0], entry, where) for entry in value)
     if kind is float and type(value) is int:
         return float(value)
