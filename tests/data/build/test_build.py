@@ -365,7 +365,7 @@ def test_what_the_system_would_not_read_is_tried_again(own_products: Path, tmp_p
 
 def test_want_of_memory_is_no_broken_file(tmp_path: Path) -> None:
     source = miniatures.user_folder(tmp_path / "source")
-    Image.new("L", (9_000, 9_000)).save(source / "bench" / "large.png", compress_level=1)
+    Image.new("L", (8_000, 8_000)).save(source / "bench" / "large.png", compress_level=1)
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, before[1]))
