@@ -12,8 +12,8 @@ from namr_dist.errors import InputError
 MOST_DEPTH = 64
 """Lists and objects within each other; none of our files has ten. What walks a value may recurse:
 Python's own limit lies higher, and its parser's higher still."""
-_MOST_DIGITS = 20
-"""Of an integer: as many as one of 64 bits has."""
+_MOST_DIGITS = 40
+"""Of an integer: more than any of ours has, and few enough for it to be a float as well."""
 _MANY_DIGITS = re.compile(rf"\d{{{_MOST_DIGITS + 1}}}")
 MOST_MEMORY = 4 << 30
 """Bytes that a value may take while it is read, by an estimate from the text's punctuation."""
@@ -35,7 +35,7 @@ def parse_json(
     object_hook: as `json.loads` has it.
     Raises InputError, "`where` is not JSON (why); `remedy`", also for a value that would take more
     than MOST_MEMORY, or hardly holds anything but lists and objects, for more than MOST_DEPTH lists
-    and objects within each other, for an integer of more than 20 digits, and for a text with half
+    and objects within each other, for an integer of more than 40 digits, and for a text with half
     of a surrogate pair that stands for no byte of a file name.
     """
     try:
