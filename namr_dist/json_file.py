@@ -58,7 +58,11 @@ def parse_json(
 
 def json_object(text: str | bytes, where: str, remedy: str) -> dict[str, Any]:
     """The same of a text that should hold an object with fields."""
-    value = parse_json(text, where, remedy)
+    return an_object(parse_json(text, where, remedy), where, remedy)
+
+
+def an_object(value: Any, where: str, remedy: str) -> dict[str, Any]:
+    """`value`, or an InputError if it is no object with fields."""
     if not isinstance(value, dict):
         raise InputError(f"{where} holds a {type(value).__name__}, not an object; {remedy}")
     return value

@@ -16,6 +16,7 @@ FLOORS = (
     "errors",
     "atomic bounds named_code own_files provenance text",
     "csv_file json_file terminal",
+    "verified_json",
     "parallel",
     "structure losses",
     "config_json",

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from namr_dist import verified_json
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.errors import InputError
-from namr_dist.json_file import json_object
 from namr_dist.results.redact import shareable
 from namr_dist.retrieval.arrays import Float64
 from namr_dist.retrieval.modes import SAMPLE
@@ -209,4 +209,6 @@ def _text(content: Mapping[str, Any]) -> str:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    return json_object(path.read_bytes(), str(path), "copy it again")
+    return verified_json.loads_object(
+        path.read_bytes(), str(path), "copy it again, or evaluate the run again"
+    )

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from namr_dist import verified_json
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.errors import InputError
@@ -211,8 +212,8 @@ def _run(cell: CellName, folder: Path) -> str:
         run.path / CELL,
         json.dumps(dataclasses.asdict(cell)) + "\n",
     )
-    write_atomic(run.classes, json.dumps(by_class) + "\n")
-    write_atomic(run.metrics, json.dumps(metrics, indent=2) + "\n")
+    write_atomic(run.classes, verified_json.dumps(by_class))
+    write_atomic(run.metrics, verified_json.dumps(metrics, indent=2))
     test = metrics["test"]
     return f"{duration(time.monotonic() - began)}  " + "  ".join(
         f"{row} R@1 {test[row]['R@1']:.1f} MAP@R {test[row]['MAP@R']:.1f}"

@@ -10,24 +10,23 @@ Shapes: V augmented views, N training images, F features, B rows of a batch, D w
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.read.augment import TrainTransform
 from namr_dist.data.read.plan import augment_seed, epoch_plan
 from namr_dist.data.read.stream import ShardImages, stream
 from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.shardset.manifest import SplitIndex
+from namr_dist.errors import DamagedFileError
 from namr_dist.json_file import parse_json
 from namr_dist.model.heads import SampleHead, StructureHead
 from namr_dist.model.network import EmbeddingNetwork
@@ -35,7 +34,9 @@ from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import only_rank
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.structure.centres import Centres
+from namr_dist.text import say
 from namr_dist.train.checkpoints.network import initial_network
+from namr_dist.train.checkpoints.verified_file import read_tensors, write_tensors
 from namr_dist.train.checks import centres_for, check_run
 from namr_dist.train.embed import embed, test_transform
 from namr_dist.train.engine import parameter_groups
@@ -80,8 +81,7 @@ def embed_once(config: Config, file: Path, *, views: int) -> Features:
     tensors = _read(file, identity)
     if tensors is None:
         tensors = _embed_all(config, training_set, indices, views=views)
-        metadata = {"identity": json.dumps(identity)}
-        write_atomic(file, safetensors.torch.save(tensors, metadata))
+        write_tensors(file, tensors, {"identity": json.dumps(identity)})
     return Features(
         views_VNF=tensors["views"],
         train_NF=tensors["train"],
@@ -99,17 +99,13 @@ def _augmentation(config: Config) -> TrainTransform:
 def _read(file: Path, identity: dict[str, Any]) -> dict[str, Tensor] | None:
     if not file.exists():
         return None
-    with safetensors.safe_open(file, "pt") as opened:
-        if (
-            parse_json(
-                (opened.metadata() or {}).get("identity", "null"),
-                f"{file}: identity",
-                f"remove {file}",
-            )
-            != identity
-        ):
-            return None
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    try:
+        tensors, metadata = read_tensors(file)
+    except DamagedFileError as error:
+        say(f"WARNING: {file} is damaged ({error}); it is made again", file=sys.stderr)
+        return None
+    made_for = parse_json(metadata.get("identity", "null"), f"{file}: identity", f"remove {file}")
+    return tensors if made_for == identity else None
 
 
 def _embed_all(

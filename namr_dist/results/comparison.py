@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from namr_dist import verified_json
 from namr_dist.config import Config
 from namr_dist.errors import InputError
-from namr_dist.json_file import parse_json
 from namr_dist.losses import registry
 from namr_dist.results.redact import shareable
 from namr_dist.results.tables import Row, ShownMode, columns, shown_modes
@@ -200,12 +200,12 @@ def _read(run: Path) -> _Measured:
             else f"not finished ({state.state}, step {state.step:,} of {state.steps:,}); compare it once it "
             "is trained and evaluated"
         )
+    metrics = verified_json.loads(folder.metrics.read_bytes(), METRICS, "evaluate it again")
     try:
-        metrics = parse_json(folder.metrics.read_bytes(), METRICS, "evaluate it again")
         test, protocol = metrics["test"], metrics["protocol"]
         if not isinstance(test["sample"], dict) or not isinstance(protocol["test hash"], str):
             raise TypeError
-    except (ValueError, TypeError, KeyError):
+    except (TypeError, KeyError):
         raise InputError(
             f"{METRICS} lacks figures, or the hash of the test images; evaluate it again"
         ) from None

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from namr_dist import named_code
+from namr_dist import named_code, verified_json
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config, DataConfig
 from namr_dist.data.location import open_shards
@@ -34,6 +33,7 @@ from namr_dist.retrieval.search import search_backend
 from namr_dist.run.folder import CLASSES, EMBEDDINGS, METRICS, RunFolder, of_split
 from namr_dist.run.log import number_of, read_log, time_of
 from namr_dist.train.checkpoints.network import initial_network, load_network
+from namr_dist.train.checkpoints.verified_file import write_tensors
 from namr_dist.train.embed import embed, test_transform
 
 _BATCH = 128
@@ -164,9 +164,9 @@ def evaluate_run(
     }
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **_facts(index)}
     metrics_name, embeddings_name, classes_name = names
-    write_atomic(run / embeddings_name, safetensors.torch.save(tensors))
-    write_atomic(run / classes_name, json.dumps(by_class) + "\n")
-    write_atomic(run / metrics_name, json.dumps(metrics, indent=2) + "\n")
+    write_tensors(run / embeddings_name, tensors, {})
+    write_atomic(run / classes_name, verified_json.dumps(by_class))
+    write_atomic(run / metrics_name, verified_json.dumps(metrics, indent=2))
     return metrics
 
 
@@ -238,9 +238,7 @@ def _embed_to(
     network, _ = load_network(RunFolder(run).final, config, device=rank.device)
     z_ND, s_ND = _embedded(network, images, config, rank)
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **facts}
-    write_atomic(
-        out, safetensors.torch.save(tensors, {"names": json.dumps(names), "run": run.name})
-    )
+    write_tensors(out, tensors, {"names": json.dumps(names), "run": run.name})
     return len(names)
 
 

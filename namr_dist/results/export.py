@@ -6,6 +6,9 @@ against it.
     model.pt2          a torch.export program, for PyTorch alone
     model.onnx         the same program for ONNX Runtime
     README.md          a model card
+    SHA256SUMS         the hashes of all these, for `sha256sum --check`
+
+config.json and model.safetensors carry their own hashes as well, which `load` verifies.
 
 Shapes: b images, H pixels a side, D width.
 """
@@ -23,17 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from namr_dist import __version__, named_code
+from namr_dist import __version__, named_code, verified_json
 from namr_dist.config import Config
 from namr_dist.data.location import open_shards
 from namr_dist.data.read.stream import ShardImages, stream
-from namr_dist.errors import InputError
-from namr_dist.json_file import json_object, parse_json
+from namr_dist.data.shardset.shards import sha256_of
+from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.results.model_card import model_card
 from namr_dist.results.programs import (
@@ -50,10 +51,12 @@ from namr_dist.results.redact import shareable
 from namr_dist.run.folder import RunFolder
 from namr_dist.structure.centres import Centres
 from namr_dist.train.checkpoints.network import load_network, network_for
+from namr_dist.train.checkpoints.verified_file import read_tensors, write_tensors
 from namr_dist.train.embed import test_transform
 
 CONFIG = "config.json"
 """Of an exported folder: `describe` makes it. Not the file of that name in a run's folder."""
+SUMS = "SHA256SUMS"
 FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 TOLERANCE = 1e-4
 """Largest relative difference between a written file and the network; other convolutions give about
@@ -88,7 +91,11 @@ def load(folder: str | Path) -> EmbeddingNetwork:
         text = where.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{where} is missing: {folder} was not written by `namr export`") from None
-    about = parse_json(text, str(where), "export the run again")
+    about = verified_json.loads(
+        text,
+        str(where),
+        "copy it again or export the run again; if it was changed on purpose, remove its field sha256",
+    )
     if not isinstance(about, dict) or about.get("format") != _FORMAT:
         told = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise InputError(f"{where} has format {told!r}, expected {_FORMAT!r}; export the run again")
@@ -100,13 +107,11 @@ def load(folder: str | Path) -> EmbeddingNetwork:
     named_code.check_allowed(of_network, str(where))
     path = Path(folder) / FILES["safetensors"]
     try:
-        state = safetensors.torch.load_file(path)
+        state, _ = read_tensors(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; export the run with --formats safetensors") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({error}); copy or export it again"
-        ) from None
+    except DamagedFileError as error:
+        raise InputError(f"{path} is damaged ({error}); copy it or export the run again") from None
     # Weights are drawn, then replaced: the caller's generator stays as it is.
     with torch.random.fork_rng(devices=[]):
         try:
@@ -128,7 +133,7 @@ def export_run(
     tolerance: float = TOLERANCE,
 ) -> Exported:
     """Write the network of RUN into the new folder `out`: the named formats, config.json and
-    README.md.
+    README.md and SHA256SUMS.
 
     Each model is read back and compared with the network on four images of the test split, in
     batches of 1 and 3, on the CPU. The folder appears whole or not at all. Raises InputError if
@@ -153,9 +158,7 @@ def export_run(
     about = describe(network.centres, config, trained)
     differences: dict[str, float] = {}
     with _new_folder(out) as folder:
-        (folder / CONFIG).write_text(
-            json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8"
-        )
+        (folder / CONFIG).write_text(verified_json.dumps(about, indent=2), encoding="utf-8")
         readers = _write_models(network, config, formats, folder)
         for file, read in readers.items():
             differences[file] = difference(read(), batches, expected)
@@ -174,6 +177,7 @@ def export_run(
             metrics=metrics,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(
         folder=out, size_bytes=sizes, differences=differences, compared_images=sum(_CHECKED_BATCHES)
@@ -241,6 +245,15 @@ def difference(
     return largest
 
 
+def _sums(folder: Path) -> str:
+    """The hash and name of each file there, as sha256sum writes and checks them."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as file:
+            lines.append(f"{sha256_of(file)}  {path.name}\n")
+    return "".join(lines)
+
+
 def _check_folder(out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise InputError(f"--out {out} exists already; give a folder that does not")
@@ -253,7 +266,9 @@ def _check_folder(out: Path) -> None:
 def _read_metrics(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    metrics = json_object(path.read_bytes(), str(path), "evaluate the run again, or remove it")
+    metrics = verified_json.loads_object(
+        path.read_bytes(), str(path), "evaluate the run again, or remove it"
+    )
     if not isinstance(metrics.get("test"), dict):
         raise InputError(f"{path} has no test figures; evaluate the run again, or remove it")
     return metrics
@@ -275,8 +290,7 @@ def _write_models(
     """Write the models; return, by file name, what reads each back."""
     readers: dict[str, Callable[[], Forward]] = {}
     if "safetensors" in formats:
-        state = {name: value.contiguous() for name, value in network.state_dict().items()}
-        (folder / FILES["safetensors"]).write_bytes(safetensors.torch.save(state, {"format": "pt"}))
+        write_tensors(folder / FILES["safetensors"], network.state_dict(), {"format": "pt"})
         readers[FILES["safetensors"]] = lambda: load(folder)
     if "torch" in formats or "onnx" in formats:
         program = trace(network, size=config.test_size)

@@ -102,7 +102,9 @@ def model_card(
             ["file", "bytes", "largest relative difference"],
             [[file, f"{sizes[file]:,}", f"{value:.1e}"] for file, value in differences.items()],
         ),
-        "`config.json` has the input, the preprocessing and the run's configuration.",
+        "`config.json` has the input, the preprocessing and the run's configuration. "
+        "`sha256sum --check SHA256SUMS` finds any change of a file; `namr_dist.results.export.load` verifies "
+        "`config.json` and `model.safetensors`.",
         "## Prepare images",
         f"The middle square, {about['preprocessing']['crop_share_of_shorter_side']:g} of the shorter side, resized to "
         f"{size} × {size}, bicubic: RGB, 8 bits, height × width × channel. Normalisation happens inside the models. "

@@ -9,20 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
-
-from namr_dist import named_code
+from namr_dist import named_code, verified_json
 from namr_dist.config import Config
 from namr_dist.data.remote.address import is_command, shown
 from namr_dist.data.remote.cache import is_cache
-from namr_dist.errors import InputError
-from namr_dist.json_file import json_object
+from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.run.folder import RunFolder
 from namr_dist.run.log import Entry, read_log
+from namr_dist.train.checkpoints.verified_file import read_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +68,11 @@ def run_config(run: Path, shards: str | None = None) -> Config:
     return config if shards is None else replace(config, data=replace(config.data, path=shards))
 
 
-def _bytes(path: Path, made_by: str) -> bytes:
+def _object(path: Path, made_by: str) -> dict[str, Any]:
     try:
-        return path.read_bytes()
+        return verified_json.loads_object(path.read_bytes(), str(path), made_by)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {made_by}") from None
-
-
-def _object(path: Path, made_by: str) -> dict[str, Any]:
-    return json_object(_bytes(path, made_by), str(path), made_by)
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -98,12 +90,15 @@ def read_run(run_dir: Path) -> RunRecord:
         raise InputError(f"{run.metrics} has no test.sample: {evaluate_first}")
     path = run.embeddings
     try:
-        tensors = load(_bytes(path, evaluate_first))
-    except SafetensorError as error:
-        raise InputError(f"{path} cannot be read ({error}): {evaluate_first}") from None
+        tensors, _ = read_tensors(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {evaluate_first}") from None
+    except DamagedFileError as error:
+        raise InputError(f"{path} cannot be read ({error}): evaluate the run again") from None
     if missing := {"z", "labels"} - tensors.keys():
         raise InputError(f"{path} has no tensor {', '.join(sorted(missing))}: {evaluate_first}")
     z_ND = as_matrix(tensors["z"], f"{path}, z")
+    roles = tensors.get("roles")
     return RunRecord(
         name=run_dir.resolve().name,
         config=config,
@@ -111,6 +106,6 @@ def read_run(run_dir: Path) -> RunRecord:
         validations=[entry for entry in log.entries if isinstance(entry.get("val"), dict)],
         metrics=metrics,
         z_ND=z_ND,
-        labels_N=as_labels(np.asarray(tensors["labels"]), len(z_ND), f"{path}, labels"),
-        sides=divide(tensors.get("roles"), len(z_ND), str(path)),
+        labels_N=as_labels(tensors["labels"].numpy(), len(z_ND), f"{path}, labels"),
+        sides=divide(None if roles is None else roles.numpy(), len(z_ND), str(path)),
     )

@@ -60,6 +60,8 @@ def train(
     start, lock = begin(module, config, folder, data_hash, host, overwrite=overwrite, resume=resume)
     if host.from_first(start.finished):
         if rank.first:
+            for warning in start.warnings:
+                say(f"WARNING: {warning}", file=sys.stderr)
             say(f"{run} is finished: {folder.final}", file=sys.stderr)
         return True
     hosts = host.of_all(socket.gethostname())
@@ -104,7 +106,7 @@ def train(
             for line in banner(config, training_set, folder, rank, precision):
                 log.say(line)
             for warning in start.warnings:
-                log.say(f"WARNING: {warning}; an older one is used")
+                log.say(f"WARNING: {warning}")
             if kept.unreadable:
                 log.say(f"WARNING: {skipped(kept.unreadable, kept.path)}; dropped")
             if start.saved:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from conftest import REPOSITORY, launch, small_run
@@ -22,13 +24,15 @@ from namr_dist.data.read.stream import ShardImages
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.data.shardset.shards import decode_rgb
 from namr_dist.errors import InputError
+from namr_dist.reproduce.cells import read_cell
 from namr_dist.results.evaluate_run import evaluate_run
 from namr_dist.results.export import describe, difference, export_run, load
 from namr_dist.results.page import write_report
 from namr_dist.results.programs import trace
+from namr_dist.results.record import read_run
 from namr_dist.results.redact import shareable
 from namr_dist.run.folder import RunFolder
-from namr_dist.train.checkpoints.network import save_network
+from namr_dist.train.checkpoints.network import load_network, save_network
 from namr_dist.train.embed import test_transform as transform_of
 
 MODELS = {"model.safetensors", "model.pt2", "model.onnx"}
@@ -70,7 +74,12 @@ def exported(run: Path, namr: Callable, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_what_is_written(run: Path, exported: Path, shard_set: Manifest) -> None:
-    assert {path.name for path in exported.iterdir()} == {*MODELS, "config.json", "README.md"}
+    assert {path.name for path in exported.iterdir()} == {
+        *MODELS,
+        "config.json",
+        "README.md",
+        "SHA256SUMS",
+    }
     state = safetensors.torch.load_file(exported / "model.safetensors")
     trained = safetensors.torch.load_file(RunFolder(run).final)
     assert state.keys() == trained.keys()
@@ -221,7 +230,7 @@ def test_damaged_export(exported: Path, tmp_path: Path) -> None:
     weights, config = folder / "model.safetensors", folder / "config.json"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged .*export the run again"):
         load(folder)
     weights.unlink()
     with pytest.raises(InputError, match=r"model\.safetensors is missing"):
@@ -229,6 +238,10 @@ def test_damaged_export(exported: Path, tmp_path: Path) -> None:
     weights.write_bytes(whole)
     about = json.loads(config.read_text())
     about["config"]["model"]["width"] = 8
+    config.write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"config\.json is damaged .* remove its field sha256"):
+        load(folder)
+    del about["sha256"]
     config.write_text(json.dumps(about))
     with pytest.raises(InputError, match=r"does not fit .*config\.json"):
         load(folder)
@@ -241,6 +254,80 @@ def test_damaged_export(exported: Path, tmp_path: Path) -> None:
     config.unlink()
     with pytest.raises(InputError, match=r"config\.json is missing"):
         load(folder)
+
+
+def test_flipped_bits_of_every_file_are_found(
+    run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What training, evaluation and export write; two hundred of each, a quarter of them at its
+    beginning, where the hash lies."""
+    mine, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(run, mine)
+    shutil.copytree(exported, out)
+    config = Config.load(mine / "config.json")
+
+    def check_sums() -> None:
+        done = subprocess.run(
+            ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"],
+            cwd=out,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise InputError(done.stdout + done.stderr)
+
+    readers: dict[Path, tuple[Callable[[], object], int]] = {
+        RunFolder(mine).final: (
+            lambda: load_network(RunFolder(mine).final, config, device=torch.device("cpu")),
+            200,
+        ),
+        RunFolder(mine).embeddings: (lambda: read_run(mine), 200),
+        RunFolder(mine).metrics: (lambda: read_run(mine), 200),
+        RunFolder(mine).classes: (lambda: read_cell(mine), 200),
+        out / "config.json": (lambda: load(out), 200),
+        out / "model.safetensors": (lambda: load(out), 200),
+        # These are for other programs to read.
+        **{out / name: (check_sums, 8) for name in ("model.pt2", "model.onnx", "README.md")},
+    }
+    rng = np.random.default_rng(5)
+    for path, (read, flips) in readers.items():
+        read()
+        whole = path.read_bytes()
+        for number in range(flips):
+            position = int(rng.integers(len(whole) if number % 4 else min(400, len(whole))))
+            changed = bytearray(whole)
+            changed[position] ^= 1 << int(rng.integers(8))
+            path.write_bytes(changed)
+            with pytest.raises(InputError, match=re.escape(path.name)):
+                read()
+        path.write_bytes(whole)
+    assert "carries no SHA-256" not in capsys.readouterr().err
+
+
+def test_files_of_a_version_without_hashes_are_read(
+    run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "run"
+    shutil.copytree(run, mine)
+    files, config = RunFolder(mine), Config.load(mine / "config.json")
+    for path in (files.final, files.embeddings):
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        del metadata["sha256"]
+        safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata)
+    metrics = json.loads(files.metrics.read_text())
+    del metrics["sha256"]
+    files.metrics.write_text(json.dumps(metrics))
+    network, _ = load_network(files.final, config, device=torch.device("cpu"))
+    right = load(exported).state_dict()
+    assert all(torch.equal(value, right[name]) for name, value in network.state_dict().items())
+    assert read_run(mine).metrics == metrics
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(
+        f"WARNING: {path} carries no SHA-256" in line
+        for path, line in zip((files.final, files.embeddings), said, strict=True)
+    )
 
 
 def test_runs_that_cannot_be_exported(run: Path, tmp_path: Path) -> None:
@@ -260,7 +347,7 @@ def test_runs_that_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not give finite values"):
         export_run(broken, out)
     RunFolder(broken).final.write_bytes(RunFolder(run).final.read_bytes()[:5000])
-    with pytest.raises(InputError, match="is not a whole safetensors file"):
+    with pytest.raises(InputError, match=r"final.safetensors is damaged .* with --resume"):
         export_run(broken, out)
     RunFolder(broken).final.unlink()
     with pytest.raises(InputError, match="the run has not finished"):

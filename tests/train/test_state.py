@@ -3,6 +3,7 @@ damaged files."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,20 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from namr_dist.config import Config
-from namr_dist.errors import InputError
+from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.parallel.batchnorm import GlobalBatchNorm
 from namr_dist.parallel.pool import Ranks
+from namr_dist.run.folder import RunFolder
+from namr_dist.train.checkpoints.network import save_network
+from namr_dist.train.checkpoints.resume import find_start
 from namr_dist.train.checkpoints.state import (
     SavedState,
     check_fits,
     check_saveable,
     open_state,
     save_state,
+    versions,
 )
 from namr_dist.train.checkpoints.verified_file import (
-    DamagedFileError,
     TensorSpec,
     VerifiedFileWriter,
+    read_tensors,
+    write_tensors,
 )
 from namr_dist.train.checkpoints.zero_fragments import full_shape
 
@@ -286,7 +292,9 @@ def small_file(path: Path, **metadata: str) -> Path:
 
 def test_flipped_and_missing_bytes_are_found(tmp_path: Path) -> None:
     path = small_file(tmp_path / "step.safetensors")
-    assert open_state(path) == SavedState(path=path, step=4, ranks=1, data_hash="d", config=CONFIG)
+    assert open_state(path) == SavedState(
+        path=path, step=4, ranks=1, data_hash="d", config=CONFIG, versions={}
+    )
     whole = path.read_bytes()
     for position in [*range(200), *range(200, len(whole), 7)]:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 32]) + whole[position + 1 :])
@@ -326,6 +334,80 @@ def test_file_is_plain_safetensors(tmp_path: Path) -> None:
     for name, value in expected.items():
         assert torch.equal(stored[f"model/{name}"], value)
     assert list(tmp_path.iterdir()) == [path], "a temporary file stayed"
+
+
+def test_every_flipped_bit_of_a_verified_file_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the flip makes it look like a file that never carried a hash, which is read."""
+    values = {
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "none": torch.empty(0, 4),
+        "one": torch.tensor(2.5, dtype=torch.float64),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+    }
+    path = tmp_path / "some.safetensors"
+    write_tensors(path, values, {"about": "é"})
+    assert list(tmp_path.iterdir()) == [path], "a temporary file stayed"
+    for stored in (safetensors.torch.load_file(path), read_tensors(path)[0]):
+        assert stored.keys() == values.keys()
+        assert all(torch.equal(stored[name], values[name]) for name in values)
+    assert read_tensors(path)[1]["about"] == "é"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(
+                whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :]
+            )
+            with pytest.raises(DamagedFileError):
+                read_tensors(path)
+    assert capsys.readouterr().err == ""
+    safetensors.torch.save_file({"one": values["one"]}, path, {"format": "pt"})
+    assert torch.equal(read_tensors(path)[0]["one"], values["one"])
+    assert f"WARNING: {path} carries no SHA-256" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedFileError, match="not a whole safetensors file"):
+        read_tensors(path)
+
+
+def test_versions_that_wrote_a_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.config.write_text(CONFIG.to_json())
+    path = run.checkpoint(4)
+    path.parent.mkdir()
+    for written, said in (
+        (versions(), ()),
+        ({**versions(), "torch": "1.13.1"}, (f"torch 1.13.1, here {torch.__version__}: the run",)),
+        ({}, ("does not say which versions of torch and DeepSpeed wrote it",)),
+    ):
+        small_file(path, **({"versions": json.dumps(written)} if written else {}))
+        start = find_start(run, CONFIG, data_hash="d")
+        assert start.step == 4 and len(start.warnings) == len(said)
+        for line, part in zip(start.warnings, said, strict=True):
+            assert str(path) in line and part in line and line.endswith("would have")
+            assert "numpy" not in line
+
+
+def test_a_damaged_trained_network_ends_no_run_unseen(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.config.write_text(CONFIG.to_json())
+    state = {"weight": torch.arange(40.0)}
+    save_network(run.final, state, CONFIG, trained={"steps": 4})
+    finished = find_start(run, CONFIG, data_hash="d")
+    assert finished.finished and finished.warnings == ()
+    whole = bytearray(run.final.read_bytes())
+    whole[-5] ^= 0x80  # a sign
+    run.final.write_bytes(whole)
+    with pytest.raises(InputError, match=r"final.safetensors is damaged .*, and no checkpoint is"):
+        find_start(run, CONFIG, data_hash="d")
+    small_file(run.checkpoint(4), versions=json.dumps(versions()))
+    again = find_start(run, CONFIG, data_hash="d")
+    assert again.step == 4 and not again.finished
+    assert len(again.warnings) == 1 and "it is made again from a checkpoint" in again.warnings[0]
+    # As a version without hashes left it.
+    safetensors.torch.save_file(state, run.final, {"format": "namr-network/1"})
+    older = find_start(run, CONFIG, data_hash="d")
+    assert older.finished and "carries no SHA-256" in older.warnings[0]
 
 
 def test_what_the_disk_changed_is_never_accepted(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The trained network as one safetensors file that carries its configuration."""
+"""The trained network as one safetensors file that carries its configuration and its own SHA-256
+(verified_file.py)."""
 
 from __future__ import annotations
 
@@ -7,19 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
 from namr_dist import __version__
-from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.remote.address import without_credentials
-from namr_dist.errors import InputError
+from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.json_file import json_object
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.run.folder import CONFIG
 from namr_dist.structure.centres import Centres
+from namr_dist.train.checkpoints.verified_file import read_tensors, write_tensors
 
 _FORMAT = "namr-network/1"
 CENTRES = "centres.centres_MD"
@@ -29,18 +28,16 @@ CENTRES = "centres.centres_MD"
 def save_network(
     path: Path, state: dict[str, torch.Tensor], config: Config, *, trained: dict[str, Any]
 ) -> None:
-    """Write the network's state dict, atomically. `trained` says how it came to be: steps, ranks,
-    machine."""
+    """Write the network's state dict as a verified file, atomically. `trained` says how it came to
+    be: steps, ranks, machine."""
     metadata = {
         "format": _FORMAT,
         "version": __version__,
         "trained": json.dumps(trained),
         "config": without_credentials(config).to_json(),
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    data = safetensors.torch.save(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, data)
+    write_tensors(path, state, metadata)
 
 
 def load_network(
@@ -48,7 +45,7 @@ def load_network(
 ) -> tuple[EmbeddingNetwork, dict[str, Any]]:
     """The network of a checkpoint, in eval mode and fp32, and how it was trained.
 
-    Raises InputError if the file is missing or does not fit.
+    Raises InputError if the file is missing, damaged or does not fit.
     """
     if not path.is_file():
         raise InputError(
@@ -56,12 +53,11 @@ def load_network(
             f"`namr train {config.recipe}`"
         )
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, OSError) as error:
+        state, metadata = read_tensors(path)
+    except (DamagedFileError, OSError) as error:
         raise InputError(
-            f"{path} is not a whole safetensors file ({error}); copy it again or train again"
+            f"{path} is damaged ({error}); copy it again, or run the training's command with --resume, "
+            "which makes it again from the newest checkpoint"
         ) from None
     if metadata.get("format") != _FORMAT:
         raise InputError(

@@ -14,11 +14,11 @@ import safetensors
 from namr_dist.config import Config
 from namr_dist.data.remote.address import shown
 from namr_dist.data.shardset.manifest import Manifest, SplitIndex
-from namr_dist.errors import InputError
+from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.run.folder import RunFolder
 from namr_dist.text import printable
-from namr_dist.train.checkpoints.state import SavedState, open_state
-from namr_dist.train.checkpoints.verified_file import DamagedFileError
+from namr_dist.train.checkpoints.state import SavedState, open_state, versions
+from namr_dist.train.checkpoints.verified_file import no_hash, verify_file
 
 MAY_DIFFER = {
     "data.path",
@@ -59,6 +59,7 @@ class Start:
     """The folder holds this run already."""
     finished: bool = False
     warnings: tuple[str, ...] = ()
+    """Lines for people."""
 
 
 def hash_images(manifest: Manifest, index: SplitIndex) -> str:
@@ -71,25 +72,34 @@ def hash_images(manifest: Manifest, index: SplitIndex) -> str:
 def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
     """What `--resume` goes on from: the newest whole checkpoint of the same run, or the beginning.
 
-    Raises InputError if the folder holds a run with other settings or images, or checkpoints of
-    which none is whole.
+    Raises InputError if the folder holds a run with other settings or images, checkpoints of which
+    none is whole, or none and a trained network that is damaged.
     """
     if not run.config.exists():
         return Start()
     check_same(run.config, Config.load(run.config), config)
     run.remove_unfinished()
-    warnings = []
+    warnings: list[str] = []
+    damaged: list[str] = []
     if run.final.exists():
         try:
+            verified = verify_file(run.final, required=False)
             with safetensors.safe_open(run.final, "pt"):
-                return Start(goes_on=True, finished=True)
-        except (safetensors.SafetensorError, OSError) as error:
-            warnings.append(f"{run.final} is damaged ({error})")
+                unknown = () if verified else (no_hash(run.final),)
+                return Start(goes_on=True, finished=True, warnings=unknown)
+        except (DamagedFileError, safetensors.SafetensorError, OSError) as error:
+            damaged_final = f"{run.final} is damaged ({error})"
+        if not run.checkpoints():
+            raise InputError(
+                f"{damaged_final}, and no checkpoint is there to make it again from; copy it or a checkpoint there "
+                "again, or start again with --overwrite"
+            )
+        warnings.append(f"{damaged_final}; it is made again from a checkpoint")
     for step, path in reversed(run.checkpoints()):
         try:
             saved = open_state(path)
         except DamagedFileError as error:
-            warnings.append(f"{path} is damaged ({error})")
+            damaged.append(f"{path} is damaged ({error})")
             continue
         check_same(path, saved.config, config)
         if saved.step != step:
@@ -101,13 +111,35 @@ def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
                 f"{path} was trained on other images than {shown(config.data.path or 'homeware')} holds "
                 "now; set data.path to those, or start again with --overwrite"
             )
+        warnings += [f"{damage}; an older one is used" for damage in damaged]
+        if changed := _other_versions(saved):
+            warnings.append(changed)
         return Start(step=saved.step, saved=saved, goes_on=True, warnings=tuple(warnings))
     if run.checkpoints():
         raise InputError(
-            f"no checkpoint in {run.checkpoint_folder} is whole: {'; '.join(warnings)}; copy one there "
+            f"no checkpoint in {run.checkpoint_folder} is whole: {'; '.join(damaged)}; copy one there "
             "again, or start again with --overwrite"
         )
-    return Start(goes_on=True, warnings=tuple(warnings))
+    return Start(goes_on=True)
+
+
+def _other_versions(saved: SavedState) -> str | None:
+    """A line if another software wrote the checkpoint than runs now: every bit of the state is the
+    same, but what is computed from it may round otherwise."""
+    here = versions()
+    differing = [
+        f"{name} {there}, here {here.get(name, 'none')}"
+        for name, there in saved.versions.items()
+        if here.get(name) != there
+    ]
+    if saved.versions and not differing:
+        return None
+    wrote = (
+        f"was written with {'; '.join(differing)}"
+        if differing
+        else "does not say which versions of torch and DeepSpeed wrote it"
+    )
+    return f"{saved.path} {wrote}: the run goes on, but not bit for bit as it would have"
 
 
 def check_same(path: Path, there: Config, here: Config, *, option: str = "--run-dir") -> None:

@@ -9,6 +9,8 @@ unpickled from it.
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +26,13 @@ from torch import Tensor, nn
 from namr_dist import __version__
 from namr_dist.config import Config
 from namr_dist.data.remote.address import without_credentials
-from namr_dist.errors import InputError
-from namr_dist.json_file import parse_json
+from namr_dist.errors import DamagedFileError, InputError
+from namr_dist.json_file import json_object, parse_json
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import world_size
 from namr_dist.train.checkpoints import zero_fragments
 from namr_dist.train.checkpoints.verified_file import (
     DTYPES,
-    DamagedFileError,
     TensorSpec,
     VerifiedFileWriter,
     verify_file,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _COUNT = re.compile(r"[0-9]{1,15}")
 _FORMAT = "namr-training/1"
+_DEPENDED_ON = ("deepspeed", "numpy", "simplejpeg")
 _RNG_STREAM = 3  # beside the plan's and the augmentation's (data/read/plan.py)
 
 
@@ -57,6 +59,8 @@ class SavedState:
     data_hash: str
     """Of the images that were trained on."""
     config: Config
+    versions: dict[str, str]
+    """What wrote it, as `versions` gives them; empty in a file of an older version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,13 @@ class _Entry:
     name: str
     spec: TensorSpec
     fetch: Callable[[], Tensor]
+
+
+def versions() -> dict[str, str]:
+    """Of the packages on which the bits of a step depend: what computes it, and what makes its
+    batches."""
+    of_others = {name: importlib.metadata.version(name) for name in _DEPENDED_ON}
+    return {"namr-dist": __version__, "torch": torch.__version__, **of_others}
 
 
 def state_bytes(module: nn.Module) -> int:
@@ -111,6 +122,7 @@ def save_state(
     metadata = {
         "format": _FORMAT,
         "version": __version__,
+        "versions": json.dumps(versions()),
         "step": str(step),
         "ranks": str(world_size()),
         "zero_stage": str(engine.zero_optimization_stage()),
@@ -181,6 +193,7 @@ def open_state(path: Path) -> SavedState:
         config=Config.from_object(
             parse_json(metadata["config"], f"{path}: config", remedy), f"{path}: config"
         ),
+        versions=json_object(metadata.get("versions", "{}"), f"{path}: versions", remedy),
     )
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from pathlib import Path
 import safetensors
 import torch
 from torch import Tensor
+
+from namr_dist.errors import DamagedFileError
+from namr_dist.text import say
 
 DTYPES = {
     torch.float64: "F64",
@@ -36,11 +40,8 @@ _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _BEFORE_DIGEST = b'{"__metadata__":{"sha256":"'
 _NO_DIGEST = b"0" * 64
 _DIGEST_AT = _LENGTH_BYTES + len(_BEFORE_DIGEST)
+_HEX_DIGITS = frozenset(b"0123456789abcdef")
 _BLOCK_BYTES = 4 << 20
-
-
-class DamagedFileError(ValueError):
-    """The bytes of a file are not those that were written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,15 +161,70 @@ def _header(metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]) -> by
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def verify_file(path: Path) -> None:
-    """Read every byte. Raises DamagedFileError if the file is not whole, or not one of ours."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Replace `path` by one verified file of tensors that are at hand, from any device.
+
+    Raises OSError, naming `path`, where the disk refuses; what was there then still stands.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    layout = {name: TensorSpec.of(value) for name, value in ordered.items()}
+    try:
+        writer = VerifiedFileWriter(path, metadata, layout)
+        try:
+            for value in ordered.values():
+                writer.add(value.cpu())
+            writer.commit()
+        finally:
+            writer.discard()
+    except OSError as error:
+        # The file the caller knows, not the temporary one, or none at all.
+        error.filename = str(path)
+        raise
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, each byte of it verified.
+
+    A file that carries no hash, as older versions wrote them, is read as well, after a line on
+    stderr. Raises DamagedFileError for what is not whole or no safetensors file, OSError where the
+    disk does.
+    """
+    if not verify_file(path, required=False):
+        say(f"WARNING: {no_hash(path)}", file=sys.stderr)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise DamagedFileError(f"it is not a whole safetensors file: {error}") from None
+
+
+def no_hash(path: Path) -> str:
+    """What is said of a file that is read without being verified."""
+    return (
+        f"{path} carries no SHA-256 of itself, as files of older versions do not: it is read, but damage to "
+        "it would not be seen"
+    )
+
+
+def verify_file(path: Path, *, required: bool = True) -> bool:
+    """Read every byte; whether the file carries a digest, and thus is known to be whole.
+
+    Raises DamagedFileError if it is not whole, or carries none although one is `required`.
+    """
     with open(path, "rb") as file:
         start = file.read(_DIGEST_AT)
         told = file.read(len(_NO_DIGEST))
-        if start[_LENGTH_BYTES:] != _BEFORE_DIGEST or len(told) < len(_NO_DIGEST):
+        begins_as_ours = start[_LENGTH_BYTES:] == _BEFORE_DIGEST
+        has_digest = len(told) == len(_NO_DIGEST) and _HEX_DIGITS.issuperset(told)
+        # With one of the two left, the other has been damaged: such a file did carry a digest.
+        if not begins_as_ours and not has_digest and not required:
+            return False
+        if not begins_as_ours or len(told) < len(_NO_DIGEST):
             raise DamagedFileError("it has no SHA-256 of itself")
         sha256 = hashlib.sha256(start + _NO_DIGEST)
         while block := file.read(_BLOCK_BYTES):
             sha256.update(block)
     if sha256.hexdigest().encode() != told:
         raise DamagedFileError("its SHA-256 is not the one it carries")
+    return True
