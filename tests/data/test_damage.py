@@ -9,6 +9,8 @@ import io
 import json
 import os
 import sys
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def own_set(tmp_path: Path) -> Manifest:
     return make_shards(tmp_path / "shards", classes={"train": CLASSES})
 
 
-def show(manifest: Manifest, *, damaged: str = "stop", workers: int = 0) -> list[Batch]:
+def show(manifest: Manifest, *, damaged: str | None = None, workers: int = 0) -> list[Batch]:
     """The whole split in batches of five, read as training reads it."""
     images = ShardImages(manifest, manifest.index("train"), WHOLE, damaged=damaged)  # type: ignore[arg-type]
     return list(stream(images, sequential_batches(len(images), batch_size=5), workers=workers))
@@ -138,8 +140,13 @@ def test_an_unreadable_image_is_an_error_or_replaced_and_named(
         str(caught.value).startswith(named)
         and str(caught.value).count("rebuild the shard set") == 1
     )
+    with pytest.raises(InputError) as stopped:
+        show(built, damaged="stop")
+    assert str(stopped.value).startswith(named) and "rebuild" not in str(stopped.value)
+    assert "set data.damaged_images to replace" in str(stopped.value)
     batches = show(built, damaged="replace")
-    assert [line for batch in batches for line in batch.replaced] == [str(caught.value)]
+    fault = str(caught.value).split("; rebuild")[0]
+    assert [line for batch in batches for line in batch.replaced] == [fault]
     index_N = np.concatenate([batch.index_b.numpy() for batch in batches])
     want_N = np.where(
         np.arange(CLASSES * IMAGES) == POSITION, POSITION + 1, np.arange(CLASSES * IMAGES)
@@ -192,7 +199,7 @@ def test_a_class_without_any_readable_image_is_an_error(own_set: Manifest) -> No
     built = with_images(own_set, {f"001_{view}": b"x" for view in range(IMAGES)})
     with pytest.raises(
         InputError,
-        match=r"^class 1 \(thing 1\) of .*/shards has no image that can be decoded: 001_0",
+        match=r"^class 1 \(thing 1\) of .*/shards has no image .*: 001_0.jpg .*; rebuild .* --overwrite$",
     ):
         show(built, damaged="replace")
 
@@ -274,22 +281,108 @@ def test_exchanged_images_are_seen_by_no_reader_of_bytes(own_set: Manifest) -> N
     manifest hashed.
 
     The stream shows what it is told to; that keys and byte ranges go together is for `namr shards
-    verify`.
+    verify`. One whose CRC-32 is left behind is seen.
     """
 
-    def exchange(body: dict) -> None:
-        for column in (first(body)["offsets"], first(body)["lengths"]):
+    def exchange(body: dict, *columns: str) -> None:
+        for column in (first(body)[name] for name in columns):
             column[0], column[POSITION] = column[POSITION], column[0]
 
     right = np.concatenate([batch.images_bHW3.numpy() for batch in show(own_set)])
-    edit(own_set, exchange)
+    edit(own_set, lambda body: exchange(body, "offsets", "lengths"))
+    with pytest.raises(InputError, match="000_0.jpg has CRC-32 [0-9a-f]{8}, not [0-9a-f]{8}"):
+        show(Manifest.load(own_set.folder))
+    with pytest.raises(InputError, match="000_0.jpg in .*train-0.tar has CRC-32 .*; rebuild"):
+        verify_shards(Manifest.load(own_set.folder), ["train"])
+    edit(own_set, lambda body: exchange(body, "crc32"))
     wrong = np.concatenate(
         [batch.images_bHW3.numpy() for batch in show(Manifest.load(own_set.folder))]
     )
     assert (wrong[0] == right[POSITION]).all() and (wrong[POSITION] == right[0]).all()
 
 
+def without_crc32(manifest: Manifest) -> Manifest:
+    """As older versions built it, and read some time after it was built."""
+    edit(manifest, lambda body: [shard.pop("crc32", None) for shard in body["shards"]])
+    for shard in manifest.shards:
+        os.utime(manifest.folder / shard.file, (1, 1))
+    later = time.time_ns() + 10**12
+    return dataclasses.replace(Manifest.load(manifest.folder), read_ns=later)
+
+
+def test_every_flipped_bit_of_an_image_is_found(own_set: Manifest) -> None:
+    """Also those that a decoder passes over."""
+    path, shard = first_tar(own_set), own_set.shards[0]
+    assert shard.crc32 == tuple(
+        zlib.crc32(path.read_bytes()[at : at + length])
+        for at, length in zip(shard.offsets, shard.lengths, strict=True)
+    )
+    at, length = shard.offsets[POSITION], shard.lengths[POSITION]
+    whole, images = path.read_bytes(), own_set.index("train")
+    for position in range(at, at + length, 3):
+        tar = bytearray(whole)
+        tar[position] ^= 1 << position % 8
+        path.write_bytes(tar)
+        with pytest.raises(InputError, match=f"^shard {path} is not the one of its .*: {KEY}.jpg"):
+            ShardImages(own_set, images, WHOLE, damaged="replace").jpeg(POSITION)
+
+
+def another_of_the_same_size(path: Path, shard: Shard) -> None:
+    """A shard whose images are good JPEGs, each under another's key, put in the place of this
+    one."""
+    tar = bytearray(path.read_bytes())
+    smallest = tar[shard.offsets[0] :][: shard.lengths[0]]
+    for at, length in zip(shard.offsets, shard.lengths, strict=True):
+        if length >= len(smallest):
+            tar[at : at + length] = smallest.ljust(length, b"\0")
+    beside = path.with_name("another")
+    beside.write_bytes(tar)
+    os.replace(beside, path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_replaced_while_it_is_read_ends_the_run(
+    own_set: Manifest, old: bool, workers: int
+) -> None:
+    manifest = without_crc32(own_set) if old else own_set
+    path = first_tar(manifest)
+    images = ShardImages(manifest, manifest.index("train"), WHOLE, damaged="replace")
+    # Longer than what a worker reads ahead.
+    plan = [[(position, 0) for position in range(12)]] * 20
+    batches = stream(images, plan, workers=workers)
+    next(batches)
+    another_of_the_same_size(path, manifest.shards[0])
+    with pytest.raises(InputError, match=f"^shard {path} .*; copy it again$"):
+        list(batches)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_shard_that_is_copied_again_is_read_on(own_set: Manifest, old: bool) -> None:
+    manifest = without_crc32(own_set) if old else own_set
+    path = first_tar(manifest)
+    images = ShardImages(manifest, manifest.index("train"), WHOLE)
+    right = images.jpeg(0)
+    beside = path.with_name("copy")
+    beside.write_bytes(path.read_bytes())
+    os.replace(beside, path)
+    assert images.jpeg(0) == right
+
+
+def test_a_shard_replaced_before_it_is_opened_is_found_without_checksums(
+    own_set: Manifest,
+) -> None:
+    """Between the check before the first step and a worker's first look."""
+    manifest = dataclasses.replace(without_crc32(own_set), read_ns=time.time_ns())
+    path = first_tar(manifest)
+    another_of_the_same_size(path, manifest.shards[0])
+    os.utime(path, (1, 1))
+    with pytest.raises(InputError, match=f"^shard {path} has been changed or replaced"):
+        show(manifest)
+
+
 def test_flipped_bits_that_still_decode_are_seen_by_the_hash(own_set: Manifest) -> None:
+    own_set = without_crc32(own_set)
     path, shard = first_tar(own_set), own_set.shards[0]
     tar = bytearray(path.read_bytes())
     for at in range(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,11 +23,13 @@ from namr_dist.data.read.augment import TestTransform, TrainTransform
 from namr_dist.data.read.plan import Sampling, augment_seed, epoch_plan, rank_part, steps_per_epoch
 from namr_dist.data.read.watched_loader import LOOK_S, WatchedLoader, set_up_worker
 from namr_dist.data.shardset.manifest import Manifest, Shard, SplitIndex
-from namr_dist.data.shardset.shards import DamagedImageError, decode_rgb, jpeg_size
+from namr_dist.data.shardset.shards import DamagedImageError, decode_rgb, jpeg_size, sha256_of
 from namr_dist.errors import InputError
 
 _AHEAD_BYTES = 256 << 20
 """Batches made ahead by all workers of a rank, unless one each is more."""
+_CLOCKS_DIFFER_NS = 60 * 10**9
+"""A file's times are those of its server's clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +89,14 @@ class ImageSource(Dataset["Batch | InputError"], ABC):
 class ShardImages(ImageSource):
     """Images of an index, read by byte range from local tars.
 
-    damaged: an image that cannot be decoded is an error, or is replaced by the next one of its
-    class that can, in cyclic order of position. A shard that is missing, short or cannot be read is
-    an error in any case. That an image is another than the manifest says shows only in the shard's
-    SHA-256.
+    damaged: an image that cannot be decoded ends a training run ("stop"), or is replaced by the
+    next one of its class that can, in cyclic order of position ("replace"); None: it is an error
+    outside of training, where no setting helps.
+
+    A shard that is missing, short or cannot be read is an error in any case, and so is one that is
+    another than the manifest says: the CRC-32 of every image is compared, and a shard that changed
+    since it was opened before is hashed. Where the manifest has no CRC-32s, so is one that changed
+    since the manifest was read. Of a set that lies elsewhere, the cache hashes what it keeps.
     """
 
     def __init__(
@@ -98,7 +105,7 @@ class ShardImages(ImageSource):
         index: SplitIndex,
         transform: TrainTransform | TestTransform,
         *,
-        damaged: Literal["stop", "replace"] = "stop",
+        damaged: Literal["stop", "replace"] | None = None,
     ) -> None:
         self._manifest = manifest
         self._index = index
@@ -106,6 +113,7 @@ class ShardImages(ImageSource):
         self._damaged = damaged
         self.side = transform.size
         self._class_N = np.unique(index.label_N, return_inverse=True)[1]
+        self._opened: dict[str, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -116,13 +124,16 @@ class ShardImages(ImageSource):
         return sorted({self._named(self._shard(position)) for position in positions})
 
     def jpeg(self, position: int) -> bytes:
-        """The undecoded image. Raises InputError, naming the shard, if it cannot be read or is of
-        another size."""
+        """The undecoded image. Raises InputError, naming the shard, if that cannot be read or is
+        not the one of the manifest."""
         shard, length = self._shard(position), int(self._index.length_N[position])
         try:
             # Opened anew each time: a set may have more shards than a process may have open files.
             with self._open(shard) as file:
-                size = os.fstat(file.fileno()).st_size
+                status = os.fstat(file.fileno())
+                size = status.st_size
+                if size == shard.bytes and self._manifest.source is None:
+                    self._check_unchanged(shard, file, status)
                 file.seek(int(self._index.offset_N[position]))
                 jpeg = file.read(length)
         except OSError as error:
@@ -134,7 +145,38 @@ class ShardImages(ImageSource):
                 f"shard {self._named(shard)} has {size} bytes, its manifest says {shard.bytes}; copy it "
                 "again"
             )
+        stated = int(self._index.crc32_N[position])
+        if stated >= 0 and zlib.crc32(jpeg) != stated:
+            remedy = (
+                f"remove {file.name}, which is then fetched again"
+                if self._manifest.source
+                else "copy it again"
+            )
+            raise InputError(
+                f"shard {self._named(shard)} is not the one of its manifest: {self._index.keys[position]}.jpg "
+                f"has CRC-32 {zlib.crc32(jpeg):08x}, not {stated:08x}; {remedy}"
+            )
         return jpeg
+
+    def _check_unchanged(self, shard: Shard, file: BinaryIO, status: os.stat_result) -> None:
+        """Hash a shard that may no longer be what was verified. Raises InputError if it is
+        another."""
+        state = (status.st_ino, status.st_mtime_ns)
+        before = self._opened.get(shard.file)
+        if state == before:
+            return
+        # Unlike the time of modification, that of the last change cannot be set by a program.
+        may_differ = before is not None or (
+            not shard.crc32
+            and max(status.st_mtime_ns, status.st_ctime_ns)
+            > self._manifest.read_ns - _CLOCKS_DIFFER_NS
+        )
+        if may_differ and (digest := sha256_of(file)) != shard.sha256:
+            raise InputError(
+                f"shard {self._named(shard)} has been changed or replaced since the set was opened: "
+                f"sha256 {digest[:12]}…, its manifest says {shard.sha256[:12]}…; copy it again"
+            )
+        self._opened[shard.file] = state
 
     def _shard(self, position: int) -> Shard:
         return self._manifest.shards[self._index.shard_N[position]]
@@ -190,9 +232,15 @@ class ShardImages(ImageSource):
         try:
             return position, self._image(position, seed)
         except DamagedImageError as error:
-            if self._damaged == "stop":
+            if self._damaged is None:
                 raise
-            replaced.append(str(error))
+            if self._damaged == "stop":
+                # A set without the image is another, with which this run does not go on.
+                raise InputError(
+                    f"{error.fault}; set data.damaged_images to replace, and the next image of its class stands in: "
+                    "a run that has begun goes on so with --resume"
+                ) from None
+            replaced.append(error.fault)
         own_C = np.flatnonzero(self._class_N == self._class_N[position])
         turn = int(np.searchsorted(own_C, position)) + 1
         for other in (*own_C[turn:].tolist(), *own_C[: turn - 1].tolist()):
@@ -204,7 +252,8 @@ class ShardImages(ImageSource):
         name = self._manifest.class_by_label[label].name
         raise InputError(
             f"class {label} ({name}) of {self._manifest.folder} has no image that can be decoded: "
-            f"{replaced[-1]}, or leave the class out by data.class_list"
+            f"{replaced[-1]}; rebuild the shard set without the class, or leave it out by data.class_list, and "
+            "start again with --overwrite"
         )
 
 

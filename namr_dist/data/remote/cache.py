@@ -1,10 +1,11 @@
 """Shards that lie behind a URL, kept in a folder of this machine that all its processes share.
 
     CACHE/manifests/HASH OF THE URL/manifest.json
-    CACHE/shards/SHA256-FILE, .SHA256-FILE.BYTES.part (unfinished), .lock
+    CACHE/shards/SHA256-FILE, .SHA256-FILE.BYTES.part (unfinished), .lock, records (hashed.py)
 
 A shard's name holds its hash: an old version is never taken for a new one, and a set with two
-addresses is kept once.
+addresses is kept once. A name proves nothing: every user hashes a shard before reading it. When a
+shard was last used is its time of access; that of its last change stays.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from namr_dist.atomic import write_atomic
 from namr_dist.config import RemoteConfig
 from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.remote.body import TransferError
+from namr_dist.data.remote.hashed import HashedFiles, forget_hashed, note_hashed
 from namr_dist.data.remote.transfer import Origin
 from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
 from namr_dist.data.shardset.shards import sha256_of
@@ -115,17 +117,22 @@ class ShardCache:
         """folder: where the tars are; it exists."""
         self._origin = origin
         self._folder = folder
+        self._hashed = HashedFiles()
         self.limit_bytes = int(origin.remote.cache_gib * 2**30)
 
     def path(self, shard: Shard) -> Path:
         """The shard's local file, fetched and checked against its size and hash if it is not there.
 
-        It may be dropped again before it is opened: then ask anew. Raises InputError if it cannot
-        be had or kept.
+        One that is there is hashed as well, once by each user; a damaged one is replaced. It may be
+        dropped again before it is opened: then ask anew. Raises InputError if it cannot be had or
+        kept.
         """
         there = self._folder / f"{shard.sha256[:32]}-{shard.file}"
-        if _used(there, shard):
-            return there
+        try:
+            if self._used(there, shard):
+                return there
+        except OSError as error:
+            raise _unusable(self._folder.parent, error) from None
         if shard.bytes > self.limit_bytes:
             raise InputError(
                 f"shard {self._origin.shown(shard.file)} has {_gib(shard.bytes)} GiB, more than "
@@ -133,7 +140,7 @@ class ShardCache:
                 f"{_gib(shard.bytes)}"
             )
         try:
-            while not _used(there, shard):
+            while not self._used(there, shard):
                 if part := self._claim(shard, there):
                     with _unlocking(part):
                         fetch(
@@ -145,6 +152,7 @@ class ShardCache:
                         )
                         with self._locked_folder():
                             os.replace(part.name, there)
+                            note_hashed(there, os.fstat(part.fileno()))
                 else:
                     time.sleep(_POLL_S)
         except OSError as error:
@@ -159,7 +167,7 @@ class ShardCache:
         """
         part = self._folder / f".{there.name}.{shard.bytes}.part"
         with self._locked_folder():
-            if _used(there, shard) or not self._make_room(shard.bytes, part):
+            if self._used(there, shard) or not self._make_room(shard.bytes, part):
                 return None
             return _open_locked(part)
 
@@ -176,7 +184,7 @@ class ShardCache:
                     status = entry.stat(follow_symlinks=False)
                     others.append(
                         (
-                            status.st_mtime_ns,
+                            max(status.st_atime_ns, status.st_mtime_ns),
                             int(unfinished[1]) if unfinished else status.st_size,
                             Path(entry.path),
                         )
@@ -193,6 +201,25 @@ class ShardCache:
             return False
         for path in dropped:
             path.unlink()
+            forget_hashed(path)
+        return True
+
+    def _used(self, path: Path, shard: Shard) -> bool:
+        """Whether the whole shard is there, and no link to something, as this user has found by
+        hashing it; if so, its time of access says that it is in use."""
+        try:
+            status = path.lstat()
+            if (
+                not stat.S_ISREG(status.st_mode)
+                or status.st_size != shard.bytes
+                or not self._hashed.is_whole(path, shard.sha256, status)
+            ):
+                return False
+        except FileNotFoundError:
+            return False
+        # Another user's file in a shared cache may be read and not touched.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns), follow_symlinks=False)
         return True
 
     @contextlib.contextmanager
@@ -253,19 +280,6 @@ def _receive(origin: Origin, shard: Shard, part: FileIO, told: Callable[[int], o
             told(have)
     if have < shard.bytes:
         raise TransferError(f"it ended after {have} of {shard.bytes} bytes")
-
-
-def _used(path: Path, shard: Shard) -> bool:
-    """Whether the whole shard is there, and no link to something; if so, its time stamp says that
-    it is in use."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return False
-    # Another user's file in a shared cache may be read and not touched.
-    with contextlib.suppress(FileNotFoundError, PermissionError):
-        os.utime(path, follow_symlinks=False)
-    return stat.S_ISREG(status.st_mode) and status.st_size == shard.bytes
 
 
 def _gib(size_bytes: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -61,6 +62,8 @@ class Shard:
     """First byte of each JPEG in the tar."""
     lengths: tuple[int, ...]
     """Bytes of each JPEG."""
+    crc32: tuple[int, ...] = ()
+    """CRC-32 of each JPEG, as zlib's; empty in a set that an older version built."""
     roles: tuple[str, ...] = ()
     """One of ROLES for each image; empty: all are both."""
     groups: tuple[str, ...] = ()
@@ -85,6 +88,8 @@ class SplitIndex:
     """int64, bytes."""
     length_N: np.ndarray
     """int64, bytes."""
+    crc32_N: np.ndarray
+    """int64, that of the JPEG; -1: the manifest does not say."""
     label_N: np.ndarray
     """int64, the manifest's class labels."""
     category_N: np.ndarray
@@ -104,6 +109,7 @@ class SplitIndex:
             shard_N=self.shard_N[chosen_M],
             offset_N=self.offset_N[chosen_M],
             length_N=self.length_N[chosen_M],
+            crc32_N=self.crc32_N[chosen_M],
             label_N=self.label_N[chosen_M],
             category_N=self.category_N[chosen_M],
             role_N=self.role_N[chosen_M],
@@ -151,6 +157,9 @@ class Manifest:
     """Named parts of splits by the keys of their images, such as VehicleID's three test lists."""
     source: ShardSource | None = field(default=None, compare=False)
     """Fetches shards that lie elsewhere into `folder`; None: they are there. Not written."""
+    read_ns: int = field(default_factory=time.time_ns, compare=False)
+    """When this was read, in nanoseconds since 1970: shards that changed later are not those that
+    were there then. Not written."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -249,7 +258,7 @@ class Manifest:
         yield "label of classes", tuple(entry.label for entry in self.classes)
         yield "bytes of shards", tuple(shard.bytes for shard in self.shards)
         for shard in self.shards:
-            for name in ("labels", "offsets", "lengths"):
+            for name in ("labels", "offsets", "lengths", "crc32"):
                 yield f"{name} of {shard.file}", getattr(shard, name)
 
     def _check(self, path: Path) -> None:
@@ -277,6 +286,7 @@ class Manifest:
                 shard.labels,
                 shard.offsets,
                 shard.lengths,
+                shard.crc32 or shard.keys,
                 shard.roles or shard.keys,
                 shard.groups or shard.keys,
             )
@@ -372,6 +382,12 @@ class Manifest:
             ),
             offset_N=joined("offsets", np.int64),
             length_N=joined("lengths", np.int64),
+            crc32_N=np.concatenate(
+                [
+                    np.asarray(shard.crc32 or (-1,) * len(shard.keys), np.int64)
+                    for _, shard in chosen
+                ]
+            ),
             label_N=np.asarray(labels, np.int64),
             category_N=np.asarray([category_of[label] for label in labels], np.int64),
             role_N=np.concatenate(

@@ -135,6 +135,6 @@ def _thumbnail(jpeg: bytes, where: str) -> np.ndarray:
         ]
     except ValueError as error:
         raise DamagedImageError(
-            f"{where} cannot be decoded ({error}); rebuild the shard set without it"
+            f"{where} cannot be decoded ({error})", "rebuild the shard set without it"
         ) from None
     return np.asarray(Image.fromarray(grey_HW).resize((SIDE + 1, SIDE), Image.Resampling.BILINEAR))

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def write_shard(
     written: list[Sample] = []
     offsets: list[int] = []
     lengths: list[int] = []
+    crc32: list[int] = []
     try:
         with open(temporary, "wb") as stream:
             digested = _Digested(stream)
@@ -92,6 +94,7 @@ def write_shard(
                     padded = -(-len(sample.jpeg) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     offsets.append(writer.tarstream.offset - padded)
                     lengths.append(len(sample.jpeg))
+                    crc32.append(zlib.crc32(sample.jpeg))
                     writer.write(
                         {"__key__": sample.key, "json": _meta(sample, classes[sample.label])}
                     )
@@ -114,6 +117,7 @@ def write_shard(
         labels=tuple(sample.label for sample in written),
         offsets=tuple(offsets),
         lengths=tuple(lengths),
+        crc32=tuple(crc32),
         roles=tuple(sample.role for sample in written)
         if any(sample.role for sample in written)
         else (),
@@ -174,10 +178,20 @@ def shard_problems(
     if hashes_alone:
         return
     with open(path, "rb") as stream:
-        for key, offset, length in zip(shard.keys, shard.offsets, shard.lengths, strict=True):
+        stated = shard.crc32 or (None,) * len(shard.keys)
+        for key, offset, length, crc32 in zip(
+            shard.keys, shard.offsets, shard.lengths, stated, strict=True
+        ):
             stream.seek(offset)
+            jpeg = stream.read(length)
+            # Of a tar that is another, the line above says enough.
+            if digest == shard.sha256 and crc32 not in (None, zlib.crc32(jpeg)):
+                yield (
+                    f"{key}.jpg in {path} has CRC-32 {zlib.crc32(jpeg):08x}, its manifest says {crc32:08x}; "
+                    "rebuild the shard set"
+                )
             try:
-                check_jpeg(stream.read(length), f"{key}.jpg in {path}", decode=decode)
+                check_jpeg(jpeg, f"{key}.jpg in {path}", decode=decode)
             except InputError as error:
                 yield str(error)
 
@@ -226,6 +240,14 @@ def check_jpeg(jpeg: bytes, where: str, *, decode: bool) -> None:
 class DamagedImageError(InputError):
     """One image that cannot be decoded, in a shard that can be read."""
 
+    def __init__(self, fault: str, remedy: str) -> None:
+        super().__init__(fault, remedy)
+        self.fault = fault
+        self._remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.fault}; {self._remedy}"
+
 
 def jpeg_size(jpeg: bytes, where: str) -> tuple[int, int]:
     """Height and width in pixels, from the header. Raises DamagedImageError, naming `where`, if it
@@ -234,12 +256,12 @@ def jpeg_size(jpeg: bytes, where: str) -> tuple[int, int]:
         height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
     except ValueError as error:
         raise DamagedImageError(
-            f"{where} cannot be decoded ({error}); rebuild the shard set without it"
+            f"{where} cannot be decoded ({error})", "rebuild the shard set without it"
         ) from None
     if height * width > MOST_PIXELS:
         raise DamagedImageError(
-            f"{where} has {width} × {height} pixels, more than {MOST_PIXELS:,}; rebuild the shard "
-            "set with --size, or with a smaller image"
+            f"{where} has {width} × {height} pixels, more than {MOST_PIXELS:,}",
+            "rebuild the shard set with --size, or with a smaller image",
         )
     return height, width
 
@@ -257,7 +279,7 @@ def decode_rgb(jpeg: bytes, where: str, *, shrink: int = 1) -> np.ndarray:
         )
     except ValueError as error:
         raise DamagedImageError(
-            f"{where} cannot be decoded ({error}); rebuild the shard set without it"
+            f"{where} cannot be decoded ({error})", "rebuild the shard set without it"
         ) from None
 
 

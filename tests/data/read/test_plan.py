@@ -42,6 +42,7 @@ def index_of(
         group_N=nothing_N if group_N is None else group_N,
         offset_N=np.arange(count),
         length_N=np.ones(count, np.int64),
+        crc32_N=np.full(count, -1),
         role_N=nothing_N.astype(np.int8),
         keys=tuple(map(str, range(count))),
     )

@@ -29,7 +29,7 @@ from namr_dist.data.read.stream import ShardImages, TrainPlan, stream
 from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.remote.cache import check_cache
 from namr_dist.data.remote.prefetch import LookAhead
-from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.data.shardset.manifest import Manifest, Shard
 from namr_dist.errors import InputError
 
 FORK = multiprocessing.get_context("fork")
@@ -205,6 +205,65 @@ def test_what_a_killed_process_left_makes_room(
     part.write_bytes(b"begun")
     assert manifest.path(two).stat().st_size == two.bytes
     assert not part.exists()
+
+
+def replaced(path: Path, shard: Shard) -> None:
+    """Put another shard of the same size there: one image's bytes are another's."""
+    tar = bytearray(path.read_bytes())
+    tar[shard.offsets[1] + 30] ^= 1
+    path.write_bytes(tar)
+
+
+def test_a_shard_that_is_another_is_fetched_again(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
+    """Damaged after it was fetched, and planted before."""
+    shard = shard_set.shards[0]
+    right = (shard_set.folder / shard.file).read_bytes()
+    path = open_shards(server.url, remote).path(shard)
+    used = path.stat()
+    assert open_shards(server.url, remote).path(shard).stat().st_mtime_ns == used.st_mtime_ns
+    until(lambda: server.completed[shard.file] == 1)
+    replaced(path, shard)
+    manifest = open_shards(server.url, remote)
+    assert manifest.path(shard).read_bytes() == right
+    replaced(path, shard)  # the same process looks at its later change as well
+    assert manifest.path(shard).read_bytes() == right
+    planted = path.with_name(f"{shard_set.shards[1].sha256[:32]}-{shard_set.shards[1].file}")
+    planted.write_bytes(bytes(shard_set.shards[1].bytes))
+    assert (
+        manifest.path(shard_set.shards[1]).read_bytes()
+        == (shard_set.folder / shard_set.shards[1].file).read_bytes()
+    )
+
+
+def test_a_shard_is_hashed_once_and_only_this_users_record_counts(
+    server: BadServer, remote: RemoteConfig, shard_set: Manifest
+) -> None:
+    """The record's use shows in a change that it cannot know of: the time of modification set back.
+    The CRC-32s of its images still do."""
+    shard, index = shard_set.shards[0], shard_set.index("train")
+    right = (shard_set.folder / shard.file).read_bytes()
+    path = open_shards(server.url, remote).path(shard)
+    (record,) = path.parent.glob(f".{path.name}.*.hashed")
+    assert record.stat().st_mode & 0o777 == 0o600
+    before = path.stat()
+    replaced(path, shard)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    manifest = open_shards(server.url, remote)
+    assert manifest.path(shard) == path and path.read_bytes() != right
+    with pytest.raises(InputError, match=f"has CRC-32 .*; remove {path}, which is then fetched"):
+        ShardImages(manifest, index, TRANSFORM).jpeg(1)
+    record.chmod(0o666)  # anybody may have written it
+    assert open_shards(server.url, remote).path(shard).read_bytes() == right
+    (record,) = path.parent.glob(f".{path.name}.*.hashed")
+    elsewhere = record.with_name("elsewhere")
+    os.replace(record, elsewhere)
+    record.symlink_to(elsewhere.name)
+    before = path.stat()
+    replaced(path, shard)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_shards(server.url, remote).path(shard).read_bytes() == right
 
 
 def test_a_new_version_of_a_shard_is_fetched_and_the_old_one_not_used(

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,12 +49,15 @@ def rewrite(
 
 
 def with_shard(manifest: Manifest, number: int, **changes: object) -> Manifest:
-    """The manifest with a changed entry that has its tar's true size and hash."""
+    """The manifest with a changed entry that has its tar's true size, hash and checksums."""
     content = (manifest.folder / manifest.shards[number].file).read_bytes()
     shard: Shard = dataclasses.replace(  # type: ignore[arg-type]
         manifest.shards[number],
         **{"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), **changes},
     )
+    spans = zip(shard.offsets, shard.lengths, strict=True)
+    crc32 = tuple(zlib.crc32(content[at : at + length]) for at, length in spans)
+    shard = dataclasses.replace(shard, crc32=crc32)
     return dataclasses.replace(
         manifest, shards=(*manifest.shards[:number], shard, *manifest.shards[number + 1 :])
     )
