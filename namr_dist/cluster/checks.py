@@ -222,10 +222,12 @@ def see_probe(probe: Path) -> None:
         time.sleep(0.1)
 
 
-def weights(config: Config) -> str:
-    """Where the backbone's first weights come from, once they can be had here: a hub's are
-    fetched."""
+def weights(config: Config, run: Path) -> str:
+    """Where the backbone's weights come from, once they can be had here: a hub's are fetched. A job
+    that goes on from a checkpoint in `run` needs no others."""
     model = config.model
+    if RunFolder(run).has_parameters:
+        return "checkpoint"
     if model.backbone == "conv4" or (not model.pretrained and model.weights is None):
         return "random"
     from_hub = model.backbone.startswith("timm:") and model.weights is None

@@ -249,7 +249,7 @@ class _Node:
                 doing=f"getting weights of {config.model.backbone}",
                 hint="compute nodes often have no internet: run namr preflight once where there is, with the same "
                 "cache, or set model.weights to a file",
-                find=lambda: checks.weights(config),
+                find=lambda: checks.weights(config, self._run),
             ),
         ]
         if code := config.code_names():

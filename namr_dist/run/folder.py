@@ -116,6 +116,12 @@ class RunFolder:
         )
         return sorted((int(match[1]), path) for match, path in matches if match)
 
+    @property
+    def has_parameters(self) -> bool:
+        """Whether a run is there whose checkpoint or trained network holds every parameter, so that
+        it goes on without the weights that it started from."""
+        return self.config.exists() and (self.final.exists() or bool(self.checkpoints()))
+
     def remove_unfinished(self) -> None:
         """Delete the temporary files of writes that a killed process left behind."""
         for folder in (self.path, self.checkpoint_folder):

@@ -31,8 +31,8 @@ def dry_run(
 
     Raises InputError for whatever training would refuse before its first step, except that weights
     on a hub are not asked for, checkpoints not opened, and a cache for remote shards is held
-    against one rank's needs. No process group is started and no file written, but for the manifest
-    of a remote set in the cache.
+    against one rank's needs. A run that goes on needs no weights. No process group is started and
+    no file written, but for the manifest of a remote set in the cache.
     """
     if ranks < 1:
         raise InputError(f"--ranks is {ranks}; set it to at least 1")
@@ -42,10 +42,12 @@ def dry_run(
         and config.model.pretrained
         and config.model.weights is None
     )
+    folder = RunFolder(run)
+    goes_on = resume and folder.has_parameters
     network = initial_network(
         config,
         device=torch.device("cpu"),
-        pretrained=not from_hub,
+        pretrained=not from_hub and not goes_on,
         centres=centres_for(config.structure, images=len(training_set.index)),
     )
     check_sizes(network, config, torch.device("cpu"))
@@ -58,7 +60,6 @@ def dry_run(
     )
     check_saveable(module)
     check_profile(config)
-    folder = RunFolder(run)
     if resume and folder.config.exists():
         check_same(folder.config, Config.load(folder.config), config)
     there_bytes = sum(path.stat().st_size for _, path in folder.checkpoints()) if resume else 0
@@ -77,7 +78,7 @@ def dry_run(
         f"batch     {data.classes_per_batch} × {data.images_per_class} = {images} images; {images // ranks} a rank",
         f"epoch     {per_epoch} steps; the run's {config.optim.steps} are {config.optim.steps / per_epoch:.1f} epochs",
         f"model     {config.model.backbone}, {parameters / 1e6:.1f} million parameters"
-        + ("; its weights on the hub were not asked for" if from_hub else ""),
+        + ("; its weights on the hub were not asked for" if from_hub and not goes_on else ""),
     ]
     return lines + [
         f"{name:<10}{shlex.join(map(shown, command))}"

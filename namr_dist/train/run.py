@@ -48,9 +48,14 @@ def train(
     folder = RunFolder(run)
     training_set = check_run(config, world_size=rank.world_size, local_rank=rank.local_rank)
     precision = choose_precision(config.train.precision, rank.device)
+    # A checkpoint holds every parameter and buffer, so the weights that training started from need
+    # not be had again; `begin` accepts no other run's.
+    goes_on = resume and folder.has_parameters
     # Built before the process group is up, so that a wrong backbone or file is said at once and
     # once.
-    module = _training_module(config, training_set, rank, bf16=precision.bf16)
+    module = _training_module(
+        config, training_set, rank, bf16=precision.bf16, pretrained=not goes_on
+    )
     data_hash = hash_images(training_set.manifest, training_set.index)
     timeout = backend_timeout(config.train.timeout_minutes)
     start_group(rank, timeout)
@@ -80,8 +85,8 @@ def train(
         stack.enter_context(Watchdog(phases, rank, timeout_minutes=config.train.timeout_minutes))
         with phases("start"):
             engine = make_engine(module, config, rank)
-            first_step = host.from_first(start.step)
-            if first_step:
+            first_step, saved = host.from_first((start.step, start.saved is not None))
+            if saved:
                 load_state(engine, start.saved, host=host, seed=config.train.seed)
             else:
                 seed_generators(seed=config.train.seed, step=0)
@@ -127,16 +132,16 @@ def train(
 
 
 def _training_module(
-    config: Config, training_set: TrainingSet, rank: Rank, *, bf16: bool
+    config: Config, training_set: TrainingSet, rank: Rank, *, bf16: bool, pretrained: bool
 ) -> TrainingModule:
-    """The network and what it is trained for, on the rank's device. Raises InputError if it cannot
-    be built."""
+    """The network and what it is trained for, on the rank's device; not `pretrained`, to be filled
+    from a checkpoint. Raises InputError if it cannot be built."""
     share = config.data.classes_per_batch * config.data.images_per_class // rank.world_size
     pieces = math.ceil(share / (config.train.micro_batch or share))
     network = initial_network(
         config,
         device=rank.device,
-        pretrained=True,
+        pretrained=pretrained,
         bf16=bf16,
         pieces=pieces,
         centres=centres_for(config.structure, images=len(training_set.index)),

@@ -11,9 +11,11 @@ import simplejpeg
 from conftest import picture, small_run
 from damaged_sets import with_images
 
+from namr_dist.cluster.checks import weights
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.recipes.overrides import configure
+from namr_dist.run.folder import RunFolder
 from namr_dist.train.dry_run import dry_run
 
 
@@ -138,6 +140,22 @@ def test_a_run_that_is_there(shard_set: Manifest, tmp_path: Path) -> None:
     for way in ({"overwrite": True}, {"resume": True}):
         assert "nothing wrong" in run_dry(shard_set, tmp_path, **way)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+def test_a_run_that_goes_on_needs_no_initial_weights(shard_set: Manifest, tmp_path: Path) -> None:
+    """They are in its checkpoint."""
+    words = ("--set.model.backbone", "timm:resnet18", "--set.model.weights", "/nowhere.pt")
+    config = configure("homeware_conv4", [str(word) for word in (*small_run(shard_set), *words)])
+    (tmp_path / "config.json").write_text(config.to_json())
+    with pytest.raises(InputError, match="model.weights /nowhere.pt is no file"):
+        run_dry(shard_set, tmp_path, *words, resume=True)
+    with pytest.raises(InputError, match="model.weights /nowhere.pt is no file"):
+        weights(config, tmp_path)
+    checkpoint = RunFolder(tmp_path).checkpoint(4)
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    assert "nothing wrong" in run_dry(shard_set, tmp_path, *words, resume=True)
+    assert weights(config, tmp_path) == "checkpoint"
 
 
 def test_a_folder_of_something_else(shard_set: Manifest, tmp_path: Path) -> None:

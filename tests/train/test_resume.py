@@ -20,9 +20,10 @@ from training_runs import Run, entries, losses, start_parent
 from namr_dist.config import DataConfig
 from namr_dist.data.read.select import training_images
 from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.model.backbones import build_backbone
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.resume import hash_images
-from namr_dist.train.checkpoints.state import open_state
+from namr_dist.train.checkpoints.state import open_state, versions
 
 pytestmark = pytest.mark.dist
 STEPS = 60
@@ -267,6 +268,41 @@ def test_a_damaged_final_network_is_made_again(
     assert again.wait() == [0], again.said()
     assert f"WARNING: {final} is damaged" in again.said()
     same(run, unbroken[1])
+
+
+def test_a_run_goes_on_without_its_initial_weights_and_past_damaged_images(
+    start: Start, own_shard_set: Manifest, tmp_path: Path
+) -> None:
+    """Both are as an unbroken run's: the weights are in the checkpoint, and no image was replaced
+    before. Finished, the run needs them as little."""
+    torch.manual_seed(0)
+    weights, run, unbroken = tmp_path / "weights.pt", tmp_path / "run", tmp_path / "unbroken"
+    small = build_backbone(
+        "timm:test_resnet", batchnorm="train", pretrained=False, weights=None, image_size=32
+    )
+    torch.save(small.layers.state_dict(), weights)
+    words = [
+        *("--set.model.backbone", "timm:test_resnet", "--set.model.weights", weights),
+        *("--set.data.path", own_shard_set.folder),
+    ]
+    done = start(unbroken, *words, steps=8)
+    assert done.wait() == [0], done.said()
+    shutil.copytree(unbroken, run)
+    weights.unlink()
+    (run / "checkpoints" / "final.safetensors").unlink()
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(entry) + "\n" for entry in entries(run) if entry["step"] <= 4)
+    )
+    words += ["--resume", "--set.data.damaged_images", "replace"]
+    again = start(run, *words, steps=8)
+    assert again.wait() == [0], again.said()
+    assert "resumed   at step 4" in again.said() and "WARNING" not in again.said()
+    same(run, unbroken)
+    checkpoint = RunFolder(run).checkpoint(4)
+    assert open_state(checkpoint).versions == versions()
+    checkpoint.unlink()
+    finished = start(run, *words, steps=8)
+    assert finished.wait() == [0] and "is finished" in finished.said(), finished.said()
 
 
 def test_the_other_ranks_end_with_the_first(

@@ -3,6 +3,7 @@ damaged files."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from namr_dist.parallel.batchnorm import GlobalBatchNorm
 from namr_dist.parallel.pool import Ranks
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import save_network
-from namr_dist.train.checkpoints.resume import find_start
+from namr_dist.train.checkpoints.resume import check_same, find_start
 from namr_dist.train.checkpoints.state import (
     SavedState,
     check_fits,
@@ -408,6 +409,18 @@ def test_a_damaged_trained_network_ends_no_run_unseen(tmp_path: Path) -> None:
     safetensors.torch.save_file(state, run.final, {"format": "namr-network/1"})
     older = find_start(run, CONFIG, data_hash="d")
     assert older.finished and "carries no SHA-256" in older.warnings[0]
+
+
+def test_a_run_that_stops_at_damaged_images_may_go_on_replacing_them() -> None:
+    stop, replace = (
+        dataclasses.replace(
+            CONFIG, data=dataclasses.replace(CONFIG.data, damaged_images=damaged_images)
+        )
+        for damaged_images in ("stop", "replace")
+    )
+    check_same(Path("config.json"), stop, replace)
+    with pytest.raises(InputError, match="data.damaged_images is stop, there replace"):
+        check_same(Path("config.json"), replace, stop)
 
 
 def test_what_the_disk_changed_is_never_accepted(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ MAY_DIFFER = {
 }
 """Settings that the run does not depend on, but for rounding. The images themselves are compared by
 their hash."""
+_MAY_BECOME = {"data.damaged_images": ("stop", "replace")}
+"""Settings that may change in one direction: a run that has not stopped has replaced nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +151,9 @@ def check_same(path: Path, there: Config, here: Config, *, option: str = "--run-
     changed = [
         f"{name} is {now[name]}, there {printable(str(before[name]))}"
         for name in now
-        if name not in MAY_DIFFER and now[name] != before[name]
+        if name not in MAY_DIFFER
+        and now[name] != before[name]
+        and (before[name], now[name]) != _MAY_BECOME.get(name)
     ]
     if changed:
         raise InputError(
