@@ -6,29 +6,41 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
+import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar
 
 from namr_dist.run.folder import RunFolder
 from namr_dist.terminal import Console, plain
 from namr_dist.train.phases import StepTimes
 from namr_dist.train.structure_fit import Fitted
+from namr_dist.train.whole_appends import WholeAppends
+
+
+class _Console(Console):
+    """One that falls silent where rich would end the program: when nobody reads any more, as a
+    `tee` that Ctrl-C has ended."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class RunLog:
     """One run's log. On a terminal a progress bar, else a line every so many steps.
 
     Only the first rank has one. Lines are flushed as they come, so `tail -f` and a later crash see
-    all of them.
+    all of them. A disk or a terminal that refuses a line ends no training: that is said once, and
+    the line is written once the disk takes it.
     """
 
     def __init__(
@@ -45,9 +57,8 @@ class RunLog:
     ) -> None:
         """hosts: name of each rank's machine. peak_img_per_s: of all devices at their peak, if
         known. first_step: steps done already, in `before_s` seconds; metrics.jsonl is continued."""
-        # Unbuffered: a line that did not fit the disk is not tried again when the file is closed.
-        self._path = run.log
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        self._file = WholeAppends(run.log)
+        self._refusing: set[Path] = set()
         self._events: _Events | None = (
             _Events(run.tensorboard, first_step=first_step) if tensorboard else None
         )
@@ -55,7 +66,7 @@ class RunLog:
         self._hosts = hosts
         self._peak_img_per_s = peak_img_per_s
         self._speed = ""
-        self._console = Console(file=sys.stderr)
+        self._console = _Console(file=sys.stderr)
         self._bar: Progress | None = None
         if self._console.is_terminal:
             self._bar = Progress(
@@ -83,18 +94,20 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         if self._bar:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
         if self._replaced:
             self.say(
                 f"damaged   {len(self._replaced)} images, replaced {self._replaced.total()} times by others of "
                 "their classes"
             )
-        # What could not be written has been told already; closing would only try, and fail, once
-        # more.
-        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
-            if self._events:
-                self._events.close()
-        self._file.close()
+        if self._events:
+            self._attempt(self._events.file, self._events.write)
+        for file in self._files():
+            self._attempt(file, file.flush)
+            if file.pending:
+                self.say(f"WARNING: the last lines of {file.path} are lost")
+            file.close()
 
     @property
     def time_s(self) -> float:
@@ -103,7 +116,9 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self._console.print(plain(text), soft_wrap=True)
+        # The terminal may be closed, the program that reads it ended, or its file's disk full.
+        with contextlib.suppress(OSError):
+            self._console.print(plain(text), soft_wrap=True)
 
     def step(self, figures: dict[str, float | int]) -> None:
         """One training step's figures."""
@@ -207,29 +222,42 @@ class RunLog:
     def sync(self) -> None:
         """Wait until metrics.jsonl is on disk: a checkpoint must not outlive the lines before
         it."""
-        os.fsync(self._file.fileno())
+        self._attempt(self._file, self._file.sync)
 
     def _line(self, figures: dict) -> None:
+        line = (json.dumps(figures) + "\n").encode()
+        self._attempt(self._file, lambda: self._file.append(line))
+
+    def _files(self) -> list[WholeAppends]:
+        return [self._file, *([self._events.file] if self._events else [])]
+
+    def _attempt(self, file: WholeAppends, write: Callable[[], None]) -> None:
+        """Write to a file. If it refuses, say so, unless that has been said since it last took
+        something."""
         try:
-            self._file.write((json.dumps(figures) + "\n").encode())
+            write()
         except OSError as error:
-            error.filename = str(self._path)
-            raise
+            if file.path not in self._refusing:
+                self._refusing.add(file.path)
+                self.say(
+                    f"WARNING: {file.path} cannot be written ({error.strerror}); training goes on, and "
+                    "what is missing there follows once it can; free some space"
+                )
+        else:
+            self._refusing.discard(file.path)
 
     def _write(self, figures: dict) -> None:
         self._line(figures)
-        if self._events:
+        if events := self._events:
             values = figures.get("val") or {
                 name: value
                 for name, value in figures.items()
                 if name != "step" and not isinstance(value, str)
             }
-            self._events.write(
-                figures["step"],
-                values,
-                group="val" if "val" in figures else "train",
-                flush="loss" not in figures,
-            )
+            group = "val" if "val" in figures else "train"
+            events.add(figures["step"], values, group=group)
+            if "loss" not in figures:  # not at every step
+                self._attempt(events.file, events.write)
 
 
 def spent(mean_s: dict[str, float], *, step_s: float) -> str:
@@ -245,33 +273,36 @@ def spent(mean_s: dict[str, float], *, step_s: float) -> str:
 class _Events:
     """TensorBoard event file, written by this thread.
 
-    tensorboardX's own SummaryWriter leaves that to another thread, and waits for it for ever once a
-    full disk has killed it.
+    tensorboardX's own writers either leave that to another thread, and wait for it for ever once a
+    full disk has killed it, or may leave a part of a record in the file.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
         folder.mkdir(exist_ok=True)
-        self._folder = folder
-        self._writer = EventsWriter(str(folder / "events"))
+        # The form of name by which TensorBoard knows its files.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = WholeAppends(folder / name)
+        self._records = bytearray()
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # TensorBoard then forgets what earlier files say of the steps from here on.
-        self._writer.write_event(
-            Event(
-                step=first_step + 1,
-                wall_time=time.time(),
-                session_log=SessionLog(status=SessionLog.START),
-            )
-        )
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(step=first_step + 1, wall_time=time.time(), session_log=start))
+        self.write()
 
-    def write(self, step: int, values: dict[str, float], *, group: str, flush: bool) -> None:
-        try:
-            for name, value in values.items():
-                summary = scalar(f"{group}/{name}", value)
-                self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
-            if flush:  # waits for the disk: not at every step
-                self._writer.flush()
-        except OSError as error:
-            error.filename = str(self._folder)
-            raise
+    def add(self, step: int, values: dict[str, float], *, group: str) -> None:
+        """Figures of a step, for the next `write`."""
+        for name, value in values.items():
+            summary = scalar(f"{group}/{name}", value)
+            self._add(Event(step=step, wall_time=time.time(), summary=summary))
 
-    def close(self) -> None:
-        self._writer.close()
+    def write(self) -> None:
+        """Write what was added. Raises OSError if the disk refuses; the file then keeps it."""
+        records, self._records = bytes(self._records), bytearray()
+        self.file.append(records)
+
+    def _add(self, event: Event) -> None:
+        """A TFRecord: length, its masked CRC-32C, the event, its masked CRC-32C."""
+        body = event.SerializeToString()
+        length = struct.pack("<Q", len(body))
+        for part in (length, body):
+            self._records += part + struct.pack("<I", masked_crc32c(part))
