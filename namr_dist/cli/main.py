@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import json
 import os
 import sys
@@ -18,40 +17,41 @@ from pathlib import Path
 from namr_dist import __version__
 from namr_dist.cli import bench, jobs, results, shards
 from namr_dist.config import Config
-from namr_dist.errors import InputError
-from namr_dist.recipes.overrides import configure, split_overrides
+from namr_dist.errors import InputError, ReportedError, exit_code_of, in_one_line
+from namr_dist.recipes.overrides import configure, configure_quietly, split_overrides
 from namr_dist.text import say
+
+_LAUNCHED = ("RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "SLURM_STEP_ID")
+"""Variables of which a rank has one (parallel/ranks.py), looked at before torch is imported."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code: 0, 2 for bad input, told in one line on stderr,
-    or 75 for a training run that a signal ended and --resume goes on with."""
+    """Run one command line; returns the exit code: 0, 2 for bad input and 74 for trouble that time
+    may mend, each told in one line on stderr, or 75 for a training run that a signal ended and
+    --resume goes on with."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parsed, overrides = _parse(words)
         return parsed.verb(parsed, overrides) or 0
-    except InputError as error:
-        return _fail(str(error))
+    except ReportedError as error:
+        return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         # The reader of the output (head, less) has left: nobody to tell, and nothing for Python to
         # flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell counts SIGPIPE
     except OSError as error:
-        if error.errno is None:
+        code = exit_code_of(error)
+        if code is None:
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return _fail(
-            f"{error.strerror}: {error.filename or 'no file named'}"
-            + ("; free some space or give another folder" if full else "; give another path")
-        )
+        return _fail(in_one_line(error), code)
     except KeyboardInterrupt:
         return 130
 
 
-def _fail(text: str) -> int:
+def _fail(text: str, code: int) -> int:
     say(f"namr: error: {text}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -127,8 +127,14 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
-    config = configure(parsed.recipe, overrides, show_help=parsed.settings)
+    here_alone = parsed.settings or parsed.dry_run or not any(map(os.environ.get, _LAUNCHED))
+    config = (
+        configure(parsed.recipe, overrides, show_help=parsed.settings)
+        if here_alone
+        else configure_quietly(parsed.recipe, overrides)
+    )
     if parsed.dry_run:
+        assert isinstance(config, Config)
         _dry_run(parsed, overrides, config)
         return 0
     if parsed.ranks is not None:
@@ -136,14 +142,22 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
             f"--ranks is {parsed.ranks}, which goes with --dry-run; torchrun, deepspeed, srun or mpirun "
             "say how many ranks train"
         )
+    from namr_dist.parallel.meeting import Meeting
     from namr_dist.parallel.ranks import discover, shut_down
     from namr_dist.train.run import train
-    from namr_dist.train.signals import EXIT_CODE
+    from namr_dist.train.signals import EXIT_CODE, StopRequests
 
+    rank = discover()
+    meeting = Meeting(rank)
+    with meeting.all_or_none():
+        if isinstance(config, InputError):
+            raise config
     finished = train(
         config,
         parsed.run_dir or Path("runs") / config.recipe,
-        discover(),
+        rank,
+        meeting,
+        StopRequests(speaks=rank.first, until_exit=True),
         overwrite=parsed.overwrite,
         resume=parsed.resume,
     )

@@ -30,7 +30,7 @@ from namr_dist.data.remote.cache import fetch
 from namr_dist.data.remote.transfer import Origin
 from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
 from namr_dist.data.shardset.shards import shard_problems
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, TransientError, is_transient
 from namr_dist.own_files import make_folder, open_own, open_unfollowed
 from namr_dist.text import say
 
@@ -85,11 +85,12 @@ def stage(location: str, to: Path, splits: Sequence[str] = ()) -> Staged:
                 write_atomic(folder / FILE_NAME, body)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
+            raise TransientError(
                 f"{folder} is full ({error.strerror}); free some space, or stage into a folder on a "
                 "larger disk"
             ) from None
-        raise InputError(
+        kind = TransientError if is_transient(error) else InputError
+        raise kind(
             f"{folder} cannot be used ({error.strerror}); stage into a folder on a disk of this machine "
             "that can be written"
         ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from namr_dist.config import Config
 from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.parallel.host import HostGroup
+from namr_dist.parallel.meeting import Meeting
 from namr_dist.parallel.ranks import Rank
 from namr_dist.run.folder import RunFolder
 from namr_dist.run.log import cut_log, skipped, time_of
@@ -35,28 +36,35 @@ from namr_dist.train.watchdog import Watchdog, backend_timeout
 
 
 def train(
-    config: Config, run: Path, rank: Rank, *, overwrite: bool = False, resume: bool = False
+    config: Config,
+    run: Path,
+    rank: Rank,
+    meeting: Meeting,
+    requests: StopRequests,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> bool:
     """Train as `config` says and leave config.json, metrics.jsonl and the final checkpoint in the
     folder `run`.
 
-    resume: go on from the newest checkpoint in `run`, if there is one. Every rank calls this.
-    Returns False, on all ranks, if a signal asked for an end before the last step; `resume` goes on
-    from there. Raises InputError, before the first step, for whatever can be known to be wrong by
-    then.
+    resume: go on from the newest checkpoint in `run`, if there is one.  requests: heard once
+    training begins. Every rank calls this. Returns False, on all ranks, if a signal asked for an
+    end before the last step; `resume` goes on from there. Raises InputError, before the first step,
+    for whatever can be known to be wrong by then.
     """
     folder = RunFolder(run)
-    training_set = check_run(config, world_size=rank.world_size, local_rank=rank.local_rank)
-    precision = choose_precision(config.train.precision, rank.device)
     # A checkpoint holds every parameter and buffer, so the weights that training started from need
     # not be had again; `begin` accepts no other run's.
     goes_on = resume and folder.has_parameters
-    # Built before the process group is up, so that a wrong backbone or file is said at once and
-    # once.
-    module = _training_module(
-        config, training_set, rank, bf16=precision.bf16, pretrained=not goes_on
-    )
-    data_hash = hash_images(training_set.manifest, training_set.index)
+    # Before the process group is up, so that a wrong backbone or file is said at once and once.
+    with meeting.all_or_none():
+        training_set = check_run(config, world_size=rank.world_size, local_rank=rank.local_rank)
+        precision = choose_precision(config.train.precision, rank.device)
+        module = _training_module(
+            config, training_set, rank, bf16=precision.bf16, pretrained=not goes_on
+        )
+        data_hash = hash_images(training_set.manifest, training_set.index)
     timeout = backend_timeout(config.train.timeout_minutes)
     start_group(rank, timeout)
     host = HostGroup(timeout)
@@ -77,11 +85,7 @@ def train(
         device=rank.device,
         ranks=rank.world_size,
     )
-    with (
-        StopRequests() as requests,
-        lock or contextlib.nullcontext(),
-        contextlib.ExitStack() as stack,
-    ):
+    with requests, lock or contextlib.nullcontext(), contextlib.ExitStack() as stack:
         stack.enter_context(Watchdog(phases, rank, timeout_minutes=config.train.timeout_minutes))
         with phases("start"):
             engine = make_engine(module, config, rank)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.remote.address import has_credentials
-from namr_dist.errors import InputError
+from namr_dist.errors import ReportedError, exit_code_of
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import shut_down
 from namr_dist.run.folder import RunFolder
@@ -34,14 +34,15 @@ def begin(
     """Make the folder ready and say where to begin, on the first rank; with the lock that keeps
     others out of it.
 
-    Every rank calls it. Raises InputError on the first if it cannot, and ends the others.
+    Every rank calls it. Raises ReportedError or OSError on the first if it cannot, and ends the
+    others with the exit code of that.
     """
-    trouble: InputError | OSError | None = None
+    trouble: ReportedError | OSError | None = None
     start, lock = Start(), None
     if dist.get_rank() == 0:
         try:
             start, lock = _claim(module, config, run, data_hash, overwrite=overwrite, resume=resume)
-        except (InputError, OSError) as error:
+        except (ReportedError, OSError) as error:
             trouble = error
     _end_together(trouble, host)
     return start, lock
@@ -80,13 +81,14 @@ def write_config(run: RunFolder, config: Config) -> None:
     write_atomic(run.config, config.to_json(), private=has_credentials(config))
 
 
-def _end_together(trouble: Exception | None, host: HostGroup) -> None:
+def _end_together(trouble: ReportedError | OSError | None, host: HostGroup) -> None:
     """Raise the first rank's trouble there, once, and end the others with the exit code it will
     have."""
-    if not host.from_first(trouble is not None):
+    code = host.from_first(None if trouble is None else exit_code_of(trouble) or 1)
+    if code is None:
         return
     if trouble is None:
-        shut_down(2)
+        shut_down(code)
     dist.destroy_process_group()
     assert trouble is not None
     raise trouble

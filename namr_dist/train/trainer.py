@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from namr_dist.data.read.to_device import on_device
 from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.remote.prefetch import fetched_ahead
 from namr_dist.data.shardset.manifest import SplitIndex
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, TransientError
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import Rank, shut_down
 from namr_dist.provenance import provenance
@@ -106,9 +107,7 @@ class Trainer:
             last = done == steps
             line = done % train.log_every == 0 or last
             validate = bool(data.validation_split) and (done % train.validate_every == 0 or last)
-            save, stop = (
-                (False, False) if last else self._policy.decide(done, signal=requests.signal)
-            )
+            save, stop = (False, 0) if last else self._policy.decide(done, signal=requests.signal)
             if line or validate or save or self._rank.device.type == "cpu":
                 # On a GPU, reading a loss waits for it: once for many steps.
                 self._tell_losses()
@@ -119,10 +118,12 @@ class Trainer:
             if validate:
                 self._validate(done)
             if save:
-                self._checkpoint(done, stop=stop)
+                self._checkpoint(done, stop=bool(stop))
             if stop:
+                requests.honoured()
                 self._say(
-                    f"stopped after step {done}, as a signal asked for; the same command with --resume goes on"
+                    f"stopped after step {done}, as {signal.Signals(stop).name} asked for; the same command "
+                    "with --resume goes on"
                 )
                 return False
         return True
@@ -362,8 +363,8 @@ class Trainer:
             self._say(said)
         if stop and not saved:
             if not self._rank.first:
-                shut_down(2)
-            raise InputError(
+                shut_down(TransientError.exit_code)
+            raise TransientError(
                 f"a signal asked for an end after step {done}, and its checkpoint could not be written; "
                 "free some space and go on from the one before with --resume"
             )

@@ -2,12 +2,13 @@
 
 A thread of each rank publishes where the rank is, every second, to the key-value store that the
 process group was started with, over a connection of its own. The run ends, with one report for all
-ranks and EXIT_CODE, when
+ranks and EXIT_CODE, or the exit code of the rank that refused to go on, when
 
 - a rank has been in one phase for train.timeout_minutes. Validation begins a phase with every
   batch; one checkpoint, one search of the validation images or one compilation must each take less;
 - a rank's connection to another breaks: that one was killed, or its machine is gone;
-- another rank has ended by an error of its own.
+- another rank has ended by an error of its own. One that is reported in a line, such as an
+  InputError, is so once, by the first rank that meets it.
 
 A rank is called silent if it publishes nothing within SILENT_S: then its process is dead, frozen or
 cut off. On a GPU, where kernels run behind the thread that issues them, the phase is the one in
@@ -30,11 +31,12 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from namr_dist.errors import exit_code_of, in_one_line
 from namr_dist.parallel.ranks import Rank
 from namr_dist.text import printable
 from namr_dist.train.phases import STEP_PHASES, Phases
@@ -116,6 +118,9 @@ class Watchdog:
         if self._lost:
             self._wake.set()
             self._thread.join()  # it ends the process
+        code = exit_code_of(error) if isinstance(error, Exception) else None
+        if code is not None and self._rank.world_size > 1:
+            self._refuse(error, code)
         self._stop.set()
         self._wake.set()
         self._thread.join(2 * _ANSWER_S)
@@ -204,7 +209,27 @@ class Watchdog:
             told = bool(self._store.ask(lambda store: store.check([_TOLD])))
         if first is False and not told:
             _print(f"namr: error: {why}")
-        os._exit(EXIT_CODE)
+        os._exit(self._exit_code(default=EXIT_CODE))
+
+    def _refuse(self, error: Exception, code: int) -> NoReturn:
+        """Say an error that is reported in one line, once for all ranks, and end the process; the
+        others end with the same exit code."""
+        me = str(self._rank.rank)
+        first = self._store.ask(lambda store: store.compare_set(_CLAIM, "", me).decode() == me)
+        if first is not False:
+            self._store.ask(lambda store: store.set(_CODE, str(code)))
+        if first is not False or not self._store.ask(lambda store: store.check([_CODE])):
+            _print(f"namr: error: {in_one_line(error)} (rank {me} on {self._host})")
+        self._store.ask(lambda store: store.set(_TOLD, me))
+        # The store may live here, and the others still have to hear of it.
+        time.sleep(3 * BEAT_S)
+        os._exit(self._exit_code(default=code))
+
+    def _exit_code(self, *, default: int) -> int:
+        """That of the rank that refused to go on, if one did."""
+        there = self._store.ask(lambda store: store.check([_CODE]))
+        code = self._store.ask(lambda store: store.get(_CODE)) if there else None
+        return int(code) if code else default
 
     def _say(self, why: str) -> None:
         self._exchange(read=True)
@@ -314,7 +339,7 @@ def _print(text: str) -> None:
     print(cursor + printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
-_CLAIM, _TOLD = "namr/report", "namr/told"
+_CLAIM, _TOLD, _CODE = "namr/report", "namr/told", "namr/code"
 
 
 def _key(rank: int) -> str:

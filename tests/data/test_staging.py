@@ -27,7 +27,7 @@ from namr_dist.data.read.stream import ShardImages
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.data.shardset.shards import shard_problems, verify_shards
 from namr_dist.data.staging import stage
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, ReportedError, TransientError
 
 FORK = multiprocessing.get_context("fork")
 
@@ -306,8 +306,10 @@ def test_a_source_that_is_damaged_is_named_and_leaves_no_set(
     path = own_shard_set.folder / "val-0.tar"
     whole = path.read_bytes()
     damage(path)
-    with pytest.raises(InputError, match=f"^{path} cannot be fetched: .*{said}") as error:
+    with pytest.raises(ReportedError, match=f"^{path} cannot be fetched: .*{said}") as error:
         stage(str(own_shard_set.folder), tmp_path / "to")
+    # A storage that fails may answer later; what is wrong there stays so.
+    assert isinstance(error.value, TransientError) == ("Input/output" in said)
     assert "\n" not in str(error.value)
     (folder,) = (tmp_path / "to").iterdir()
     assert not (folder / "manifest.json").exists() and not (folder / path.name).exists()
@@ -372,7 +374,7 @@ def test_a_disk_that_fills_up_and_a_folder_that_is_none_are_one_clear_line(
 
     def without_room() -> None:
         with pytest.raises(
-            InputError,
+            TransientError,
             match=rf"/to/\S+ is full \({os.strerror(errno.ENOSPC)}\); free some space, or",
         ):
             stage(str(shard_set.folder), tmp_path / "to")

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import make_shards, small_run
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
 from training_runs import Run, entries, losses, start_parent
 
 from namr_dist.config import DataConfig
@@ -172,7 +175,7 @@ def halt_inside_a_write(run: Run, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "number", "target"), [(1, signal.SIGUSR1, 0), (2, signal.SIGTERM, 1)]
+    ("ranks", "number", "target"), [(1, signal.SIGINT, 0), (2, signal.SIGHUP, 1)]
 )
 def test_signals_stop_and_resume(
     start: Start,
@@ -182,8 +185,8 @@ def test_signals_stop_and_resume(
     number: signal.Signals,
     target: int,
 ) -> None:
-    """To any rank, and first to its worker processes, for launchers signal the whole process
-    group."""
+    """To any rank, and first to its worker processes, for terminals and launchers signal the whole
+    process group."""
     folder = tmp_path / "run"
     run = start(folder, "--set.data.workers", 1, "--set.train.checkpoint_every", 0, ranks=ranks)
     run.until(lambda: len(losses(folder)) >= 3)
@@ -199,7 +202,8 @@ def test_signals_stop_and_resume(
     assert [step for step, _ in RunFolder(folder).checkpoints()] == [
         stopped
     ] and later <= stopped < STEPS
-    assert f"stopped after step {stopped}" in run.said() and "--resume" in run.said()
+    (line,) = [line for line in run.said().splitlines() if "stopped" in line]
+    assert f"after step {stopped}, as {number.name} asked for" in line and "--resume" in line
     run = start(folder, "--set.train.checkpoint_every", 0, "--resume", ranks=ranks)
     assert run.wait() == [0] * ranks, run.said()
     same(folder, unbroken[ranks])
@@ -377,6 +381,70 @@ def test_disk_full_at_a_checkpoint(start: Start, unbroken: dict[int, Path], tmp_
     for _, path in kept:
         open_state(path)
     same(folder, unbroken[1])
+
+
+def test_a_disk_that_refuses_logs_for_a_while(
+    start: Start, unbroken: dict[int, Path], tmp_path: Path
+) -> None:
+    """Files over a few KiB are refused from some moment on, and later no more: each line of
+    metrics.jsonl and each record of TensorBoard is there in the end, once and whole."""
+    folder = tmp_path / "run"
+    run = start(folder, "--set.train.tensorboard", "True", "--set.train.log_every", 3)
+    run.until(lambda: max(losses(folder), default=0) >= 5)
+    log = folder / "metrics.jsonl"
+    whole, open_end = (log.stat().st_size + 700, resource.RLIM_INFINITY)
+    resource.prlimit(run.pid(0), resource.RLIMIT_FSIZE, (whole, open_end))
+    run.until(lambda: f"WARNING: {log} cannot be written (File too large)" in run.said())
+    assert log.read_bytes().endswith(b"}\n"), "a torn line"
+    run.until(lambda: "WARNING: no checkpoint at step" in run.said())
+    resource.prlimit(run.pid(0), resource.RLIMIT_FSIZE, (open_end, open_end))
+    assert run.wait() == [0], run.said()
+    same(folder, unbroken[1])
+    (events,) = (folder / "tensorboard").iterdir()
+    rest, again = events.read_bytes(), RecordWriter(str(tmp_path / "again"))
+    steps = []
+    while rest:
+        (length,) = struct.unpack("<Q", rest[:8])
+        body, rest = rest[12 : 12 + length], rest[16 + length :]
+        again.write(body)
+        event = Event.FromString(body)
+        steps += [event.step for value in event.summary.value if value.tag == "train/loss"]
+    again.close()
+    assert steps == list(range(1, STEPS + 1))
+    assert (tmp_path / "again").read_bytes() == events.read_bytes(), "tensorboardX writes another"
+
+
+def test_a_killed_worker_ends_all_ranks_with_a_code_that_is_queued_again(
+    start: Start, unbroken: dict[int, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run = start(folder, "--set.data.workers", 1, ranks=2)
+    run.until(lambda: bool(RunFolder(folder).checkpoints()))
+    path = Path(f"/proc/{run.pid(1)}/task/{run.pid(1)}/children")
+    os.kill(int(path.read_text().split()[0]), signal.SIGKILL)
+    assert run.wait() == [74, 74], run.said()
+    (line,) = [line for line in run.said().splitlines() if line.startswith("namr: error: ")]
+    assert "a data worker process" in line and "(rank 1 on " in line
+    assert "Traceback" not in run.said()
+    run = start(folder, "--resume", ranks=2)
+    assert run.wait() == [0, 0], run.said()
+    same(folder, unbroken[2])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--set.data.classes_per_batch", 5), "which 2 ranks cannot share"),
+        (("--set.data.path", "nowhere"), "no shard set at nowhere"),
+        (("--set.optim.stepps", 5), "Unrecognized options"),
+    ],
+)
+def test_a_mistake_is_said_once_by_all_ranks(
+    start: Start, tmp_path: Path, words: tuple, said: str
+) -> None:
+    run = start(tmp_path / "run", *words, ranks=2)
+    assert run.wait() == [2, 2], run.said()
+    assert run.said().count("namr: error: ") == 1 and said in run.said()
 
 
 def test_checkpoints_by_time(start: Start, tmp_path: Path) -> None:

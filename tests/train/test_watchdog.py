@@ -28,6 +28,7 @@ STEPS = """
 import sys, time
 import torch
 import torch.distributed as dist
+from namr_dist.errors import InputError
 from namr_dist.parallel.ranks import discover
 from namr_dist.train.phases import Phases
 from namr_dist.train.watchdog import Watchdog, backend_timeout
@@ -42,7 +43,7 @@ with Watchdog(phases, rank, timeout_minutes=0.05):
             time.sleep(0.02 if rank.rank != hangs or phases.step < 3 else 1000)
         if rank.rank == fails and phases.step == 3:
             with phases("loss"):
-                raise ValueError("a wrong number")
+                raise (InputError if len(sys.argv) > 3 else ValueError)("a wrong number")
         with phases("gather"):
             dist.all_reduce(torch.ones(1))
         if phases.step == 3:
@@ -230,6 +231,15 @@ def test_error_of_one_rank_is_told_by_another(program: Path) -> None:
         r"  rank 1 .*: ended in 'loss' of step 3 by ValueError: a wrong number\n",
         reports,
     ), reports
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_rank_that_refuses_ends_all_with_its_code(program: Path, fails: int) -> None:
+    with started(program.parent, 2, program, -1, fails, "refuses") as group:
+        codes, reports = group.outcome(0, 1)
+    assert codes == [2, 2]
+    assert re.fullmatch(rf"namr: error: a wrong number \(rank {fails} on \S+\)\n", reports), reports
 
 
 @pytest.mark.dist

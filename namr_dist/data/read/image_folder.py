@@ -12,7 +12,7 @@ from namr_dist.data.build.formats.lists import ENDINGS
 from namr_dist.data.build.normalise import BrokenImageError, viewed_rgb
 from namr_dist.data.read.augment import TestTransform
 from namr_dist.data.read.stream import Batch, ImageSource
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, ReportedError, TransientError, is_transient
 
 
 class FolderImages(ImageSource):
@@ -45,13 +45,13 @@ class FolderImages(ImageSource):
         """The image files themselves, with the folder before their names."""
         return sorted({str(self._folder / self.names[position]) for position in positions})
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
+    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | ReportedError:
         positions = [position for position, _ in items]
         try:
             images = np.stack(
                 [self._image(self._folder / self.names[position]) for position in positions]
             )
-        except InputError as error:
+        except ReportedError as error:
             return error
         return Batch(
             images_bHW3=torch.from_numpy(images),
@@ -65,6 +65,5 @@ class FolderImages(ImageSource):
         except BrokenImageError as error:
             raise InputError(f"{path} cannot be decoded ({error}); repair or remove it") from None
         except OSError as error:
-            raise InputError(
-                f"{path} cannot be read ({error.strerror}); repair or remove it"
-            ) from None
+            kind = TransientError if is_transient(error) else InputError
+            raise kind(f"{path} cannot be read ({error.strerror}); repair or remove it") from None

@@ -24,7 +24,7 @@ from namr_dist.data.read.plan import Sampling, augment_seed, epoch_plan, rank_pa
 from namr_dist.data.read.watched_loader import LOOK_S, WatchedLoader, set_up_worker
 from namr_dist.data.shardset.manifest import Manifest, Shard, SplitIndex
 from namr_dist.data.shardset.shards import DamagedImageError, decode_rgb, jpeg_size, sha256_of
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, ReportedError, TransientError, is_transient
 
 _AHEAD_BYTES = 256 << 20
 """Batches made ahead by all workers of a rank, unless one each is more."""
@@ -62,7 +62,7 @@ class Batch:
         return replace(self, images_bHW3=images, labels_b=labels, index_b=index)
 
 
-class ImageSource(Dataset["Batch | InputError"], ABC):
+class ImageSource(Dataset["Batch | ReportedError"], ABC):
     """Images that come a whole batch at a time.
 
     An item is a pair (position among the images, augmentation seed). What is wrong with the data is
@@ -82,7 +82,7 @@ class ImageSource(Dataset["Batch | InputError"], ABC):
         """The files that the images at these positions are read from, each once, sorted."""
 
     @abstractmethod
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
+    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | ReportedError:
         """The images of a batch, in order."""
 
 
@@ -124,8 +124,8 @@ class ShardImages(ImageSource):
         return sorted({self._named(self._shard(position)) for position in positions})
 
     def jpeg(self, position: int) -> bytes:
-        """The undecoded image. Raises InputError, naming the shard, if that cannot be read or is
-        not the one of the manifest."""
+        """The undecoded image. Raises InputError, naming the shard, if it cannot be read or is not
+        the one of the manifest, and TransientError if storage does not answer."""
         shard, length = self._shard(position), int(self._index.length_N[position])
         try:
             # Opened anew each time: a set may have more shards than a process may have open files.
@@ -137,6 +137,11 @@ class ShardImages(ImageSource):
                 file.seek(int(self._index.offset_N[position]))
                 jpeg = file.read(length)
         except OSError as error:
+            if is_transient(error):
+                raise TransientError(
+                    f"shard {self._named(shard)} cannot be read ({error.strerror}); check that storage "
+                    "answers, and go on with --resume, or copy it again"
+                ) from None
             raise InputError(
                 f"shard {self._named(shard)} cannot be read ({error.strerror}); copy it again"
             ) from None
@@ -211,11 +216,11 @@ class ShardImages(ImageSource):
         )
         return view.render(decode_rgb(jpeg, where, shrink=view.shrink), shrink=view.shrink)
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | InputError:
+    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | ReportedError:
         replaced: list[str] = []
         try:
             shown = [self._image_or_next(position, seed, replaced) for position, seed in items]
-        except InputError as error:
+        except ReportedError as error:
             return error
         positions = np.array([position for position, _ in shown], np.int64)
         return Batch(
@@ -333,8 +338,9 @@ def stream(
     """Batches in order, made ahead by `workers` processes (0: in this one, which then cannot tell
     that a read hangs).
 
-    Raises InputError if an image or its shard cannot be read; if a worker is killed; and if no
-    batch comes for `timeout_s` seconds, naming the files of the one that is waited for.
+    Raises InputError if an image or its shard cannot be read, and TransientError if storage is the
+    reason; if a worker is killed; and if no batch comes for `timeout_s` seconds, naming the files
+    of the one that is waited for.
     """
     planned = iter(batches)
     first = next(planned, None)
@@ -343,7 +349,7 @@ def stream(
     asked: deque[list[tuple[int, int]]] = deque()
     # The sampler is a plan, known before the first read, so raw bytes are shuffled and never
     # decoded images.
-    made: DataLoader[Batch | InputError] = DataLoader(
+    made: DataLoader[Batch | ReportedError] = DataLoader(
         images,
         batch_sampler=_noting(itertools.chain([first], planned), asked),
         num_workers=workers,
@@ -361,7 +367,7 @@ def stream(
             batch := loaded.next(lambda: images.files(position for position, _ in asked[0]))
         ) is not None:
             asked.popleft()
-            if isinstance(batch, InputError):
+            if isinstance(batch, ReportedError):
                 raise batch
             yield batch
 
@@ -382,11 +388,11 @@ def batches_ahead(images: ImageSource, batch_size: int, *, workers: int) -> int:
     return max(1, min(4, _AHEAD_BYTES // (workers * batch_bytes)))
 
 
-def _to_parent(batch: Any) -> Batch | InputError:
+def _to_parent(batch: Any) -> Batch | ReportedError:
     """In a worker, puts the batch where its parent can see it."""
     # ImageSource gives a whole batch where DataLoader expects a list of samples.
-    assert isinstance(batch, (Batch, InputError))
-    if isinstance(batch, InputError) or get_worker_info() is None:
+    assert isinstance(batch, (Batch, ReportedError))
+    if isinstance(batch, ReportedError) or get_worker_info() is None:
         return batch
     try:
         # The queue would do it by itself, but a thread of it prints what goes wrong there, and the

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from torch.utils.data import DataLoader
 
-from namr_dist.errors import InputError
+from namr_dist.errors import TransientError
 
 LOOK_S = 1.0
 """Seconds between two looks at the workers while a batch is waited for: the DataLoader's own
@@ -68,9 +68,9 @@ class WatchedLoader(Generic[_T]):
         self._kill()
         atexit.unregister(self._kill)
 
-    def next(self, files: Callable[[], list[str]]) -> _T | InputError | None:
-        """The next batch; None after the last; an InputError if a worker has died, or if none came
-        for `timeout_s`.
+    def next(self, files: Callable[[], list[str]]) -> _T | TransientError | None:
+        """The next batch; None after the last; a TransientError if a worker has died, or if none
+        came for `timeout_s`.
 
         files: those that the batch is read from, to be named then.
         """
@@ -82,7 +82,7 @@ class WatchedLoader(Generic[_T]):
                 timed_out = str(error).startswith(_TIMED_OUT)
                 # A worker's connections break before it can be seen to have ended.
                 if dead := self._dead(within_s=0 if timed_out else _DYING_S):
-                    return InputError(_obituary(dead))
+                    return TransientError(_obituary(dead))
                 if not timed_out:
                     raise
         # Now, or DataLoader would wait for them. All are blocked or idle, so none holds a lock that
@@ -90,7 +90,7 @@ class WatchedLoader(Generic[_T]):
         self._kill()
         named = files()
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-        return InputError(
+        return TransientError(
             f"no batch came for {self._timeout_s:g} s (data.batch_minutes); its images are read from "
             f"{', '.join(named[:3])}{more}; check that storage answers, or raise data.batch_minutes, and "
             "go on with --resume"
@@ -110,9 +110,9 @@ class WatchedLoader(Generic[_T]):
 
 def set_up_worker(number: int) -> None:
     """What each worker does first."""
-    # A launcher signals the whole process group; a parent that wants to end in good order still
-    # needs its batches.
-    for request in (signal.SIGTERM, signal.SIGUSR1):
+    # Launchers and terminals signal the whole process group; a parent that wants to end in good
+    # order still needs its batches.
+    for request in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(request, signal.SIG_IGN)
     # A worker looks for its parent between two batches only, and a read may hang for ever.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

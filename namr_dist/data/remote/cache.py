@@ -34,7 +34,7 @@ from namr_dist.data.remote.hashed import HashedFiles, forget_hashed, note_hashed
 from namr_dist.data.remote.transfer import Origin
 from namr_dist.data.shardset.manifest import FILE_NAME, Manifest, Shard
 from namr_dist.data.shardset.shards import sha256_of
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, ReportedError, TransientError, is_transient
 from namr_dist.own_files import make_folder, open_own, open_unfollowed
 
 _POLL_S = 0.1
@@ -45,7 +45,8 @@ _UNFINISHED = re.compile(r"\.[0-9a-f]{32}-.+\.(\d+)\.part", re.DOTALL)
 def open_remote(url: str, remote: RemoteConfig) -> Manifest:
     """The shard set behind a URL; its tars are fetched as they are asked for.
 
-    The manifest is asked for anew each time. Raises InputError if it cannot be had or is none.
+    The manifest is asked for each time. Raises TransientError if it cannot be had for now,
+    InputError if never or if it is none.
     """
     cache = cache_folder(remote)
     folder = cache / "manifests" / hashlib.sha256(url.encode()).hexdigest()[:32]
@@ -124,8 +125,8 @@ class ShardCache:
         """The shard's local file, fetched and checked against its size and hash if it is not there.
 
         One that is there is hashed as well, once by each user; a damaged one is replaced. It may be
-        dropped again before it is opened: then ask anew. Raises InputError if it cannot be had or
-        kept.
+        dropped again before it is opened: then ask once more. Raises TransientError if it cannot be
+        had or kept for now, InputError if never.
         """
         there = self._folder / f"{shard.sha256[:32]}-{shard.file}"
         try:
@@ -243,8 +244,8 @@ def fetch(
     flush to disk.
 
     remedy: of an error that outlasts all tries.  told: called with the bytes of the shard that
-    `part` has, as they come. Raises InputError if the shard cannot be had, OSError if `part` cannot
-    be written.
+    `part` has, as they come. Raises InputError or TransientError if the shard cannot be had,
+    OSError if `part` cannot be written.
     """
 
     def attempt() -> None:
@@ -332,13 +333,14 @@ def _unlocking(file: FileIO) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _unusable(cache: Path, error: OSError) -> InputError:
+def _unusable(cache: Path, error: OSError) -> ReportedError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(
+        return TransientError(
             f"cache folder {cache} is full ({error.strerror}); free some space, or have the "
             "cache on a larger disk by data.remote.cache or the environment's XDG_CACHE_HOME"
         )
-    return InputError(
+    kind = TransientError if is_transient(error) else InputError
+    return kind(
         f"cache folder {cache} cannot be used ({error.strerror}); name a folder on a disk of this "
         "machine that can be written, by data.remote.cache or the environment's XDG_CACHE_HOME"
     )

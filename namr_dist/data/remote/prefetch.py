@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from namr_dist.data.read.stream import Batch, TrainPlan
 from namr_dist.data.read.watched_loader import set_up_worker
 from namr_dist.data.shardset.manifest import Manifest
-from namr_dist.errors import InputError
+from namr_dist.errors import ReportedError
 
 _MOST_BATCHES = 1000
 
@@ -67,7 +67,6 @@ class LookAhead:
     def _run(self, shards_by_batch: Iterable[Iterable[int]]) -> None:
         set_up_worker(0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nobody waits for what it fetches
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
         window: deque[set[int]] = deque()
         wanted: Counter[int] = Counter()
         most = taken = 0
@@ -91,5 +90,5 @@ class LookAhead:
             if number < taken:  # too late: it has been read
                 continue
             for shard in sorted(fresh):
-                with contextlib.suppress(InputError):
+                with contextlib.suppress(ReportedError):
                     self._manifest.path(self._manifest.shards[shard])

@@ -30,7 +30,7 @@ from namr_dist.config import RemoteConfig
 from namr_dist.data.remote.address import check_scheme, is_command, is_http, is_url, shown
 from namr_dist.data.remote.body import BLOCK_BYTES, Body, RefusedError, TransferError
 from namr_dist.data.remote.web import HttpBody, http_host
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, TransientError
 from namr_dist.text import say
 
 _LONGEST_READ_BYTES = 1 << 30
@@ -86,7 +86,8 @@ class Origin:
 
     def read(self, file: str, *, remedy: str) -> bytes:
         """A whole file of at most 1 GiB, tried as often as `repeated` does, within
-        data.remote.manifest_seconds in all. Raises InputError."""
+        data.remote.manifest_seconds in all. Raises what that does, and TransientError where time
+        runs out."""
         ends = time.monotonic() + self.remote.manifest_seconds
 
         def in_time() -> bytes:
@@ -99,8 +100,8 @@ class Origin:
             except TransferError:
                 if time.monotonic() < ends:
                     raise
-            raise RefusedError(
-                f"it has not come within {self.remote.manifest_seconds:g} s "
+            raise TransientError(
+                f"{self.shown(file)} cannot be fetched: it has not come within {self.remote.manifest_seconds:g} s "
                 "(data.remote.manifest_seconds), all tries together; check the server and the network, or "
                 "set that higher"
             )
@@ -127,7 +128,8 @@ class Origin:
         """What `attempt` returns once it raises no TransferError, with growing pauses between, none
         beyond `ends` of time.monotonic().
 
-        Raises InputError after data.remote.retries repetitions, and for a RefusedError at once.
+        After data.remote.retries repetitions raises TransientError, or InputError where the file is
+        another than expected each time; InputError for a RefusedError at once.
         """
         tries = self.remote.retries + 1
         for number in range(1, tries + 1):
@@ -138,7 +140,7 @@ class Origin:
                     f"{self.shown(file)} cannot be fetched: {shown(str(error))}"
                 ) from None
             except TransferError as error:
-                last, wait_s = shown(str(error)), error.wait_s
+                last, wait_s, wrong = shown(str(error)), error.wait_s, error.afresh
             if number < tries:
                 # The operating system's generator: equally seeded ranks would all come back at
                 # once.
@@ -154,7 +156,9 @@ class Origin:
                     file=sys.stderr,
                 )
                 time.sleep(pause_s)
-        raise InputError(
+        # What arrives whole and wrong each time is wrong there.
+        kind = InputError if wrong else TransientError
+        raise kind(
             f"{self.shown(file)} cannot be fetched: {tries} {'try' if tries == 1 else 'tries'}, the last "
             f"said: {last}; {remedy}"
         )

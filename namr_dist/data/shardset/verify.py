@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from namr_dist.data.shardset.manifest import Manifest, Shard
 from namr_dist.data.shardset.shards import shard_problems
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, ReportedError
 from namr_dist.json_file import parse_json
 
 _MOST_META_BYTES = 1 << 20
@@ -83,7 +83,7 @@ def _examine(manifest: Manifest, shard: Shard, *, decode: bool) -> tuple[list[st
     another size."""
     try:
         path = manifest.path(shard)
-    except InputError as error:
+    except ReportedError as error:
         return [str(error)], []
     lines = list(shard_problems(path, shard, decode=decode))
     if not path.is_file() or path.stat().st_size != shard.bytes:

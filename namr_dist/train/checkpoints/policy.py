@@ -35,9 +35,9 @@ class CheckpointPolicy:
         self._first = first
         self._latest_s = time.monotonic()
 
-    def decide(self, step: int, *, signal: int) -> tuple[bool, bool]:
-        """After so many steps: (write a checkpoint, stop). A signal on any rank counts, and the
-        first rank's clock.
+    def decide(self, step: int, *, signal: int) -> tuple[bool, int]:
+        """After so many steps: (write a checkpoint, the signal to stop for or 0). A signal on any
+        rank counts, and the first rank's clock.
 
         signal: the number of one that asked this rank to stop, 0 if none did.
         """
@@ -46,7 +46,7 @@ class CheckpointPolicy:
         due = train.checkpoint_every > 0 and step % train.checkpoint_every == 0
         due = due or (self._first and train.checkpoint_minutes > 0 and waited)
         save, stop = self._host.largest(int(due), signal)
-        return bool(save or stop), bool(stop)
+        return bool(save or stop), stop
 
     def save(self, step: int) -> tuple[bool, str]:
         """Write the state after `step` steps and then drop what is older than

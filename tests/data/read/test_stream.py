@@ -21,7 +21,7 @@ from namr_dist.data.read.stream import Batch, ShardImages, TrainPlan, sequential
 from namr_dist.data.read.to_device import on_device
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.data.shardset.shards import decode_rgb
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, TransientError
 
 
 def batches(
@@ -135,7 +135,7 @@ def test_a_killed_worker_is_one_clear_error(shard_set: Manifest, number: signal.
     killed = min(worker_pids() - before)
     os.kill(killed, number)
     with pytest.raises(
-        InputError,
+        TransientError,
         match=rf"^a data worker process \({killed}\) was ended by signal {int(number)} "
         r"\(SIG.*\); lower data.workers or check memory, .*--resume$",
     ):
@@ -153,7 +153,7 @@ def test_a_killed_worker_interrupts_no_other_code(shard_set: Manifest) -> None:
     os.kill(worker, signal.SIGKILL)
     while alive(worker):
         time.sleep(0.01)
-    with pytest.raises(InputError, match=str(worker)):
+    with pytest.raises(TransientError, match=str(worker)):
         list(made)
 
 
@@ -166,13 +166,13 @@ def test_a_shard_that_never_answers_is_named_and_the_process_ends(own_shard_set:
 from namr_dist.data.read.augment import TestTransform
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.data.read.stream import ShardImages, sequential_batches, stream
-from namr_dist.errors import InputError
+from namr_dist.errors import TransientError
 manifest = Manifest.load({str(own_shard_set.folder)!r})
 images = ShardImages(manifest, manifest.index("train"), TestTransform(size=48, crop_share=1.0))
 try:
     for batch in stream(images, sequential_batches(72, batch_size=9), workers=2, timeout_s=3):
         print(*batch.index_b.tolist())
-except InputError as error:
+except TransientError as error:
     print(error)
 """
     # Its pipes are inherited by the workers: had one gone on, their end would not be seen.

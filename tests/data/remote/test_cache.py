@@ -30,7 +30,7 @@ from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.data.remote.cache import check_cache
 from namr_dist.data.remote.prefetch import LookAhead
 from namr_dist.data.shardset.manifest import Manifest, Shard
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, TransientError
 
 FORK = multiprocessing.get_context("fork")
 
@@ -300,7 +300,7 @@ def test_a_cache_that_cannot_be_used_is_one_clear_line(
 
     def on_a_small_disk() -> None:
         with pytest.raises(
-            InputError, match=rf"cache is full \({os.strerror(errno.ENOSPC)}\); free some space"
+            TransientError, match=rf"cache is full \({os.strerror(errno.ENOSPC)}\); free some space"
         ):
             open_shards(server.url, remote).path(shard)
 

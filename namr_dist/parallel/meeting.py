@@ -1,0 +1,209 @@
+"""All ranks before there is a process group: each says that it is here, and whether it can go on.
+
+A process group is made by all ranks or by none: if one never comes, the others wait for half an
+hour. So they meet first, on a key-value store at the same address. A rank that cannot go on says
+why, once for all that have the same to say, and all end with its exit code; so they do if one on
+the same machine is killed meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from namr_dist.errors import InputError, TransientError, exit_code_of, in_one_line
+from namr_dist.parallel.ranks import Rank
+from namr_dist.text import say
+
+_LONGEST_POLL_S = 0.5
+_TIMEOUT = timedelta(minutes=30)
+_LEAVE_S = 60.0
+_SAY_AFTER_S = 30.0
+_PREFIX = "namr/meeting"
+
+
+class Meeting:
+    """One rank's side of it. Alone, it changes nothing."""
+
+    def __init__(self, rank: Rank) -> None:
+        """Finds the first rank, and says that this one is here.
+
+        Raises InputError if the first rank's port is taken, TransientError if the first rank does
+        not answer there.
+        """
+        self._rank = rank
+        self._ranks = range(rank.world_size)
+        self._host = socket.gethostname()
+        self._stage = 0
+        if rank.world_size == 1:
+            return
+        self._address, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun listens at that port itself, also for ranks that it starts once more.
+        torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._listens = rank.first and not torchruns
+        try:
+            # Of several tenants, since the process group will listen at the same port.
+            store = dist.TCPStore(
+                self._address,
+                self._port,
+                rank.world_size,
+                is_master=self._listens,
+                timeout=_TIMEOUT,
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except dist.DistError as error:
+            if self._listens:
+                raise InputError(
+                    f"port {self._port} of {self._address}, at which the ranks meet, cannot be used "
+                    f"({_first_line(error)}); set MASTER_PORT to a free port of that machine"
+                ) from None
+            raise self._lost(error) from None
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"{_PREFIX}/{attempt}", store)
+        self._kernel = _kernel()
+        here = {"host": self._host, "kernel": self._kernel, "pid": os.getpid()}
+        self._store.set(_here(rank.rank), json.dumps(here))
+
+    @contextlib.contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Afterwards all ranks have come so far, and none met an error that ends it; else all end,
+        with one exit code, and each different error is printed once."""
+        if self._rank.world_size == 1:
+            yield
+            return
+        self._stage += 1
+        try:
+            yield
+        except Exception as error:
+            code = exit_code_of(error)
+            if code is None:
+                self._give(1)  # a traceback follows
+                raise
+            try:
+                code = self._refuse(error, code)
+            except dist.DistError:  # the first rank has gone, and may have said the same
+                say(f"namr: error: {in_one_line(error)}", file=sys.stderr)
+            raise SystemExit(code) from None
+        try:
+            self._await_all()
+        except dist.DistError as error:
+            raise self._lost(error) from None
+
+    def _give(self, code: int) -> int:
+        """Let the others end with this exit code; returns the one that counts, given first."""
+        return int(self._store.compare_set("code", "", str(code)))
+
+    def _refuse(self, error: Exception, code: int) -> int:
+        text = in_one_line(error)
+        if self._store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1:
+            where = f"rank {self._rank.rank} on {self._host}"
+            say(f"namr: error: {text} ({where})", file=sys.stderr)
+        code = self._give(code)
+        self._store.set(self._ready(self._rank.rank), "")
+        # The store is lost with this process, and the others have to hear of it.
+        until_s = time.monotonic() + (_LEAVE_S if self._listens else 0)
+        while time.monotonic() < until_s and self._missing():
+            time.sleep(_LONGEST_POLL_S)
+        return code
+
+    def _await_all(self) -> None:
+        began_s, said, poll_s = time.monotonic(), False, 0.02
+        self._store.set(self._ready(self._rank.rank), "")
+        while missing := self._missing():
+            self._end_with_the_others()
+            waited_s = time.monotonic() - began_s
+            if self._rank.first and waited_s > _SAY_AFTER_S and not said:
+                said = True
+                say(f"waiting for {self._described(missing)}", file=sys.stderr)
+            for one in missing:
+                if self._has_died(one):
+                    raise TransientError(
+                        f"{self._described([one])} has ended before training began; see what ended it, "
+                        "and start all ranks again"
+                    )
+            if waited_s > _TIMEOUT.total_seconds():
+                raise TransientError(
+                    f"{self._described(missing)} did not come within {waited_s:.0f} s; see what keeps "
+                    "them, and start all ranks again"
+                )
+            time.sleep(poll_s)
+            poll_s = min(1.5 * poll_s, _LONGEST_POLL_S)
+        self._end_with_the_others()
+
+    def _end_with_the_others(self) -> None:
+        if self._store.check(["code"]):
+            raise SystemExit(int(self._store.get("code")))
+
+    def _missing(self) -> list[int]:
+        """Ranks that are not ready yet."""
+        if self._store.check([self._ready(rank) for rank in self._ranks]):
+            return []
+        return [rank for rank in self._ranks if not self._store.check([self._ready(rank)])]
+
+    def _ready(self, rank: int) -> str:
+        return f"ready/{self._stage}/{rank}"
+
+    def _place(self, rank: int) -> dict | None:
+        """Where a rank is, if it has come."""
+        if not self._store.check([_here(rank)]):
+            return None
+        place: dict = json.loads(self._store.get(_here(rank)))
+        return place
+
+    def _has_died(self, rank: int) -> bool:
+        """Whether a rank of this machine was here, is not ready and is no more."""
+        place = self._place(rank)
+        if place is None or place["kernel"] != self._kernel:
+            return False
+        try:
+            with open(f"/proc/{place['pid']}/stat", encoding="utf-8", errors="replace") as file:
+                ended = file.read().rpartition(")")[2].split()[0] in "ZX"  # nobody has asked yet
+        except FileNotFoundError:
+            ended = True
+        except OSError:
+            return False
+        return ended and not self._store.check([self._ready(rank)])
+
+    def _described(self, ranks: list[int]) -> str:
+        """Ranks, with their machines where they have come."""
+        names = []
+        for rank in ranks[:4]:
+            place = self._place(rank)
+            names.append(
+                f"rank {rank} on {place['host']} (pid {place['pid']})"
+                if place
+                else f"rank {rank}, not heard of yet"
+            )
+        more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+        return "; ".join(names) + more
+
+    def _lost(self, error: Exception) -> TransientError:
+        return TransientError(
+            f"rank {self._rank.rank}: the first rank does not answer at {self._address}:{self._port} "
+            f"({_first_line(error)}); see what it says, and start all ranks again"
+        )
+
+
+def _here(rank: int) -> str:
+    return f"here/{rank}"
+
+
+def _kernel() -> str:
+    """Where a process's number means the same process: this boot of this machine, and the
+    container in it."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return f"{file.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,127 @@
+"""Ranks that meet before there is a process group: all go on, or all end, and say why once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT
+
+pytestmark = pytest.mark.dist
+
+# A word for each rank says what becomes of it: "ends", "waits" or the name of a mistake.
+RANK = """
+import sys, time
+from namr_dist.errors import InputError, ReportedError
+from namr_dist.parallel.meeting import Meeting
+from namr_dist.parallel.ranks import discover
+
+rank = discover()
+word = sys.argv[1 + rank.rank]
+try:
+    meeting = Meeting(rank)
+    print("here", flush=True)
+    for stage in range(2):
+        with meeting.all_or_none():
+            if word == "waits":
+                time.sleep(1000)
+            if word != "ends":
+                raise InputError(word)
+except ReportedError as error:
+    print(f"namr: error: {error}")
+    sys.exit(error.exit_code)
+print("met")
+"""
+
+
+@contextlib.contextmanager
+def met(folder: Path, *words: str, port: int | None = None) -> Iterator[list[subprocess.Popen]]:
+    """A rank for each word, at the port or at a free one. All that still run at the end are
+    killed."""
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+    (folder / "rank.py").write_text(RANK)
+    common = {**ENVIRONMENT, "WORLD_SIZE": str(len(words)), "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, folder / "rank.py", *words],
+            env={**common, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(len(words))
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def ends(ranks: list[subprocess.Popen]) -> tuple[list[int], str]:
+    """Exit codes, and what all said."""
+    said = "".join(rank.communicate(timeout=240)[0] for rank in ranks)
+    return [rank.returncode for rank in ranks], said
+
+
+def test_all_are_here(tmp_path: Path) -> None:
+    with met(tmp_path, "ends", "ends", "ends") as ranks:
+        codes, said = ends(ranks)
+    assert codes == [0, 0, 0] and said.count("met") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (("wrong", "wrong", "wrong"), 1),
+        (("ends", "ends", "wrong"), 1),
+        (("wrong", "ends", "other"), 2),
+    ],
+)
+def test_each_mistake_is_said_once_and_all_end_alike(
+    tmp_path: Path, words: tuple[str, ...], lines: int
+) -> None:
+    with met(tmp_path, *words) as ranks:
+        codes, said = ends(ranks)
+    assert codes == [2, 2, 2] and "met" not in said and "Traceback" not in said
+    assert said.count("namr: error: ") == lines and "namr: error: wrong (rank " in said
+
+
+def test_one_that_dies_ends_the_others(tmp_path: Path) -> None:
+    """Without a launcher that would."""
+    with met(tmp_path, "ends", "waits") as ranks:
+        assert ranks[1].stdout and ranks[1].stdout.readline() == "here\n"
+        ranks[1].kill()
+        codes, said = ends(ranks)
+    assert codes == [74, -signal.SIGKILL]
+    assert f"(pid {ranks[1].pid}) has ended before training began" in said
+
+
+def test_a_first_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    with met(tmp_path, "waits", "ends") as ranks:
+        assert ranks[1].stdout and ranks[1].stdout.readline() == "here\n"
+        ranks[0].kill()
+        codes, said = ends(ranks)
+    assert codes == [-signal.SIGKILL, 74]
+    assert said.count("namr: error: ") == 1 and "Traceback" not in said
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with met(tmp_path, "ends", "ends", port=port) as ranks:
+            codes, said = ends(ranks[:1])
+    assert codes == [2] and f"port {port} of 127.0.0.1" in said and "set MASTER_PORT" in said
+    assert "Traceback" not in said
