@@ -10,7 +10,8 @@
 # NAMR_MASTER_PORT port of the first machine (29500)
 #
 # NCCL_*, GLOO_*, OMP_* and PYTHONPATH are passed on. When a machine's ranks fail, those of the others are ended, and
-# its exit code is this program's.
+# its exit code is this program's. Ctrl-C, a closed terminal (but for nohup), TERM and USR1 make the ranks write a
+# checkpoint and end with code 75; a second one ends all at once.
 set -euo pipefail
 
 node=${NODE_RANK:-} dry=
@@ -39,13 +40,29 @@ if [[ $dry ]]; then
 fi
 if [[ $node ]]; then eval "exec $commands"; fi
 
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 143' TERM
-trap 'exit 130' INT
+keys=$(mktemp -d)
+trap 'kill $(jobs -p) 2>/dev/null || true; wait; rm -rf "$keys"' EXIT
+terminals=() stopping=
+# stop NUMBER: ssh passes no signal on, but what is typed: at the first one Ctrl-C, at each machine's terminal.
+stop() {
+    if [[ $stopping ]]; then exit $((128 + $1)); fi
+    stopping=1
+    echo "multi_node.sh: stopping; the ranks write a checkpoint first, and a second signal ends them at once" >&2
+    local terminal
+    for terminal in "${terminals[@]}"; do printf '\3' >&"$terminal"; done
+}
+trap 'stop 1' HUP
+trap 'stop 2' INT
+trap 'stop 15' TERM
+trap 'stop 10' USR1
 mapfile -t lines <<<"$commands"
 running=()
 for line in "${lines[@]}"; do
-    eval "exec $line" </dev/null &
+    mkfifo "$keys/${#running[@]}"
+    exec {terminal}<>"$keys/${#running[@]}" # for reading too: opening it waits for nobody, and it has no end
+    terminals+=("$terminal")
+    # Of the signals that a terminal sends to all its programs, ssh would die.
+    (trap '' HUP INT && eval "exec $line") <&"$terminal" &
     running+=($!)
 done
 # Not `wait -n`: of two that end at once, it may miss one and then say 127.

@@ -3,9 +3,11 @@
     python -m namr_dist.launchers.torchrun --nproc-per-node 2 \\
         --module namr_dist.launchers.train homeware
 
-torchrun itself kills its ranks 30 s after SIGTERM, dies of SIGUSR1 and leaves them behind, and ends
-with 1 whatever they end with. Here both signals go on to the ranks, which write a checkpoint; the
-first that ends with anything but 0 gives this program its exit code, and the others are ended.
+torchrun itself kills its ranks 30 s after SIGTERM, dies of Ctrl-C and of a closed terminal with a
+traceback, also under nohup, dies of SIGUSR1 and leaves them behind, and ends with 1 whatever they
+end with. Here all these signals go on to the ranks, which write a checkpoint, unless they are
+ignored; the first rank that ends with anything but 0 gives this program its exit code, and the
+others are ended.
 """
 
 from __future__ import annotations
@@ -17,10 +19,21 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
+_PASSED_ON = tuple(
+    number
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+    if number == signal.SIGUSR1 or signal.getsignal(number) is not signal.SIG_IGN
+)
+"""But for what nohup, or a shell that starts this in the background, has ignored."""
+if __name__ == "__main__" and signal.SIGINT in _PASSED_ON:
+    # Seconds of imports lie ahead, in which Ctrl-C is to end this without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+from torch.distributed import DistNetworkError  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+from torch.distributed.run import main as torchrun  # noqa: E402
+
+_REFUSED = 2
 
 
 def main() -> int:
@@ -29,19 +42,39 @@ def main() -> int:
         signal.signal(number, _pass_on_or_end)
     signal.signal(signal.SIGCHLD, _rank_ended)
     try:
-        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+        # Those that it handles itself, by ending its ranks.
+        torchrun(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         # As a shell counts signals.
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         print(f"torchrun: rank {rank} was the first to end, with code {code}", file=sys.stderr)
         return code
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        print(f"torchrun: error: {_port_in_use(sys.argv[1:])}", file=sys.stderr)
+        return _REFUSED
     finally:
-        for (
-            number
-        ) in _PASSED_ON:  # Python's own end would set back a handler, and die of the next one
+        # Python's own end would set back a handler, and die of the next one.
+        for number in _PASSED_ON:
             signal.signal(number, signal.SIG_IGN)
     return 0
+
+
+def _port_in_use(words: list[str]) -> str:
+    """words: of the command line."""
+    ports = [
+        value
+        for word, value in zip(words, [*words[1:], ""], strict=True)
+        if word in ("--master-port", "--master_port")
+    ]
+    port = ports[0] if ports else "29500, the default,"
+    return (
+        f"port {port} of this machine, at which the ranks meet, is in use by another program; set "
+        "NAMR_MASTER_PORT (of multi_node.sh), NAMR_PORT (of a Slurm job) or --master-port to a free "
+        "one, or use --standalone on a single machine"
+    )
 
 
 def _children() -> list[int]:

@@ -10,8 +10,10 @@ import signal
 import sys
 
 # Seconds of imports lie ahead, and schedulers signal every process of a job: who asks again is
-# heard once ranks train.
+# heard once ranks train. Until then Ctrl-C ends a rank, without a traceback from each.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from namr_dist.cli.main import main  # noqa: E402
 

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-_TIMEOUT_S = 120.0
+from namr_dist.train.signals import STOP_SIGNALS
+
+_TIMEOUT_S = 1500.0
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
@@ -121,8 +123,16 @@ def _texts(*words: object) -> list[str]:
     return [str(word) for word in words]
 
 
+def heed_signals() -> None:
+    """For a new process: tests under nohup or in the background ignore signals, and would pass that
+    on."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _namr(words: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
     os.setsid()
+    heed_signals()
     # Worker processes come from the rank itself, as everywhere else, and not from another such
     # parent.
     multiprocessing.set_start_method("fork", force=True)

@@ -118,8 +118,8 @@ class Watchdog:
         if self._lost:
             self._wake.set()
             self._thread.join()  # it ends the process
-        code = exit_code_of(error) if isinstance(error, Exception) else None
-        if code is not None and self._rank.world_size > 1:
+        code = None if error is None else exit_code_of(error)
+        if error is not None and code is not None and self._rank.world_size > 1:
             self._refuse(error, code)
         self._stop.set()
         self._wake.set()
@@ -211,7 +211,7 @@ class Watchdog:
             _print(f"namr: error: {why}")
         os._exit(self._exit_code(default=EXIT_CODE))
 
-    def _refuse(self, error: Exception, code: int) -> NoReturn:
+    def _refuse(self, error: BaseException, code: int) -> NoReturn:
         """Say an error that is reported in one line, once for all ranks, and end the process; the
         others end with the same exit code."""
         me = str(self._rank.rank)

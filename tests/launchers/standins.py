@@ -46,7 +46,13 @@ if [[ $1 == broken ]]; then
     exit 7
 fi
 echo $$ >"$STANDIN_PIDS/$1"
-exec bash -c "$2"
+# With -tt, the other machine starts it at a terminal, with no signal ignored.
+exec python3 -c '
+import os, pty, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(["bash", "-c", sys.argv[1]])))
+' "$2"
 """
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import safetensors
-from conftest import REPOSITORY, launch, small_run
+from conftest import ENVIRONMENT, REPOSITORY, launch, small_run
 from standins import make_standins
-from training_runs import Run, start_parent
+from training_runs import Run, heed_signals, start_parent
 
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.parallel.ranks import read_launch
@@ -206,6 +208,35 @@ def test_a_machine_that_fails_ends_the_others(place: Place) -> None:
     assert done.returncode == 7 and "ended with code 7" in done.stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int((place.folder / "127.0.0.1").read_text()), 0)
+
+
+def test_ctrl_c_stops_the_ranks_of_every_machine(place: Place) -> None:
+    """ssh passes no signal on, but what is typed."""
+    words = [*place.words, "--set.optim.steps", "100000", "--set.train.checkpoint_minutes", "0"]
+    variables = {
+        **ENVIRONMENT,
+        "PATH": f"{place.folder / 'bin'}:{BIN}:/usr/bin:/bin",
+        "NAMR_MASTER_PORT": str(free_port()),
+        "STANDIN_PIDS": str(place.folder),
+    }
+    metrics, output = place.folder / "run" / "metrics.jsonl", place.folder / "said"
+    with output.open("wb") as said:
+        process = subprocess.Popen(
+            [MULTI_NODE, place.hostfile, *words],
+            cwd=place.folder,
+            env=variables,
+            stdout=said,
+            stderr=said,
+            preexec_fn=heed_signals,
+        )
+    give_up = time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < give_up, output.read_text()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 75, output.read_text()
+    assert "Traceback" not in output.read_text()
+    assert len(list((place.folder / "run" / "checkpoints").glob("step-*.safetensors"))) == 1
 
 
 def test_multi_node_dry_run(place: Place) -> None:
