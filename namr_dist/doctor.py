@@ -17,6 +17,7 @@ from rich.table import Table
 
 from namr_dist import __version__
 from namr_dist.atomic import check_target
+from namr_dist.errors import InputError
 from namr_dist.terminal import Console, plain, transient_bar
 
 Status = Literal["ok", "slow", "missing"]
@@ -48,6 +49,7 @@ def examine() -> list[Finding]:
         _device,
         _precision,
         _kernels,
+        _compilers,
         _search,
         _zero,
         _data,
@@ -181,6 +183,24 @@ def _kernels() -> Finding:
         found=kernels.describe(torch.device("cpu")),
         remedy="an NVIDIA GPU of sm_80 or later, with its driver",
     )
+
+
+def _compilers() -> Finding:
+    import torch
+
+    from namr_dist.cluster.checks import compilers
+
+    try:
+        return Finding(what="compilers", status="ok", found=compilers(os.environ))
+    except InputError as error:
+        needed = torch.cuda.is_available()
+        found, _, remedy = str(error).partition("; ")
+        return Finding(
+            what="compilers",
+            status="missing" if needed else "slow",
+            found=found,
+            remedy=remedy if needed else "none, if this machine has no GPU",
+        )
 
 
 def _search() -> Finding:

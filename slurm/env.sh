@@ -20,17 +20,6 @@
 # Words of the last two cannot hold blanks.
 set -euo pipefail
 
-cd "$NAMR_HOME" || exit 2
-NAMR_HOME=$PWD
-if [[ ${NAMR_ENV-} ]]; then
-    set +u # conda's and Lmod's own scripts read variables that are not set
-    # shellcheck source=/dev/null
-    source "$NAMR_ENV" || exit 2
-    set -u
-elif [[ -x .venv/bin/namr ]]; then
-    PATH=$PWD/.venv/bin:$PATH
-fi
-
 # What scontrol calls this job. One job of an array has the number of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
@@ -40,6 +29,26 @@ say() { echo "job $job: $*" >&2; }
 refuse() {
     say "$*"
     exit 2
+}
+
+cd "$NAMR_HOME" || exit 2
+NAMR_HOME=$PWD
+if [[ ${NAMR_ENV-} ]]; then
+    [[ -f $NAMR_ENV && -r $NAMR_ENV ]] ||
+        refuse "NAMR_ENV is $NAMR_ENV, no file that $(hostname -s) can read; correct it, or unset it for .venv"
+    set +u # conda's and Lmod's own scripts read variables that are not set
+    # shellcheck source=/dev/null
+    source "$NAMR_ENV" || refuse "NAMR_ENV, $NAMR_ENV, ended with code $?; see above"
+    set -u
+elif [[ -x .venv/bin/namr ]]; then
+    PATH=$PWD/.venv/bin:$PATH
+fi
+
+# Refuse a job that would not find the program; what a container holds shows only in it.
+need_namr() {
+    [[ ${NAMR_CONTAINER-} || ${NAMR_SRUN-} == *container* ]] || command -v namr >/dev/null ||
+        refuse "there is no .venv/bin/namr in $NAMR_HOME and no namr on the PATH; run make setup there, or set" \
+            "NAMR_ENV to a file that activates an environment with it"
 }
 
 # A signal is noted and told; `step` passes it on. USR1 comes ahead of a time limit and of some preemptions (--signal),
@@ -166,6 +175,7 @@ allowed_code() {
 namr_job() {
     local recipe=$1 data=${NAMR_SHARDS:-shards/$1} threads allow
     shift
+    need_namr
     mapfile -t allow < <(allowed_code "$@")
     NAMR_LAUNCH=${NAMR_LAUNCH:-torchrun} NAMR_RUN_DIR=${NAMR_RUN_DIR:-runs/$recipe}
     NAMR_RANKS_PER_NODE=${NAMR_RANKS_PER_NODE:-$(ranks_of_gpus)} NAMR_MAX_RESTARTS=${NAMR_MAX_RESTARTS:-3}

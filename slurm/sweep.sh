@@ -40,6 +40,7 @@ fi
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$NAMR_HOME/slurm/env.sh" || exit 2
 if [[ $recipe == table ]]; then
+    need_namr
     on_first_node namr report "$2"
     exit
 fi

@@ -6,6 +6,15 @@ set -euo pipefail
 # srun passes USR1 on to every process of its step. Ranks ask for it once they train; nothing is to die of it before.
 trap '' USR1
 
+# On this node's own disk: on a home that nodes share, ranks wait for each other's files, or find halves of them. A
+# folder that is not this user's alone could hold anybody's code.
+if [[ ! ${TRITON_CACHE_DIR-} ]]; then
+    cache=${TMPDIR:-/tmp}/namr-triton-$UID
+    mkdir -m 700 "$cache" 2>/dev/null || true
+    [[ -d $cache && -O $cache && ! -L $cache && $(stat -c %a "$cache") == 700 ]] || cache=$(mktemp -d)
+    export TRITON_CACHE_DIR=$cache
+fi
+
 read -ra inside <<<"${NAMR_CONTAINER-}"
 if [[ $1 != train ]]; then exec "${inside[@]}" "$@"; fi
 shift

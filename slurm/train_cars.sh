@@ -21,7 +21,17 @@ NAMR_LAUNCH=${NAMR_LAUNCH:-torchrun}        # or srun, or deepspeed
 NAMR_STAGE=${NAMR_STAGE-}                   # a folder on each node's own disk to copy the shards to
 # more of them: env.sh
 
-NAMR_HOME=${NAMR_HOME:-$SLURM_SUBMIT_DIR}
+# Slurm runs a copy of this script, so it finds env.sh by the folder that it was submitted from.
+if [[ ! ${SLURM_JOB_ID-} ]]; then
+    echo "$0 is a batch job; submit it: sbatch $0" >&2
+    exit 2
+fi
+NAMR_HOME=${NAMR_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+if [[ ! -r $NAMR_HOME/slurm/env.sh ]]; then
+    echo "job $SLURM_JOB_ID: there is no slurm/env.sh in $NAMR_HOME; submit from the folder of the repository," \
+        "or set NAMR_HOME to it" >&2
+    exit 2
+fi
 # shellcheck source-path=SCRIPTDIR source=env.sh
 source "$NAMR_HOME/slurm/env.sh" || exit 2
 namr_job cars "$@"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import secrets
@@ -126,6 +127,32 @@ def _driver() -> str:
 
 def _build() -> str:
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+
+
+def compilers(environ: Mapping[str, str]) -> str:
+    """What Triton compiles kernels with: a C compiler and ptxas, as it looks for them. Raises
+    InputError, naming each that is missing."""
+    compiler = environ.get("CC") or next(filter(shutil.which, ("clang", "gcc")), None)
+    missing = []
+    if compiler is None or shutil.which(compiler) is None:
+        named = f"CC is {compiler}, which is not there" if compiler else "no C compiler"
+        missing.append(f"{named}; install gcc, or set CC to a compiler")
+    assembler = environ.get("TRITON_PTXAS_PATH") or _own_ptxas()
+    if shutil.which(assembler) is None:
+        missing.append(
+            f"ptxas is not at {assembler}; install the triton package again, or set "
+            "TRITON_PTXAS_PATH to the one of a CUDA toolkit"
+        )
+    if missing:
+        raise InputError("; ".join(missing))
+    return f"{compiler}, {assembler}"
+
+
+def _own_ptxas() -> str:
+    """Where the triton package has it, installed or not."""
+    spec = importlib.util.find_spec("triton")
+    folder = Path(spec.origin).parent if spec and spec.origin else Path("triton")
+    return str(folder / "backends" / "nvidia" / "bin" / "ptxas")
 
 
 @dataclass(frozen=True, kw_only=True)

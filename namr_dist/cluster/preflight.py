@@ -31,10 +31,10 @@ from namr_dist.cluster.deadline import (
     within,
 )
 from namr_dist.cluster.rendezvous import FirstNodeGoneError, Rendezvous
-from namr_dist.cluster.report import Report, compare, show
+from namr_dist.cluster.report import Report, compare, in_words_of_the_job, show
 from namr_dist.config import Config
 from namr_dist.data.remote.address import shown
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, ReportedError
 from namr_dist.parallel.hostlist import expand_hosts
 from namr_dist.parallel.ranks import Launch, read_launch
 from namr_dist.retrieval.search import search_backend
@@ -134,6 +134,7 @@ class _Node:
         )
         problems = compare(reports, names, ranks_per_node=self._ranks_per_node)
         problems += [f"{names[rank]}: {self._why_silent(rank)}" for rank in sorted(silent)]
+        problems = [in_words_of_the_job(problem, os.environ) for problem in problems]
         show(reports, names)
         for problem in problems:
             say(f"namr: error: preflight: {problem}", file=sys.stderr)
@@ -199,7 +200,7 @@ class _Node:
                     + MORE_TIME
                 )
                 return False
-            except InputError as error:
+            except ReportedError as error:
                 # The configuration as a whole may meet the same mistake.
                 if str(error) not in problems:
                     problems.append(str(error))
@@ -210,17 +211,13 @@ class _Node:
         return True
 
     def _checks(self) -> list[_Check]:
-        config, launch = self._config, self._launch
-        if isinstance(config, InputError):
-            self._report.problems.append(str(config))
-            return []
+        config, launch, environ = self._config, self._launch, os.environ
         if launch.local_rank > 0:
             self._report.problems.append(
                 f"process {launch.rank} shares its machine with another; start one a node, as "
                 "srun --ntasks-per-node=1 does"
             )
             return []
-        data, environ = config.data, os.environ
         plan = [
             _Check(
                 fact="free_bytes",
@@ -236,8 +233,21 @@ class _Node:
                 find=lambda: checks.gpus(environ, self._ranks_per_node),
             ),
             _Check(
+                fact=None,
+                doing="looking for compilers",
+                hint=_HUNG,
+                # On CPUs nothing is compiled; None: GPUs are there, and one of them was refused.
+                find=lambda: checks.compilers(environ) if self._report.gpus != [] else None,
+            ),
+            _Check(
                 fact="search", doing="loading faiss", hint=_HUNG, find=lambda: search_backend().name
             ),
+        ]
+        if isinstance(config, InputError):  # which is not all that may be wrong here
+            self._report.problems.append(str(config))
+            return plan
+        data = config.data
+        plan += [
             _Check(
                 fact="shards",
                 doing=f"checking shards ({shown(data.path or 'homeware')})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -96,6 +97,23 @@ def _listed(nodes: Sequence[str], count: int) -> str:
         return "all nodes"
     more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
     return ", ".join(nodes[:_NAMED]) + more
+
+
+_OF_A_JOB = {
+    "--run-dir": "NAMR_RUN_DIR",
+    "--ranks-per-node": "NAMR_RANKS_PER_NODE",
+    "data.path": "NAMR_SHARDS",
+}
+
+
+def in_words_of_the_job(problem: str, environ: Mapping[str, str]) -> str:
+    """A problem with the names by which a Slurm job of slurm/ is given what the command line calls
+    otherwise; as it is anywhere else."""
+    if "NAMR_LAUNCH" not in environ:
+        return problem
+    for word, variable in _OF_A_JOB.items():
+        problem = re.sub(rf"(?<![\w.-]){re.escape(word)}(?![\w.-]*\w)", variable, problem)
+    return problem
 
 
 def show(reports: Mapping[int, Report], names: Sequence[str]) -> None:

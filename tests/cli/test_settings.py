@@ -89,7 +89,7 @@ def test_doctor(namr: Callable) -> None:
     assert by_name["homeware"]["status"] == "ok" and by_name["homeware"]["found"].startswith(
         "4920 images"
     )
-    assert by_name["torch"]["status"] == "ok"
+    assert by_name["torch"]["status"] == "ok" and "ptxas" in by_name["compilers"]["found"]
     assert all(finding["status"] in ("ok", "slow", "missing") for finding in findings)
     assert not [finding for finding in findings if finding["status"] == "missing"]
 

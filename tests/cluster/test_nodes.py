@@ -18,7 +18,9 @@ from conftest import ENVIRONMENT, small_run
 from nodes import Node, free_port, slurm_like, torchrun_like
 
 from namr_dist.cli.main import main
+from namr_dist.cluster import checks
 from namr_dist.data.shardset.manifest import Manifest
+from namr_dist.errors import InputError
 
 pytestmark = pytest.mark.dist
 
@@ -188,6 +190,27 @@ def test_a_mistake_in_the_settings_is_told_once(shard_set: Manifest, tmp_path: P
     assert (code, other) == (2, (2, ""))
     (line,) = errors(said)
     assert line.startswith("all nodes: Unrecognized options") and "--set.data.pth" in line
+
+
+def test_a_node_reports_all_its_problems_at_once_in_the_words_of_a_job(
+    shard_set: Manifest, tmp_path: Path
+) -> None:
+    job = {**slurm_like(0, free_port(), size=1), "NAMR_LAUNCH": "torchrun"}
+    wrong = words(shard_set, Path("/proc/run"), *_GENEROUS, "--set.data.pth", "x")
+    code, said = Node(tmp_path / "node", job, *wrong).end()
+    assert code == 2
+    settings, folder = sorted(errors(said), key=lambda line: "run folder" in line)
+    assert "Unrecognized options" in settings
+    assert "run folder /proc/run" in folder and "with NAMR_RUN_DIR" in folder
+    assert "--run-dir" not in said
+
+
+def test_missing_compilers_are_named() -> None:
+    """As Triton looks for them."""
+    with pytest.raises(InputError, match="CC is no-such, .* set CC .*; ptxas is not at /none; .*"):
+        checks.compilers({"CC": "no-such", "TRITON_PTXAS_PATH": "/none"})
+    there = {"CC": sys.executable, "TRITON_PTXAS_PATH": sys.executable}
+    assert checks.compilers(there) == f"{sys.executable}, {sys.executable}"
 
 
 def test_a_port_that_is_taken_is_named_by_the_first_node(

@@ -3,6 +3,9 @@ of shell."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from conftest import REPOSITORY, launch
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 TRAIN = REPOSITORY / "slurm" / "train_sop.sh"
+SCRIPTS = sorted((REPOSITORY / "slurm").glob("train_*.sh"))
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +66,11 @@ def test_a_preflight_that_does_not_even_start_is_the_end(lab: Lab, started: Path
 
 
 def test_a_job_that_only_crashes_gives_up(lab: Lab, started: Path) -> None:
-    """One more start is made, as asked, and no third."""
-    job = submit(lab, started, steps="if [[ $step == train ]]; then exit 9; fi")
-    job.ends("FAILED", code=9)
+    """As for trouble that time may mend: one more start is made, as asked, and no third."""
+    job = submit(lab, started, steps="if [[ $step == train ]]; then exit 74; fi")
+    job.ends("FAILED", code=74)
     assert job.fields()["Restarts"] == "1"
-    assert "training ended with code 9, and 1 more starts brought no new checkpoint" in job.log()
+    assert "training ended with code 74, and 1 more starts brought no new checkpoint" in job.log()
     assert steps_of(started) == {"job preflight": 4, "job train": 4}
 
 
@@ -158,3 +162,59 @@ def test_code_that_a_job_names_is_named_to_all_its_steps() -> None:
         "--allow-code",
         "nets:Small",
     ], done.stderr
+
+
+def test_all_scripts_find_what_they_share_by_the_same_lines() -> None:
+    ways = {
+        re.search(r"^# Slurm runs a copy.*^source [^\n]*", path.read_text(), re.M | re.S)[0]  # type: ignore[index]
+        for path in SCRIPTS
+    }
+    assert len(SCRIPTS) == 5 and len(ways) == 1
+
+
+def refused(script: Path, cwd: Path, **environment: str) -> str:
+    """The one line with which a script refuses, started as Slurm starts a job: as a copy."""
+    copy = shutil.copy(script, cwd / "slurm_script")
+    path = "/usr/bin:/bin"  # without namr
+    done = launch("bash", copy, cwd=cwd, env={"PATH": path, **environment})
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and not done.stdout
+    return line
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_outside_a_job_or_far_from_its_folder_says_what_to_do(
+    script: Path, tmp_path: Path
+) -> None:
+    assert "submit it: sbatch" in refused(script, tmp_path)
+    line = refused(script, tmp_path, SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert f"no slurm/env.sh in {tmp_path}" in line and "NAMR_HOME" in line
+
+
+def test_a_job_without_its_environment_says_what_to_do(tmp_path: Path) -> None:
+    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path / "home")}
+    shutil.copytree(REPOSITORY / "slurm", tmp_path / "home" / "slurm")
+    line = refused(TRAIN, tmp_path, **job)
+    assert f"no .venv/bin/namr in {tmp_path / 'home'}" in line and "make setup" in line
+    line = refused(TRAIN, tmp_path, **job, NAMR_ENV=str(tmp_path / "missing.sh"))
+    assert f"NAMR_ENV is {tmp_path / 'missing.sh'}" in line and "unset" in line
+    (tmp_path / "fails.sh").write_text("return 3\n")
+    line = refused(TRAIN, tmp_path, **job, NAMR_ENV=str(tmp_path / "fails.sh"))
+    assert "ended with code 3" in line
+
+
+def test_each_node_compiles_into_a_folder_of_its_own_disk(tmp_path: Path) -> None:
+    """One that is this user's alone: another's could hold anybody's code."""
+
+    def cache(**environment: str) -> str:
+        task = REPOSITORY / "slurm" / "task.sh"
+        done = launch("bash", task, "printenv", "TRITON_CACHE_DIR", env=environment)
+        return done.stdout.strip()
+
+    own = tmp_path / f"namr-triton-{os.getuid()}"
+    assert cache(TMPDIR=str(tmp_path)) == cache(TMPDIR=str(tmp_path)) == str(own)
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert cache(TMPDIR=str(tmp_path), TRITON_CACHE_DIR="/chosen") == "/chosen"
+    own.chmod(0o777)
+    other = Path(cache(TMPDIR=str(tmp_path)))
+    assert other != own and other.stat().st_mode & 0o777 == 0o700
