@@ -33,6 +33,8 @@ from torch.distributed import DistNetworkError  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 from torch.distributed.run import main as torchrun  # noqa: E402
 
+from namr_dist.text import say  # noqa: E402
+
 _REFUSED = 2
 
 
@@ -48,12 +50,12 @@ def main() -> int:
         rank, failure = error.get_first_failure()
         # As a shell counts signals.
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-        print(f"torchrun: rank {rank} was the first to end, with code {code}", file=sys.stderr)
+        say(f"torchrun: rank {rank} was the first to end, with code {code}", file=sys.stderr)
         return code
     except DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        print(f"torchrun: error: {_port_in_use(sys.argv[1:])}", file=sys.stderr)
+        say(f"torchrun: error: {_port_in_use(sys.argv[1:])}", file=sys.stderr)
         return _REFUSED
     finally:
         # Python's own end would set back a handler, and die of the next one.

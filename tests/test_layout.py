@@ -143,8 +143,6 @@ def test_whatever_is_printed_is_made_harmless() -> None:
             "namr_dist.cli.shards: print(staged.folder)",  # for a shell's $(…), which takes it as it is
             "namr_dist.train.watchdog: print(cursor + printable(text, keep='\\n'), file=sys.stderr, flush=True)",
             "namr_dist.launchers.hostfile: print('\\n'.join(_lines(parser.parse_args())))",  # for a shell
-            "namr_dist.launchers.torchrun: print(f'torchrun: rank {rank} was the first to end, with code "
-            "{code}', file=sys.stderr)",
         }
     )
     consoles = {
