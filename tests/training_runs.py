@@ -21,7 +21,7 @@ from pathlib import Path
 
 from namr_dist.train.signals import STOP_SIGNALS
 
-_TIMEOUT_S = 1500.0
+_TIMEOUT_S = 120.0
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",

@@ -73,6 +73,7 @@ class Meeting:
         self._kernel = _kernel()
         here = {"host": self._host, "kernel": self._kernel, "pid": os.getpid()}
         self._store.set(_here(rank.rank), json.dumps(here))
+        self._end_with_the_others()
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -84,37 +85,43 @@ class Meeting:
         self._stage += 1
         try:
             yield
-        except Exception as error:
-            code = exit_code_of(error)
-            if code is None:
-                self._give(1)  # a traceback follows
-                raise
-            try:
-                code = self._refuse(error, code)
-            except dist.DistError:  # the first rank has gone, and may have said the same
-                say(f"namr: error: {in_one_line(error)}", file=sys.stderr)
-            raise SystemExit(code) from None
-        try:
             self._await_all()
         except dist.DistError as error:
             raise self._lost(error) from None
+        except Exception as error:
+            code = exit_code_of(error)
+            if code is None:
+                self._refuse(None, 1)
+                raise  # with its traceback
+            raise SystemExit(self._refuse(in_one_line(error), code)) from None
 
-    def _give(self, code: int) -> int:
-        """Let the others end with this exit code; returns the one that counts, given first."""
-        return int(self._store.compare_set("code", "", str(code)))
-
-    def _refuse(self, error: Exception, code: int) -> int:
-        text = in_one_line(error)
-        if self._store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1:
-            where = f"rank {self._rank.rank} on {self._host}"
+    def _refuse(self, text: str | None, code: int) -> int:
+        """Say what is wrong, unless a rank has said the same, and have all end with one exit code:
+        that which was given first, returned here."""
+        text_hash = hashlib.sha256((text or "").encode()).hexdigest()
+        where = f"rank {self._rank.rank} on {self._host}"
+        first = True
+        try:
+            first = self._store.add(f"said/{text_hash}", 1) == 1
+            code = int(self._store.compare_set("code", "", str(code)))
+        except dist.DistError:  # the first rank has gone
+            pass
+        if text is not None and first:
             say(f"namr: error: {text} ({where})", file=sys.stderr)
-        code = self._give(code)
-        self._store.set(self._ready(self._rank.rank), "")
-        # The store is lost with this process, and the others have to hear of it.
-        until_s = time.monotonic() + (_LEAVE_S if self._listens else 0)
-        while time.monotonic() < until_s and self._missing():
-            time.sleep(_LONGEST_POLL_S)
+        self._leave()
         return code
+
+    def _leave(self) -> None:
+        """What each rank does before it ends; the store is lost with the process that has it, and
+        the others still have to hear of the end, or to come."""
+        with contextlib.suppress(dist.DistError):
+            self._store.set(f"left/{self._rank.rank}", "")
+            until_s = time.monotonic() + (_LEAVE_S if self._listens else 0)
+            others = [rank for rank in self._ranks if rank != self._rank.rank]
+            while time.monotonic() < until_s and not all(
+                self._store.check([f"left/{rank}"]) or self._has_died(rank) for rank in others
+            ):
+                time.sleep(_LONGEST_POLL_S / 5)
 
     def _await_all(self) -> None:
         began_s, said, poll_s = time.monotonic(), False, 0.02
@@ -126,7 +133,9 @@ class Meeting:
                 said = True
                 say(f"waiting for {self._described(missing)}", file=sys.stderr)
             for one in missing:
-                if self._has_died(one):
+                # It may have said why, or become ready, in its last moment.
+                if self._has_died(one) and one in self._missing():
+                    self._end_with_the_others()
                     raise TransientError(
                         f"{self._described([one])} has ended before training began; see what ended it, "
                         "and start all ranks again"
@@ -142,7 +151,9 @@ class Meeting:
 
     def _end_with_the_others(self) -> None:
         if self._store.check(["code"]):
-            raise SystemExit(int(self._store.get("code")))
+            code = int(self._store.get("code"))
+            self._leave()
+            raise SystemExit(code)
 
     def _missing(self) -> list[int]:
         """Ranks that are not ready yet."""
@@ -161,7 +172,7 @@ class Meeting:
         return place
 
     def _has_died(self, rank: int) -> bool:
-        """Whether a rank of this machine was here, is not ready and is no more."""
+        """Whether a rank of this machine was here and is no more."""
         place = self._place(rank)
         if place is None or place["kernel"] != self._kernel:
             return False
@@ -172,7 +183,7 @@ class Meeting:
             ended = True
         except OSError:
             return False
-        return ended and not self._store.check([self._ready(rank)])
+        return ended
 
     def _described(self, ranks: list[int]) -> str:
         """Ranks, with their machines where they have come."""
