@@ -42,7 +42,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if not entry:
             continue
         match = _LINE.fullmatch(entry)
-        unusable = not entry.isprintable() or entry.startswith("-")
+        unusable = not entry.replace("\t", " ").isprintable() or entry.startswith("-")
         if not match or unusable or int(match[2]) < 1:
             raise InputError(
                 f"line {number} of hostfile {path} is {entry!r}; write HOST slots=N, with N at least 1"

@@ -26,9 +26,9 @@ def namr(forked_namr: Callable) -> Callable:
     return forked_namr
 
 
-def refused(done: subprocess.CompletedProcess[str], *named: str) -> None:
+def refused(done: subprocess.CompletedProcess[str], *named: str, code: int = 2) -> None:
     lines = [line for line in done.stderr.splitlines() if line.startswith("namr: error: ")]
-    assert done.returncode == 2, f"exit code {done.returncode}\n{done.stderr}"
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stderr}"
     assert "Traceback" not in done.stderr + done.stdout
     assert len(lines) == 1, done.stderr
     for word in named:
@@ -249,7 +249,7 @@ open({str(small_disk / "filler")!r}, "wb").write(bytes(64 << 20))
     with subprocess.Popen([sys.executable, "-c", filler], stderr=subprocess.DEVNULL) as process:
         done = namr("train", "homeware_conv4", "--run-dir", run, *small_run(shard_set, steps=400))
         process.wait()
-    refused(done, "No space left on device", str(run))
+    refused(done, "No space left on device", str(run), code=74)
     assert not (run / "checkpoints" / "final.safetensors").exists()
 
 

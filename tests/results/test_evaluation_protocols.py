@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 from conftest import make_shards, small_run
 
+from namr_dist import verified_json
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.results.evaluate_run import embed_shards, evaluate_run, report_run
@@ -161,7 +162,8 @@ def test_another_part_of_the_set_at_another_place(
     few = evaluate_run(evaluated, shards=str(moved), split="few", recall_at=(2,))
     assert few["test_counts"]["queries"] == 6 and few["protocol"]["test split"] == "few"
     assert "R@2" in few["test"]["sample"] and "R@3" not in few["test"]["sample"]
-    assert json.loads((evaluated / "metrics-few.json").read_text()) == few
+    written = (evaluated / "metrics-few.json").read_bytes()
+    assert verified_json.loads(written, "metrics-few.json", "") == few
     assert (
         len(safetensors.numpy.load_file(evaluated / "embeddings-few.safetensors")["labels"]) == 12
     )

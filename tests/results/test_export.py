@@ -337,7 +337,7 @@ def test_runs_that_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     broken = tmp_path / "run"
     shutil.copytree(run, broken)
     (broken / "metrics.json").write_text("[]")
-    with pytest.raises(InputError, match=r"metrics\.json has no test figures"):
+    with pytest.raises(InputError, match=r"metrics\.json holds a list, not an object"):
         export_run(broken, out)
     (broken / "metrics.json").unlink()
     config = Config.load(broken / "config.json")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from PIL import EpsImagePlugin
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -22,6 +23,7 @@ from namr_dist.results.charts import Line, line_chart, nice_ticks, smoothed, thi
 from namr_dist.results.page import write_report
 from namr_dist.results.tables import results_table
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
+from namr_dist.train.checkpoints.verified_file import write_tensors
 
 NASTY = "Chair <script>alert(\"x\")</script> & 'co'"
 CHROMIUM_FLAGS = [
@@ -94,7 +96,8 @@ class SmallRun:
             "".join(json.dumps(entry) + "\n" for entry in self.log)
         )
         (self.folder / "metrics.json").write_text(json.dumps(self.metrics))
-        save_file(self.tensors, self.folder / "embeddings.safetensors")
+        tensors = {name: torch.from_numpy(value) for name, value in self.tensors.items()}
+        write_tensors(self.folder / "embeddings.safetensors", tensors, {})
 
     def jpeg(self, position: int) -> bytes:
         """Class colour, with a pattern that makes no two alike; the first class's are large

@@ -54,6 +54,7 @@ def large() -> bytes:
 
 def test_a_small_file_of_a_huge_image_costs_nothing() -> None:
     bomb = saved(Image.new("P", (BOMB, BOMB)), "PNG", transparency=0)
+    jpeg = saved(Image.new("L", (BOMB, BOMB)), "JPEG")
 
     def refused() -> None:
         for read in (lambda: as_shard_jpeg(bomb, Encoding(size=64)), lambda: viewed_rgb(bomb)):
@@ -63,6 +64,8 @@ def test_a_small_file_of_a_huge_image_costs_nothing() -> None:
         with pytest.raises(
             InputError, match=f"'a' cannot be read .{BOMB} × {BOMB} pixels are more"
         ):
+            data_uri(jpeg, "a")
+        with pytest.raises(InputError, match="'a' cannot be read .cannot identify"):
             data_uri(bomb, "a")
 
     within(64, refused)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SAMPLING, TRANSFORM, alive, launch
+from damaged_sets import with_images
 
 from namr_dist.data.read.augment import TestTransform
 from namr_dist.data.read.plan import epoch_plan
@@ -99,10 +100,12 @@ def test_test_images_are_the_decoded_ones(shard_set: Manifest) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_one_clear_error(own_shard_set: Manifest, workers: int) -> None:
+    """It is what its manifest says, and no whole JPEG."""
     shard = own_shard_set.shards[0]
-    with open(own_shard_set.folder / shard.file, "r+b") as file:
-        file.seek(shard.offsets[2] + shard.lengths[2] // 2)
-        file.write(os.urandom(8) + b"\xff\xd9" + bytes(shard.lengths[2] // 2 - 10))
+    tar = (own_shard_set.folder / shard.file).read_bytes()
+    jpeg = tar[shard.offsets[2] :][: shard.lengths[2]]
+    half = jpeg[: len(jpeg) // 2] + os.urandom(8) + b"\xff\xd9"
+    own_shard_set = with_images(own_shard_set, {shard.keys[2]: half.ljust(len(jpeg), b"\0")})
     with pytest.raises(
         InputError,
         match=rf"^{shard.keys[2]}.jpg in .*{shard.file} cannot be decoded \(.*\); rebuild",

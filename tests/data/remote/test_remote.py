@@ -144,7 +144,7 @@ def test_a_server_that_drips_holds_no_fetch_beyond_its_deadline(
 ) -> None:
     server.faults["manifest.json"] = [fault] * 3
     with pytest.raises(
-        InputError,
+        TransientError,
         match=rf"^{server.url}/manifest.json cannot be fetched: it has not come within 0.3 s "
         r"\(data.remote.manifest_seconds\), all tries together; check the server and",
     ):
@@ -178,6 +178,7 @@ def test_a_server_that_drips_holds_no_fetch_beyond_its_deadline(
         ),
         (
             [status(302, Location="http://me:secret@127.0.0.1/x")],
+            InputError,
             r"fetched: it redirects to an address with a user or a password in it; give that address$",
         ),
         (
