@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 from namr_dist.errors import InputError
@@ -39,12 +41,26 @@ def write_atomic(path: Path, data: bytes | str, *, private: bool = False) -> Non
             # The file the caller knows, not the temporary one, or none at all.
             error.filename = str(path)
         raise
-    # Only once the folder is on disk does the rename survive a power cut.
-    folder = os.open(path.parent, os.O_RDONLY)
+    flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Only once a folder is on disk does a rename in it survive a power cut. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it, so that it is never seen with a part of that. What
+    cannot be removed stays under a temporary name, as files do that a killed process was writing.
+    """
+    aside = path.with_name(f".{path.name.lstrip('.')}.{secrets.token_hex(6)}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _private(path: str, flags: int) -> int:

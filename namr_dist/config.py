@@ -342,8 +342,8 @@ class TrainConfig:
     tensorboard: bool = True
     """Write TensorBoard event files into the run's folder."""
     checkpoint_minutes: Annotated[float, at_least(0)] = 15.0
-    """Minutes between two checkpoints, from which --resume goes on; 0: none by time. SIGTERM and
-    SIGUSR1 write one too.
+    """Minutes between two checkpoints, from which --resume goes on; 0: none by time. Signals that
+    end a run write one too.
     """
     checkpoint_every: Annotated[int, at_least(0)] = 0
     """Steps between two checkpoints; 0: none by steps."""

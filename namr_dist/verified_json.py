@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from namr_dist.errors import InputError
+from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.json_file import an_object, parse_json
 
 _FIELD = "sha256"
@@ -31,22 +31,28 @@ def dumps(content: Mapping[str, Any], *, indent: int | None = None) -> str:
     return text.replace(_NO_DIGEST, hashlib.sha256(text.encode()).hexdigest(), 1)
 
 
+def verify(data: bytes) -> None:
+    """Raise DamagedFileError if a file's bytes carry a digest, and it is not theirs."""
+    beginning = data[:_BEGINNING_BYTES]
+    if match := _BEGINNING.match(beginning):
+        bare = data[: match.start(1)] + _NO_DIGEST.encode() + data[match.end(1) :]
+        if hashlib.sha256(bare).hexdigest().encode() != match[1]:
+            raise DamagedFileError("its SHA-256 is not the one it carries")
+    elif _DIGEST_LIKE.search(beginning):
+        # Either the field's name or its value is left of it: a file that never had it has neither.
+        raise DamagedFileError("its first field, sha256, is damaged")
+
+
 def loads(data: bytes, where: str, remedy: str) -> Any:
     """The value in a file's bytes, without the field `sha256`.
 
     Raises InputError, "`where` is damaged (why); `remedy`", if the digest is not that of the bytes,
     and as `parse_json` does.
     """
-    beginning = data[:_BEGINNING_BYTES]
-    if match := _BEGINNING.match(beginning):
-        bare = data[: match.start(1)] + _NO_DIGEST.encode() + data[match.end(1) :]
-        if hashlib.sha256(bare).hexdigest().encode() != match[1]:
-            raise InputError(
-                f"{where} is damaged (its SHA-256 is not the one it carries); {remedy}"
-            )
-    elif _DIGEST_LIKE.search(beginning):
-        # Either the field's name or its value is left of it: a file that never had it has neither.
-        raise InputError(f"{where} is damaged (its first field, sha256); {remedy}")
+    try:
+        verify(data)
+    except DamagedFileError as error:
+        raise InputError(f"{where} is damaged ({error}); {remedy}") from None
     value = parse_json(data, where, remedy)
     if isinstance(value, dict):
         value.pop(_FIELD, None)

@@ -113,7 +113,7 @@ free_port() {
 }
 
 newest_checkpoint() {
-    find "$NAMR_RUN_DIR/checkpoints" -name 'step-*.safetensors' -printf '%f\n' 2>/dev/null | sort | tail -n 1
+    find "$NAMR_RUN_DIR/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null | sort | tail -n 1
 }
 
 # How often this job has started from what is the newest checkpoint now.

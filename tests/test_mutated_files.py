@@ -28,6 +28,7 @@ from conftest import make_shards, picture
 from pictures import saved
 from PIL import Image
 
+from namr_dist import verified_json
 from namr_dist.config import Config, DataConfig, ModelConfig, OptimConfig
 from namr_dist.data.build.formats import folder as own_images
 from namr_dist.data.build.normalise import Encoding, as_shard_jpeg, viewed_rgb
@@ -44,11 +45,10 @@ from namr_dist.run.state import RunReader
 from namr_dist.run.top import view
 from namr_dist.terminal import Console
 from namr_dist.train.checkpoints.network import initial_network, load_network, save_network
+from namr_dist.train.checkpoints.parts import INDEX, Piece, finish, write_part
 from namr_dist.train.checkpoints.state import open_state
 from namr_dist.train.checkpoints.verified_file import (
     DamagedFileError,
-    TensorSpec,
-    VerifiedFileWriter,
 )
 
 SEED = 7
@@ -342,28 +342,33 @@ def image_case(folder: Path) -> Case:
 
 
 def checkpoint_case(folder: Path) -> Case:
-    """A header whose hash is right."""
-    path = folder / "step-00000015.safetensors"
-    value = torch.arange(6.0)
-    about = {"format": "namr-training/1", "version": "0", "step": "15", "ranks": "1", "data": "d"}
-    writer = VerifiedFileWriter(
-        path, {**about, "config": CONFIG.to_json()}, {"model/x": TensorSpec.of(value)}
-    )
-    writer.add(value)
-    writer.commit()
-    whole = path.read_bytes()
+    """An index, or the header of a part, whose hash is right."""
+    path = folder / "step-00000015"
+    about: dict[str, Any] = {"format": "namr-training/2", "version": "0", "versions": {}}
+    about |= {"step": 15, "ranks": 1, "data": "d", "config": json.loads(CONFIG.to_json())}
+    pieces = {
+        "model/x": Piece(values=torch.arange(6.0), shape=(2, 3)),
+        "rank/00000/rng_cpu": Piece(values=torch.arange(4), shape=(4,)),
+    }
+    finish(path, about, [write_part(path, 0, pieces)])
+    part = path / "rank-00000.safetensors"
+    index, whole = (path / INDEX).read_bytes(), part.read_bytes()
+    of_index = json.loads(index)
+    del of_index["sha256"]
     end = 8 + int.from_bytes(whole[:8], "little")
     start = 8 + len(HEADER) + 64
 
     def make(rng: random.Random) -> bytes:
         if rng.random() < 0.5:
+            text = json.dumps(changed_json(rng, of_index), indent=1)
+            return changed_bytes(rng, text.encode()) if rng.random() < 0.3 else text.encode()
+        if rng.random() < 0.5:
             header = whole[8:start] + changed_bytes(rng, whole[start:end])
         else:
             parsed = json.loads(whole[8:end])
-            metadata = parsed["__metadata__"]
-            inner = json.loads(metadata["config"])
             if rng.random() < 0.5:
-                metadata["config"] = json.dumps(changed_json(rng, inner))
+                cut = {"model/x": {"start": 0, "shape": [2, 3]}}
+                parsed["__metadata__"]["cut"] = json.dumps(changed_json(rng, cut))
             else:
                 parsed = changed_json(rng, parsed)
             header = json.dumps(parsed, separators=(",", ":")).encode()
@@ -372,7 +377,18 @@ def checkpoint_case(folder: Path) -> Case:
         digest = hashlib.sha256(data[:at] + b"0" * 64 + data[at + 64 :]).hexdigest().encode()
         return data[:at] + digest + data[at + 64 :]
 
-    return Case(make=make, use=in_file(path, open_state))
+    def use(data: bytes) -> object:
+        if data[8 : 8 + len(HEADER)] != HEADER:
+            (path / INDEX).write_bytes(data)
+            part.write_bytes(whole)
+            return open_state(path)
+        part.write_bytes(data)
+        digest = data[8 + len(HEADER) :][:64].decode("latin-1")
+        parts = [{"file": part.name, "bytes": len(data), "sha256": digest}]
+        (path / INDEX).write_text(verified_json.dumps({**of_index, "parts": parts}))
+        return open_state(path)
+
+    return Case(make=make, use=use)
 
 
 def small_network() -> EmbeddingNetwork:

@@ -15,7 +15,7 @@ from errno import EACCES, EAGAIN, EEXIST, ENOTDIR, EROFS
 from pathlib import Path
 from typing import BinaryIO
 
-from namr_dist.atomic import write_atomic
+from namr_dist.atomic import remove_folder, write_atomic
 from namr_dist.errors import InputError
 
 CONFIG = "config.json"
@@ -28,7 +28,8 @@ _CHECKPOINTS, _TENSORBOARD = "checkpoints", "tensorboard"
 _FINAL = "final.safetensors"
 _LOCK, _PROBE, _OUTPUT = ".lock", ".writable", "log.txt"
 
-_STATE = re.compile(r"step-(\d+)\.safetensors")
+_STATE = re.compile(r"step-(\d+)")
+_OLDER_STATE = re.compile(r"step-\d+\.safetensors")
 _ROOM_FOR_LOGS_BYTES = 32 << 20
 """What a run writes beside its network (logs, events, embeddings, report), generously."""
 _FLOCK = struct.Struct("hhqqi4x")
@@ -104,17 +105,28 @@ class RunFolder:
         return self.checkpoint_folder / _FINAL
 
     def checkpoint(self, step: int) -> Path:
-        """The training state after so many steps."""
-        return self.checkpoint_folder / f"step-{step:08d}.safetensors"
+        """Folder of the training state after so many steps."""
+        return self.checkpoint_folder / f"step-{step:08d}"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(steps done, file) of every training state in the folder, oldest first. None is
+        """(steps done, folder) of every training state that is there, oldest first. None is
         opened."""
         matches = (
-            (_STATE.fullmatch(path.name), path)
-            for path in self.checkpoint_folder.glob("step-*.safetensors")
+            (_STATE.fullmatch(path.name), path) for path in self.checkpoint_folder.glob("step-*")
         )
         return sorted((int(match[1]), path) for match, path in matches if match)
+
+    def older_checkpoints(self) -> list[Path]:
+        """Training states as versions wrote them that had one file for each."""
+        return sorted(
+            path
+            for path in self.checkpoint_folder.glob("step-*.safetensors")
+            if _OLDER_STATE.fullmatch(path.name)
+        )
+
+    def checkpoint_bytes(self) -> int:
+        """What all training states take on disk."""
+        return sum(file.stat().st_size for _, path in self.checkpoints() for file in path.glob("*"))
 
     @property
     def has_parameters(self) -> bool:
@@ -123,10 +135,13 @@ class RunFolder:
         return self.config.exists() and (self.final.exists() or bool(self.checkpoints()))
 
     def remove_unfinished(self) -> None:
-        """Delete the temporary files of writes that a killed process left behind."""
+        """Delete what writes left behind that a killed process had begun."""
         for folder in (self.path, self.checkpoint_folder):
             for path in folder.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def remove_old_checkpoints(self, *, newest: int, keep: int) -> None:
         """Delete checkpoints before the one at step `newest`, but for the latest `keep` with it.
@@ -136,7 +151,7 @@ class RunFolder:
         """
         until_now = [path for step, path in self.checkpoints() if step <= newest]
         for path in until_now[:-keep]:
-            path.unlink(missing_ok=True)
+            remove_folder(path)
 
     def check(self, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
         """Raise InputError if a run of so many bytes cannot begin in this folder. Nothing is

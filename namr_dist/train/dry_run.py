@@ -62,7 +62,7 @@ def dry_run(
     check_profile(config)
     if resume and folder.config.exists():
         check_same(folder.config, Config.load(folder.config), config)
-    there_bytes = sum(path.stat().st_size for _, path in folder.checkpoints()) if resume else 0
+    there_bytes = folder.checkpoint_bytes() if resume else 0
     folder.check(
         overwrite=overwrite,
         goes_on=resume,

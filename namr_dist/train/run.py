@@ -94,8 +94,16 @@ def train(
                 load_state(engine, start.saved, host=host, seed=config.train.seed)
             else:
                 seed_generators(seed=config.train.seed, step=0)
-        policy = CheckpointPolicy(
-            engine, folder, config, data_hash=data_hash, host=host, first=rank.first
+        policy = stack.enter_context(
+            CheckpointPolicy(
+                engine,
+                folder,
+                config,
+                data_hash=data_hash,
+                host=host,
+                first=rank.first,
+                timeout=timeout,
+            )
         )
         log = None
         if rank.first:

@@ -3,6 +3,10 @@ end, together."""
 
 from __future__ import annotations
 
+import hashlib
+import socket
+import time
+from pathlib import Path
 from typing import BinaryIO
 
 import torch.distributed as dist
@@ -10,7 +14,7 @@ import torch.distributed as dist
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.data.remote.address import has_credentials
-from namr_dist.errors import ReportedError, exit_code_of
+from namr_dist.errors import InputError, ReportedError, exit_code_of
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import shut_down
 from namr_dist.run.folder import RunFolder
@@ -19,6 +23,9 @@ from namr_dist.train.checkpoints.state import check_fits
 from namr_dist.train.checks import run_bytes
 from namr_dist.train.objective import TrainingModule
 from namr_dist.train.profile import check_profile
+
+_SEEN_S = 30.0
+"""A file system between nodes may show a new file some seconds late."""
 
 
 def begin(
@@ -45,7 +52,32 @@ def begin(
         except (ReportedError, OSError) as error:
             trouble = error
     _end_together(trouble, host)
+    _end_together(_not_shared(run, host), host)
     return start, lock
+
+
+def _not_shared(run: RunFolder, host: HostGroup) -> InputError | None:
+    """On the first rank, what is wrong if another sees a folder of its own, and would write its
+    parts of checkpoints there."""
+    wanted = host.from_first(_hash(run.config) if dist.get_rank() == 0 else None)
+    ends_s = time.monotonic() + _SEEN_S
+    while not (seen := _hash(run.config) == wanted) and time.monotonic() < ends_s:
+        time.sleep(0.2)
+    others = sorted({name for name in host.of_all(None if seen else socket.gethostname()) if name})
+    if not others:
+        return None
+    return InputError(
+        f"run folder {run.path} of {socket.gethostname()} is not the one that {', '.join(others)} sees; each "
+        "rank writes its part of a checkpoint there: choose a folder on storage that all nodes share with "
+        "--run-dir"
+    )
+
+
+def _hash(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _claim(
@@ -64,7 +96,7 @@ def _claim(
     check_profile(config)
     if start.saved:
         check_fits(start.saved, module)
-    there_bytes = sum(path.stat().st_size for _, path in run.checkpoints()) if start.goes_on else 0
+    there_bytes = run.checkpoint_bytes() if start.goes_on else 0
     run.claim(
         overwrite=overwrite,
         goes_on=start.goes_on,

@@ -108,6 +108,7 @@ class Trainer:
             line = done % train.log_every == 0 or last
             validate = bool(data.validation_split) and (done % train.validate_every == 0 or last)
             save, stop = (False, 0) if last else self._policy.decide(done, signal=requests.signal)
+            self._tell_checkpoints()
             if line or validate or save or self._rank.device.type == "cpu":
                 # On a GPU, reading a loss waits for it: once for many steps.
                 self._tell_losses()
@@ -146,6 +147,9 @@ class Trainer:
         """Write the trained network, on the first rank. fitted: what its centres came from."""
         import deepspeed
 
+        with self._phases("checkpoint"):
+            self._policy.finish()
+        self._tell_checkpoints()
         network, training_set = self._engine.module.network, self._training_set
         zero_stage = self._config.train.zero_stage
         # Under ZeRO-3 no rank holds a whole parameter until it asks for it, and all ranks must ask
@@ -353,14 +357,15 @@ class Trainer:
         return z_ND
 
     def _checkpoint(self, done: int, *, stop: bool) -> None:
-        """Write a checkpoint. If it fails, training goes on, unless it shall stop here: then the
-        run ends."""
+        """Begin to write a checkpoint. If that fails, training goes on, unless it shall stop here:
+        then it is waited for, and the run ends."""
         with self._pause():
             if self._log:
                 self._log.sync()
             with self._phases("checkpoint"):
-                saved, said = self._policy.save(done)
-            self._say(said)
+                self._policy.save(done)
+                saved = stop and self._policy.finish()
+        self._tell_checkpoints()
         if stop and not saved:
             if not self._rank.first:
                 shut_down(TransientError.exit_code)
@@ -368,6 +373,10 @@ class Trainer:
                 f"a signal asked for an end after step {done}, and its checkpoint could not be written; "
                 "free some space and go on from the one before with --resume"
             )
+
+    def _tell_checkpoints(self) -> None:
+        for line in self._policy.news():
+            self._say(line)
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:

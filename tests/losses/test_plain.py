@@ -293,7 +293,9 @@ def test_parameters_of_a_loss_train_at_every_stage_and_resume(
         assert done.returncode == 0, done.stderr
     first, third = ([one[0] for one in losses(tmp_path / f"stage{n}").values()] for n in (1, 3))
     assert third == pytest.approx(first, rel=1e-6)
-    with safe_open(tmp_path / "stage3" / "checkpoints" / "step-00000003.safetensors", "pt") as file:
+    with safe_open(
+        tmp_path / "stage3" / "checkpoints" / "step-00000003" / "rank-00000.safetensors", "pt"
+    ) as file:
         proxies = file.get_tensor("model/objective.metric_loss.loss.proxies")
         assert proxies.shape == (12, 16) and proxies.isfinite().all()
         assert file.get_tensor("adamw/objective.metric_loss.loss.proxies/exp_avg").any()

@@ -104,7 +104,7 @@ def test_the_names_are_those_of_the_docs(tmp_path: Path) -> None:
         "tensorboard",
         "log.txt",
         "checkpoints/final.safetensors",
-        "checkpoints/step-00000120.safetensors",
+        "checkpoints/step-00000120",
         "metrics-test_800.json",
         "classes-test_800.json",
         "embeddings-test_800.safetensors",
@@ -124,16 +124,22 @@ def test_checkpoints_are_listed_by_step_and_unfinished_ones_are_not(tmp_path: Pa
     assert run.checkpoints() == []
     run.checkpoint_folder.mkdir()
     for step in (100_000_000, 8, 12):
-        run.checkpoint(step).touch()
+        run.checkpoint(step).mkdir()
+    (run.checkpoint(8) / "rank-00000.safetensors").write_bytes(b"12345")
+    for name in ("step-x", ".step-00000016.tmp"):
+        (run.checkpoint_folder / name).mkdir()
+        (run.checkpoint_folder / name / "rank-00000.safetensors").touch()
     for name in (
-        "step-x.safetensors",
-        ".step-00000016.safetensors.0123456789ab.tmp",
+        "step-00000004.safetensors",
+        ".final.safetensors.0123456789ab.tmp",
         "final.safetensors",
     ):
         (run.checkpoint_folder / name).touch()
     assert run.checkpoints() == [(step, run.checkpoint(step)) for step in (8, 12, 100_000_000)]
+    assert run.checkpoint_bytes() == 5
+    assert run.older_checkpoints() == [run.checkpoint_folder / "step-00000004.safetensors"]
     run.remove_unfinished()
-    assert not list(tmp_path.rglob("*.tmp")) and len(list(run.checkpoint_folder.iterdir())) == 5
+    assert not list(tmp_path.rglob("*.tmp")) and len(list(run.checkpoint_folder.iterdir())) == 6
 
 
 def test_a_damaged_file_is_not_one_of_those_kept(tmp_path: Path) -> None:
@@ -142,7 +148,7 @@ def test_a_damaged_file_is_not_one_of_those_kept(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.checkpoint_folder.mkdir()
     for step in (48, 52, 54, 56):
-        run.checkpoint(step).touch()
+        run.checkpoint(step).mkdir()
     run.remove_old_checkpoints(newest=54, keep=1)
     assert [step for step, _ in run.checkpoints()] == [54, 56]
     run.remove_old_checkpoints(newest=56, keep=2)

@@ -152,8 +152,7 @@ def test_a_run_that_goes_on_needs_no_initial_weights(shard_set: Manifest, tmp_pa
     with pytest.raises(InputError, match="model.weights /nowhere.pt is no file"):
         weights(config, tmp_path)
     checkpoint = RunFolder(tmp_path).checkpoint(4)
-    checkpoint.parent.mkdir()
-    checkpoint.touch()
+    checkpoint.mkdir(parents=True)
     assert "nothing wrong" in run_dry(shard_set, tmp_path, *words, resume=True)
     assert weights(config, tmp_path) == "checkpoint"
 

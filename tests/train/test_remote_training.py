@@ -65,7 +65,7 @@ def test_a_run_over_a_bad_network_has_the_losses_of_a_local_one(
     assert {fetched[shard.file] for shard in shard_set.shards_of("train", "val")} == {1}, fetched
     run = RunFolder(tmp_path / "remote")
     written = [path for path in run.path.rglob("*") if path.is_file()]
-    assert {run.final, run.checkpoint(4), run.log, run.config} <= {*written}
+    assert {run.final, run.checkpoint(4) / "index.json", run.log, run.config} <= {*written}
     assert [path for path in written if b"hunter2" in path.read_bytes()] == [run.config]
     assert run.config.stat().st_mode & 0o777 == 0o600 and "hunter2" not in remote.said()
     config = Config.load(run.config)

@@ -209,7 +209,7 @@ def test_signals_stop_and_resume(
     same(folder, unbroken[ranks])
     assert [
         (entry["step"], entry["resumed"]) for entry in entries(folder) if "resumed" in entry
-    ] == [(stopped, f"step-{stopped:08d}.safetensors")]
+    ] == [(stopped, f"step-{stopped:08d}")]
 
 
 @pytest.fixture
@@ -225,9 +225,10 @@ def half(start: Start, unbroken: dict[int, Path], tmp_path: Path) -> Path:
 
 def test_damaged_checkpoints(start: Start, unbroken: dict[int, Path], half: Path) -> None:
     older, newest = (path for _, path in RunFolder(half).checkpoints())
-    content = bytearray(newest.read_bytes())
+    part = newest / "rank-00000.safetensors"
+    content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
+    part.write_bytes(content)
     run = start(half, "--resume")
     assert run.wait() == [0], run.said()
     assert f"WARNING: {newest} is damaged" in run.said() and "resumed   at step 52" in run.said()
@@ -236,25 +237,30 @@ def test_damaged_checkpoints(start: Start, unbroken: dict[int, Path], half: Path
 
     (half / "checkpoints" / "final.safetensors").unlink()
     for _, path in RunFolder(half).checkpoints():
-        path.write_bytes(path.read_bytes()[:-1])
+        part = path / "rank-00000.safetensors"
+        part.write_bytes(part.read_bytes()[:-1])
     refused(
         start(half, "--resume"),
         "no checkpoint in",
         "is whole",
-        "is damaged (its SHA-256",
+        "is damaged (rank-00000.safetensors: its SHA-256",
         "--overwrite",
     )
-    safetensors.torch.save_file({"weight": torch.ones(1)}, older)
+    safetensors.torch.save_file({"weight": torch.ones(1)}, older / "rank-00000.safetensors")
     refused(start(half, "--resume"), "no checkpoint in", "it has no SHA-256 of itself")
+    for _, path in RunFolder(half).checkpoints():
+        shutil.rmtree(path)
+    (half / "checkpoints" / "step-00000052.safetensors").touch()
+    refused(start(half, "--resume"), "was written by an older version of namr-dist")
 
 
 def test_a_checkpoint_of_another_run(start: Start, half: Path) -> None:
     """Copied in by mistake: its own configuration is in it, and so is its step."""
     newest = RunFolder(half).checkpoints()[-1][1]
     renamed = RunFolder(half).checkpoint(57)
-    shutil.copy(newest, renamed)
+    shutil.copytree(newest, renamed)
     refused(start(half, "--resume"), str(renamed), "holds step 56")
-    renamed.unlink()
+    shutil.rmtree(renamed)
     about = json.loads((half / "config.json").read_text())
     about["train"]["seed"] = 7
     (half / "config.json").write_text(json.dumps(about))
@@ -304,7 +310,7 @@ def test_a_run_goes_on_without_its_initial_weights_and_past_damaged_images(
     same(run, unbroken)
     checkpoint = RunFolder(run).checkpoint(4)
     assert open_state(checkpoint).versions == versions()
-    checkpoint.unlink()
+    shutil.rmtree(checkpoint)
     finished = start(run, *words, steps=8)
     assert finished.wait() == [0] and "is finished" in finished.said(), finished.said()
 
@@ -475,8 +481,8 @@ def test_other_number_of_ranks(start: Start, tmp_path: Path, before: int, after:
     run = start(folder, *words, ranks=before, steps=12)
     assert run.wait() == [0] * before, run.said()
     expected = losses(folder)
-    for name in ("final", "step-00000008"):
-        (folder / "checkpoints" / f"{name}.safetensors").unlink()
+    (folder / "checkpoints" / "final.safetensors").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")
     run = start(folder, *words, "--resume", ranks=after, steps=12)
     assert run.wait() == [0] * after, run.said()
     assert "resumed   at step 4 from" in run.said()  # epochs have three steps
@@ -502,8 +508,8 @@ def test_the_memory_goes_on(start: Start, tmp_path: Path) -> None:
     run = start(folder, *words, ranks=2, steps=12)
     assert run.wait() == [0, 0], run.said()
     expected = steps_of(folder)
-    for name in ("final", "step-00000008"):
-        (folder / "checkpoints" / f"{name}.safetensors").unlink()
+    (folder / "checkpoints" / "final.safetensors").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")
     run = start(folder, *words, "--resume", ranks=2, steps=12)
     assert run.wait() == [0, 0] and "resumed   at step 4 from" in run.said(), run.said()
     assert steps_of(folder) == expected

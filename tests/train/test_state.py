@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -17,17 +18,21 @@ from torch import Tensor, nn
 from namr_dist.config import Config
 from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.parallel.batchnorm import GlobalBatchNorm
+from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.pool import Ranks
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import save_network
+from namr_dist.train.checkpoints.parts import INDEX, Piece, SavedTensors, finish, write_part
 from namr_dist.train.checkpoints.resume import check_same, find_start
 from namr_dist.train.checkpoints.state import (
+    HostMemory,
     SavedState,
     check_fits,
     check_saveable,
     open_state,
-    save_state,
+    take_snapshot,
     versions,
+    write_snapshot,
 )
 from namr_dist.train.checkpoints.verified_file import (
     TensorSpec,
@@ -132,26 +137,25 @@ def advance(engine, steps: range) -> list[str]:  # type: ignore[no-untyped-def]
     return losses
 
 
-def write(path: Path, stage: int, steps: int, dropout: float, after: int) -> list[str]:
-    """Train, save in between, go on; the losses from the checkpoint on."""
-    import torch.distributed as dist
+def save(engine, path: Path, step: int, host: HostGroup) -> str | None:  # type: ignore[no-untyped-def]
+    """Take a snapshot and write it at once."""
+    snapshot = take_snapshot(engine, HostMemory(), step=step, config=CONFIG, data_hash="d")
+    return write_snapshot(snapshot, path, host)
 
-    from namr_dist.parallel.host import HostGroup
+
+def write(path: Path, stage: int, steps: int, dropout: float, after: int) -> list[str]:
+    """Train, and go on while the state in between is still to be written; the losses from there
+    on."""
+    import torch.distributed as dist
 
     torch.manual_seed(dist.get_rank())
     engine, host = build(stage, dropout=dropout), HostGroup()
     torch.manual_seed(100 + dist.get_rank())
     advance(engine, range(steps))
-    assert save_state(engine, path, step=steps, config=CONFIG, data_hash="d", host=host) is None
+    snapshot = take_snapshot(engine, HostMemory(), step=steps, config=CONFIG, data_hash="d")
     losses = advance(engine, range(steps, steps + after))
-    save_state(
-        engine,
-        path.with_name("end.safetensors"),
-        step=steps + after,
-        config=CONFIG,
-        data_hash="d",
-        host=host,
-    )
+    assert write_snapshot(snapshot, path, host) is None
+    save(engine, path.with_name("end"), steps + after, host)
     return losses
 
 
@@ -159,7 +163,6 @@ def resume(path: Path, stage: int, dropout: float, after: int) -> list[str]:
     """A fresh engine, filled from the file and trained on; its losses."""
     import torch.distributed as dist
 
-    from namr_dist.parallel.host import HostGroup
     from namr_dist.train.checkpoints.state import load_state
 
     engine, host = build(stage, dropout=dropout), HostGroup()
@@ -167,14 +170,7 @@ def resume(path: Path, stage: int, dropout: float, after: int) -> list[str]:
     load_state(engine, saved, host=host, seed=0)
     step = host.from_first(saved.step if saved else None)
     losses = advance(engine, range(step, step + after))
-    save_state(
-        engine,
-        path.with_name("resumed.safetensors"),
-        step=step + after,
-        config=CONFIG,
-        data_hash="d",
-        host=host,
-    )
+    save(engine, path.with_name("resumed"), step + after, host)
     return losses
 
 
@@ -187,7 +183,8 @@ def pools(two_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(path)
+    saved = SavedTensors(path, open_state(path).files)
+    return {name: saved.get(name) for name in saved.specs}
 
 
 @pytest.mark.dist
@@ -198,24 +195,24 @@ def test_resumed_is_unbroken(
 ) -> None:
     """Losses and every byte of the state three steps later, with a dropout that draws from each
     rank's generator."""
-    path = tmp_path / "step.safetensors"
+    path = tmp_path / "step"
     unbroken = pools[ranks](write, path, stage, 4, 0.5, 3)
     resumed = pools[ranks](resume, path, stage, 0.5, 3)
     assert resumed == unbroken
     assert len(set(unbroken[0])) == 3
-    end, again = tensors(tmp_path / "end.safetensors"), tensors(tmp_path / "resumed.safetensors")
+    end, again = tensors(tmp_path / "end"), tensors(tmp_path / "resumed")
     assert end.keys() == again.keys()
     for name, value in end.items():
         assert value.numpy().tobytes() == again[name].numpy().tobytes(), name
 
 
-def there_and_back(stage: int) -> list[tuple[bytes, bytes]]:
-    """Of each optimized parameter, a moment with every kind of number as it was set and as it is
-    read."""
+def there_and_back(stage: int) -> list[tuple[bytes, int, bytes]]:
+    """Of each optimized parameter, a moment with every kind of number as it was set, and this
+    rank's piece of it: its start and its bytes."""
     from namr_dist.train.checkpoints.zero_fragments import (
         MOMENTS,
-        get_moment,
         optimizer_step,
+        own_moment,
         set_moments,
     )
 
@@ -229,19 +226,22 @@ def there_and_back(stage: int) -> list[tuple[bytes, bytes]]:
         moment = kinds.repeat(shape.numel())[: shape.numel()].reshape(shape)
         set_moments(engine, parameter, {key: moment for key in MOMENTS}, torch.tensor(7.0))
         assert optimizer_step(engine, parameter) == 7
-        pairs.append(
-            (moment.numpy().tobytes(), get_moment(engine, parameter, MOMENTS[0]).numpy().tobytes())
-        )
+        start, values = own_moment(engine, parameter, MOMENTS[0])
+        pairs.append((moment.numpy().tobytes(), start, values.numpy().tobytes()))
     return pairs
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_moments_keep_every_bit(two_ranks: Ranks, stage: int) -> None:
-    for pairs in two_ranks(there_and_back, stage):
-        assert len(pairs) == 7
-        for put, got in pairs:
-            assert put == got
+    """Each rank has all of a moment, or the ranks' pieces make it up."""
+    by_rank = two_ranks(there_and_back, stage)
+    assert [len(moments) for moments in by_rank] == [7, 7]
+    for put, *pieces in zip([put for put, _, _ in by_rank[0]], *by_rank, strict=True):
+        if stage == 0:
+            assert [got for _, _, got in pieces] == [put, put]
+        else:
+            assert b"".join(got for _, _, got in sorted(pieces, key=lambda one: one[1:])) == put
 
 
 @pytest.mark.dist
@@ -253,11 +253,11 @@ def test_other_ranks_and_stages_go_on(
 ) -> None:
     """(ranks, ZeRO stage): the state arrives bit for bit, and the same batches go on to the same
     losses."""
-    path = tmp_path / "step.safetensors"
+    path = tmp_path / "step"
     (ranks, stage), (other_ranks, other_stage) = before, after
     unbroken = mean(pools[ranks](write, path, stage, 4, 0.0, 8))
     pools[other_ranks](resume, path, other_stage, 0.0, 0)
-    saved, again = tensors(path), tensors(tmp_path / "resumed.safetensors")
+    saved, again = tensors(path), tensors(tmp_path / "resumed")
     for name in (name for name in saved if not name.startswith("rank/")):
         assert saved[name].numpy().tobytes() == again[name].numpy().tobytes(), name
     resumed = mean(pools[other_ranks](resume, path, other_stage, 0.0, 8))
@@ -269,57 +269,79 @@ def mean(by_rank: list[list[str]]) -> list[float]:
     return [sum(map(float.fromhex, losses)) / len(losses) for losses in zip(*by_rank, strict=True)]
 
 
-def small_file(path: Path, **metadata: str) -> Path:
-    """What a checkpoint of Oddities holds of the model, written without an engine."""
+def small_checkpoint(path: Path, *, parts: int = 1, **about: Any) -> Path:
+    """What a checkpoint of Oddities holds of the model, written without an engine; `first.weight`
+    is divided among the parts."""
     values = {f"model/{name}": value for name, value in Oddities(dropout=0.0).state_dict().items()}
-    values = dict(sorted(values.items(), key=lambda entry: -entry[1].dtype.itemsize))
+    divided = values.pop("model/first.weight")
+    written = []
+    for part in range(parts):
+        pieces = {}
+        if part == 0:
+            pieces = {
+                name: Piece(values=value, shape=tuple(value.shape))
+                for name, value in values.items()
+            }
+        rows = divided if parts == 1 else divided.reshape(-1).chunk(parts)[part]
+        start = part * -(-divided.numel() // parts)
+        pieces["model/first.weight"] = Piece(values=rows, start=start, shape=tuple(divided.shape))
+        written.append(write_part(path, part, pieces))
     told = {
-        "format": "namr-training/1",
+        "format": "namr-training/2",
         "version": "0",
-        "step": "4",
-        "ranks": "1",
+        "versions": {},
+        "step": 4,
+        "ranks": parts,
         "data": "d",
-        "config": CONFIG.to_json(),
-        **metadata,
+        "config": json.loads(CONFIG.to_json()),
+        **about,
     }
-    writer = VerifiedFileWriter(
-        path, told, {name: TensorSpec.of(value) for name, value in values.items()}
-    )
-    for value in values.values():
-        writer.add(value)
-    writer.commit()
+    finish(path, told, written)
     return path
 
 
 def test_flipped_and_missing_bytes_are_found(tmp_path: Path) -> None:
-    path = small_file(tmp_path / "step.safetensors")
+    """In the index and in each part; a part of another checkpoint is not taken for this one's."""
+    path = small_checkpoint(tmp_path / "step", parts=2)
+    files = ["rank-00000.safetensors", "rank-00001.safetensors"]
     assert open_state(path) == SavedState(
-        path=path, step=4, ranks=1, data_hash="d", config=CONFIG, versions={}
+        path=path, step=4, ranks=2, data_hash="d", config=CONFIG, versions={}, files=tuple(files)
     )
-    whole = path.read_bytes()
-    for position in [*range(200), *range(200, len(whole), 7)]:
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 32]) + whole[position + 1 :])
-        with pytest.raises(DamagedFileError):
+    for name in (INDEX, *files):
+        file = path / name
+        whole = file.read_bytes()
+        for position in [*range(200), *range(200, len(whole), 17)]:
+            flipped = bytes([whole[position] ^ 32])
+            file.write_bytes(whole[:position] + flipped + whole[position + 1 :])
+            with pytest.raises(DamagedFileError, match=name):
+                open_state(path)
+        for length in (0, 5, 30, 200, len(whole) - 1):
+            file.write_bytes(whole[:length])
+            with pytest.raises(DamagedFileError, match=name):
+                open_state(path)
+        file.write_bytes(whole + b"\0")
+        with pytest.raises(DamagedFileError, match=name):
             open_state(path)
-    for length in (0, 5, 30, 200, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(DamagedFileError):
+        file.unlink()
+        with pytest.raises(DamagedFileError, match=f"{name}: No such file"):
             open_state(path)
-    path.write_bytes(whole + b"\0")
-    with pytest.raises(DamagedFileError):
+        file.write_bytes(whole)
+    (path / files[1]).write_bytes((path / files[0]).read_bytes())
+    with pytest.raises(DamagedFileError, match="not the part that its index names"):
         open_state(path)
 
 
-def test_foreign_files(tmp_path: Path) -> None:
-    foreign = tmp_path / "foreign.safetensors"
-    safetensors.torch.save_file({"weight": torch.ones(3)}, foreign, {"format": "pt"})
+def test_foreign_checkpoints(tmp_path: Path) -> None:
+    foreign = small_checkpoint(tmp_path / "foreign")
+    file = foreign / "rank-00000.safetensors"
+    safetensors.torch.save_file({"weight": torch.ones(3)}, file, {"format": "pt"})
     with pytest.raises(DamagedFileError, match="no SHA-256 of itself"):
         open_state(foreign)
     with pytest.raises(
-        InputError, match="has format 'namr-training/2', expected 'namr-training/1'"
+        InputError, match="has format 'namr-training/3', expected 'namr-training/2'"
     ):
-        open_state(small_file(tmp_path / "newer.safetensors", format="namr-training/2"))
-    saved = open_state(small_file(tmp_path / "step.safetensors"))
+        open_state(small_checkpoint(tmp_path / "newer", format="namr-training/3"))
+    saved = open_state(small_checkpoint(tmp_path / "step", parts=3))
     check_fits(saved, Oddities(dropout=0.5))
     with pytest.raises(InputError, match=r"first.weight is \(7, 5\) there and \(7, 6\) here"):
         check_fits(saved, Oddities(dropout=0.0, width=6))
@@ -327,14 +349,56 @@ def test_foreign_files(tmp_path: Path) -> None:
         check_fits(saved, nn.Linear(2, 2))
 
 
-def test_file_is_plain_safetensors(tmp_path: Path) -> None:
-    path = small_file(tmp_path / "step.safetensors")
+def test_pieces_that_do_not_make_a_tensor_are_refused(tmp_path: Path) -> None:
+    """Hashes are right: somebody wrote them so."""
+    whole = torch.arange(12.0)
+    about = {"format": "namr-training/2", "version": "0", "versions": {}, "step": 4, "ranks": 2}
+    for number, (first, second) in enumerate(
+        [
+            (Piece(values=whole[:6], start=0, shape=(3, 4)), None),
+            (
+                Piece(values=whole[:6], start=0, shape=(3, 4)),
+                Piece(values=whole[7:], start=7, shape=(3, 4)),
+            ),
+            (
+                Piece(values=whole[:6], start=0, shape=(3, 4)),
+                Piece(values=whole[5:], start=5, shape=(3, 4)),
+            ),
+            (
+                Piece(values=whole[:6], start=0, shape=(3, 4)),
+                Piece(values=whole[6:].int(), start=6, shape=(3, 4)),
+            ),
+        ]
+    ):
+        path = tmp_path / str(number)
+        written = [
+            write_part(path, rank, {"model/x": piece})
+            for rank, piece in enumerate((first, second))
+            if piece
+        ]
+        config = json.loads(CONFIG.to_json())
+        finish(path, {**about, "data": "d", "config": config}, written)
+        with pytest.raises(InputError, match=r"do not make it up|another part otherwise"):
+            open_state(path)
+
+
+def test_parts_are_plain_safetensors(tmp_path: Path) -> None:
+    path = small_checkpoint(tmp_path / "step", parts=3)
     expected = Oddities(dropout=0.0).state_dict()
     stored = tensors(path)
     assert {f"model/{name}" for name in expected} == stored.keys()
     for name, value in expected.items():
         assert torch.equal(stored[f"model/{name}"], value)
-    assert list(tmp_path.iterdir()) == [path], "a temporary file stayed"
+    flat = [
+        safetensors.torch.load_file(path / f"rank-{rank:05d}.safetensors")["model/first.weight"]
+        for rank in range(3)
+    ]
+    assert torch.equal(torch.cat(flat), expected["first.weight"].reshape(-1))
+    assert sorted(file.name for file in path.iterdir()) == [
+        INDEX,
+        *(f"rank-{rank:05d}.safetensors" for rank in range(3)),
+    ]
+    assert list(tmp_path.iterdir()) == [path], "a temporary folder stayed"
 
 
 def test_every_flipped_bit_of_a_verified_file_is_found(
@@ -381,7 +445,7 @@ def test_versions_that_wrote_a_checkpoint(tmp_path: Path) -> None:
         ({**versions(), "torch": "1.13.1"}, (f"torch 1.13.1, here {torch.__version__}: the run",)),
         ({}, ("does not say which versions of torch and DeepSpeed wrote it",)),
     ):
-        small_file(path, **({"versions": json.dumps(written)} if written else {}))
+        small_checkpoint(path, versions=written)
         start = find_start(run, CONFIG, data_hash="d")
         assert start.step == 4 and len(start.warnings) == len(said)
         for line, part in zip(start.warnings, said, strict=True):
@@ -401,7 +465,7 @@ def test_a_damaged_trained_network_ends_no_run_unseen(tmp_path: Path) -> None:
     run.final.write_bytes(whole)
     with pytest.raises(InputError, match=r"final.safetensors is damaged .*, and no checkpoint is"):
         find_start(run, CONFIG, data_hash="d")
-    small_file(run.checkpoint(4), versions=json.dumps(versions()))
+    small_checkpoint(run.checkpoint(4), versions=versions())
     again = find_start(run, CONFIG, data_hash="d")
     assert again.step == 4 and not again.finished
     assert len(again.warnings) == 1 and "it is made again from a checkpoint" in again.warnings[0]
@@ -425,7 +489,7 @@ def test_a_run_that_stops_at_damaged_images_may_go_on_replacing_them() -> None:
 
 def test_what_the_disk_changed_is_never_accepted(tmp_path: Path) -> None:
     values = torch.arange(1000.0)
-    path = tmp_path / "step.safetensors"
+    path = tmp_path / "step"
     path.write_bytes(b"the older one")
     writer = VerifiedFileWriter(path, {}, {"values": TensorSpec.of(values)})
     writer.add(values)
@@ -446,14 +510,12 @@ def save_on_a_small_disk(path: Path) -> tuple[str | None, int, list[str]]:
 
     import torch.distributed as dist
 
-    from namr_dist.parallel.host import HostGroup
-
     engine, host = build(2), HostGroup()
     advance(engine, range(2))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        trouble = save_state(engine, path, step=2, config=CONFIG, data_hash="d", host=host)
+        trouble = save(engine, path, 2, host)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     left = len(list(path.parent.iterdir()))
@@ -463,12 +525,46 @@ def save_on_a_small_disk(path: Path) -> tuple[str | None, int, list[str]]:
 
 @pytest.mark.dist
 def test_disk_that_refuses_is_told_on_every_rank(pools: dict[int, Ranks], tmp_path: Path) -> None:
-    unbroken = pools[2](write, tmp_path / "step.safetensors", 2, 2, 0.0, 2)
+    unbroken = pools[2](write, tmp_path / "step", 2, 2, 0.0, 2)
     (tmp_path / "small").mkdir()
-    path = tmp_path / "small" / "step.safetensors"
+    path = tmp_path / "small" / "step"
     assert [(f"File too large: {path}", 0, losses) for losses in unbroken] == pools[2](
         save_on_a_small_disk, path
     )
+
+
+def of_another_folder(folder: Path) -> str:
+    """What starting says where the second rank sees a folder of its own."""
+    import torch.distributed as dist
+
+    from namr_dist.train import start
+
+    start._SEEN_S = 0.3
+    own = RunFolder(folder / str(dist.get_rank()))
+    trouble = start._not_shared(own, HostGroup())
+    here = start._not_shared(RunFolder(folder / "0"), HostGroup())
+    return f"{trouble} {here}"
+
+
+@pytest.mark.dist
+def test_ranks_that_see_another_folder_are_refused(two_ranks: Ranks, tmp_path: Path) -> None:
+    """Also if it holds a run, as one of yesterday."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "config.json").write_text(f"of rank {rank}")
+    first, _ = two_ranks(of_another_folder, tmp_path)
+    assert "is not the one that" in first and "on storage that all nodes share" in first
+    assert first.endswith(" None")
+
+
+def test_a_part_that_the_first_rank_does_not_see_makes_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "step"
+    piece = {"model/x": Piece(values=torch.arange(3.0), shape=(3,))}
+    parts = [write_part(path, rank, piece) for rank in range(2)]
+    (tmp_path / ".step.tmp" / parts[1]["file"]).unlink()
+    with pytest.raises(OSError, match=r"rank-00001.safetensors is not there: .* all nodes share"):
+        finish(path, {}, parts)
+    assert not path.exists()
 
 
 class _WithState(nn.Module):

@@ -1,21 +1,40 @@
-"""Checkpoints at step boundaries: when to write one and when to stop, agreed by all ranks."""
+"""Checkpoints at step boundaries: when to write one and when to stop, agreed by all ranks.
+
+Training halts while each rank copies its part of the state to the host. A thread of each then
+writes it, and the threads agree among themselves; the next checkpoint waits for the one before.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from namr_dist.config import Config
 from namr_dist.parallel.host import HostGroup
 from namr_dist.run.folder import RunFolder
-from namr_dist.train.checkpoints.state import save_state
+from namr_dist.train.checkpoints.state import (
+    HostMemory,
+    Snapshot,
+    take_snapshot,
+    write_snapshot,
+)
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+_CLOSE_S = 60.0
+
 
 class CheckpointPolicy:
-    """One on each rank. All ranks must make each call together."""
+    """One on each rank. All ranks must make it and make each call together, but for `news`.
+
+    Leaving its `with` by an error, a rank finishes what it writes, for a minute at most: the others
+    may do so too, and then the checkpoint counts.
+    """
 
     def __init__(
         self,
@@ -26,7 +45,9 @@ class CheckpointPolicy:
         data_hash: str,
         host: HostGroup,
         first: bool,
+        timeout: timedelta,
     ) -> None:
+        """timeout: how long a rank that has written its part waits for the others."""
         self._engine = engine
         self._run = run
         self._config = config
@@ -34,6 +55,24 @@ class CheckpointPolicy:
         self._host = host
         self._first = first
         self._latest_s = time.monotonic()
+        self._memory = HostMemory()
+        # Of the threads alone: their messages may come between any of training's.
+        self._writers = HostGroup(timeout)
+        self._write: _Write | None = None
+        self._saved = False
+        self._news: list[str] = []
+
+    def __enter__(self) -> CheckpointPolicy:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._write:
+            self._write.thread.join(_CLOSE_S)
 
     def decide(self, step: int, *, signal: int) -> tuple[bool, int]:
         """After so many steps: (write a checkpoint, the signal to stop for or 0). A signal on any
@@ -48,27 +87,83 @@ class CheckpointPolicy:
         save, stop = self._host.largest(int(due), signal)
         return bool(save or stop), stop
 
-    def save(self, step: int) -> tuple[bool, str]:
-        """Write the state after `step` steps and then drop what is older than
-        train.keep_checkpoints; whether it was written, and a line for people. Where it was not, the
-        line says why, and the checkpoints before stay."""
-        began = time.monotonic()
-        path = self._run.checkpoint(step)
-        trouble = save_state(
-            self._engine,
-            path,
-            step=step,
-            config=self._config,
-            data_hash=self._data_hash,
-            host=self._host,
-        )
-        self._latest_s = time.monotonic()
-        if trouble is not None:
-            last = [before for before, _ in self._run.checkpoints() if before < step]
-            return False, (
-                f"WARNING: no checkpoint at step {step}: {trouble}; until the next one, a run that breaks "
-                f"goes on from {f'step {last[-1]}' if last else 'the beginning'}"
+    def save(self, step: int) -> None:
+        """Copy the state after `step` steps to the host, and begin to write it. Older checkpoints
+        are dropped once it is written, but for train.keep_checkpoints; where it cannot be, they
+        stay."""
+        began_s = time.monotonic()
+        self.finish()
+        snapshot: Snapshot | str
+        try:
+            snapshot = take_snapshot(
+                self._engine,
+                self._memory,
+                step=step,
+                config=self._config,
+                data_hash=self._data_hash,
             )
-        if self._first:
-            self._run.remove_old_checkpoints(newest=step, keep=self._config.train.keep_checkpoints)
-        return True, f"checkpoint at step {step} in {self._latest_s - began:.1f} s → {path}"
+        except MemoryError as error:
+            snapshot = str(error)
+        self._latest_s = time.monotonic()
+        write = _Write(step=step, began_s=began_s, halt_s=self._latest_s - began_s)
+        # A daemon: a rank that must end does not wait for a disk that never answers.
+        write.thread = threading.Thread(
+            target=self._write_all, args=(write, snapshot), name="checkpoint", daemon=True
+        )
+        write.thread.start()
+        self._write = write
+
+    def finish(self) -> bool:
+        """Wait until the latest checkpoint is written; whether it was. Raises what its writing
+        raised, such as a lost connection to another rank."""
+        if self._write:
+            write, self._write = self._write, None
+            write.thread.join()
+            if write.error:
+                raise write.error
+            self._saved = write.saved
+            self._news.append(write.said)
+        return self._saved
+
+    def news(self) -> list[str]:
+        """Lines for people on what has been written, or could not be, since the last call. Waits
+        for nothing."""
+        if self._write and not self._write.thread.is_alive():
+            self.finish()
+        news, self._news = self._news, []
+        return news
+
+    def _write_all(self, write: _Write, snapshot: Snapshot | str) -> None:
+        step, path = write.step, self._run.checkpoint(write.step)
+        try:
+            trouble = write_snapshot(snapshot, path, self._writers)
+            if trouble is not None:
+                last = [before for before, _ in self._run.checkpoints() if before < step]
+                write.said = (
+                    f"WARNING: no checkpoint at step {step}: {trouble}; until the next one, a run that "
+                    f"breaks goes on from {f'step {last[-1]}' if last else 'the beginning'}"
+                )
+                return
+            write.saved = True
+            if self._first:
+                keep = self._config.train.keep_checkpoints
+                self._run.remove_old_checkpoints(newest=step, keep=keep)
+            write.said = (
+                f"checkpoint at step {step} in {time.monotonic() - write.began_s:.1f} s, of which training "
+                f"waited {write.halt_s:.2f} → {path}"
+            )
+        except Exception as error:
+            write.error = error
+
+
+@dataclass(kw_only=True)
+class _Write:
+    """One checkpoint on its way to disk."""
+
+    step: int
+    began_s: float
+    halt_s: float
+    thread: threading.Thread = field(init=False)
+    saved: bool = False
+    said: str = ""
+    error: Exception | None = None

@@ -80,6 +80,11 @@ def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
     if not run.config.exists():
         return Start()
     check_same(run.config, Config.load(run.config), config)
+    if older := run.older_checkpoints():
+        raise InputError(
+            f"{older[-1]} was written by an older version of namr-dist, which had one file for each checkpoint; "
+            "go on with that version, or start again with --overwrite"
+        )
     run.remove_unfinished()
     warnings: list[str] = []
     damaged: list[str] = []

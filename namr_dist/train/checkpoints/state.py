@@ -1,10 +1,9 @@
-"""A training state as one file that knows nothing of ranks or ZeRO stages.
+"""A training state: what each rank writes of it, and how a fresh engine is filled from it.
 
-`checkpoints/step-00000120.safetensors`, format namr-training/1, holds by name: `model/…`, every
-parameter and every buffer in full; `adamw/…/exp_avg`, `…/exp_avg_sq` and `…/step`, what AdamW knows
-of each parameter; `rank/00000/…`, each rank's random generators. Data position and learning rate
-are functions of the step. The file verifies itself (verified_file.py), and no object is ever
-unpickled from it.
+A checkpoint (parts.py) holds by name: `model/…`, every parameter and every buffer;
+`adamw/…/exp_avg`, `…/exp_avg_sq` and `…/step`, what AdamW knows of each parameter; `rank/00000/…`,
+each rank's random generators. Tensors are named as the model names them, whatever the ZeRO stage.
+Data position and learning rate are functions of the step.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,23 +24,19 @@ from torch import Tensor, nn
 from namr_dist import __version__
 from namr_dist.config import Config
 from namr_dist.data.remote.address import without_credentials
-from namr_dist.errors import DamagedFileError, InputError
-from namr_dist.json_file import json_object, parse_json
+from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
 from namr_dist.parallel.ranks import world_size
-from namr_dist.train.checkpoints import zero_fragments
-from namr_dist.train.checkpoints.verified_file import (
-    DTYPES,
-    TensorSpec,
-    VerifiedFileWriter,
-    verify_file,
-)
+from namr_dist.train.checkpoints import parts, zero_fragments
+from namr_dist.train.checkpoints.parts import Piece, SavedTensors
+from namr_dist.train.checkpoints.verified_file import DTYPES
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-_COUNT = re.compile(r"[0-9]{1,15}")
-_FORMAT = "namr-training/1"
+_FORMAT = "namr-training/2"
+_MOST = 10**15
+_OF_RANK = re.compile(r"rank/([0-9]{5,9})/\w+")
 _DEPENDED_ON = ("deepspeed", "numpy", "simplejpeg")
 _RNG_STREAM = 3  # beside the plan's and the augmentation's (data/read/plan.py)
 
@@ -60,17 +54,55 @@ class SavedState:
     """Of the images that were trained on."""
     config: Config
     versions: dict[str, str]
-    """What wrote it, as `versions` gives them; empty in a file of an older version."""
+    """What wrote it, as `versions` gives them."""
+    files: tuple[str, ...]
+    """Names of the parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """One tensor of the file. `fetch` is called by all ranks together; only the first needs the
-    result."""
+class Snapshot:
+    """This rank's part of the state after some step, copied to the host: training may go on."""
 
-    name: str
-    spec: TensorSpec
-    fetch: Callable[[], Tensor]
+    pieces: dict[str, Piece]
+    trained: frozenset[str]
+    """Names of those that are parameters."""
+    about: dict[str, Any]
+    """What the index says."""
+
+
+class HostMemory:
+    """Where a rank's snapshots lie, one at a time: as much as its part of the state takes, from the
+    first on, and page-locked where a GPU copies to it."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, pieces: Mapping[str, Piece], device: torch.device) -> dict[str, Piece]:
+        """The pieces with values on the host. Overwrites what was copied before. Raises
+        MemoryError."""
+        # Widest dtype first, so that each begins at a multiple of its own width.
+        ordered = sorted(pieces.items(), key=lambda item: -item[1].values.dtype.itemsize)
+        needed = sum(piece.values.nbytes for _, piece in ordered)
+        if len(self._bytes) != needed:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # not both at a time
+            try:
+                self._bytes = torch.empty(
+                    needed, dtype=torch.uint8, pin_memory=device.type == "cuda"
+                )
+            except RuntimeError:
+                raise MemoryError(
+                    f"the host has no {needed / 2**30:.1f} GiB of memory left for a copy of the state"
+                ) from None
+        copied, offset = {}, 0
+        for name, piece in ordered:
+            room = self._bytes[offset : offset + piece.values.nbytes]
+            values = room.view(piece.values.dtype).reshape(piece.values.shape)
+            values.copy_(piece.values, non_blocking=True)
+            copied[name] = Piece(values=values, start=piece.start, shape=piece.shape)
+            offset += piece.values.nbytes
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return copied
 
 
 def versions() -> dict[str, str]:
@@ -99,118 +131,120 @@ def check_saveable(module: nn.Module) -> None:
             )
 
 
-def save_state(
-    engine: DeepSpeedEngine,
-    path: Path,
-    *,
-    step: int,
-    config: Config,
-    data_hash: str,
-    host: HostGroup,
-) -> str | None:
-    """Write the state after `step` steps; None, or why it could not be written. All ranks call it,
-    and learn that.
+@torch.no_grad()
+def take_snapshot(
+    engine: DeepSpeedEngine, memory: HostMemory, *, step: int, config: Config, data_hash: str
+) -> Snapshot:
+    """This rank's part of the state after `step` steps. No message is sent.
 
-    The file appears whole and verified or not at all. Memory: one whole parameter on the device and
-    on the first rank's CPU.
+    Raises MemoryError where the host has none for it. The snapshot before is overwritten.
     """
-    entries = _entries(engine, host, _generators(engine.device))
-    # Buffers may hold what they like, such as the least value so far, which begins as infinity.
-    trained = {f"model/{name}" for name, _ in engine.module.named_parameters()}
-    writer: VerifiedFileWriter | None = None
-    trouble: str | None = None
-    metadata = {
-        "format": _FORMAT,
-        "version": __version__,
-        "versions": json.dumps(versions()),
-        "step": str(step),
-        "ranks": str(world_size()),
-        "zero_stage": str(engine.zero_optimization_stage()),
-        "data": data_hash,
-        "config": without_credentials(config).to_json(),
-    }
-    try:
-        if dist.get_rank() == 0:
-            try:
-                path.parent.mkdir(exist_ok=True)
-                writer = VerifiedFileWriter(
-                    path, metadata, {entry.name: entry.spec for entry in entries}
-                )
-            except OSError as error:
-                trouble = error.strerror
-        for entry in entries:
-            value = entry.fetch()
-            # A disk that is full must not keep the other ranks waiting: the first goes on and
-            # writes nothing.
-            if writer and not trouble:
-                if entry.name in trained and not value.isfinite().all():
-                    trouble = f"{entry.name.removeprefix('model/')} is not finite"
-                    continue
-                try:
-                    writer.add(value)
-                except OSError as error:
-                    trouble = error.strerror
-        if writer and not trouble:
-            try:
-                writer.commit()
-            except OSError as error:
-                trouble = error.strerror
-    finally:
-        if writer:
-            writer.discard()
+    pieces = memory.copy(_own_pieces(engine), engine.device)
+    return Snapshot(
+        pieces=pieces,
+        trained=frozenset(f"model/{name}" for name, _ in engine.module.named_parameters()),
+        about={
+            "format": _FORMAT,
+            "version": __version__,
+            "versions": versions(),
+            "step": step,
+            "ranks": world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+            "data": data_hash,
+            "config": json.loads(without_credentials(config).to_json()),
+        },
+    )
+
+
+def write_snapshot(snapshot: Snapshot | str, path: Path, host: HostGroup) -> str | None:
+    """Write what all ranks took, each its own part; None, or why it could not be written. All ranks
+    call it, and learn that.
+
+    snapshot: or why this rank has none. The checkpoint appears whole and verified or not at all.
+    """
+    trouble, part = (snapshot, None) if isinstance(snapshot, str) else _write_part(snapshot, path)
+    written = host.of_all((trouble, part))
+    trouble = next((there for there, _ in written if there is not None), None)
+    if dist.get_rank() == 0:
+        try:
+            if trouble is None:
+                assert isinstance(snapshot, Snapshot)
+                parts.finish(path, snapshot.about, [part for _, part in written])
+        except OSError as error:
+            trouble = error.strerror
+        if trouble is not None:
+            parts.discard(path)
     return host.from_first(f"{trouble}: {path}" if trouble else None)
+
+
+def _write_part(snapshot: Snapshot, path: Path) -> tuple[str | None, dict[str, Any] | None]:
+    """(why it could not be written, its entry in the index)"""
+    # Buffers may hold what they like, such as the least value so far, which begins as infinity.
+    for name in sorted(snapshot.trained & snapshot.pieces.keys()):
+        if not snapshot.pieces[name].values.isfinite().all():
+            return f"{name.removeprefix('model/')} is not finite", None
+    try:
+        return None, parts.write_part(path, dist.get_rank(), snapshot.pieces)
+    except OSError as error:
+        return error.strerror, None
 
 
 def open_state(path: Path) -> SavedState:
     """Read and verify every byte of a checkpoint.
 
-    Raises DamagedFileError, or InputError for a file that is whole but of another format.
+    Raises DamagedFileError, or InputError for one that is whole but of another format.
     """
-    try:
-        verify_file(path)
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata()
-    except (safetensors.SafetensorError, OSError) as error:
-        raise DamagedFileError(str(error)) from None
-    if metadata.get("format") != _FORMAT:
+    about = parts.open_index(path)
+    where = path / parts.INDEX
+    if about.get("format") != _FORMAT:
         raise InputError(
-            f"{path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; it was written by "
-            f"version {metadata.get('version')} of namr-dist: go on with that one, or start again with "
+            f"{where} has format {about.get('format')!r}, expected {_FORMAT!r}; it was written by "
+            f"version {about.get('version')} of namr-dist: go on with that one, or start again with "
             "--overwrite"
         )
-    remedy = "it is not as namr train writes them: remove it, or copy it again"
-    for name in ("step", "ranks", "data", "config"):
-        if name not in metadata:
-            raise InputError(f"{path} lacks {name} in its metadata; {remedy}")
     for name in ("step", "ranks"):
-        if not _COUNT.fullmatch(metadata[name]):
-            raise InputError(f"{path}: {name} is {metadata[name]!r}, not a count; {remedy}")
+        if not isinstance(about.get(name), int) or not 0 <= about[name] < _MOST:
+            raise InputError(f"{where}: {name} is {about.get(name)!r}, not a count; {parts.REMEDY}")
+    others = about.get("versions")
+    if not isinstance(others, dict) or not isinstance(about.get("data"), str):
+        raise InputError(f"{where} lacks versions or data; {parts.REMEDY}")
+    files = tuple(part["file"] for part in about["parts"])
+    for name in SavedTensors(path, files).specs:
+        if name.startswith("rank/"):
+            rank = _OF_RANK.fullmatch(name)
+            if not rank or int(rank[1]) >= about["ranks"]:
+                raise InputError(f"{path} has {name!r} of {about['ranks']} ranks; {parts.REMEDY}")
     return SavedState(
         path=path,
-        step=int(metadata["step"]),
-        ranks=int(metadata["ranks"]),
-        data_hash=metadata["data"],
-        config=Config.from_object(
-            parse_json(metadata["config"], f"{path}: config", remedy), f"{path}: config"
-        ),
-        versions=json_object(metadata.get("versions", "{}"), f"{path}: versions", remedy),
+        step=about["step"],
+        ranks=about["ranks"],
+        data_hash=about["data"],
+        config=Config.from_object(about.get("config"), f"{where}: config"),
+        versions={name: str(version) for name, version in others.items()},
+        files=files,
     )
 
 
 def check_fits(saved: SavedState, module: nn.Module) -> None:
     """Raise InputError unless the checkpoint holds just the parameters and buffers of `module`."""
-    with safetensors.safe_open(saved.path, "pt") as file:
-        there = {
-            name.removeprefix("model/"): spec.shape
-            for name, spec in TensorSpec.all_in(file).items()
-            if name.startswith("model/")
-        }
+    specs = SavedTensors(saved.path, saved.files).specs
+    there = {
+        name.removeprefix("model/"): spec.shape
+        for name, spec in specs.items()
+        if name.startswith("model/")
+    }
     wanted = {name: tuple(value.shape) for name, value in _named_state(module)}
     for name in sorted(there.keys() | wanted.keys()):
         if there.get(name) != wanted.get(name):
             raise InputError(
                 f"{saved.path} does not fit the model: {name} is {_shape(there, name)} there and "
                 f"{_shape(wanted, name)} here; it belongs to another run or version"
+            )
+        known = {key: specs.get(f"adamw/{name}/{key}") for key in ("step", *zero_fragments.MOMENTS)}
+        shapes = {key: spec.shape for key, spec in known.items() if spec}
+        if shapes and shapes != {"step": (), **dict.fromkeys(zero_fragments.MOMENTS, wanted[name])}:
+            raise InputError(
+                f"{saved.path}: what AdamW knows of {name} is not whole; {parts.REMEDY}"
             )
 
 
@@ -224,19 +258,19 @@ def load_state(
 ) -> None:
     """Fill a fresh engine. All ranks call it.
 
-    saved: on the first rank a checkpoint that fits; it alone reads the file. With as many ranks as
+    saved: on the first rank a checkpoint that fits; it alone reads the files. With as many ranks as
     wrote it, each gets its random generators back, so every later bit is that of an unbroken run;
     else they are seeded anew by (seed, step, rank).
     """
     file = None
     if saved is not None:
-        file = safetensors.safe_open(saved.path, "pt")
-        about = TensorSpec.all_in(file), saved.step, saved.ranks
+        file = SavedTensors(saved.path, saved.files)
+        about = file.specs, saved.step, saved.ranks
     specs, step, ranks = host.from_first(about if file else None)
 
     def read(name: str) -> Tensor:
         if file:
-            tensor = file.get_tensor(name).to(engine.device)
+            tensor = file.get(name).to(engine.device)
         else:
             tensor = torch.empty(specs[name].shape, dtype=specs[name].dtype, device=engine.device)
         if world_size() > 1:
@@ -271,63 +305,56 @@ def _named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _entries(engine: DeepSpeedEngine, host: HostGroup, own: dict[str, Tensor]) -> list[_Entry]:
-    """Everything the file will hold, in its order, which is the same on all ranks."""
-    entries = []
+def _own_pieces(engine: DeepSpeedEngine) -> dict[str, Piece]:
+    """What this rank writes: its slices of what ZeRO divides, its share of what every rank has, and
+    its random generators. Buffers are written as the first rank has them."""
+    rank, stage = dist.get_rank(), engine.zero_optimization_stage()
+    own: dict[str, Tensor] = {
+        f"rank/{rank:05d}/{name}": value for name, value in _generators(engine.device).items()
+    }
+    of_all: dict[str, Tensor] = {}
+    slices: dict[str, Piece] = {}
     parameters = dict(engine.module.named_parameters())
     for name, value in _named_state(engine.module):
         if name not in parameters:
-            entries.append(_entry(f"model/{name}", value, value.cpu))
+            if rank == 0:
+                own[f"model/{name}"] = value
             continue
         parameter = parameters[name]
-        spec = TensorSpec(dtype=parameter.dtype, shape=zero_fragments.full_shape(parameter))
-        entries.append(
-            _Entry(
-                name=f"model/{name}",
-                spec=spec,
-                fetch=_bind(zero_fragments.get_value, engine, parameter),
-            )
-        )
+        held = {f"model/{name}": (zero_fragments.own_value(engine, parameter), stage == 3)}
         count = zero_fragments.optimizer_step(engine, parameter)
-        if count is None:
-            continue
-        entries.append(_entry(f"adamw/{name}/step", count, count.clone))
-        for key in zero_fragments.MOMENTS:
-            entries.append(
-                _Entry(
-                    name=f"adamw/{name}/{key}",
-                    spec=TensorSpec(dtype=torch.float32, shape=spec.shape),
-                    fetch=_bind(zero_fragments.get_moment, engine, parameter, key),
-                )
-            )
-    for rank, specs in enumerate(
-        host.of_all({name: TensorSpec.of(value) for name, value in own.items()})
-    ):
-        for name, spec in specs.items():
-            mine = own.get(name) if rank == dist.get_rank() else None
-            entries.append(
-                _Entry(
-                    name=f"rank/{rank:05d}/{name}",
-                    spec=spec,
-                    fetch=_bind(_from_rank, host, rank, spec, mine),
-                )
-            )
-    return sorted(entries, key=lambda entry: -entry.spec.dtype.itemsize)
+        if count is not None:
+            if rank == 0:
+                own[f"adamw/{name}/step"] = count
+            for key in zero_fragments.MOMENTS:
+                moment = zero_fragments.own_moment(engine, parameter, key)
+                held[f"adamw/{name}/{key}"] = moment, stage > 0
+        for full_name, ((start, values), divided) in held.items():
+            if divided:
+                slices[full_name] = _slice(values, start, zero_fragments.full_shape(parameter))
+            else:
+                of_all[full_name] = values
+    own |= {name: of_all[name] for name in _share(of_all, rank)}
+    return {name: Piece(values=value, shape=tuple(value.shape)) for name, value in own.items()} | {
+        name: piece for name, piece in slices.items() if len(piece.values.reshape(-1))
+    }
 
 
-def _entry(name: str, value: Tensor, fetch: Callable[[], Tensor]) -> _Entry:
-    return _Entry(name=name, spec=TensorSpec.of(value), fetch=fetch)
+def _slice(values: Tensor, start: int, shape: tuple[int, ...]) -> Piece:
+    whole = len(values) == torch.Size(shape).numel()
+    return Piece(values=values.reshape(shape) if whole else values, start=start, shape=shape)
 
 
-def _bind(function: Callable[..., Tensor], *arguments: object) -> Callable[[], Tensor]:
-    return lambda: function(*arguments)
-
-
-def _from_rank(host: HostGroup, rank: int, spec: TensorSpec, mine: Tensor | None) -> Tensor:
-    """A rank's own tensor, on all ranks."""
-    value = torch.empty(spec.shape, dtype=spec.dtype) if mine is None else mine.cpu().contiguous()
-    host.broadcast(value, source=rank)
-    return value
+def _share(of_all: Mapping[str, Tensor], rank: int) -> list[str]:
+    """Which of the tensors that every rank has this one writes: all write about as many bytes."""
+    bytes_of_rank = [0] * world_size()
+    share = []
+    for name, value in sorted(of_all.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        writer = min(range(len(bytes_of_rank)), key=bytes_of_rank.__getitem__)
+        bytes_of_rank[writer] += value.nbytes
+        if writer == rank:
+            share.append(name)
+    return share
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:

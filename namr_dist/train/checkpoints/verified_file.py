@@ -21,6 +21,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from namr_dist.atomic import flush_folder
 from namr_dist.errors import DamagedFileError
 from namr_dist.text import say
 
@@ -109,8 +110,9 @@ class VerifiedFileWriter:
         self._sha256.update(values)
         self._write(values)
 
-    def commit(self) -> None:
-        """Store the digest, flush to disk, read back, compare, and rename over `path`."""
+    def commit(self) -> str:
+        """Store the digest, flush to disk, read back, compare, and rename over `path`; returns the
+        digest that the file carries."""
         assert not self._awaited, f"{self._awaited[-1][0]} was announced and never written"
         self._file.seek(_DIGEST_AT)
         self._write(memoryview(self._sha256.hexdigest().encode()))
@@ -125,11 +127,8 @@ class VerifiedFileWriter:
                 None, f"read back differs from what was written ({error})", str(self._path)
             ) from None
         os.replace(self._temporary, self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush_folder(self._path.parent)
+        return self._sha256.hexdigest()
 
     def discard(self) -> None:
         """Remove what was written so far; nothing, after a commit. What cannot be removed goes at
@@ -161,8 +160,9 @@ def _header(metadata: Mapping[str, str], layout: Mapping[str, TensorSpec]) -> by
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Replace `path` by one verified file of tensors that are at hand, from any device.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Replace `path` by one verified file of tensors that are at hand, from any device; returns the
+    digest that it carries.
 
     Raises OSError, naming `path`, where the disk refuses; what was there then still stands.
     """
@@ -173,7 +173,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         try:
             for value in ordered.values():
                 writer.add(value.cpu())
-            writer.commit()
+            return writer.commit()
         finally:
             writer.discard()
     except OSError as error:
@@ -207,8 +207,9 @@ def no_hash(path: Path) -> str:
     )
 
 
-def verify_file(path: Path, *, required: bool = True) -> bool:
-    """Read every byte; whether the file carries a digest, and thus is known to be whole.
+def verify_file(path: Path, *, required: bool = True) -> str | None:
+    """Read every byte; the digest that the file carries, in hexadecimal, and thus is known to be
+    whole by; None for one that carries none.
 
     Raises DamagedFileError if it is not whole, or carries none although one is `required`.
     """
@@ -219,7 +220,7 @@ def verify_file(path: Path, *, required: bool = True) -> bool:
         has_digest = len(told) == len(_NO_DIGEST) and _HEX_DIGITS.issuperset(told)
         # With one of the two left, the other has been damaged: such a file did carry a digest.
         if not begins_as_ours and not has_digest and not required:
-            return False
+            return None
         if not begins_as_ours or len(told) < len(_NO_DIGEST):
             raise DamagedFileError("it has no SHA-256 of itself")
         sha256 = hashlib.sha256(start + _NO_DIGEST)
@@ -227,4 +228,4 @@ def verify_file(path: Path, *, required: bool = True) -> bool:
             sha256.update(block)
     if sha256.hexdigest().encode() != told:
         raise DamagedFileError("its SHA-256 is not the one it carries")
-    return True
+    return sha256.hexdigest()

@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from namr_dist.parallel.ranks import world_size
-
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -109,29 +107,27 @@ def optimizer_step(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor |
     return state["step"].detach().to("cpu", torch.float32, copy=True) if state else None
 
 
-def get_moment(engine: DeepSpeedEngine, parameter: nn.Parameter, key: str) -> Tensor:
-    """The whole of one of MOMENTS, fp32, on the CPU. Device memory: one parameter."""
+def own_value(engine: DeepSpeedEngine, parameter: nn.Parameter) -> tuple[int, Tensor]:
+    """This rank's elements of the parameter, on the device: where they begin, and their values,
+    flat; without ZeRO-3 the whole parameter. No message is sent."""
+    if engine.zero_optimization_stage() != 3:
+        return 0, parameter.detach()
+    slice_ = parameter.ds_tensor.detach()  # type: ignore[attr-defined]  # DeepSpeed's
+    start = dist.get_rank() * slice_.numel()
+    # The last slices may be padding.
+    return start, slice_[: max(0, torch.Size(full_shape(parameter)).numel() - start)]
+
+
+def own_moment(engine: DeepSpeedEngine, parameter: nn.Parameter, key: str) -> tuple[int, Tensor]:
+    """The same of one of MOMENTS, fp32, which is whole only with ZeRO-0."""
     fragment = _fragment(engine, parameter)
     assert fragment is not None
     moment = engine.basic_optimizer.state[fragment.owner][key]
     assert moment.dtype == torch.float32
     if engine.zero_optimization_stage() == 0:
-        return moment.detach().to("cpu", copy=True)
-    shape = torch.Size(full_shape(parameter))
-    # ZeRO-3 pads parameters, so that all ranks' slices are equally long.
-    numel = (
-        max(shape.numel(), fragment.count * world_size())
-        if engine.zero_optimization_stage() == 3
-        else shape.numel()
-    )
-    # As integers: a sum with zeros then keeps every bit, that of a negative zero as well.
-    bits = torch.zeros(numel, dtype=torch.int32, device=moment.device)
-    bits[fragment.start : fragment.start + fragment.count] = _cut(moment, fragment).view(
-        torch.int32
-    )
-    if world_size() > 1:
-        dist.all_reduce(bits)
-    return bits[: shape.numel()].view(torch.float32).reshape(shape).cpu()
+        return 0, moment.detach()
+    count = torch.Size(full_shape(parameter)).numel() - fragment.start
+    return fragment.start, _cut(moment, fragment)[: max(0, count)]
 
 
 def set_moments(
