@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from namr_dist.atomic import remove_folder, write_atomic
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, TransientError
 
 CONFIG = "config.json"
 LOG = "metrics.jsonl"
@@ -154,8 +154,8 @@ class RunFolder:
             remove_folder(path)
 
     def check(self, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
-        """Raise InputError if a run of so many bytes cannot begin in this folder. Nothing is
-        written.
+        """Raise InputError if a run of so many bytes cannot begin in this folder, TransientError if
+        one that goes on there lacks room. Nothing is written.
 
         overwrite: it may replace a run that is there.  goes_on: it continues that run.
         """
@@ -182,13 +182,15 @@ class RunFolder:
         if disk.total == 0:  # no disk, such as /proc, whatever its permissions say
             raise self._unwritable(EROFS)
         if disk.free < need:
-            raise InputError(
+            # Where a run has begun, there was room.
+            kind = TransientError if goes_on else InputError
+            raise kind(
                 f"run folder {run} has {disk.free / 2**20:.0f} MiB free, this run needs "
                 f"{need / 2**20:.0f}; free some or choose another disk with --run-dir"
             )
 
     def claim(self, *, overwrite: bool, goes_on: bool, need_bytes: int) -> None:
-        """Make the folder ready for a run of so many bytes. Raises InputError as `check` does."""
+        """Make the folder ready for a run of so many bytes. Raises as `check` does."""
         self.check(overwrite=overwrite, goes_on=goes_on, need_bytes=need_bytes)
         probe = self.path / _PROBE
         try:

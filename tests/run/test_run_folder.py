@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, TransientError
 from namr_dist.run.folder import CLASSES, EMBEDDINGS, METRICS, RunFolder, of_split, runs_in
 
 NAMES = re.compile(
@@ -191,6 +191,8 @@ def test_folders_that_cannot_be(tmp_path: Path) -> None:
         for check in (RunFolder(run).check, RunFolder(run).claim):
             with pytest.raises(InputError, match=f"cannot be written \\({reason}\\)"):
                 check(overwrite=False, goes_on=False, need_bytes=0)
+    with pytest.raises(TransientError, match="MiB free, this run needs"):
+        RunFolder(tmp_path / "run").check(overwrite=False, goes_on=True, need_bytes=1 << 60)
     with pytest.raises(InputError, match="MiB free, this run needs"):
         RunFolder(tmp_path / "run").claim(overwrite=False, goes_on=False, need_bytes=1 << 60)
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
