@@ -86,7 +86,9 @@ def train(
         ranks=rank.world_size,
     )
     with requests, lock or contextlib.nullcontext(), contextlib.ExitStack() as stack:
-        stack.enter_context(Watchdog(phases, rank, timeout_minutes=config.train.timeout_minutes))
+        stack.enter_context(
+            Watchdog(phases, rank, requests, timeout_minutes=config.train.timeout_minutes)
+        )
         with phases("start"):
             engine = make_engine(module, config, rank)
             first_step, saved = host.from_first((start.step, start.saved is not None))

@@ -43,7 +43,7 @@ class StopRequests:
         self.signal = 0
         self._until_exit = until_exit
         self._speaks = speaks
-        self._honoured = False
+        self._over = False
         self._first_s = 0.0
         self._before: dict[signal.Signals, object] = {}
 
@@ -77,17 +77,18 @@ class StopRequests:
         os.close(self._writer)
         os.close(self._reader)
 
-    def honoured(self) -> None:
-        """The checkpoint is written: no signal ends the process any more."""
-        self._honoured = True
+    def no_more(self) -> None:
+        """The checkpoint is written, or an error ends the run: signals change nothing any more.
+        Launchers end the other ranks when one has ended."""
+        self._over = True
 
     def _listen(self) -> None:
         announced = False
         while True:
-            waits = self.signal and not announced and not self._honoured
+            waits = self.signal and not announced and not self._over
             if waits and not select.select([self._reader], [], [], SAME_S)[0]:
                 announced = True
-                if not self._honoured:
+                if not self._over:
                     self._say(
                         f"{_name(self.signal)}: a checkpoint follows at the end of this step; "
                         "another one ends the run at once, without it"
@@ -105,7 +106,7 @@ class StopRequests:
         now_s = time.monotonic()
         if not self.signal:
             self.signal, self._first_s = number, now_s
-        elif number in _ENDING and now_s - self._first_s > SAME_S and not self._honoured:
+        elif number in _ENDING and now_s - self._first_s > SAME_S and not self._over:
             self._say(
                 f"{_name(number)} again: the run ends at once; "
                 "the same command with --resume goes on from the last checkpoint"

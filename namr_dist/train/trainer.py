@@ -24,7 +24,7 @@ from namr_dist.data.remote.prefetch import fetched_ahead
 from namr_dist.data.shardset.manifest import SplitIndex
 from namr_dist.errors import InputError, TransientError
 from namr_dist.parallel.host import HostGroup
-from namr_dist.parallel.ranks import Rank, shut_down
+from namr_dist.parallel.ranks import Rank
 from namr_dist.provenance import provenance
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.structure.centres import Centres
@@ -121,7 +121,7 @@ class Trainer:
             if save:
                 self._checkpoint(done, stop=bool(stop))
             if stop:
-                requests.honoured()
+                requests.no_more()
                 self._say(
                     f"stopped after step {done}, as {signal.Signals(stop).name} asked for; the same command "
                     "with --resume goes on"
@@ -144,7 +144,8 @@ class Trainer:
         return fitted
 
     def save_network(self, path: Path, fitted: Fitted | None) -> None:
-        """Write the trained network, on the first rank. fitted: what its centres came from."""
+        """Write the trained network, on the first rank; the others wait for it, so that an error
+        there ends them too. fitted: what its centres came from."""
         import deepspeed
 
         with self._phases("checkpoint"):
@@ -171,6 +172,7 @@ class Trainer:
                     **provenance(),
                 }
                 save_network(path, network.state_dict(), self._config, trained=trained)
+            self._host.largest(0)
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches, on its device."""
@@ -367,8 +369,6 @@ class Trainer:
                 saved = stop and self._policy.finish()
         self._tell_checkpoints()
         if stop and not saved:
-            if not self._rank.first:
-                shut_down(TransientError.exit_code)
             raise TransientError(
                 f"a signal asked for an end after step {done}, and its checkpoint could not be written; "
                 "free some space and go on from the one before with --resume"

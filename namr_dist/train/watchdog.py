@@ -40,6 +40,7 @@ from namr_dist.errors import exit_code_of, in_one_line
 from namr_dist.parallel.ranks import Rank
 from namr_dist.text import printable
 from namr_dist.train.phases import STEP_PHASES, Phases
+from namr_dist.train.signals import StopRequests
 
 EXIT_CODE = 69
 """Of a rank that the watchdog ends: EX_UNAVAILABLE of sysexits.h."""
@@ -81,9 +82,13 @@ class Watchdog:
     """Within its `with`, the run is watched; see above. Every rank needs one, once the process
     group has started."""
 
-    def __init__(self, phases: Phases, rank: Rank, *, timeout_minutes: float) -> None:
+    def __init__(
+        self, phases: Phases, rank: Rank, requests: StopRequests, *, timeout_minutes: float
+    ) -> None:
+        """requests: heard until the watchdog ends the process."""
         self._phases = phases
         self._rank = rank
+        self._requests = requests
         self._limit_s = 60 * timeout_minutes
         self._host = socket.gethostname()
         self._store = _Store()
@@ -193,6 +198,7 @@ class Watchdog:
 
     def _end(self, why: str) -> None:
         """Report, or wait for another rank's report, and end the process."""
+        self._requests.no_more()
         me = str(self._rank.rank)
         first = self._store.ask(lambda store: store.compare_set(_CLAIM, "", me).decode() == me)
         if first is not False:  # without the store, each rank reports
@@ -214,11 +220,13 @@ class Watchdog:
     def _refuse(self, error: BaseException, code: int) -> NoReturn:
         """Say an error that is reported in one line, once for all ranks, and end the process; the
         others end with the same exit code."""
+        self._requests.no_more()
         me = str(self._rank.rank)
-        first = self._store.ask(lambda store: store.compare_set(_CLAIM, "", me).decode() == me)
+        # Of ranks that meet the same error at the same moment, the one whose code is kept says it.
+        mine = f"{code} of rank {me}"
+        first = self._store.ask(lambda store: store.compare_set(_CODE, "", mine).decode() == mine)
+        self._store.ask(lambda store: store.compare_set(_CLAIM, "", me))
         if first is not False:
-            self._store.ask(lambda store: store.set(_CODE, str(code)))
-        if first is not False or not self._store.ask(lambda store: store.check([_CODE])):
             _print(f"namr: error: {in_one_line(error)} (rank {me} on {self._host})")
         self._store.ask(lambda store: store.set(_TOLD, me))
         # The store may live here, and the others still have to hear of it.
@@ -229,7 +237,7 @@ class Watchdog:
         """That of the rank that refused to go on, if one did."""
         there = self._store.ask(lambda store: store.check([_CODE]))
         code = self._store.ask(lambda store: store.get(_CODE)) if there else None
-        return int(code) if code else default
+        return int(code.split()[0]) if code else default
 
     def _say(self, why: str) -> None:
         self._exchange(read=True)

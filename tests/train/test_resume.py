@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,6 +211,23 @@ def test_signals_stop_and_resume(
     assert [
         (entry["step"], entry["resumed"]) for entry in entries(folder) if "resumed" in entry
     ] == [(stopped, f"step-{stopped:08d}")]
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written(start: Start, tmp_path: Path) -> None:
+    """All ranks end together, and a launcher's signal to them changes no exit code."""
+    folder = tmp_path / "run"
+    run = start(folder, "--set.train.checkpoint_every", 0, "--set.optim.steps", 10**6, ranks=2)
+    run.until(lambda: len(losses(folder)) >= 3)
+    (folder / "checkpoints").write_text("")  # no folder, and so no place for one
+    os.kill(run.pid(0), signal.SIGTERM)
+    while "namr: error: " not in run.said() and any(rank.is_alive() for rank in run.ranks):
+        time.sleep(0.01)
+    time.sleep(1.2)  # longer than signals are one request
+    for rank in run.ranks:
+        rank.terminate()
+    assert run.wait() == [74, 74], run.said()
+    assert run.said().count("namr: error: a signal asked for an end after step") == 1
+    assert "Traceback" not in run.said() and "SIGTERM" not in run.said()
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def run():
             time.sleep(0.02)
             if requests.signal:
                 time.sleep(0.2)
-                requests.honoured()
+                requests.no_more()
                 Path("checkpoint").write_text(str(requests.signal))
                 return EXIT_CODE
 

@@ -31,13 +31,14 @@ import torch.distributed as dist
 from namr_dist.errors import InputError
 from namr_dist.parallel.ranks import discover
 from namr_dist.train.phases import Phases
+from namr_dist.train.signals import StopRequests
 from namr_dist.train.watchdog import Watchdog, backend_timeout
 
 hangs, fails = int(sys.argv[1]), int(sys.argv[2])
 rank = discover()
 dist.init_process_group("gloo", timeout=backend_timeout(0.05))
 phases = Phases(rank.device)
-with Watchdog(phases, rank, timeout_minutes=0.05):
+with StopRequests() as requests, Watchdog(phases, rank, requests, timeout_minutes=0.05):
     for phases.step in range(1, 10**9):
         with phases("data"):
             time.sleep(0.02 if rank.rank != hangs or phases.step < 3 else 1000)
@@ -237,6 +238,11 @@ def test_error_of_one_rank_is_told_by_another(program: Path) -> None:
 @pytest.mark.parametrize("fails", [0, 1])
 def test_a_rank_that_refuses_ends_all_with_its_code(program: Path, fails: int) -> None:
     with started(program.parent, 2, program, -1, fails, "refuses") as group:
+        group.wait_until(lambda: any("namr: error: " in said.read_text() for said in group.said))
+        # A launcher ends the others with one that has ended, here a while before the end.
+        for _ in range(2):
+            group.ranks[fails].terminate()
+            time.sleep(1.2)
         codes, reports = group.outcome(0, 1)
     assert codes == [2, 2]
     assert re.fullmatch(rf"namr: error: a wrong number \(rank {fails} on \S+\)\n", reports), reports
