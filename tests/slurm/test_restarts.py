@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,10 +58,19 @@ def settings() -> list[str]:
     ]
 
 
-def submit(lab: Lab, shards: Manifest, *words: str, options: tuple[str, ...] = ()) -> Job:
-    """Without preflight, which other tests are about."""
-    inside = lab.folder / "inside"
-    inside.write_text('#!/bin/bash\nif [[ $* != *preflight* ]]; then exec "$@"; fi\n')
+def submit(
+    lab: Lab,
+    shards: Manifest,
+    *words: str,
+    options: tuple[str, ...] = (),
+    run: str = "run",
+    left_out: str = "preflight",
+    **variables: str,
+) -> Job:
+    """Without preflight, which other tests are about, or without all commands of `namr` that a
+    pattern of bash names."""
+    inside = lab.folder / f"inside-{run}"
+    inside.write_text(f'#!/bin/bash\nif [[ $2 != {left_out} ]]; then exec "$@"; fi\n')
     inside.chmod(0o755)
     return lab.submit(
         "--cpus-per-task=2",
@@ -65,8 +79,9 @@ def submit(lab: Lab, shards: Manifest, *words: str, options: tuple[str, ...] = (
         *settings(),
         *words,
         NAMR_SHARDS=str(shards.folder),
-        NAMR_RUN_DIR=str(lab.folder / "run"),
+        NAMR_RUN_DIR=str(lab.folder / run),
         NAMR_CONTAINER=str(inside),
+        **variables,
     )
 
 
@@ -78,6 +93,49 @@ def paused(run: Path) -> Iterator[None]:
     subprocess.run(["pkill", "-STOP", "-f", ranks], check=True)
     yield
     subprocess.run(["pkill", "-CONT", "-f", ranks], check=True)
+
+
+def soon(condition: Callable[[], bool], *, timeout_s: float = 300) -> None:
+    """Wait for something that happens among steps of milliseconds: Slurm is not asked."""
+    give_up = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+
+
+def loader_worker(run: Path) -> int:
+    """The process number of one of a run's loader workers, which are the forks of its ranks."""
+    said = subprocess.run(
+        ["pgrep", "-f", f"namr train sop --run-dir {run}"], capture_output=True, check=True
+    )
+    ours = {int(word) for word in said.stdout.split()}
+    for rank in ours:
+        with contextlib.suppress(FileNotFoundError):
+            children = Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
+            if workers := ours.intersection(map(int, children)):
+                return workers.pop()
+    raise AssertionError(f"no loader worker among {ours}")
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A tmpfs of 64 MiB on the folder, on which a file called filler takes what `fill` finds."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Take all that is free on its disk."""
+    with open(folder / "filler", "ab", buffering=0) as file:
+        try:
+            while file.write(bytes(1 << 20)):
+                pass
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
 
 
 def steps_done(run: Path) -> int:
@@ -173,3 +231,37 @@ def test_no_step_is_lost(lab: Lab, shards: Manifest, unbroken: Path) -> None:
     assert f"resumed   at step {kept} from" in job.log() and job.fields()["Restarts"] == "3"
     assert weights(run) == weights(unbroken)
     assert (run / "metrics.json").exists() and (run / "report.html").exists()
+
+
+def test_trouble_that_passes_costs_no_step(lab: Lab, shards: Manifest, unbroken: Path) -> None:
+    """A loader worker is killed; then the disk of the run is full until the job is queued again.
+    Both ranks are on one node, and nothing is evaluated, for the time that it takes."""
+    run = lab.folder / "full"
+    with small_disk(run):
+        job = submit(
+            lab,
+            shards,
+            *("--set.train.checkpoint_every", "40"),
+            options=("--nodes=1",),
+            run=run.name,
+            left_out="@(preflight|evaluate|report)",
+            NAMR_LAUNCH="srun",
+            NAMR_RANKS_PER_NODE="2",
+        )
+        soon(lambda: newest(run) == 40)
+        os.kill(loader_worker(run), signal.SIGKILL)
+        ended = "training ended with code 74; starting again, from step-00000040"
+        job.until(lambda: ended in job.log())
+        assert "a data worker process" in job.log() and "(SIGKILL)" in job.log()
+
+        soon(lambda: "resumed   at step 40 from" in job.log())
+        fill(run)
+        # What an attempt gives back that failed is taken, too.
+        job.until(lambda: fill(run) or job.log().count(ended) == 2)
+        assert "no checkpoint at step 80: No space left on device" in job.log()
+        assert f"No space left on device: {run / 'checkpoints' / 'final.safetensors'}" in job.log()
+        (run / "filler").unlink()
+
+        job.ends("COMPLETED")
+        assert job.fields()["Restarts"] == "2" and job.log().count("resumed   at step 40") == 2
+        assert weights(run) == weights(unbroken) and "Traceback" not in job.log()
