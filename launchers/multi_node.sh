@@ -11,7 +11,8 @@
 #
 # NCCL_*, GLOO_*, OMP_* and PYTHONPATH are passed on. When a machine's ranks fail, those of the others are ended, and
 # its exit code is this program's. Ctrl-C, a closed terminal (but for nohup), TERM and USR1 make the ranks write a
-# checkpoint and end with code 75; a second one ends all at once.
+# checkpoint and end with code 75; a second one before it is written, other than USR1, ends them at once, without it,
+# and a third one ends the connections to all machines.
 set -euo pipefail
 
 node=${NODE_RANK:-} dry=
@@ -42,12 +43,16 @@ if [[ $node ]]; then eval "exec $commands"; fi
 
 keys=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; wait; rm -rf "$keys"' EXIT
-terminals=() stopping=
-# stop NUMBER: ssh passes no signal on, but what is typed: at the first one Ctrl-C, at each machine's terminal.
+terminals=() asked=0
+# stop NUMBER: ssh passes no signal on, but what is typed: Ctrl-C, at each machine's terminal. What a second one means,
+# before the checkpoint or after it, the ranks know.
 stop() {
-    if [[ $stopping ]]; then exit $((128 + $1)); fi
-    stopping=1
-    echo "multi_node.sh: stopping; the ranks write a checkpoint first, and a second signal ends them at once" >&2
+    if ((asked && $1 == 10)); then return; fi # a notice, however often
+    asked=$((asked + 1))
+    if ((asked > 2)); then exit $((128 + $1)); fi
+    if ((asked == 1)); then
+        echo "multi_node.sh: stopping; the ranks write a checkpoint first, and a second signal ends them at once" >&2
+    fi
     local terminal
     for terminal in "${terminals[@]}"; do printf '\3' >&"$terminal"; done
 }

@@ -24,6 +24,7 @@ from training_runs import Run, heed_signals, start_parent
 
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.parallel.ranks import read_launch
+from namr_dist.run.folder import RunFolder
 
 pytestmark = pytest.mark.dist
 
@@ -211,7 +212,8 @@ def test_a_machine_that_fails_ends_the_others(place: Place) -> None:
 
 
 def test_ctrl_c_stops_the_ranks_of_every_machine(place: Place) -> None:
-    """ssh passes no signal on, but what is typed."""
+    """ssh passes no signal on, but what is typed. A second one after the checkpoint changes
+    nothing."""
     words = [*place.words, "--set.optim.steps", "100000", "--set.train.checkpoint_minutes", "0"]
     variables = {
         **ENVIRONMENT,
@@ -234,9 +236,14 @@ def test_ctrl_c_stops_the_ranks_of_every_machine(place: Place) -> None:
         assert process.poll() is None and time.monotonic() < give_up, output.read_text()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
+    run = RunFolder(place.folder / "run")
+    while "stopped after step" not in output.read_text() and process.poll() is None:
+        assert time.monotonic() < give_up, output.read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
     assert process.wait(120) == 75, output.read_text()
     assert "Traceback" not in output.read_text()
-    assert len(list((place.folder / "run" / "checkpoints").glob("step-*"))) == 1
+    assert len(run.checkpoints()) == 1
 
 
 def test_multi_node_dry_run(place: Place) -> None:
