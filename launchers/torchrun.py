@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def main() -> int:
     except DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        say(f"torchrun: error: {_port_in_use(sys.argv[1:])}", file=sys.stderr)
+        say(f"torchrun: error: {_port_in_use(str(error))}", file=sys.stderr)
         return _REFUSED
     finally:
         # Python's own end would set back a handler, and die of the next one.
@@ -64,16 +65,12 @@ def main() -> int:
     return 0
 
 
-def _port_in_use(words: list[str]) -> str:
-    """words: of the command line."""
-    ports = [
-        value
-        for word, value in zip(words, [*words[1:], ""], strict=True)
-        if word in ("--master-port", "--master_port")
-    ]
-    port = ports[0] if ports else "29500, the default,"
+def _port_in_use(error: str) -> str:
+    """error: what the store says that could not listen."""
+    named = re.search(r"port: (\d+)", error)
+    port = f"port {named[1]}" if named else "a port"
     return (
-        f"port {port} of this machine, at which the ranks meet, is in use by another program; set "
+        f"{port} of this machine, at which the ranks meet, is in use by another program; set "
         "NAMR_MASTER_PORT (of multi_node.sh), NAMR_PORT (of a Slurm job) or --master-port to a free "
         "one, or use --standalone on a single machine"
     )

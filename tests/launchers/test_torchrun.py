@@ -93,7 +93,7 @@ def test_a_port_in_use_is_named_with_the_setting(tmp_path: Path) -> None:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        words = ["--nproc-per-node", "1", "--nnodes", "1", "--master-port", port, "rank.py"]
+        words = ["--nproc-per-node", "1", "--nnodes", "1", f"--master-port={port}", "rank.py"]
         done = launch(*TORCHRUN, *words, cwd=tmp_path)
     lines = [line for line in done.stderr.splitlines() if line.startswith("torchrun: error: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
