@@ -72,8 +72,11 @@ class Meeting:
         self._store = dist.PrefixStore(f"{_PREFIX}/{attempt}", store)
         self._kernel = _kernel()
         here = {"host": self._host, "kernel": self._kernel, "pid": os.getpid()}
-        self._store.set(_here(rank.rank), json.dumps(here))
-        self._end_with_the_others()
+        try:
+            self._store.set(_here(rank.rank), json.dumps(here))
+            self._end_with_the_others()
+        except dist.DistError as error:
+            raise self._lost(error) from None
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
