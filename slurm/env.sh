@@ -133,7 +133,7 @@ after() {
     if [[ $stop ]] && preempted; then
         why="$what made way for another job"
         # That start broke nothing.
-        if [[ $counted ]]; then sed -i '$d' "$NAMR_RUN_DIR/.starts"; fi
+        if [[ $counted ]]; then sed -i '$d' "$NAMR_RUN_DIR/.starts" || true; fi # its disk may be full
     elif [[ $stop ]] && ! out_of_time; then
         say "$what was ended by scancel, or by a node that failed; what was saved stays"
         exit "$code"
