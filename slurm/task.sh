@@ -9,9 +9,11 @@ trap '' USR1
 # On this node's own disk: on a home that nodes share, ranks wait for each other's files, or find halves of them. A
 # folder that is not this user's alone could hold anybody's code.
 if [[ ! ${TRITON_CACHE_DIR-} ]]; then
-    cache=${TMPDIR:-/tmp}/namr-triton-$UID
+    disk=${TMPDIR:-/tmp}
+    [[ -d $disk && -w $disk ]] || disk=/tmp # the variable may come from the node that the job was submitted on
+    cache=$disk/namr-triton-$UID
     mkdir -m 700 "$cache" 2>/dev/null || true
-    [[ -d $cache && -O $cache && ! -L $cache && $(stat -c %a "$cache") == 700 ]] || cache=$(mktemp -d)
+    [[ -d $cache && -O $cache && ! -L $cache && $(stat -c %a "$cache") == 700 ]] || cache=$(mktemp -d -p "$disk")
     export TRITON_CACHE_DIR=$cache
 fi
 

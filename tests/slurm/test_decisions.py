@@ -215,6 +215,7 @@ def test_each_node_compiles_into_a_folder_of_its_own_disk(tmp_path: Path) -> Non
     assert cache(TMPDIR=str(tmp_path)) == cache(TMPDIR=str(tmp_path)) == str(own)
     assert own.stat().st_mode & 0o777 == 0o700
     assert cache(TMPDIR=str(tmp_path), TRITON_CACHE_DIR="/chosen") == "/chosen"
+    assert Path(cache(TMPDIR=str(tmp_path / "missing"))).is_relative_to("/tmp")
     own.chmod(0o777)
     other = Path(cache(TMPDIR=str(tmp_path)))
     assert other != own and other.stat().st_mode & 0o777 == 0o700
