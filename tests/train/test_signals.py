@@ -32,7 +32,7 @@ def run():
                     libc.sleep(1000)
             time.sleep(0.02)
             if requests.signal:
-                time.sleep(0.2)
+                time.sleep(0.05)
                 requests.no_more()
                 Path("checkpoint").write_text(str(requests.signal))
                 return EXIT_CODE
@@ -117,9 +117,11 @@ def test_a_second_one_within_the_step_ends_it_at_once(
 ) -> None:
     run = steps("hangs")
     run.process.send_signal(number)
-    time.sleep(1.5)
+    assert run.process.stderr
+    lines = [run.process.stderr.readline()]
     run.process.send_signal(number)
-    code, lines = run.end()
+    code, more = run.end()
+    lines += more
     assert code == 128 + number and not (run.folder / "checkpoint").exists()
     assert len(lines) == 2 and all(number.name in line for line in lines)
     assert "another one ends the run at once" in lines[0] and "--resume" in lines[1]
