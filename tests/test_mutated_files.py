@@ -15,7 +15,7 @@ import json
 import random
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -442,41 +442,68 @@ CASES: dict[str, tuple[Callable[[Path], Case], int]] = {
 """The corpus, and how many changes `make test` tries."""
 
 
-def trouble(case: Case, count: int) -> list[str]:
-    """What ended in a traceback."""
-    found = []
+@dataclass
+class Outcomes:
+    """What came of the changed files of a case."""
+
+    read: int = 0
+    refused: int = 0
+    tracebacks: list[str] = field(default_factory=list)
+
+
+def outcomes(case: Case, count: int) -> Outcomes:
+    found = Outcomes()
     for number in range(count):
         data = case.make(random.Random(f"{SEED} {number}"))
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 case.use(data)
+            found.read += 1
         except (InputError, DamagedFileError):
-            continue
+            found.refused += 1
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:
-                continue  # printed as one line, with the file
+                found.refused += 1  # printed as one line, with the file
+                continue
             at = traceback.extract_tb(error.__traceback__)[-1]
             own = [
                 f"{Path(frame.filename).name}:{frame.lineno}"
                 for frame in traceback.extract_tb(error.__traceback__)
                 if "namr_dist" in frame.filename or "launchers" in frame.filename
             ]
-            found.append(
+            found.tracebacks.append(
                 f"{number}: {type(error).__name__} {error} at {Path(at.filename).name}:{at.lineno} "
                 f"by {', '.join(own[-3:])}: {data[:40]!r}"[:600]
             )
     return found
 
 
+Record = Callable[[str, object], None]
+
+
+def check(case: Case, count: int, record_property: Record) -> None:
+    """The numbers go into pytest's report, where tools/make_reliability.py reads them."""
+    found = outcomes(case, count)
+    record_property("changes", count)
+    record_property("read", found.read)
+    record_property("refused", found.refused)
+    record_property("tracebacks", len(found.tracebacks))
+    assert not found.tracebacks
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_changed_file_is_read_or_refused_in_words(name: str, tmp_path: Path) -> None:
+def test_a_changed_file_is_read_or_refused_in_words(
+    name: str, tmp_path: Path, record_property: Record
+) -> None:
     make, count = CASES[name]
-    assert not trouble(make(tmp_path), count)
+    check(make(tmp_path), count, record_property)
 
 
 @pytest.mark.whole
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
-def test_five_hundred_changed_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
+def test_five_hundred_changed_files_are_read_or_refused(
+    name: str, tmp_path: Path, record_property: Record
+) -> None:
     make, _ = CASES[name]
-    assert not trouble(make(tmp_path), 500)
+    check(make(tmp_path), 500, record_property)
