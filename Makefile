@@ -1,29 +1,45 @@
-# make setup | demo | test | test-all | test-gpu | lint | bench. Everything lives in .venv; nothing outside this folder
-# is touched.
+# make setup | demo | test | test-all | test-gpu | lint | bench | lock. Everything lives in .venv; nothing outside this
+# folder is touched.
 
 # The first Python of a version that all dependencies have wheels for.
 PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13 python3.10; do \
 	"$$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& { echo "$$name"; break; }; done)
 
-# A driver decides: with one, the newest CUDA builds; without, the pinned set that runs on a CPU.
-ifneq ($(wildcard /proc/driver/nvidia/version),)
-PACKAGES := -e '.[gpu,test,dev]'
-else
-PACKAGES := -c constraints/cpu.txt -e '.[cpu,test,dev]'
-endif
+# A driver decides: with one, CUDA builds; without, a set that runs on a CPU.
+DEVICE := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
+
+# Packages are those of constraints/, and each file's hash is checked. HASHES=no takes the same versions from an index
+# whose files are others, unchecked.
+HASHES ?= yes
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test test-all test-gpu lint bench clean
+.PHONY: setup demo test test-all test-gpu lint bench lock clean
 
 setup: $(INSTALLED)
 
-$(INSTALLED): setup.py constraints/cpu.txt
+LOCKED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps
+UNCHECKED := make setup: no packages with the hashes in constraints/ (see above). From an index that has them in other \
+	files, as PyTorch's own has torch, make setup HASHES=no takes the same versions without that check
+
+# Where hashes are checked, so are those of what builds packages, which pip would otherwise fetch unchecked. The lock is
+# whole, so pip has nothing to resolve. It has CUDA's libraries apart: a CPU build of torch does without them.
+$(INSTALLED): setup.py $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check $(PACKAGES)
+ifeq ($(HASHES),no)
+	sed -e '/^-r /d' -e '/--hash=/d' -e 's/ \\$$//' constraints/*.txt > .venv/versions.txt
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c .venv/versions.txt -e '.[$(DEVICE),test,dev]'
+else
+	$(LOCKED) -r constraints/build.txt
+	DS_BUILD_OPS=0 $(LOCKED) --no-build-isolation -r constraints/$(DEVICE).txt -r constraints/dev.txt \
+		|| { echo "$(UNCHECKED)" >&2; exit 1; }
+	if $(BIN)/python -c 'from importlib import metadata; raise SystemExit("+cpu" in metadata.version("torch"))'; \
+		then $(LOCKED) -r constraints/cuda.txt; fi
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+endif
 	@touch $@
 
 demo: setup
@@ -58,6 +74,12 @@ lint: setup
 
 bench: setup
 	$(BIN)/namr bench kernels
+
+# After a change of setup.py's requirements; tools/lock.py names the options. Versions that still fit stay.
+lock:
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder" \
+		&& "$$folder/bin/pip" install --quiet --disable-pip-version-check uv==0.13.9 \
+		&& PATH="$$folder/bin:$$PATH" PYTHONPATH=. "$$folder/bin/python" tools/lock.py $(LOCK_OPTIONS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

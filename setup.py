@@ -20,7 +20,7 @@ def letter_fonts() -> list[str]:
         return [f"{row['package']}=={row['version']}" for row in csv.DictReader(file)]
 
 
-# Ranges say what is believed to work; constraints/ pins what was run.
+# Ranges say what is believed to work; constraints/ has what was run (make lock after a change).
 RUNTIME = [
     "torch>=2.11,<2.16",
     "torchvision>=0.26,<0.31",  # imported by timm only
