@@ -10,7 +10,7 @@ PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13 python3.1
 DEVICE := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 
 # Packages are those of constraints/, and each file's hash is checked. HASHES=no takes the same versions from an index
-# whose files are others, unchecked.
+# whose files are others, unchecked, with the CUDA libraries that its torch asks for.
 HASHES ?= yes
 
 BIN := .venv/bin
@@ -30,7 +30,7 @@ $(INSTALLED): setup.py $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 ifeq ($(HASHES),no)
-	sed -e '/^-r /d' -e '/--hash=/d' -e 's/ \\$$//' constraints/*.txt > .venv/versions.txt
+	sed -E -e '/^(-r |nvidia-|cuda-)/d' -e '/--hash=/d' -e 's/ \\$$//' constraints/*.txt > .venv/versions.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c .venv/versions.txt -e '.[$(DEVICE),test,dev]'
 else
 	$(LOCKED) -r constraints/build.txt

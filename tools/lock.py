@@ -41,7 +41,7 @@ FILES = {
     "cuda.txt": "CUDA's libraries, which torch from the default index needs on Linux.",
     "cpu.txt": "All for machines without a GPU, but for torch's CUDA libraries.\n-r base.txt",
     "gpu.txt": "All for machines with an NVIDIA GPU.\n-r base.txt\n-r cuda.txt",
-    "dev.txt": "What the tests and `make lint` need besides.",
+    "dev.txt": "What the tests and `make lint` need in addition.",
 }
 """Each file with what its head says and includes."""
 
