@@ -24,16 +24,23 @@ LOCKED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashe
 UNCHECKED := make setup: no packages with the hashes in constraints/ (see above). From an index that has them in other \
 	files, as PyTorch's own has torch, make setup HASHES=no takes the same versions without that check
 
+NO_CPU_BUILD := make setup: no locked CPU build of torch from here (see above), so the default index's, with CUDA's \
+	libraries, several GB. With PyTorch's own CPU index, make setup HASHES=no takes a CPU build for any Python
+
 # Where hashes are checked, so are those of what builds packages, which pip would otherwise fetch unchecked. The lock is
-# whole, so pip has nothing to resolve. It has CUDA's libraries apart: a CPU build of torch does without them.
+# whole, so pip has nothing to resolve. Of two builds of torch whose hashes it knows pip takes the default index's, so the
+# CPU build has a lock of its own and comes first; it does without CUDA's libraries.
 $(INSTALLED): setup.py $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 ifeq ($(HASHES),no)
-	sed -E -e '/^(-r |nvidia-|cuda-)/d' -e '/--hash=/d' -e 's/ \\$$//' constraints/*.txt > .venv/versions.txt
+	sed -E -e '/^(-r |nvidia-|cuda-)|\+cpu/d' -e '/--hash=/d' -e 's/ \\$$//' constraints/*.txt > .venv/versions.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c .venv/versions.txt -e '.[$(DEVICE),test,dev]'
 else
 	$(LOCKED) -r constraints/build.txt
+ifeq ($(DEVICE),cpu)
+	$(LOCKED) -r constraints/torch-cpu.txt || echo "$(NO_CPU_BUILD)" >&2
+endif
 	DS_BUILD_OPS=0 $(LOCKED) --no-build-isolation -r constraints/$(DEVICE).txt -r constraints/dev.txt \
 		|| { echo "$(UNCHECKED)" >&2; exit 1; }
 	if $(BIN)/python -c 'from importlib import metadata; raise SystemExit("+cpu" in metadata.version("torch"))'; \

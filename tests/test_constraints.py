@@ -78,7 +78,7 @@ def missing(
     ]
 
 
-@pytest.mark.parametrize("name", ["build", "base", "cuda", "cpu", "gpu", "dev"])
+@pytest.mark.parametrize("name", ["build", "base", "cuda", "torch-cpu", "cpu", "gpu", "dev"])
 def test_every_line_has_hashes(name: str) -> None:
     entries = lines(name)
     assert entries
@@ -86,6 +86,13 @@ def test_every_line_has_hashes(name: str) -> None:
         assert hashes, requirement
         for digest in hashes:
             assert re.fullmatch("sha256:[0-9a-f]{64}", digest), requirement
+
+
+def test_torch_has_one_version() -> None:
+    """Its CPU build is installed first, and the other requirements take it as theirs."""
+    ((cpu_build, _),) = lines("torch-cpu")
+    (version,) = (line.specifier for line, _ in lines("base") if line.name == "torch")
+    assert str(cpu_build.specifier) == f"{version}+cpu"
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])

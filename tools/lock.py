@@ -2,12 +2,12 @@
 
     make lock                                           # after a change of setup.py's requirements
     make lock LOCK_OPTIONS='--upgrade-package timm'     # --upgrade: everything
-    make lock LOCK_OPTIONS='--wheel FILE'               # admits a build that another index has
+    make lock LOCK_OPTIONS='--torch-cpu WHEEL'          # after a new version of torch, above all
 
 uv resolves all extras together, for every Python of setup.py and every platform. A version that is
 locked stays while it fits and is not to be upgraded. Hashes are those that uv's index states for
-all files of a version, those of the wheels given here (PyTorch's own CPU index has torch in other
-files), and, while the version stays, those that were locked before.
+all files of a version, and, while the version stays, those that were locked before. Torch's CPU
+builds are files of PyTorch's own index, which uv does not ask here: they are locked from wheels.
 """
 
 from __future__ import annotations
@@ -36,14 +36,19 @@ HEADER = "# Written by tools/lock.py (make lock). {}\n"
 FILES = {
     "build.txt": "What builds source packages and this one; installed before the others.",
     "base.txt": "What namr-dist needs everywhere, but for CUDA's libraries.\n"
-    "# Hashes are those of the Python Package Index for all files of a version, and for torch also\n"
-    "# that of the CPU build for Python 3.11 on Linux (x86_64) from PyTorch's own index.",
+    "# Hashes are those of the Python Package Index for all files of a version.",
     "cuda.txt": "CUDA's libraries, which torch from the default index needs on Linux.",
     "cpu.txt": "All for machines without a GPU, but for torch's CUDA libraries.\n-r base.txt",
     "gpu.txt": "All for machines with an NVIDIA GPU.\n-r base.txt\n-r cuda.txt",
     "dev.txt": "What the tests and `make lint` need in addition.",
 }
 """Each file with what its head says and includes."""
+
+TORCH_CPU = "torch-cpu.txt"
+TORCH_CPU_HEAD = """Torch for machines without a GPU.
+# From PyTorch's own index; pip takes it if the index that it is set to has it, too. Locked from
+# the wheel for Python 3.11 on Linux, x86_64: hashes of others can be added (tools/lock.py).
+"""
 
 _PIN = re.compile(r"([a-z0-9-]+)==([^\s;]+)")
 _HASH = re.compile(r"--hash=(sha256:[0-9a-f]{64})")
@@ -76,12 +81,23 @@ def extras(*names: str) -> list[str]:
     return [word for name in names for word in ("--extra", name)]
 
 
-def wheel_hash(path: Path) -> tuple[tuple[str, str], str]:
-    """Name and version that a wheel is locked as, and its hash."""
-    name, version = path.name.split("-")[:2]
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    # A local version (2.13.0+cpu) satisfies the public one.
-    return (name.lower().replace("_", "-"), version.split("+")[0]), f"sha256:{digest}"
+def torch_cpu(version: str, wheels: Iterable[Path]) -> str:
+    """The lock of torch's CPU builds: those of this version that it has, and these wheels. Exits
+    with a message if a wheel is none of them, or if there are none."""
+    line = f"torch=={version}+cpu ; sys_platform == 'linux'"
+    hashes = {digest for old, digests in read(TORCH_CPU) if old == line for digest in digests}
+    for path in wheels:
+        if not path.name.startswith(f"torch-{version}+cpu-"):
+            sys.exit(f"--torch-cpu {path}: not a wheel of torch {version}+cpu; give one")
+        hashes.add(f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")
+    if not hashes:
+        sys.exit(f"no CPU build of torch {version} is locked; give its wheel: --torch-cpu FILE")
+    return entry(line, hashes)
+
+
+def entry(line: str, hashes: Iterable[str]) -> str:
+    """Lines of a lock."""
+    return " \\\n    ".join([line, *(f"--hash={digest}" for digest in sorted(hashes))]) + "\n"
 
 
 def main() -> None:
@@ -89,16 +105,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the locks in constraints/.")
     parser.add_argument("--upgrade", action="store_true", help="take the newest of everything")
     parser.add_argument("--upgrade-package", action="append", default=[], metavar="NAME")
-    parser.add_argument("--wheel", action="append", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--torch-cpu", action="append", default=[], type=Path, metavar="WHEEL")
     given = parser.parse_args()
 
     locked = [line_hashes for file in FILES for line_hashes in read(file)]
     known: dict[tuple[str, str], set[str]] = {}
     for line, hashes in locked:
         known.setdefault(pinned(line), set()).update(hashes)
-    for path in given.wheel:
-        package, digest = wheel_hash(path)
-        known.setdefault(package, set()).add(digest)
 
     with tempfile.TemporaryDirectory() as folder:
         # uv prefers the versions of the file that it would write, and takes its hashes as they are.
@@ -130,12 +143,14 @@ def main() -> None:
             "gpu.txt": names(*extras("gpu")) - runtime - build,
             "dev.txt": names(*extras("test", "dev")) - runtime - build,
         }
+    (torch,) = everything["torch"]
+    cpu_builds = torch_cpu(pinned(torch[0])[1], given.torch_cpu)
+    write_atomic(FOLDER / TORCH_CPU, HEADER.format(TORCH_CPU_HEAD.rstrip("\n")) + cpu_builds)
     for file, packages in parts.items():
         text = HEADER.format(FILES[file])
         for name in sorted(packages):
             for line, hashes in everything[name]:
-                every = sorted(hashes | known.get(pinned(line), set()))
-                text += " \\\n    ".join([line, *(f"--hash={digest}" for digest in every)]) + "\n"
+                text += entry(line, hashes | known.get(pinned(line), set()))
         write_atomic(FOLDER / file, text)
 
 
