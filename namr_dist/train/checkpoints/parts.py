@@ -13,6 +13,7 @@ from them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -96,7 +97,8 @@ def finish(path: Path, about: Mapping[str, Any], parts: Sequence[Mapping[str, An
 def discard(path: Path) -> None:
     """Remove what was written of a checkpoint that is not to be. What cannot be removed goes at the
     next start."""
-    remove_folder(_unfinished(path))
+    with contextlib.suppress(OSError):
+        remove_folder(_unfinished(path))
 
 
 def open_index(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ writes it, and the threads agree among themselves; the next checkpoint waits for
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
@@ -147,7 +148,9 @@ class CheckpointPolicy:
             write.saved = True
             if self._first:
                 keep = self._config.train.keep_checkpoints
-                self._run.remove_old_checkpoints(newest=step, keep=keep)
+                # What cannot be removed now goes with the next checkpoint.
+                with contextlib.suppress(OSError):
+                    self._run.remove_old_checkpoints(newest=step, keep=keep)
             write.said = (
                 f"checkpoint at step {step} in {time.monotonic() - write.began_s:.1f} s, of which training "
                 f"waited {write.halt_s:.2f} → {path}"
