@@ -59,7 +59,7 @@ def measure(folder: Path, trial: int | None) -> dict[str, Any]:
 
 def _run(tree: Path, run: Path, shards: Path, ranks: int) -> dict[str, Any]:
     more = ["--set.model.backbone", BACKBONE, "--set.model.pretrained", "False"]
-    more += ["--set.model.batchnorm", "frozen", "--set.data.image_size", "64"]
+    more += ["--set.model.batchnorm", "train", "--set.data.image_size", "64"]
     more += ["--set.train.checkpoint_every", str(EVERY), "--set.train.checkpoint_minutes", "0"]
     more += ["--set.train.timeout_minutes", "30"]
     words = ["train", *settings(run, shards, STEPS, *more)]
