@@ -56,7 +56,8 @@ def flush_folder(path: Path) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder with all that is in it, so that it is never seen with a part of that. What
     cannot be removed stays under a temporary name, as files do that a killed process was writing.
-    Raises OSError where the folder cannot be renamed.
+
+    Raises OSError where it cannot get such a name; the folder then stays as it is.
     """
     aside = path.with_name(f".{path.name.lstrip('.')}.{secrets.token_hex(6)}.tmp")
     with contextlib.suppress(FileNotFoundError):

@@ -147,7 +147,7 @@ class RunFolder:
         """Delete checkpoints before the one at step `newest`, but for the latest `keep` with it.
 
         Later ones stay and are not counted: they were found damaged when the run went on from an
-        earlier step.
+        earlier step. Raises OSError.
         """
         until_now = [path for step, path in self.checkpoints() if step <= newest]
         for path in until_now[:-keep]:

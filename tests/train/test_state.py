@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from namr_dist.parallel.pool import Ranks
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import save_network
 from namr_dist.train.checkpoints.parts import INDEX, Piece, SavedTensors, finish, write_part
+from namr_dist.train.checkpoints.policy import CheckpointPolicy
 from namr_dist.train.checkpoints.resume import check_same, find_start
 from namr_dist.train.checkpoints.state import (
     HostMemory,
@@ -531,6 +533,61 @@ def test_disk_that_refuses_is_told_on_every_rank(pools: dict[int, Ranks], tmp_pa
     assert [(f"File too large: {path}", 0, losses) for losses in unbroken] == pools[2](
         save_on_a_small_disk, path
     )
+
+
+def save_where_nothing_can_be_removed(folder: Path) -> tuple[list[bool], list[str], list[str]]:
+    """Of two checkpoints, the second where their folder is a file: whether each was written, the
+    lines on them, and losses of training on."""
+    import torch.distributed as dist
+
+    engine, host, first = build(2), HostGroup(), dist.get_rank() == 0
+    advance(engine, range(2))
+    run = RunFolder(folder)
+    config = dataclasses.replace(
+        CONFIG, train=dataclasses.replace(CONFIG.train, keep_checkpoints=1)
+    )
+    policy = CheckpointPolicy(
+        engine,
+        run,
+        config,
+        data_hash="d",
+        host=host,
+        first=first,
+        timeout=timedelta(minutes=2),
+    )
+    written, news = [], []
+    for step in (2, 3):
+        policy.save(step)
+        written.append(policy.finish())
+        news += policy.news()
+        dist.barrier()
+        if first and step == 2:
+            run.checkpoint_folder.rename(folder / "aside")
+            run.checkpoint_folder.write_text("")
+        dist.barrier()
+    return written, news, advance(engine, range(2, 4))
+
+
+@pytest.mark.dist
+def test_a_disk_that_removes_nothing_ends_no_training(
+    pools: dict[int, Ranks], tmp_path: Path
+) -> None:
+    """Neither an older checkpoint, here one whose temporary name would be too long, nor what a
+    failed one leaves."""
+    folder = tmp_path / "run"
+    older = folder / "checkpoints" / f"step-{1:0240d}"
+    older.mkdir(parents=True)
+    unbroken = pools[2](write, tmp_path / "step", 2, 2, 0.0, 2)
+    (written, news, losses), (others_written, no_news, others_losses) = pools[2](
+        save_where_nothing_can_be_removed, folder
+    )
+    assert written == others_written == [True, False] and no_news == []
+    assert [losses, others_losses] == unbroken
+    done, stays, failed = news
+    assert done.startswith("checkpoint at step 2 in ")
+    assert stays == f"WARNING: an older checkpoint stays: File name too long: {older}"
+    assert failed.startswith("WARNING: no checkpoint at step 3: Not a directory: ")
+    assert failed.endswith("goes on from the beginning")
 
 
 def of_another_folder(folder: Path) -> str:

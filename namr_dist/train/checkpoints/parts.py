@@ -13,9 +13,9 @@ from them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +97,8 @@ def finish(path: Path, about: Mapping[str, Any], parts: Sequence[Mapping[str, An
 def discard(path: Path) -> None:
     """Remove what was written of a checkpoint that is not to be. What cannot be removed goes at the
     next start."""
-    with contextlib.suppress(OSError):
-        remove_folder(_unfinished(path))
+    # No new name first: a disk that refuses to write refuses that too.
+    shutil.rmtree(_unfinished(path), ignore_errors=True)
 
 
 def open_index(path: Path) -> dict[str, Any]:

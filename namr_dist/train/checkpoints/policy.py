@@ -6,7 +6,6 @@ writes it, and the threads agree among themselves; the next checkpoint waits for
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
@@ -123,7 +122,7 @@ class CheckpointPolicy:
             if write.error:
                 raise write.error
             self._saved = write.saved
-            self._news.append(write.said)
+            self._news += write.said
         return self._saved
 
     def news(self) -> list[str]:
@@ -135,28 +134,41 @@ class CheckpointPolicy:
         return news
 
     def _write_all(self, write: _Write, snapshot: Snapshot | str) -> None:
-        step, path = write.step, self._run.checkpoint(write.step)
         try:
-            trouble = write_snapshot(snapshot, path, self._writers)
-            if trouble is not None:
-                last = [before for before, _ in self._run.checkpoints() if before < step]
-                write.said = (
-                    f"WARNING: no checkpoint at step {step}: {trouble}; until the next one, a run that "
-                    f"breaks goes on from {f'step {last[-1]}' if last else 'the beginning'}"
-                )
-                return
-            write.saved = True
+            trouble = write_snapshot(snapshot, self._run.checkpoint(write.step), self._writers)
+            write.saved = trouble is None
             if self._first:
-                keep = self._config.train.keep_checkpoints
-                # What cannot be removed now goes with the next checkpoint.
-                with contextlib.suppress(OSError):
-                    self._run.remove_old_checkpoints(newest=step, keep=keep)
-            write.said = (
-                f"checkpoint at step {step} in {time.monotonic() - write.began_s:.1f} s, of which training "
-                f"waited {write.halt_s:.2f} → {path}"
-            )
+                write.said.append(self._failed(write, trouble) if trouble else self._done(write))
+                if write.saved:
+                    self._remove_old(write)
         except Exception as error:
             write.error = error
+
+    def _done(self, write: _Write) -> str:
+        return (
+            f"checkpoint at step {write.step} in {time.monotonic() - write.began_s:.1f} s, of which training "
+            f"waited {write.halt_s:.2f} → {self._run.checkpoint(write.step)}"
+        )
+
+    def _failed(self, write: _Write, trouble: str) -> str:
+        try:
+            last = [before for before, _ in self._run.checkpoints() if before < write.step]
+            there = f"step {last[-1]}" if last else "the beginning"
+        except OSError:  # the same disk
+            there = "the last one"
+        return (
+            f"WARNING: no checkpoint at step {write.step}: {trouble}; until the next one, a run that "
+            f"breaks goes on from {there}"
+        )
+
+    def _remove_old(self, write: _Write) -> None:
+        keep = self._config.train.keep_checkpoints
+        try:
+            self._run.remove_old_checkpoints(newest=write.step, keep=keep)
+        except OSError as error:
+            write.said.append(
+                f"WARNING: an older checkpoint stays: {error.strerror}: {error.filename}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -168,5 +180,6 @@ class _Write:
     halt_s: float
     thread: threading.Thread = field(init=False)
     saved: bool = False
-    said: str = ""
+    said: list[str] = field(default_factory=list)
+    """Lines for people, on the first rank."""
     error: Exception | None = None

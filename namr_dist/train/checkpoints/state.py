@@ -171,7 +171,7 @@ def write_snapshot(snapshot: Snapshot | str, path: Path, host: HostGroup) -> str
                 assert isinstance(snapshot, Snapshot)
                 parts.finish(path, snapshot.about, [part for _, part in written])
         except OSError as error:
-            trouble = error.strerror
+            trouble = error.strerror or str(error)
         if trouble is not None:
             parts.discard(path)
     return host.from_first(f"{trouble}: {path}" if trouble else None)
@@ -186,7 +186,7 @@ def _write_part(snapshot: Snapshot, path: Path) -> tuple[str | None, dict[str, A
     try:
         return None, parts.write_part(path, dist.get_rank(), snapshot.pieces)
     except OSError as error:
-        return error.strerror, None
+        return error.strerror or str(error), None
 
 
 def open_state(path: Path) -> SavedState:
