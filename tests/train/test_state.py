@@ -288,7 +288,7 @@ def small_checkpoint(path: Path, *, parts: int = 1, **about: Any) -> Path:
         start = part * -(-divided.numel() // parts)
         pieces["model/first.weight"] = Piece(values=rows, start=start, shape=tuple(divided.shape))
         written.append(write_part(path, part, pieces))
-    told = {
+    index = {
         "format": "namr-training/2",
         "version": "0",
         "versions": {},
@@ -298,7 +298,7 @@ def small_checkpoint(path: Path, *, parts: int = 1, **about: Any) -> Path:
         "config": json.loads(CONFIG.to_json()),
         **about,
     }
-    finish(path, told, written)
+    finish(path, index, written)
     return path
 
 
@@ -370,6 +370,8 @@ def test_pieces_that_do_not_make_a_tensor_are_refused(tmp_path: Path) -> None:
                 Piece(values=whole[:6], start=0, shape=(3, 4)),
                 Piece(values=whole[6:].int(), start=6, shape=(3, 4)),
             ),
+            (Piece(values=whole, shape=(12,)), Piece(values=whole, shape=(12,))),
+            (Piece(values=whole[:0], shape=(1 << 32, 1 << 32)), None),
         ]
     ):
         path = tmp_path / str(number)
@@ -526,7 +528,9 @@ def save_on_a_small_disk(path: Path) -> tuple[str | None, int, list[str]]:
 
 
 @pytest.mark.dist
-def test_disk_that_refuses_is_told_on_every_rank(pools: dict[int, Ranks], tmp_path: Path) -> None:
+def test_disk_that_refuses_is_reported_on_every_rank(
+    pools: dict[int, Ranks], tmp_path: Path
+) -> None:
     unbroken = pools[2](write, tmp_path / "step", 2, 2, 0.0, 2)
     (tmp_path / "small").mkdir()
     path = tmp_path / "small" / "step"
@@ -633,6 +637,6 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_before_training() -> Non
     check_saveable(Oddities(dropout=0.0))
     turning = nn.Module()
     turning.register_buffer("turns", torch.zeros(2, dtype=torch.complex64))
-    for module, told in ((turning, "turns is torch.complex64"), (_WithState(), "is dict")):
-        with pytest.raises(InputError, match=told):
+    for module, said in ((turning, "turns is torch.complex64"), (_WithState(), "is dict")):
+        with pytest.raises(InputError, match=said):
             check_saveable(module)

@@ -13,7 +13,9 @@ from them.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -151,12 +153,10 @@ class SavedTensors:
             self._add(path / file)
         for name, pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece[:2])
-            reached = 0
-            for start, count, _ in pieces:
-                if start != reached:
-                    break
-                reached += count
-            if reached != torch.Size(self.specs[name].shape).numel():
+            starts = [start for start, _, _ in pieces]
+            ends = itertools.accumulate(count for _, count, _ in pieces)
+            # Not torch's product, which may overflow.
+            if [*starts, math.prod(self.specs[name].shape)] != [0, *ends]:
                 raise InputError(f"{path}: the pieces of {name} do not make it up; {REMEDY}")
 
     def get(self, name: str) -> Tensor:
@@ -165,7 +165,8 @@ class SavedTensors:
         if len(pieces) == 1:
             only: Tensor = pieces[0][2].get_tensor(name)
             return only.reshape(spec.shape)
-        return torch.cat([file.get_tensor(name) for _, _, file in pieces]).reshape(spec.shape)
+        flat = [file.get_tensor(name).reshape(-1) for _, _, file in pieces]
+        return torch.cat(flat).reshape(spec.shape)
 
     def _add(self, file: Path) -> None:
         try:

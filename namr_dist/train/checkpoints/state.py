@@ -38,7 +38,7 @@ _FORMAT = "namr-training/2"
 _MOST = 10**15
 _OF_RANK = re.compile(r"rank/([0-9]{5,9})/\w+")
 _DEPENDED_ON = ("deepspeed", "numpy", "simplejpeg")
-_RNG_STREAM = 3  # beside the plan's and the augmentation's (data/read/plan.py)
+_RNG_STREAM = 3  # others are the plan's and the augmentation's (data/read/plan.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +260,7 @@ def load_state(
 
     saved: on the first rank a checkpoint that fits; it alone reads the files. With as many ranks as
     wrote it, each gets its random generators back, so every later bit is that of an unbroken run;
-    else they are seeded anew by (seed, step, rank).
+    else they are seeded by (seed, step, rank).
     """
     file = None
     if saved is not None:
@@ -288,12 +288,15 @@ def load_state(
             zero_fragments.set_moments(
                 engine, parameters[name], moments, read(f"adamw/{name}/step")
             )
-    by_rank: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
-    for name in sorted(specs):
-        if name.startswith("rank/"):
-            _, rank, own = name.split("/", 2)
-            by_rank[int(rank)][own] = read(name).cpu()
-    _restore_generators(engine.device, by_rank, seed=seed, step=step)
+    own: dict[str, Tensor] = {}
+    if ranks == world_size():
+        for name in sorted(specs):
+            if name.startswith("rank/"):
+                _, rank, generator = name.split("/", 2)
+                state = read(name).cpu()
+                if int(rank) == dist.get_rank():
+                    own[generator] = state
+    _restore_generators(engine.device, own, seed=seed, step=step)
 
 
 def _named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -373,13 +376,12 @@ def seed_generators(*, seed: int, step: int) -> None:
 
 
 def _restore_generators(
-    device: torch.device, by_rank: list[dict[str, Tensor]], *, seed: int, step: int
+    device: torch.device, own: dict[str, Tensor], *, seed: int, step: int
 ) -> None:
-    rank = dist.get_rank()
-    same = len(by_rank) == world_size() and ("rng_cuda" in by_rank[rank]) == (device.type == "cuda")
-    if not same:
+    """own: this rank's, by the names of `_generators`; none of another number of ranks."""
+    if own.keys() != _generators(device).keys():
         seed_generators(seed=seed, step=step)
         return
-    torch.set_rng_state(by_rank[rank]["rng_cpu"])
+    torch.set_rng_state(own["rng_cpu"])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(by_rank[rank]["rng_cuda"], device)
+        torch.cuda.set_rng_state(own["rng_cuda"], device)
