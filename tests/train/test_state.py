@@ -475,8 +475,12 @@ def test_a_damaged_trained_network_ends_no_run_unseen(tmp_path: Path) -> None:
     assert len(again.warnings) == 1 and "it is made again from a checkpoint" in again.warnings[0]
     # As a version without hashes left it.
     safetensors.torch.save_file(state, run.final, {"format": "namr-network/1"})
+    (run.checkpoint_folder / "step-00000004.safetensors").touch()
     older = find_start(run, CONFIG, data_hash="d")
     assert older.finished and "carries no SHA-256" in older.warnings[0]
+    run.final.write_bytes(b"")
+    with pytest.raises(InputError, match="was written by an older version of namr-dist"):
+        find_start(run, CONFIG, data_hash="d")
 
 
 def test_a_run_that_stops_at_damaged_images_may_go_on_replacing_them() -> None:

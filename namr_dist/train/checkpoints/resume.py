@@ -75,19 +75,15 @@ def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
     """What `--resume` goes on from: the newest whole checkpoint of the same run, or the beginning.
 
     Raises InputError if the folder holds a run with other settings or images, checkpoints of which
-    none is whole, or none and a trained network that is damaged.
+    none is whole or one is an older version's, or none and a trained network that is damaged.
     """
     if not run.config.exists():
         return Start()
     check_same(run.config, Config.load(run.config), config)
-    if older := run.older_checkpoints():
-        raise InputError(
-            f"{older[-1]} was written by an older version of namr-dist, which had one file for each checkpoint; "
-            "go on with that version, or start again with --overwrite"
-        )
     run.remove_unfinished()
     warnings: list[str] = []
     damaged: list[str] = []
+    damaged_final = ""
     if run.final.exists():
         try:
             verified = verify_file(run.final, required=False)
@@ -96,6 +92,12 @@ def find_start(run: RunFolder, config: Config, *, data_hash: str) -> Start:
                 return Start(goes_on=True, finished=True, warnings=unknown)
         except (DamagedFileError, safetensors.SafetensorError, OSError) as error:
             damaged_final = f"{run.final} is damaged ({error})"
+    if older := run.older_checkpoints():  # a finished run needs none
+        raise InputError(
+            f"{older[-1]} was written by an older version of namr-dist, which had one file for each checkpoint; "
+            "go on with that version, or start again with --overwrite"
+        )
+    if damaged_final:
         if not run.checkpoints():
             raise InputError(
                 f"{damaged_final}, and no checkpoint is there to make it again from; copy it or a checkpoint there "
