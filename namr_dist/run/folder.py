@@ -5,6 +5,7 @@ No torch is imported: people look into these folders often.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -31,7 +32,7 @@ _LOCK, _PROBE, _OUTPUT = ".lock", ".writable", "log.txt"
 _STATE = re.compile(r"step-(\d+)")
 _OLDER_STATE = re.compile(r"step-\d+\.safetensors")
 _ROOM_FOR_LOGS_BYTES = 32 << 20
-"""What a run writes beside its network (logs, events, embeddings, report), generously."""
+"""What a run writes apart from its network (logs, events, embeddings, report), generously."""
 _FLOCK = struct.Struct("hhqqi4x")
 """Linux's struct flock on 64 bits: type, whence, start, length, process"""
 
@@ -125,8 +126,12 @@ class RunFolder:
         )
 
     def checkpoint_bytes(self) -> int:
-        """What all training states take on disk."""
-        return sum(file.stat().st_size for _, path in self.checkpoints() for file in path.glob("*"))
+        """What all training states take on disk, but for those that a run removes meanwhile."""
+        total = 0
+        for _, path in self.checkpoints():
+            with contextlib.suppress(FileNotFoundError):
+                total += sum(file.stat().st_size for file in path.glob("*"))
+        return total
 
     @property
     def has_parameters(self) -> bool:

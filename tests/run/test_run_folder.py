@@ -136,6 +136,7 @@ def test_checkpoints_are_listed_by_step_and_unfinished_ones_are_not(tmp_path: Pa
     ):
         (run.checkpoint_folder / name).touch()
     assert run.checkpoints() == [(step, run.checkpoint(step)) for step in (8, 12, 100_000_000)]
+    (run.checkpoint(12) / "removed meanwhile").symlink_to("nothing")
     assert run.checkpoint_bytes() == 5
     assert run.older_checkpoints() == [run.checkpoint_folder / "step-00000004.safetensors"]
     run.remove_unfinished()

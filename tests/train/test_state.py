@@ -543,6 +543,34 @@ def test_disk_that_refuses_is_reported_on_every_rank(
     )
 
 
+def test_a_snapshot_is_a_copy_of_any_tensor() -> None:
+    """Of odd sizes and all widths, into memory that is used again; or an error that training can go
+    on from."""
+    memory, device = HostMemory(), torch.device("cpu")
+    values = {
+        "flags": torch.tensor([True, False, True]),
+        "bytes": torch.arange(5, dtype=torch.int8),
+        "half": torch.arange(7.0).to(torch.bfloat16),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+        "none": torch.empty(0, 4),
+        "one": torch.tensor(2.5, dtype=torch.float64),
+    }
+    pieces = {name: Piece(values=value, shape=tuple(value.shape)) for name, value in values.items()}
+    for _ in range(2):
+        copied = memory.copy(pieces, device)
+        expected = {name: value.clone() for name, value in values.items()}
+        for value in values.values():
+            value.zero_()
+        assert copied.keys() == expected.keys()
+        for name, piece in copied.items():
+            assert piece.whole and TensorSpec.of(piece.values) == TensorSpec.of(expected[name])
+            assert torch.equal(piece.values, expected[name]), name
+    endless = torch.zeros(1).expand(1 << 50)
+    with pytest.raises(MemoryError, match=r"no 4194304.0 GiB of memory left"):
+        memory.copy({"endless": Piece(values=endless, shape=(1 << 50,))}, device)
+    assert torch.equal(memory.copy(pieces, device)["flags"].values, values["flags"])
+
+
 def save_where_nothing_can_be_removed(folder: Path) -> tuple[list[bool], list[str], list[str]]:
     """Of two checkpoints, the second where their folder is a file: whether each was written, the
     lines on them, and losses of training on."""

@@ -72,7 +72,8 @@ class Snapshot:
 
 class HostMemory:
     """Where a rank's snapshots lie, one at a time: as much as its part of the state takes, from the
-    first on, and page-locked where a GPU copies to it."""
+    first on. Where a GPU copies to it, it is page-locked, and torch rounds it up to a power of
+    two."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
