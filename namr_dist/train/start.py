@@ -44,6 +44,8 @@ def begin(
     Every rank calls it. Raises ReportedError or OSError on the first if it cannot, and ends the
     others with the exit code of that.
     """
+    # A run that is to be replaced still stands if another rank sees none, or another.
+    _end_together(_not_shared(run, host), host)
     trouble: ReportedError | OSError | None = None
     start, lock = Start(), None
     if dist.get_rank() == 0:
@@ -58,8 +60,10 @@ def begin(
 
 def _not_shared(run: RunFolder, host: HostGroup) -> InputError | None:
     """On the first rank, what is wrong if another sees a folder of its own, and would write its
-    parts of checkpoints there."""
+    parts of checkpoints there. Without a configuration on the first rank that cannot be said."""
     wanted = host.from_first(_hash(run.config) if dist.get_rank() == 0 else None)
+    if wanted is None:
+        return None  # unseen: network file systems may remember for a while what was not there
     ends_s = time.monotonic() + _SEEN_S
     while not (seen := _hash(run.config) == wanted) and time.monotonic() < ends_s:
         time.sleep(0.2)

@@ -20,7 +20,7 @@ from namr_dist.config import Config
 from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.parallel.batchnorm import GlobalBatchNorm
 from namr_dist.parallel.host import HostGroup
-from namr_dist.parallel.pool import Ranks
+from namr_dist.parallel.pool import RankError, Ranks
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.checkpoints.network import save_network
 from namr_dist.train.checkpoints.parts import INDEX, Piece, SavedTensors, finish, write_part
@@ -639,6 +639,18 @@ def of_another_folder(folder: Path) -> str:
     return f"{trouble} {here}"
 
 
+def replace_what_another_rank_does_not_see(folder: Path) -> None:
+    """Start with --overwrite; the second rank ends."""
+    import torch.distributed as dist
+
+    from namr_dist.train import start
+
+    start._SEEN_S = 0.3
+    own = RunFolder(folder / str(dist.get_rank()))
+    module: Any = Oddities(dropout=0.0)
+    start.begin(module, CONFIG, own, "d", HostGroup(), overwrite=True, resume=False)
+
+
 @pytest.mark.dist
 def test_ranks_that_see_another_folder_are_refused(two_ranks: Ranks, tmp_path: Path) -> None:
     """Also if it holds a run, as one of yesterday."""
@@ -648,6 +660,21 @@ def test_ranks_that_see_another_folder_are_refused(two_ranks: Ranks, tmp_path: P
     first, _ = two_ranks(of_another_folder, tmp_path)
     assert "is not the one that" in first and "on storage that all nodes share" in first
     assert first.endswith(" None")
+
+
+@pytest.mark.dist
+def test_a_run_that_another_rank_does_not_see_is_not_replaced(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "0")
+    small_checkpoint(run.checkpoint(4))
+    run.config.write_text(CONFIG.to_json())
+    pool = Ranks(2)
+    try:
+        # Of the first rank or the second, whichever the pool hears of first.
+        with pytest.raises(RankError, match=r"is not the one that|ended without an answer"):
+            pool(replace_what_another_rank_does_not_see, tmp_path)
+    finally:
+        pool.close()
+    assert open_state(run.checkpoint(4)).step == 4
 
 
 def test_a_part_that_the_first_rank_does_not_see_makes_no_checkpoint(tmp_path: Path) -> None:
