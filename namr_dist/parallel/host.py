@@ -50,3 +50,10 @@ class HostGroup:
         """Overwrite a CPU tensor by the source's, in place."""
         if not self._alone:
             dist.broadcast(tensor, src=source, group=self._group)
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an exception says that the connection to another rank broke, or waited too long."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/" in str(error)
+    )

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -21,14 +22,20 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from namr_dist.errors import InputError, TransientError, exit_code_of, in_one_line
+from namr_dist.parallel.host import lost_contact
 from namr_dist.parallel.ranks import Rank
 from namr_dist.text import say
 
 _LONGEST_POLL_S = 0.5
+_COME = timedelta(minutes=10)
+"""For a rank to come at all: as long as torchrun waits for nodes."""
 _TIMEOUT = timedelta(minutes=30)
+"""For one that is here, and verifies the shards meanwhile."""
 _LEAVE_S = 60.0
 _SAY_AFTER_S = 30.0
+_WATCH_S = 1.0
 _PREFIX = "namr/meeting"
+_ENDED = "{} has ended before training began; see what ended it, and start all ranks again"
 
 
 class Meeting:
@@ -50,26 +57,8 @@ class Meeting:
         # torchrun listens at that port itself, also for ranks that it starts once more.
         torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._listens = rank.first and not torchruns
-        try:
-            # Of several tenants, since the process group will listen at the same port.
-            store = dist.TCPStore(
-                self._address,
-                self._port,
-                rank.world_size,
-                is_master=self._listens,
-                timeout=_TIMEOUT,
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except dist.DistError as error:
-            if self._listens:
-                raise InputError(
-                    f"port {self._port} of {self._address}, at which the ranks meet, cannot be used "
-                    f"({_first_line(error)}); set MASTER_PORT to a free port of that machine"
-                ) from None
-            raise self._lost(error) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"{_PREFIX}/{attempt}", store)
+        self._store = dist.PrefixStore(f"{_PREFIX}/{attempt}", self._connected())
         self._kernel = _kernel()
         here = {"host": self._host, "kernel": self._kernel, "pid": os.getpid()}
         try:
@@ -77,6 +66,38 @@ class Meeting:
             self._end_with_the_others()
         except dist.DistError as error:
             raise self._lost(error) from None
+
+    def _connected(self) -> dist.Store:
+        try:
+            return self._connect(timedelta(seconds=_SAY_AFTER_S))
+        except dist.DistError as error:
+            if self._listens:
+                raise InputError(
+                    f"port {self._port} of {self._address}, at which the ranks meet, cannot be used "
+                    f"({_first_line(error)}); set MASTER_PORT to a free port of that machine"
+                ) from None
+        say(
+            f"rank {self._rank.rank} on {self._host} waits for the first rank, at {self._address}:{self._port}",
+            file=sys.stderr,
+        )
+        try:
+            return self._connect(_COME - timedelta(seconds=_SAY_AFTER_S))
+        except dist.DistError as error:
+            raise self._lost(error) from None
+
+    def _connect(self, timeout: timedelta) -> dist.Store:
+        # Of several tenants, since the process group will listen at the same port.
+        store = dist.TCPStore(
+            self._address,
+            self._port,
+            self._rank.world_size,
+            is_master=self._listens,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        store.set_timeout(_TIMEOUT)
+        return store
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -97,6 +118,45 @@ class Meeting:
                 self._refuse(None, 1)
                 raise  # with its traceback
             raise SystemExit(self._refuse(in_one_line(error), code)) from None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it, a rank that is killed ends the others of its machine, and those that lose a
+        connection by it: while a process group is made, all would wait for it half an hour."""
+        if self._rank.world_size == 1:
+            yield
+            return
+        left = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(left,), name="meeting", daemon=True)
+        thread.start()
+        try:
+            yield
+        except Exception as error:
+            if not lost_contact(error):
+                raise
+            raise SystemExit(
+                self._refuse(
+                    f"a connection to another rank broke before training began ({_first_line(error)}); "
+                    "see what ended it, and start all ranks again",
+                    TransientError.exit_code,
+                )
+            ) from None
+        finally:
+            left.set()
+            thread.join()
+
+    def _watch(self, left: threading.Event) -> None:
+        gone: set[int] = set()
+        while not left.wait(_WATCH_S):
+            try:
+                seen, gone = gone, {rank for rank in self._ranks if self._has_died(rank)}
+                lost = sorted(seen & gone)
+                why = _ENDED.format(self._described(lost)) if lost else None
+            except dist.DistError as error:
+                why = str(self._lost(error))
+            # Ranks that refuse to begin end one after the other, and this one may be the next.
+            if why and not left.wait(_WATCH_S):
+                os._exit(self._refuse(why, TransientError.exit_code))
 
     def _refuse(self, text: str | None, code: int) -> int:
         """Say what is wrong, unless a rank has said the same, and have all end with one exit code:
@@ -139,11 +199,9 @@ class Meeting:
                 # It may have said why, or become ready, in its last moment.
                 if self._has_died(one) and one in self._missing():
                     self._end_with_the_others()
-                    raise TransientError(
-                        f"{self._described([one])} has ended before training began; see what ended it, "
-                        "and start all ranks again"
-                    )
-            if waited_s > _TIMEOUT.total_seconds():
+                    raise TransientError(_ENDED.format(self._described([one])))
+            come = all(self._place(one) for one in missing)
+            if waited_s > (_TIMEOUT if come else _COME).total_seconds():
                 raise TransientError(
                     f"{self._described(missing)} did not come within {waited_s:.0f} s; see what keeps "
                     "them, and start all ranks again"

@@ -66,29 +66,36 @@ def train(
         )
         data_hash = hash_images(training_set.manifest, training_set.index)
     timeout = backend_timeout(config.train.timeout_minutes)
-    start_group(rank, timeout)
-    host = HostGroup(timeout)
     phases = module.objective.phases
-    # Only now, when all ranks have come so far, may an old run be replaced.
-    start, lock = begin(module, config, folder, data_hash, host, overwrite=overwrite, resume=resume)
-    if host.from_first(start.finished):
-        if rank.first:
-            for warning in start.warnings:
-                say(f"WARNING: {warning}", file=sys.stderr)
-            say(f"{run} is finished: {folder.final}", file=sys.stderr)
-        return True
-    hosts = host.of_all(socket.gethostname())
-    peak_img_per_s = run_peak_img_per_s(
-        module.network,
-        device_peak(rank.device),
-        size=config.data.image_size,
-        device=rank.device,
-        ranks=rank.world_size,
-    )
-    with requests, lock or contextlib.nullcontext(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        starting = stack.enter_context(contextlib.ExitStack())
+        starting.enter_context(meeting.watched())
+        start_group(rank, timeout)
+        host = HostGroup(timeout)
+        # Only now, when all ranks have come so far, may an old run be replaced.
+        start, lock = begin(
+            module, config, folder, data_hash, host, overwrite=overwrite, resume=resume
+        )
+        if host.from_first(start.finished):
+            if rank.first:
+                for warning in start.warnings:
+                    say(f"WARNING: {warning}", file=sys.stderr)
+                say(f"{run} is finished: {folder.final}", file=sys.stderr)
+            return True
+        hosts = host.of_all(socket.gethostname())
+        peak_img_per_s = run_peak_img_per_s(
+            module.network,
+            device_peak(rank.device),
+            size=config.data.image_size,
+            device=rank.device,
+            ranks=rank.world_size,
+        )
+        stack.enter_context(requests)
+        stack.enter_context(lock or contextlib.nullcontext())
         stack.enter_context(
             Watchdog(phases, rank, requests, timeout_minutes=config.train.timeout_minutes)
         )
+        starting.close()
         with phases("start"):
             engine = make_engine(module, config, rank)
             first_step, saved = host.from_first((start.step, start.saved is not None))

@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from namr_dist.errors import exit_code_of, in_one_line
+from namr_dist.parallel.host import lost_contact
 from namr_dist.parallel.ranks import Rank
 from namr_dist.text import printable
 from namr_dist.train.phases import STEP_PHASES, Phases
@@ -263,13 +264,6 @@ class Watchdog:
             + "\n".join(f"  {line}{known}" for line in lines)
             + "\n  the same command with --resume goes on from the last checkpoint"
         )
-
-
-def lost_contact(error: BaseException) -> bool:
-    """Whether an exception says that the connection to another rank broke, or waited too long."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/" in str(error)
-    )
 
 
 def describe(places: Sequence[Place], *, silent: set[int], now_unix_s: float) -> list[str]:

@@ -16,9 +16,11 @@ from conftest import ENVIRONMENT
 
 pytestmark = pytest.mark.dist
 
-# A word for each rank says what becomes of it: "ends", "waits" or the name of a mistake.
+# A word for each rank says what becomes of it: "ends", "waits", "groups", which waits for the
+# others in making a process group, "dies" before it, or the name of a mistake.
 RANK = """
-import sys, time
+import os, signal, sys, time
+import torch.distributed as dist
 from namr_dist.errors import InputError, ReportedError
 from namr_dist.parallel.meeting import Meeting
 from namr_dist.parallel.ranks import discover
@@ -32,12 +34,19 @@ try:
         with meeting.all_or_none():
             if word == "waits":
                 time.sleep(1000)
-            if word != "ends":
+            if word not in ("ends", "groups", "dies"):
                 raise InputError(word)
+    with meeting.watched():
+        if word == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "groups":
+            dist.init_process_group("gloo")
 except ReportedError as error:
     print(f"namr: error: {error}")
     sys.exit(error.exit_code)
 print("met")
+if rank.first:  # in training, it waits for the others in making the process group
+    time.sleep(2)
 """
 
 
@@ -117,6 +126,18 @@ def test_a_first_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
         codes, said = ends(ranks)
     assert codes == [-signal.SIGKILL, 74]
     assert said.count("namr: error: ") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("words", [("groups", "dies", "groups"), ("dies", "groups")])
+def test_one_that_dies_while_the_process_group_is_made_ends_the_others(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """They would wait for it half an hour, the first rank among them or not."""
+    with met(tmp_path, *words) as ranks:
+        codes, said = ends(ranks)
+    dead = words.index("dies")
+    assert [code for rank, code in enumerate(codes) if rank != dead] == [74] * (len(words) - 1)
+    assert said.count("namr: error: ") == 1 and "start all ranks again" in said, said
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _run(tree: Path, run: Path, shards: Path, ranks: int) -> dict[str, Any]:
     between = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
     usual = statistics.median(between[: EVERY - 1])
     after = between[EVERY - 1 :]
-    newest = RunFolder(run).checkpoints()[-1][1]
+    newest = max(RunFolder(run).checkpoint_folder.glob("step-*"))  # a file before, now a folder
     files = [newest] if newest.is_file() else list(newest.iterdir())
     return {
         "ranks": ranks,
