@@ -38,16 +38,17 @@ def row(script: ModuleType, part: str, record: dict[str, Any]) -> list[str]:
 def test_kills_are_counted_by_where_they_fell(script: ModuleType) -> None:
     def kill(whom: str, phase: str, writing: list[int], *codes: int) -> dict[str, Any]:
         found = {"whom": whom, "phase": phase, "writing": writing, "exit_codes": list(codes)}
-        return {**found, "aimed": bool(writing)}
+        return {**found, "aimed": bool(writing), "waited": len(codes) == 1}
 
     kills = [
         kill("all", "starting", [], -9, -9),
         kill("one", "training", [6], -9, 69),
         kill("one", "training", [], 69, -9),
+        kill("one", "starting", [], -9),
     ]
     world = {"ranks": 2, "runs": 1, "opened": 4, "kills": kills, "faults": ["a torn one"]}
     cells = row(script, "kills", {"worlds": [world]})
-    assert cells == ["2", "3", "2", "1", "1", "1", "0", "69 (2)", "4", "1", "1"]
+    assert cells == ["2", "4", "3", "1", "2", "1", "0", "69 (2), wait (1)", "4", "1", "1"]
 
 
 def test_a_slope_is_that_of_a_straight_line(script: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 import time
@@ -35,6 +36,9 @@ AIMED = 3
 """Each third kill is aimed at a write, which few random ones would meet"""
 WRITE_S = 0.03
 """About as long as a write takes"""
+ALONE_S = 60.0
+"""Then ranks that wait for one that never came are ended, as a launcher would"""
+_WAITS = "waiting for rank|waits for the first rank"
 STARTING, TRAINING, ENDING = "starting", "training", "after the last step"
 
 
@@ -75,7 +79,8 @@ def _on(ranks: int, folder: Path, shards: Path, wanted: int) -> dict[str, Any]:
                 aimed = len(kills) % AIMED == AIMED - 1
                 _await(command, run, rng, unbroken_s, aimed=aimed)
                 kill = _kill(command, run, rng)
-            codes = command.wait()
+            alone = kill and kill["whom"] == "one" and kill["phase"] == STARTING
+            codes = command.wait(ALONE_S) if alone else command.wait()
             finished = codes == [0] * ranks
             if kill:
                 in_run += 1
@@ -85,7 +90,8 @@ def _on(ranks: int, folder: Path, shards: Path, wanted: int) -> dict[str, Any]:
                 count, damaged = damaged_checkpoints(run)
                 opened += count
                 faults += damaged
-                if None in codes:
+                kill["waited"] = None in codes and re.search(_WAITS, command.said()) is not None
+                if None in codes and not kill["waited"]:
                     faults.append(f"kill {len(kills)}: a rank hung: {command.said()[-1500:]}")
             elif not finished:
                 faults.append(f"run {record['runs']} ended with {codes}: {command.said()[-1500:]}")
@@ -137,8 +143,9 @@ def tables(record: dict[str, Any]) -> list[str]:
         kills = world["kills"]
         phases = Counter(kill["phase"] for kill in kills)
         survivors = Counter(
-            code for kill in kills for code in kill["exit_codes"] if code not in (-9, None)
+            str(code) for kill in kills for code in kill["exit_codes"] if code not in (-9, None)
         )
+        survivors["wait"] = sum(kill["waited"] for kill in kills)
         lines.append(
             [
                 str(world["ranks"]),
@@ -148,7 +155,8 @@ def tables(record: dict[str, Any]) -> list[str]:
                 str(phases[STARTING]),
                 str(sum(bool(kill["writing"]) for kill in kills)),
                 str(phases[ENDING]),
-                ", ".join(f"{code} ({count})" for code, count in sorted(survivors.items())) or "–",
+                ", ".join(f"{code} ({count})" for code, count in sorted(survivors.items()) if count)
+                or "–",
                 str(world["opened"]),
                 str(world["runs"]),
                 str(len(world["faults"])),

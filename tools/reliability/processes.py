@@ -170,9 +170,10 @@ class Command:
         self.send(signal.SIGSTOP)
         wait_for(lambda: all(state(pid) in "TZX" for pid in self.pids))
 
-    def wait(self) -> list[int | None]:
-        """The exit codes once all ranks have ended; None for one that had to be killed."""
-        end = time.monotonic() + TIMEOUT_S
+    def wait(self, seconds: float = TIMEOUT_S) -> list[int | None]:
+        """The exit codes once all ranks have ended; None for one that had to be killed, because it
+        did not within that time."""
+        end = time.monotonic() + seconds
         codes: list[int | None] = []
         for process in self.ranks:
             process.join(max(0.1, end - time.monotonic()))
