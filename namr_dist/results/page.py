@@ -70,7 +70,7 @@ def write_report(
             )
     names, categories = [printable(name) for name in names], [printable(one) for one in categories]
     seed = _number_in(run.config, "train", "seed")
-    seed = 0 if seed is None else int(seed)
+    seed = 0 if seed is None else int(seed) % 2**32
     cosine = _block(run.metrics, "test_protocol").get("distance") == "cosine"
     right, wrong = neighbour_examples(
         run.z_ND, run.labels_N, run.sides, load_jpeg, names, cosine=cosine, seed=seed

@@ -5,6 +5,7 @@ Shapes: N test images, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,25 @@ def _object(path: Path, made_by: str) -> dict[str, Any]:
         raise InputError(f"{path} is missing: {made_by}") from None
 
 
+def _check_figures(metrics: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError for rows of figures that are none: what shows them takes them for granted.
+    A figure that is no number is shown as missing."""
+    again = metrics.get("reidentification") or {}
+    for name, rows in (
+        ("test", metrics["test"]),
+        ("baselines", metrics.get("baselines") or {}),
+        ("reidentification", again),
+        ("reidentification.modes", again.get("modes") or {} if isinstance(again, dict) else {}),
+    ):
+        whole = isinstance(rows, dict) and (
+            name == "reidentification" or all(isinstance(row, dict) for row in rows.values())
+        )
+        if not whole:
+            raise InputError(
+                f"{path}: {name} does not hold figures by name: evaluate the run again"
+            )
+
+
 def read_run(run_dir: Path) -> RunRecord:
     """Read a run's folder. Raises InputError where a file is missing or is not what it should be;
     lines of its log that cannot be read are left out, and their number is told on stderr."""
@@ -88,6 +108,7 @@ def read_run(run_dir: Path) -> RunRecord:
         metrics["test"].get("sample"), dict
     ):
         raise InputError(f"{run.metrics} has no test.sample: {evaluate_first}")
+    _check_figures(metrics, run.metrics)
     path = run.embeddings
     try:
         tensors, _ = read_tensors(path)
