@@ -90,7 +90,6 @@ def _run(tree: Path, run: Path, shards: Path, ranks: int) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in files),
         "usual_step_s": round(usual, 3),
         "halt_s": [float(halt or whole) for _, whole, halt in written],
-        "written_s": [float(whole) for _, whole, _ in written],
         "lost_s": round((sum(after) - len(after) * usual) / len(written), 3),
     }
 
@@ -119,12 +118,11 @@ def tables(record: dict[str, Any]) -> list[str]:
                     str(ranks),
                     f"{runs[0]['bytes'] / 2**20:,.0f}",
                     _spread([value for run in runs for value in run["halt_s"]]),
-                    _spread([value for run in runs for value in run["written_s"]]),
-                    _spread([run["lost_s"] for run in runs]),
+                    _spread([run["lost_s"] for run in runs if run["lost_s"] is not None]),
                     _spread([run["usual_step_s"] for run in runs]),
                 ]
             )
-    heading = ["", "ranks", "MiB", "training halts, s", "until it is written, s"]
+    heading = ["", "ranks", "MiB", "training halts, s"]
     return table([*heading, "time lost for each, s", "a step, s"], lines, words=1)
 
 
