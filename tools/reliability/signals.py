@@ -276,6 +276,6 @@ def tables(record: dict[str, Any]) -> list[str]:
         "its last process, s",
         "saved on the signal",
         "resumed: same losses and network",
-        "besides",
+        "also",
     ]
     return table(heading, lines, words=2)
