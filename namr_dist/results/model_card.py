@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from namr_dist import __version__
+from namr_dist.data import picture
 from namr_dist.losses import registry
 from namr_dist.named_code import is_named_code
 from namr_dist.results.tables import (
@@ -55,18 +59,10 @@ z, s = session.run(["z", "s"], {"images": images})
     ),
 }
 
-_PREPARE = """\
-import numpy as np
-from PIL import Image, ImageOps
+_USE = """
 
-def prepare(file):
-    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-    side = min(image.size) * {share!r}
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(image.resize(({size}, {size}), Image.Resampling.BICUBIC, box=box))
-
-images = np.stack([prepare(file) for file in ["photo.jpg"]])  # uint8 (b, {size}, {size}, 3)
+images = np.stack([prepare(file, size={size}, share={share!r}) for file in ["photo.jpg"]])
+# uint8 (b, {size}, {size}, 3)
 """
 
 
@@ -82,6 +78,7 @@ def model_card(
     """Markdown. `about` is the content of config.json; `sizes` (bytes) and `differences` go by file
     of a model."""
     size, output, trained = about["input"]["size"], about["output"], about["trained"]
+    share = about["preprocessing"]["crop_share_of_shorter_side"]
     model, loss = about["config"]["model"], about["config"]["loss"]
     ranking = (
         f"multi-cluster ranking (λ = {loss['ranking']['weight']:g}, M = {loss['ranking']['clusters']})"
@@ -106,13 +103,12 @@ def model_card(
         "`sha256sum --check SHA256SUMS` finds any change of a file; `namr_dist.results.export.load` verifies "
         "`config.json` and `model.safetensors`.",
         "## Prepare images",
-        f"The middle square, {about['preprocessing']['crop_share_of_shorter_side']:g} of the shorter side, resized to "
-        f"{size} × {size}, bicubic: RGB, 8 bits, height × width × channel. Normalisation happens inside the models. "
+        f"The middle square, {share:g} of the shorter side, resized to {size} × {size}, bicubic: RGB, 8 bits, height × "
+        "width × channel, upright, on white where the image is transparent. Normalisation happens inside the models. "
+        "With NumPy and Pillow alone, what namr-dist itself runs on pictures:",
+        _code(_source_of(picture) + _USE.format(size=size, share=share)),
         "Evaluation decodes the JPEGs of shards at half or a quarter of their size where that is still large enough, "
         "so embeddings of large originals differ a little from those of other decoders.",
-        _code(
-            _PREPARE.format(share=about["preprocessing"]["crop_share_of_shorter_side"], size=size)
-        ),
         "## Load",
     ]
     for file in differences:
@@ -201,6 +197,13 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
         "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |"
         for line in lines
     )
+
+
+def _source_of(module: ModuleType) -> str:
+    """A module's code without its docstring."""
+    source = inspect.getsource(module)
+    _, first, *_ = ast.parse(source).body
+    return "".join(source.splitlines(keepends=True)[first.lineno - 1 :])
 
 
 def _code(text: str) -> str:
