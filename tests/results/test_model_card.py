@@ -1,4 +1,4 @@
-"""One preparation of pictures: what the product gives a network is what an export's card does."""
+"""An export's model card: it prepares pictures as the product does, and hubs read its header."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import PIL
 import pytest
 from conftest import launch
+from huggingface_hub import ModelCard
 from pictures import saved
 from PIL import Image
 
@@ -21,7 +22,7 @@ from namr_dist.config import Config, DataConfig
 from namr_dist.data.picture import Picture, prepare
 from namr_dist.data.read.image_folder import FolderImages, read_picture
 from namr_dist.errors import InputError
-from namr_dist.results.export import describe
+from namr_dist.results.export import describe, export_run
 from namr_dist.results.model_card import model_card
 from namr_dist.train.embed import test_transform as transform_of
 
@@ -281,13 +282,40 @@ np.save({str(tmp_path / "images.npy")!r}, images)
     assert not wrong
 
 
-def _card_code() -> str:
-    card = model_card(
+@pytest.mark.parametrize("licence", [None, "cc-by-nc-4.0", "1.0", "no"])
+def test_a_model_hub_reads_the_header(licence: str | None) -> None:
+    """By the hub's own client."""
+    stated = {"license": licence} if licence else {"license": "other", "license_name": "not-stated"}
+    card = ModelCard(_card(licence))
+    assert card.data.to_dict() == {
+        "library_name": "namr-dist",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["image-retrieval", "metric-learning"],
+        **stated,
+    }
+    assert card.text.strip().startswith("# a run\n")
+    assert f"`{licence}`, as stated" in card.text if licence else "Not stated here" in card.text
+
+
+@pytest.mark.parametrize("licence", ["", "Apache-2.0", "mit\nlicense: none", 'm"it', "cc by", "-1"])
+def test_what_is_no_licence_is_refused(licence: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(f"--license {licence!r} is no identifier")):
+        export_run(tmp_path / "run", tmp_path / "out", licence=licence)
+    assert not list(tmp_path.iterdir())
+
+
+def _card(licence: str | None = None) -> str:
+    return model_card(
         name="a run",
         about=describe(None, CONFIG, {"steps": 1, "machine": "a machine", "versions": "versions"}),
         sizes={},
         differences={},
         tolerance=1e-4,
         metrics=None,
+        licence=licence,
     )
+
+
+def _card_code() -> str:
+    card = _card()
     return re.findall(r"```python\n(.*?)```", card[card.index("## Prepare") :], re.S)[0]
