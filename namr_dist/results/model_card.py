@@ -17,6 +17,7 @@ import torch
 
 from namr_dist import __version__
 from namr_dist.data import picture
+from namr_dist.data.shardset.shards import MOST_PIXELS
 from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.named_code import is_named_code
@@ -122,7 +123,7 @@ def model_card(
                 "## Use",
                 "Embeddings z of image files, with namr-dist installed:",
                 _code(_EMBED),
-                "Without it, prepare the images and load one of the models as follows.",
+                "Or in two steps: prepare images, then load a model.",
             ]
             if "model.safetensors" in differences
             else []
@@ -133,7 +134,9 @@ def model_card(
         "With NumPy and Pillow alone, what namr-dist itself runs on pictures:",
         _code(_source_of(picture) + _IMAGES.format(size=size, share=share)),
         "Evaluation decodes the JPEGs of shards at half or a quarter of their size where that is still large enough, "
-        "so embeddings of large originals differ a little from those of other decoders.",
+        "so embeddings of large originals differ a little from those of other decoders. Of pictures of more than "
+        f"{MOST_PIXELS:,} pixels, which this code decodes whole, namr-dist decodes baseline JPEGs at a fraction of "
+        "their size and refuses the others.",
         "## Load",
     ]
     for file in differences:

@@ -204,12 +204,13 @@ def test_a_given_image_stays_as_it_is() -> None:
         (Image.open(io.BytesIO(saved(Image.fromarray(RGB), "BMP")[:-40])), "truncated"),
         (Image.fromarray(GREY.astype(np.float32)), "floats"),
         (RGB.astype(np.float32), "uint8"),
-        (RGB[None], "uint8"),
+        (RGB[None], r"the picture cannot be decoded \(not an image \(.*uint8 .*; give another"),
+        (RGB.tolist(), "list is no picture; give a path"),
         (GREY16[..., None], "uint16"),
         (np.empty((0, 5), np.uint8), "no pixel"),
         (Image.new("L", (0, 5)), "no pixel"),
         (np.broadcast_to(np.uint8(0), (8193, 8193)), "too large"),
-        (Path("nowhere.jpg"), "nowhere.jpg cannot be read"),
+        (Path("nowhere.jpg"), r"nowhere.jpg cannot be read .*; repair or remove it"),
     ],
 )
 def test_what_is_no_picture_is_reported(picture: Picture, told: str) -> None:

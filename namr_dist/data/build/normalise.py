@@ -119,6 +119,8 @@ def viewed(picture: bytes | Image.Image | np.ndarray, least: int = 1) -> Image.I
             return on_white(upright(image))
     except (BrokenImageError, MemoryError):
         raise
+    except ValueError as error:
+        raise BrokenImageError("not an image", str(error)) from None
     except Exception as error:
         raise _broken(error) from None
 

@@ -77,17 +77,22 @@ def read_picture(picture: Picture, *, size: int, share: float) -> np.ndarray:
     Raises InputError, which names a path, for what is no whole picture of a kind that it takes, or
     too large, and TransientError if storage does not answer.
     """
-    where = "the picture"
+    where, remedy = "the picture", "give another"
     try:
         if isinstance(picture, str | os.PathLike):
-            where = os.fspath(picture)
+            where, remedy = os.fspath(picture), "repair or remove it"
             picture = Path(picture).read_bytes()
         elif not isinstance(picture, bytes | Image.Image | np.ndarray):
+            if not hasattr(picture, "read"):
+                raise InputError(
+                    f"{type(picture).__name__} is no picture; give a path, the bytes of an image file, an open "
+                    "file, a PIL image or a NumPy array"
+                )
             picture = picture.read()
         image = viewed(picture, least=size)
     except BrokenImageError as error:
-        raise InputError(f"{where} cannot be decoded ({error}); repair or remove it") from None
+        raise InputError(f"{where} cannot be decoded ({error}); {remedy}") from None
     except OSError as error:
         kind = TransientError if is_transient(error) else InputError
-        raise kind(f"{where} cannot be read ({error.strerror}); repair or remove it") from None
+        raise kind(f"{where} cannot be read ({error.strerror}); {remedy}") from None
     return middle(image, size=size, share=share)
