@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import PIL
 import torch
 
 from namr_dist import __version__
@@ -131,7 +132,8 @@ def model_card(
         "## Prepare images",
         f"The middle square, {share:g} of the shorter side, resized to {size} × {size}, bicubic: RGB, 8 bits, height × "
         "width × channel, upright, on white where the image is transparent. Normalisation happens inside the models. "
-        "With NumPy and Pillow alone, what namr-dist itself runs on pictures:",
+        f"With NumPy and Pillow alone ({PIL.__version__} here; others may round otherwise), what namr-dist itself runs "
+        "on pictures:",
         _code(_source_of(picture) + _IMAGES.format(size=size, share=share)),
         "Evaluation decodes the JPEGs of shards at half or a quarter of their size where that is still large enough, "
         "so embeddings of large originals differ a little from those of other decoders. Of pictures of more than "
