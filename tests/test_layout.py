@@ -25,6 +25,7 @@ FLOORS = (
     "model",
     "data.homeware",
     "data.shardset",
+    "data.picture",
     "data.build",
     "data.read",
     "data.remote",

@@ -94,7 +94,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "export",
         help="write a trained network as plain files that need no DeepSpeed",
         description="Write a trained run's network into a new folder with its configuration "
-        "and a model card. Every file is read back and compared with the network.",
+        "and a model card, which a model hub takes as it is. Every model is read back and compared "
+        "with the network.",
     )
     export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     export.add_argument(
@@ -110,6 +111,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         default=formats,
         metavar="FORMAT",
         help="any of safetensors, torch (torch.export) and onnx; by default all",
+    )
+    export.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence of the weights, for the model card: a model hub's identifier, such as apache-2.0 (not stated)",
     )
     export.add_argument("--json", action="store_true", help="print JSON")
     export.set_defaults(verb=_export)
@@ -218,7 +224,9 @@ def _export(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.results.export import export_run
 
     named_code.allow(parsed.allow_code)
-    exported = export_run(parsed.run, parsed.out, parsed.formats, shards=parsed.shards)
+    exported = export_run(
+        parsed.run, parsed.out, parsed.formats, shards=parsed.shards, licence=parsed.license
+    )
     if parsed.json:
         print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))
         return

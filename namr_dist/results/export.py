@@ -5,7 +5,7 @@ against it.
     model.safetensors  the network's state, fp32; `load` makes the network of it
     model.pt2          a torch.export program, for PyTorch alone
     model.onnx         the same program for ONNX Runtime
-    README.md          a model card
+    README.md          a model card, with the metadata that model hubs read
     SHA256SUMS         the hashes of all these, for `sha256sum --check`
 
 config.json and model.safetensors carry their own hashes as well, which `load` verifies.
@@ -36,7 +36,7 @@ from namr_dist.data.read.stream import ShardImages, stream
 from namr_dist.data.shardset.shards import sha256_of
 from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.model.network import EmbeddingNetwork
-from namr_dist.results.model_card import model_card
+from namr_dist.results.model_card import check_licence, model_card
 from namr_dist.results.programs import (
     Forward,
     check_onnx_packages,
@@ -130,6 +130,7 @@ def export_run(
     formats: Sequence[str] = tuple(FILES),
     *,
     shards: str | None = None,
+    licence: str | None = None,
     tolerance: float = TOLERANCE,
 ) -> Exported:
     """Write the network of RUN into the new folder `out`: the named formats, config.json and
@@ -137,10 +138,12 @@ def export_run(
 
     Each model is read back and compared with the network on four images of the test split, in
     batches of 1 and 3, on the CPU. The folder appears whole or not at all. Raises InputError if
-    `out` exists, packages are missing, the run or its test split cannot be read, a model cannot be
-    traced, or differs by more than `tolerance`.
+    `out` exists, `licence` is no identifier of one, packages are missing, the run or its test split
+    cannot be read, a model cannot be traced, or differs by more than `tolerance`.
     """
     _check_folder(out)
+    if licence is not None:
+        check_licence(licence)
     if "onnx" in formats:
         check_onnx_packages()
     config = run_config(run, shards)
@@ -175,6 +178,7 @@ def export_run(
             differences=differences,
             tolerance=tolerance,
             metrics=metrics,
+            licence=licence,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
