@@ -345,7 +345,13 @@ def checkpoint_case(folder: Path) -> Case:
     """An index, or the header of a part, whose hash is right."""
     path = folder / "step-00000015"
     about: dict[str, Any] = {"format": "namr-training/2", "version": "0", "versions": {}}
-    about |= {"step": 15, "ranks": 1, "data": "d", "config": json.loads(CONFIG.to_json())}
+    about |= {
+        "step": 15,
+        "ranks": 1,
+        "zero_stage": 0,
+        "data": "d",
+        "config": json.loads(CONFIG.to_json()),
+    }
     pieces = {
         "model/x": Piece(values=torch.arange(6.0), shape=(2, 3)),
         "rank/00000/rng_cpu": Piece(values=torch.arange(4), shape=(4,)),
