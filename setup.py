@@ -105,6 +105,7 @@ setup(
         "namr_dist": ["py.typed"],
         "namr_dist.data.build.formats": ["letter_fonts.csv"],
         "namr_dist.data.homeware": ["shards/*.tar", "shards/manifest.json", "ATTRIBUTION.csv"],
+        "namr_dist.gallery": ["templates/*.html"],
         "namr_dist.results": ["templates/*.html"],
     },
     install_requires=RUNTIME,

@@ -1,4 +1,4 @@
-"""The verbs for a trained run: `namr evaluate`, `report`, `embed` and `export`."""
+"""The verbs for a trained run: `namr evaluate`, `report` and `export`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from namr_dist.text import say
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `evaluate`, `report`, `embed` and `export` to the `namr` command."""
+    """Add `evaluate`, `report` and `export` to the `namr` command."""
     evaluate = verbs.add_parser(
         "evaluate",
         help="measure a trained run on its test split",
@@ -70,25 +70,6 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     report.add_argument("--json", action="store_true", help="print the table as JSON")
     report.set_defaults(verb=_report)
-
-    embed = verbs.add_parser(
-        "embed",
-        help="embed images with a trained run",
-        description="Embed a split of a shard set, or a folder of images, into a safetensors "
-        "file with z, s (float32) and the images' names in its metadata.",
-    )
-    embed.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    source = embed.add_mutually_exclusive_group(required=True)
-    source.add_argument("--shards", metavar="FOLDER", help="a shard set, or its URL")
-    source.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="image files, searched recursively"
-    )
-    embed.add_argument("--split", default="test", help="split of the shard set (%(default)s)")
-    embed.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write"
-    )
-    _add_allow_code(embed)
-    embed.set_defaults(verb=_embed)
 
     export = verbs.add_parser(
         "export",
@@ -205,19 +186,6 @@ def write_table(folders: Sequence[Path], out: Path, *, as_json: bool) -> None:
         return
     print_comparison(comparison)
     say(str(out))
-
-
-def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.results.evaluate_run import embed_folder, embed_shards
-
-    named_code.allow(parsed.allow_code)
-    check_target("--out", parsed.out)
-    count = (
-        embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out)
-        if parsed.shards is not None
-        else embed_folder(parsed.run, parsed.images, parsed.out)
-    )
-    say(f"{count} images → {parsed.out}")
 
 
 def _export(parsed: argparse.Namespace, _: list[str]) -> None:

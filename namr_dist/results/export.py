@@ -16,11 +16,7 @@ Shapes: b images, H pixels a side, D width.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ import torch
 from torch import Tensor
 
 from namr_dist import __version__, named_code, verified_json
+from namr_dist.atomic import new_folder
 from namr_dist.config import Config
 from namr_dist.data.location import open_shards
 from namr_dist.data.read.stream import ShardImages, stream
@@ -79,8 +76,18 @@ class Exported:
 
 
 def load(folder: str | Path) -> EmbeddingNetwork:
-    """The network of an exported folder, on the CPU, in eval mode and fp32: no DeepSpeed, no
-    process group.
+    """The network of an exported folder, as `read` has it."""
+    return read(folder)[0]
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `namr export` seems to have written a folder; `read` checks it."""
+    return folder.joinpath(CONFIG).is_file() and folder.joinpath(SUMS).is_file()
+
+
+def read(folder: str | Path) -> tuple[EmbeddingNetwork, Config]:
+    """The network of an exported folder, on the CPU, in eval mode and fp32, and the configuration
+    that it was trained with: no DeepSpeed, no process group.
 
     Raises InputError if config.json or model.safetensors is missing, damaged or does not fit the
     other, and if the backbone is code from outside the package that has not been allowed
@@ -121,7 +128,7 @@ def load(folder: str | Path) -> EmbeddingNetwork:
                 f"{path} does not fit {where} ({str(error).splitlines()[-1].strip()}); "
                 "export the run again"
             ) from None
-    return network
+    return network, config
 
 
 def export_run(
@@ -160,7 +167,7 @@ def export_run(
         )
     about = describe(network.centres, config, trained)
     differences: dict[str, float] = {}
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         (folder / CONFIG).write_text(verified_json.dumps(about, indent=2), encoding="utf-8")
         readers = _write_models(network, config, formats, folder)
         for file, read in readers.items():
@@ -305,30 +312,3 @@ def _write_models(
             write_onnx(program, folder / FILES["onnx"])
             readers[FILES["onnx"]] = lambda: read_onnx(folder / FILES["onnx"])
     return readers
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` at the end, flushed to disk; on any error
-    it is gone."""
-    temporary = out.absolute().with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        os.rename(temporary, out)
-    except OSError as error:
-        error.filename = str(out)  # the folder the caller knows
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _flush(out.absolute().parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
