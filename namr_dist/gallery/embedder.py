@@ -19,7 +19,7 @@ from namr_dist.data.read.augment import TestTransform
 from namr_dist.errors import InputError
 from namr_dist.gallery.embedding import DEFAULT_BATCH, embed_all
 from namr_dist.gallery.geometry import Geometry
-from namr_dist.gallery.pictures import Collection, of_pictures
+from namr_dist.gallery.pictures import PictureList
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.results.export import is_export
 from namr_dist.results.export import read as read_export
@@ -148,7 +148,7 @@ class Embedder:
         """
         made = embed_all(
             self,
-            self.pictures(as_list(pictures)).images,
+            PictureList(as_list(pictures), self.transform),
             batch_size=batch_size,
             progress=progress,
         )
@@ -157,10 +157,6 @@ class Embedder:
             lengths_N1 = np.linalg.norm(z_ND.astype(np.float64), axis=1, keepdims=True)
             z_ND = (z_ND / np.where(lengths_N1 > 0, lengths_N1, 1.0)).astype(np.float32)
         return (z_ND, made.s_NS) if structure else z_ND
-
-    def pictures(self, pictures: Sequence[Picture]) -> Collection:
-        """A program's pictures, to be prepared for this network."""
-        return of_pictures(pictures, self.transform)
 
     def __repr__(self) -> str:
         return (
