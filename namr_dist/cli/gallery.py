@@ -445,7 +445,9 @@ def _print_hits(paths: list[str], found: list[list[Hit]]) -> None:
         title = plain(_short(path))
         table = Table("", "distance", "label", "picture", title=title, title_justify="left")
         for rank, hit in enumerate(hits, 1):
-            table.add_row(str(rank), f"{hit.distance:.4g}", plain(hit.label or ""), plain(_short(hit.path)))
+            table.add_row(
+                str(rank), f"{hit.distance:.4g}", plain(hit.label or ""), plain(_short(hit.path))
+            )
         console.print(table)
 
 

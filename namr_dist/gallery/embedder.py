@@ -65,7 +65,9 @@ class Embedder:
 
     @property
     def name(self) -> str:
-        """Of the run or the export."""
+        """Of the run or the export; of an earlier checkpoint, RUN/step-…."""
+        if self.place.parent.name == _STATES:
+            return f"{self.place.parents[1].name}/{self.place.name}"
         return self.place.name
 
     @property
@@ -166,8 +168,10 @@ class Embedder:
 
 
 def network_of(where: str | os.PathLike[str]) -> tuple[EmbeddingNetwork, Config, Path]:
-    """Network, configuration, and the folder of the run or export that has them. `namr_dist.load`
-    says what `where` may be, and what is raised."""
+    """Network, configuration, and the place of both: a run, a checkpoint, an export.
+
+    `namr_dist.load` says what `where` may be, and what is raised.
+    """
     place = Path(where)
     if is_export(place):
         network, config = read_export(place)
@@ -183,8 +187,10 @@ def network_of(where: str | os.PathLike[str]) -> tuple[EmbeddingNetwork, Config,
     config = trained_config(run)
     # Weights are drawn, then replaced: the caller's generator stays as it is.
     with torch.random.fork_rng(devices=[]):
-        network, _ = network_at(run, config, checkpoint, device=torch.device("cpu"))
-    return network, config, run
+        network, trained = network_at(run, config, checkpoint, device=torch.device("cpu"))
+    # Of a run that goes on, what was loaded is this checkpoint, not whatever is the last one later.
+    step = str(trained["checkpoint"]).removeprefix("step-")
+    return network, config, RunFolder(run).checkpoint(int(step)) if step.isdecimal() else run
 
 
 def as_list(pictures: Picture | Sequence[Picture]) -> Sequence[Picture]:

@@ -81,8 +81,12 @@ class Items:
             else self.ids[position]
         )
 
-    def check_unique(self) -> None:
-        """Raise InputError, naming some, if two items have one id."""
+    def check_ids(self) -> None:
+        """Raise InputError, naming some, if two items have one id, or if one is no text."""
+        if wrong := [one for one in self.ids if not _is_text(one)]:
+            raise InputError(
+                f"{len(wrong):,} names are not UTF-8, such as {_some(wrong)}; rename these files"
+            )
         if len(self.position_by_id) < len(self.ids):
             seen: set[str] = set()
             twice = [one for one in self.ids if one in seen or seen.add(one)]  # type: ignore[func-returns-value]
@@ -163,8 +167,16 @@ class Items:
                 f"{where} names sources that index.json has not; build the index again"
             )
         items = cls(ids=tuple(ids), labels=tuple(labels), source_N=source_N, sources=sources)
-        items.check_unique()
+        items.check_ids()
         return items
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _some(names: Sequence[str]) -> str:

@@ -187,7 +187,7 @@ def _in(root: Path, ids: tuple[str, ...], labels: tuple[str | None, ...]) -> Ite
         source_N=np.zeros(len(ids), dtype=np.int64),
         sources=(Source(kind="folder", place=str(root)),),
     )
-    items.check_unique()
+    items.check_ids()
     return items
 
 
@@ -244,7 +244,7 @@ def of_pictures(pictures: Sequence[Picture], transform: TestTransform) -> Collec
         source_N=np.zeros(len(pictures), dtype=np.int64),
         sources=(Source(kind="folder", place=os.getcwd()) if are_files else Source(kind="memory"),),
     )
-    items.check_unique()
+    items.check_ids()
     return Collection(images=PictureList(pictures, transform), items=items, fingerprint="")
 
 

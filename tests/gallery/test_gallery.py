@@ -307,6 +307,48 @@ def test_another_model_and_damage_are_named(
     assert len(namr_dist.open_index(saved)) == 70
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("format", "other/1", "expected 'namr-index/1'"),
+        ("mode", "best", "mode 'best' is none"),
+        ("mode", "adaptive", "its model does not serve"),
+        ("centre", [0.0], "centre has 1 numbers, not 16"),
+        ("centre", "x", "expected a list"),
+        ("geometry", {"width": 16}, "geometry is incomplete"),
+        ("shape", {"type": "flat", "factory": "Flat", "width": 5}, "has vectors 17 wide"),
+        ("settings", {"nprobe": 0}, "nprobe is 0"),
+        ("limit", None, "expected a float"),
+        ("sources", [], "names sources that index.json has not"),
+        ("sources", [{"kind": "folder"}, 3], "should be an object"),
+        ("sources", [{"kind": "ftp"}], "not one of folder"),
+        ("files", {}, "names 0 files .faiss"),
+        ("files", {"../../index.faiss": {}}, "names 0 files .faiss"),
+        ("files", 7, "not an object"),
+    ],
+)
+def test_an_index_that_says_something_else_is_refused(
+    saved: Path, field: str, value: object, told: str
+) -> None:
+    about = {**read_about(saved), field: value}
+    (saved / "index.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=told):
+        namr_dist.open_index(saved)
+
+
+def test_pictures_are_not_read_by_a_command_that_an_index_names(
+    saved: Path, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    about = read_about(saved)
+    about["sources"] = [{"kind": "shards", "place": f"pipe:touch {ran} {{}}", "split": "test"}]
+    (saved / "index.json").write_text(json.dumps(about))
+    gallery = namr_dist.open_index(saved)
+    with pytest.raises(InputError, match="which is not run again"):
+        gallery.picture(gallery.items.ids[0])
+    assert not ran.exists()
+
+
 def test_a_run_a_checkpoint_and_an_export_are_one_model(
     model: namr_dist.Model, run: Path, tmp_path: Path
 ) -> None:
