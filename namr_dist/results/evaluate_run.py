@@ -177,8 +177,14 @@ def report_run(run: Path, *, shards: str | None = None) -> Path:
     index = manifest.index(config.data.test_split)
     images = ShardImages(manifest, index, test_transform(config))
     classes = [manifest.class_by_label[int(label)] for label in index.label_N]
+    split = config.data.validation_split
+    validated = manifest.index(split).label_N if split in manifest.splits else ()
     return write_report(
-        run, images.jpeg, [entry.name for entry in classes], [entry.category for entry in classes]
+        run,
+        images.jpeg,
+        [entry.name for entry in classes],
+        [entry.category for entry in classes],
+        validation_classes=len(set(validated)),
     )
 
 
