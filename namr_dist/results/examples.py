@@ -227,15 +227,21 @@ class Album:
                 )
             )
         share = (
-            f"Of the {len(found_G):,} images searched, each is among the first {NEIGHBOURS} of "
-            f"{found_G.mean():.1f} queries on average, and {int((found_G == 0).sum()):,} of none."
+            f"On average an image is among the first {NEIGHBOURS} of {found_G.mean():.1f} queries; "
+            f"{int((found_G == 0).sum()):,} of the {len(found_G):,} images searched are among those of none."
         )
         return rows, share
 
     def _couples(self, queries: Sequence[int]) -> Iterator[tuple[Picture, Picture]]:
-        for query in queries[:_COUPLES]:
-            title = self.title(int(self._searches.query_label_Q[query]))
-            image = int(self._searches.sides.query_Q[query])
+        searches, shown = self._searches, set[frozenset[int]]()
+        for query in queries:
+            image = int(searches.sides.query_Q[query])
+            found = int(searches.sides.item_G[searches.ranked_QK[query, 0]])
+            # Two images that find each other first are shown once.
+            if len(shown) == _COUPLES or frozenset((image, found)) in shown:
+                continue
+            shown.add(frozenset((image, found)))
+            title = self.title(int(searches.query_label_Q[query]))
             asking = self._picture(image, f"Query: {title}", "query", size=_SMALL)
             yield asking, self._neighbour(query, 0, "→ ", size=_SMALL)
 
@@ -273,7 +279,7 @@ class Album:
             image,
             f"Query that finds it at place {place + 1}, {'right' if right else 'wrong'}: "
             f"{self.title(self._labels[image])}",
-            f"as {place + 1} {'✓' if right else '✗'}",
+            f"place {place + 1} {'✓' if right else '✗'}",
             kind="right" if right else "wrong",
             distance=_distance(float(searches.distance_QK[query, place])),
             size=_SMALL,

@@ -195,7 +195,7 @@ def test_missing_pieces_leave_a_smaller_report(run):
     page = Page(run.report())
     assert "Validation, %" not in page.text and "Metric loss" in page.text
     assert "no structure embedding" in page.text and "A network was trained." in page.text
-    assert "by super-category" not in page.text
+    assert "by super-class" not in page.text
 
 
 def test_no_training_log_and_unknown_figures(run):
