@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
 
 from namr_dist.atomic import write_atomic
 from namr_dist.errors import InputError
-from namr_dist.results.charts import Line, line_chart, smoothed, thinned
 from namr_dist.results.class_figures import ROUNDED, ClassFigures, Intervals, is_number
 from namr_dist.results.class_tables import FIGURES as CLASS_FIGURES
 from namr_dist.results.class_tables import LEAST_CLASSES, category_rows, class_rows
+from namr_dist.results.curves import run_charts
 from namr_dist.results.embedding_map import embedding_map
 from namr_dist.results.examples import Album
 from namr_dist.results.record import RunRecord, block, number_in, read_run
@@ -46,15 +43,6 @@ from namr_dist.text import printable
 
 _MOST_CLASSES = 500
 """of the table of classes: a page with more is slow"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A figure of the page with its heading and the one thing to know about it."""
-
-    heading: str
-    note: str
-    svg: Markup
 
 
 def write_report(
@@ -118,7 +106,7 @@ def write_report(
         certificate=block(run.metrics, "test_counts").get("rerank_certified_percent"),
         clustering={name: run.metrics["test"]["sample"].get(name) for name in ("NMI", "AMI")},
         has_structure=any(row.control for row in trained),
-        charts=list(_charts(run)),
+        charts=list(run_charts(run.steps, run.validations)),
         validation=validation_note(run, validation_classes, seed=seed),
         **_of_classes(
             searches, sample, album, dict(zip(run.labels_N.tolist(), categories, strict=True))
@@ -214,47 +202,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield label, ", ".join(map(str, value)) or "–"
         else:
             yield label, f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
-def _charts(run: RunRecord) -> Iterator[Chart]:
-    steps = [float(entry["step"]) for entry in run.steps]
-    panels = [
-        ("metric_loss", "Metric loss", "c0"),
-        ("ranking_loss", "Multi-cluster ranking loss", "c1"),
-        ("structure_loss", "Loss of the learnt centres", "c2"),
-    ]
-    if not any(key in entry for entry in run.steps for key, _, _ in panels):
-        panels = [("loss", "Training loss", "c0")]
-    for key, heading, css in panels:
-        ys = [number_in(entry, key) for entry in run.steps]
-        values = [math.nan if y is None else y for y in ys]
-        lines = [
-            Line(name="each step", xs=thinned(steps), ys=thinned(values), css=f"{css} faint"),
-            Line(name="smoothed", xs=thinned(steps), ys=thinned(smoothed(values)), css=css),
-        ]
-        svg = line_chart(
-            lines, title=f"{heading} over training steps", x_label="step", allow_log=True
-        )
-        if svg is not None:
-            note = "Pale: as logged. Strong: moving average. Lower is better."
-            yield Chart(heading=heading, note=note, svg=svg)
-    curves = []
-    for css, name in (("c0", "R@1"), ("c1", "MAP@R")):
-        pairs = [(float(entry["step"]), number_in(entry["val"], name)) for entry in run.validations]
-        known = [(step, value) for step, value in pairs if value is not None]
-        curves.append(
-            Line(
-                name=name,
-                xs=[step for step, _ in known],
-                ys=[value for _, value in known],
-                css=css,
-                dots=True,
-                label=True,
-            )
-        )
-    svg = line_chart(
-        curves, title="Validation R@1 and MAP@R over training steps, %", x_label="step"
-    )
-    if svg is not None:
-        note = "On classes that were not trained on. Higher is better."
-        yield Chart(heading="Validation, %", note=note, svg=svg)

@@ -20,7 +20,7 @@ from namr_dist.results.class_figures import ClassFigures, read_class_figures
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.run.folder import RunFolder
-from namr_dist.run.log import Entry, read_log
+from namr_dist.run.log import Entry, Log, read_log
 from namr_dist.train.checkpoints.verified_file import read_tensors
 
 
@@ -120,6 +120,16 @@ def _check_figures(metrics: Mapping[str, Any], path: Path) -> None:
             )
 
 
+def training_steps(log: Log) -> list[Entry]:
+    """Lines of training steps."""
+    return [entry for entry in log.entries if "loss" in entry]
+
+
+def validations(log: Log) -> list[Entry]:
+    """Lines with a block "val"."""
+    return [entry for entry in log.entries if isinstance(entry.get("val"), dict)]
+
+
 def read_run(run_dir: Path) -> RunRecord:
     """Read a run's folder. Raises InputError where a file is missing or is not what it should be;
     lines of its log that cannot be read are left out, and their number is told on stderr."""
@@ -148,8 +158,8 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(
         name=run_dir.resolve().name,
         config=config,
-        steps=[entry for entry in log.entries if "loss" in entry],
-        validations=[entry for entry in log.entries if isinstance(entry.get("val"), dict)],
+        steps=training_steps(log),
+        validations=validations(log),
         metrics=metrics,
         z_ND=z_ND,
         labels_N=as_labels(tensors["labels"].numpy(), len(z_ND), f"{path}, labels"),
