@@ -40,6 +40,15 @@ class ClassFigures:
         """A figure over all queries."""
         return float(np.average(self.rows[row][name], weights=self.queries_C))
 
+    def difference(self, row: str, other: str, name: str) -> tuple[float, float] | None:
+        """The interval of a figure of a row less that of another, class by class; None where it is
+        not known of both, or of a single class."""
+        one, two = (self.rows.get(each, {}).get(name) for each in (row, other))
+        if one is None or two is None:
+            return None
+        [low], [high] = over_classes((one - two)[None], self.queries_C)
+        return None if low is None or high is None else (low, high)
+
     def intervals(self) -> Intervals:
         """Of every figure; none of a single class."""
         result: Intervals = {}

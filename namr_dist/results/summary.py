@@ -14,6 +14,7 @@ from namr_dist.results.record import RunRecord, block, number_in
 from namr_dist.results.tables import baseline_rows, columns, mode_rows
 from namr_dist.retrieval.arrays import Int64
 from namr_dist.retrieval.evaluate import evaluate_sample
+from namr_dist.retrieval.intervals import LEVEL
 from namr_dist.retrieval.modes import SAMPLE, STRUCTURE, SYMMETRIC, row_name
 from namr_dist.text import duration
 
@@ -73,7 +74,7 @@ def summary(run: RunRecord) -> Iterator[str]:
             ", against " + (", ".join(known[:-1]) + " and " if len(known) > 1 else "") + known[-1]
         )
     yield text + "."
-    yield from _structure_verdict(run.metrics, name, recall)
+    yield from _structure_verdict(run, name, recall)
 
 
 def first_cut_off(metrics: Mapping[str, Any]) -> str:
@@ -109,22 +110,35 @@ def _what_was_trained(run: RunRecord) -> str:
     return text + "."
 
 
-def _structure_verdict(metrics: Mapping[str, Any], name: str, recall: float) -> Iterator[str]:
-    queries = number_in(metrics, "test_counts", "queries")
-    from_centres = STRUCTURE.name in block(metrics, "test")
+def _structure_verdict(run: RunRecord, name: str, recall: float) -> Iterator[str]:
+    """Whether the structure embedding beats both its controls, by more than other test classes
+    would move the difference."""
+    queries = number_in(run.metrics, "test_counts", "queries")
+    from_centres = STRUCTURE.name in block(run.metrics, "test")
     rows = (
         (STRUCTURE.name, SAMPLE.name, row_name(STRUCTURE.name, "shuffled"))
         if from_centres
         else tuple(row_name(SYMMETRIC.name, control) for control in ("", *SYMMETRIC.controls))
     )
-    learnt, ones, shuffled = (number_in(metrics, "test", row, name) for row in rows)
+    learnt, ones, shuffled = (number_in(run.metrics, "test", row, name) for row in rows)
     if learnt is None or ones is None or shuffled is None or not queries:
         return
-    error = math.sqrt(max(recall * (100 - recall), 0) / queries)
     gain = learnt - max(ones, shuffled)
-    if gain > 2 * error:
+    better = rows[1] if ones >= shuffled else rows[2]
+    if ends := run.classes and run.classes.difference(rows[0], better, name):
+        low, high = ends
+        chance = (
+            f"{gain:+.1f} points to the better of them ({100 * LEVEL:g} % over test classes: {low:+.1f} to "
+            f"{high:+.1f})"
+        )
+    else:
+        # Without figures of each class, as if queries were drawn one by one.
+        error = math.sqrt(max(recall * (100 - recall), 0) / queries)
+        low, high = gain - 2 * error, gain + 2 * error
+        chance = f"with a standard error of {error:.1f} points"
+    if low > 0:
         verdict = "it helps the search"
-    elif gain < -2 * error:
+    elif high < 0:
         verdict = "it harms the search"
     else:
         verdict = "the difference is within chance"
@@ -136,7 +150,7 @@ def _structure_verdict(metrics: Mapping[str, Any], name: str, recall: float) -> 
     )
     yield (
         f"{how} finds {learnt:.1f} %. The controls find {ones:.1f} % without it (s = 1) and "
-        f"{shuffled:.1f} % with that of another image; with a standard error of {error:.1f} points, {verdict}."
+        f"{shuffled:.1f} % with that of another image; {chance}, {verdict}."
     )
 
 

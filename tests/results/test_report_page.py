@@ -23,7 +23,7 @@ from namr_dist.results.charts import Line, line_chart, nice_ticks, smoothed, thi
 from namr_dist.results.page import write_report
 from namr_dist.results.record import read_run
 from namr_dist.results.searches import NEIGHBOURS
-from namr_dist.results.summary import validation_note
+from namr_dist.results.summary import summary, validation_note
 from namr_dist.results.tables import results_table
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 from namr_dist.train.checkpoints.verified_file import write_tensors
@@ -262,6 +262,35 @@ def test_why_validation_and_test_lie_apart(run):
         "compare figures of the same classes alone."
     )
     assert "8 other classes to be taken for" in Page(run.report()).text
+
+
+@pytest.mark.parametrize(
+    "learnt, told",
+    [
+        (
+            [65.0, 79.0],
+            "+2.0 points to the better of them (95 % over test classes: -1.0 to +5.0), the diff",
+        ),
+        (
+            [61.0, 84.0],
+            "+2.5 points to the better of them (95 % over test classes: +1.0 to +4.0), it helps",
+        ),
+        (
+            [59.0, 79.0],
+            "-1.0 points to the better of them (95 % over test classes: -1.0 to -1.0), it harms",
+        ),
+    ],
+)
+def test_the_verdict_is_over_the_differences_of_classes(run, learnt, told):
+    """Of two classes the ends are those of each alone."""
+    of_row = {"structure": learnt, "sample": [60.0, 80.0], "structure_shuffled": [90.0, 40.0]}
+    run.classes = {"label": [0, 1], "queries": [1, 1]}
+    run.classes |= {row: {"R@1": values} for row, values in of_row.items()}
+    run.metrics["test"] = {row: {"R@1": sum(values) / 2} for row, values in of_row.items()}
+    run.save()
+    assert told in list(summary(read_run(run.folder)))[-1]
+    (run.folder / "classes.json").unlink()
+    assert "a standard error of" in list(summary(read_run(run.folder)))[-1]
 
 
 def test_missing_pieces_leave_a_smaller_report(run):
