@@ -21,6 +21,8 @@ from namr_dist.run.folder import METRICS, RunFolder
 ROUNDED = 0.01
 """Percentage points by which the mean of classes' figures, which are rounded, may differ from
 that of all queries."""
+_LARGEST = 1e15
+"""of a percentage or a count: sums of more are not worth having"""
 
 Intervals = dict[str, dict[str, tuple[float, float]]]
 """row of metrics.json → figure → lower and upper end, of level intervals.LEVEL"""
@@ -85,8 +87,8 @@ def read_class_figures(files: RunFolder, test: Mapping[str, Any]) -> ClassFigure
         columns = [queries_C, *(values_C for row in rows.values() for values_C in row.values())]
         if {len(values_C) for values_C in columns} != {len(label_C)}:
             raise ValueError(f"{len(label_C)} labels, {len(queries_C)} numbers of queries")
-        if any(values_C.ndim != 1 or not np.isfinite(values_C).all() for values_C in columns):
-            raise ValueError("what should be a number is none")
+        if any(values_C.ndim != 1 or not (abs(values_C) < _LARGEST).all() for values_C in columns):
+            raise ValueError("what should be a number is none, or is far too large")
         if len(set(label_C)) != len(label_C) or not (queries_C >= 1).all():
             raise ValueError("a label stands twice, or a class without queries")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

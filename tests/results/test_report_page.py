@@ -230,7 +230,12 @@ def test_figures_of_classes_may_be_missing_but_not_of_another_evaluation(run):
     run.save()
     with pytest.raises(InputError, match=r"classes.json has R@1 1\.500 .* of two evaluations"):
         write_report(run.folder, run.jpeg, run.names, run.categories)
-    for damaged in ({"label": [0, 0]}, {"queries": [0, 4]}, {"sample": {"R@1": [1.0, "x"]}}):
+    for damaged in (
+        {"label": [0, 0]},
+        {"queries": [0, 4]},
+        {"sample": {"R@1": [1.0, "x"]}},
+        {"sample": {"R@1": [1.0, 1e308]}},
+    ):
         (run.folder / "classes.json").write_text(json.dumps(run.classes | damaged))
         with pytest.raises(InputError, match="does not hold figures by class .* evaluate it again"):
             write_report(run.folder, run.jpeg, run.names, run.categories)
