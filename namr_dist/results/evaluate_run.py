@@ -178,7 +178,8 @@ def report_run(run: Path, *, shards: str | None = None) -> Path:
     images = ShardImages(manifest, index, test_transform(config))
     classes = [manifest.class_by_label[int(label)] for label in index.label_N]
     split = config.data.validation_split
-    validated = manifest.index(split).label_N if split in manifest.splits else ()
+    known = split in (*manifest.splits, *manifest.subsets)
+    validated = manifest.index(split).label_N.tolist() if split and known else ()
     return write_report(
         run,
         images.jpeg,
