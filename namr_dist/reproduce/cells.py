@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from namr_dist import verified_json
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config
 from namr_dist.errors import InputError
+from namr_dist.results.class_figures import read_class_figures
 from namr_dist.results.redact import shareable
 from namr_dist.retrieval.arrays import Float64
 from namr_dist.retrieval.modes import SAMPLE
-from namr_dist.run.folder import METRICS, RunFolder, runs_in
+from namr_dist.run.folder import RunFolder, runs_in
 from namr_dist.run.log import read_log
 
 CELL = "cell.json"
@@ -36,9 +35,6 @@ FIGURES = ("R@1", "MAP@R")
 
 _HOST = "slowest_host"
 """of a line of the log: the name of a machine"""
-_ROUNDED = 0.01
-"""Percentage points by which the mean of classes' figures, which are rounded, may differ from
-that of all queries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,42 +102,30 @@ def read_cell(folder: Path) -> Cell:
     are not those of the same evaluation.
     """
     files = RunFolder(folder)
-    metrics, by_class = _object(files.metrics), _object(files.classes)
+    metrics = _object(files.metrics)
+    whole = metrics.get("test")
+    by_class = read_class_figures(files, whole if isinstance(whole, dict) else {})
     try:
-        queries_C = np.asarray(by_class["queries"], dtype=np.float64)
-        rows = [row for row in metrics["test"] if row in by_class]
-        test = {row: {name: float(metrics["test"][row][name]) for name in FIGURES} for row in rows}
-        classes = {
-            row: {name: np.asarray(by_class[row][name], dtype=np.float64) for name in FIGURES}
-            for row in rows
+        test = {
+            row: {name: float(metrics["test"][row][name]) for name in FIGURES}
+            for row in by_class.rows
         }
-        label_C = tuple(int(label) for label in by_class["label"])
-        means = {
-            (row, name): float(np.average(classes[row][name], weights=queries_C))
-            for row in rows
-            for name in FIGURES
+        classes = {
+            row: {name: figures[name] for name in FIGURES} for row, figures in by_class.rows.items()
         }
         test[SAMPLE.name]  # which no evaluation leaves out
-        if len(label_C) != len(queries_C):
-            raise ValueError(f"{len(label_C)} labels, {len(queries_C)} numbers of queries")
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{files.metrics} and {files.classes.name} lack {' or '.join(FIGURES)}, over all queries or of "
             f"each class ({type(error).__name__}: {error}); evaluate it again, with R@1"
         ) from None
-    for (row, name), mean in means.items():
-        if not abs(mean - test[row][name]) <= _ROUNDED:
-            raise InputError(
-                f"{files.classes} has {name} {mean:.3f} in row {row}, {METRICS} {test[row][name]:.3f}: they "
-                "are of two evaluations; evaluate it again"
-            )
     return Cell(
         folder=folder,
         name=name_of(folder),
         test=test,
         classes=classes,
-        label_C=label_C,
-        queries_C=queries_C,
+        label_C=by_class.label_C,
+        queries_C=by_class.queries_C,
         protocol=metrics.get("protocol") or {},
     )
 

@@ -3,8 +3,7 @@ that are paired by seed, with 95 % intervals over seeds and over test classes.
 
 A difference is always taken within a seed, where both sides saw the same batches from the same
 first weights. Its interval over seeds is Student's, of the paired differences; that over classes is
-the percentile bootstrap (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter
-13), classes drawn with replacement, of the mean over seeds. Figures are in percent.
+the bootstrap of retrieval/intervals.py, of the mean over seeds. Figures are in percent.
 
 Shapes: F figures, C test classes.
 """
@@ -22,15 +21,8 @@ from scipy import stats
 
 from namr_dist.errors import InputError
 from namr_dist.reproduce.cells import ALONE, FIGURES, RANKING, Cell, CellName
-from namr_dist.retrieval.arrays import Float64
+from namr_dist.retrieval.intervals import LEVEL, over_classes
 from namr_dist.retrieval.modes import SAMPLE, STRUCTURE, row_name
-
-LEVEL = 0.95
-DRAWS = 2000
-"""of the test classes"""
-_DRAWS_SEED = 0
-_BLOCK = 2**21
-"""classes drawn at a time: memory"""
 
 Side = tuple[str, str]
 """(variant of the network, row of its figures)"""
@@ -226,27 +218,3 @@ def over_seeds(values: Sequence[float]) -> Interval:
     quantile = float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
     half = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
     return Interval(mean=mean, low=mean - half, high=mean + half)
-
-
-def over_classes(
-    value_FC: Float64, queries_C: Float64
-) -> tuple[Sequence[float | None], Sequence[float | None]]:
-    """(F,) lower and upper ends of the bootstrap interval of the mean over all queries. value_FC:
-    float64, means over the queries of each class; queries_C: how many those are. None for a single
-    class."""
-    figures, classes = value_FC.shape
-    if classes < 2:
-        return [None] * figures, [None] * figures
-    interval = stats.bootstrap(
-        (value_FC * queries_C, np.broadcast_to(queries_C, value_FC.shape)),
-        lambda total_FC, queries_FC, axis: total_FC.sum(axis=axis) / queries_FC.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        axis=-1,
-        n_resamples=DRAWS,
-        batch=max(1, _BLOCK // value_FC.size),
-        confidence_level=LEVEL,
-        method="percentile",
-        random_state=np.random.default_rng(_DRAWS_SEED),
-    ).confidence_interval
-    return interval.low.tolist(), interval.high.tolist()

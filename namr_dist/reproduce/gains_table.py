@@ -9,8 +9,6 @@ from rich.text import Text
 
 from namr_dist.reproduce.cells import ALONE, FIGURES, RANKING, Cell, CellName
 from namr_dist.reproduce.gains import (
-    DRAWS,
-    LEVEL,
     QUANTITIES,
     Gain,
     Interval,
@@ -19,6 +17,7 @@ from namr_dist.reproduce.gains import (
 )
 from namr_dist.results.comparison_page import Grid, console_table, print_wide
 from namr_dist.results.tables import number
+from namr_dist.retrieval.intervals import DRAWS, LEVEL
 from namr_dist.text import printable
 
 _DIGITS = 2

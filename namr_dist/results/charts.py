@@ -106,7 +106,10 @@ def line_chart(
     log = allow_log and min(values) > 0 and max(values) / min(values) > _LOG_FROM_RATIO
     ticks = _log_ticks(min(values), max(values)) if log else nice_ticks(min(values), max(values))
     steps = [x for _, points in curves for x, _ in points]
-    x_low, x_high = min(steps), max(max(steps), min(steps) + 1)
+    x_low, x_high = min(steps), max(steps)
+    x_ticks = nice_ticks(x_low, x_high, count=6)
+    if x_low == x_high:
+        x_ticks, x_low, x_high = [x_low], x_low - 1, x_high + 1
     right = 60 if any(line.label for line in lines) else 14
 
     def across(x: float) -> float:
@@ -128,7 +131,7 @@ def line_chart(
             )
         )
         parts.append(_text(_LEFT - 7, y + 4, f"{tick:g}", "end"))
-    for tick in nice_ticks(x_low, x_high, count=6):
+    for tick in x_ticks:
         if x_low <= tick <= x_high:
             parts.append(_text(across(tick), _HEIGHT - _BOTTOM + 17, f"{tick:g}", "middle"))
     axis = x_label + (" (vertical axis logarithmic)" if log else "")
@@ -159,6 +162,14 @@ def line_chart(
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, title, Markup("").join(parts)
     )
+
+
+def swatch(css: str) -> Markup:
+    """A piece of a curve, for a legend."""
+    return Markup(
+        '<svg viewBox="0 0 28 12" class="swatch" aria-hidden="true">'
+        '<path class="line {}" d="M1 6h26"/></svg>'
+    ).format(css)
 
 
 def marker(group: int) -> Markup:

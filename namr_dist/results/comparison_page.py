@@ -15,8 +15,10 @@ from rich.text import Text
 
 from namr_dist.atomic import write_atomic
 from namr_dist.results.comparison import Comparison, Estimate, Gain, Setting
+from namr_dist.results.comparison_charts import glance
 from namr_dist.results.page import template
 from namr_dist.results.tables import Row, columns, number
+from namr_dist.retrieval.intervals import DRAWS, LEVEL
 from namr_dist.run.folder import RunFolder
 from namr_dist.terminal import Console, plain
 from namr_dist.text import printable
@@ -106,6 +108,14 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     page = template("comparison.html").render(
         title=path.parent.resolve().name,
         test=comparison.test,
+        glance=glance(
+            comparison,
+            _headlines(comparison),
+            run_name=_run_names(path, comparison).__getitem__,
+            label=lambda setting: _label(setting, comparison) if comparison.fields else "",
+        ),
+        level=f"{100 * LEVEL:g} %",
+        draws=DRAWS,
         grids=grids(comparison),
         runs=runs,
         headline=headline,
@@ -263,6 +273,16 @@ def _plus_minus(value: float | None) -> str:
 
 def _seen_from(page: Path, folder: str) -> str:
     return os.path.relpath(folder, page.parent)
+
+
+def _run_names(page: Path, comparison: Comparison) -> dict[str, str]:
+    """Each run by its folder's own name, or as seen from the page where two have one name."""
+    folders = [folder for setting in comparison.settings for folder in setting.runs]
+    names = [Path(folder).resolve().name for folder in folders]
+    return {
+        folder: printable(name if names.count(name) == 1 else _seen_from(page, folder))
+        for folder, name in zip(folders, names, strict=True)
+    }
 
 
 def _link(page: Path, folder: str) -> str | None:

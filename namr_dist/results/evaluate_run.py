@@ -175,8 +175,15 @@ def report_run(run: Path, *, shards: str | None = None) -> Path:
     index = manifest.index(config.data.test_split)
     images = ShardImages(manifest, index, test_transform(config))
     classes = [manifest.class_by_label[int(label)] for label in index.label_N]
+    split = config.data.validation_split
+    known = split in (*manifest.splits, *manifest.subsets)
+    validated = manifest.index(split).label_N.tolist() if split and known else ()
     return write_report(
-        run, images.jpeg, [entry.name for entry in classes], [entry.category for entry in classes]
+        run,
+        images.jpeg,
+        [entry.name for entry in classes],
+        [entry.category for entry in classes],
+        validation_classes=len(set(validated)),
     )
 
 

@@ -1,37 +1,52 @@
-"""Pictures for the report: queries with their neighbours, and a map of all embeddings.
+"""Pictures for the report: searches as rows of pictures.
 
-Shapes: N test images, Q of them queries, G of them searched, D width, K neighbours, P points on the
-map.
+A class is always named with its number: names repeat within a set.
+Shapes: N test images.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
-from threadpoolctl import threadpool_limits
 
 from namr_dist.data.shardset.shards import MOST_PIXELS
 from namr_dist.errors import InputError
-from namr_dist.results.charts import HUES, SHAPES, marker, scatter
-from namr_dist.retrieval.arrays import Float64, Int64
-from namr_dist.retrieval.metrics import relevance, relevant_counts
-from namr_dist.retrieval.roles import Division
-from namr_dist.retrieval.search import search_excluding_self
-from namr_dist.retrieval.vectors import sample_vectors
+from namr_dist.results.class_figures import ClassFigures
+from namr_dist.results.searches import (
+    NEIGHBOURS,
+    Searches,
+    confused_pairs,
+    hubs,
+    worst_classes,
+)
+from namr_dist.retrieval.arrays import Int64
+from namr_dist.retrieval.modes import SAMPLE
 
-NEIGHBOURS = 8
 _QUERIES_OF_EACH_KIND = 5
-_EMBEDDED_AS_IS_BYTES = 12_000
-_THUMBNAIL_SIDE = 160
-_MAP_POINTS = 2_500
-_TSNE_LEAST_POINTS = 50
-_GROUPS = HUES * SHAPES
+_WORST, _PAIRS, _HUBS = 5, 5, 4
+"""rows of each"""
+_COUPLES = 4
+"""pictures of a query with what it finds first, in a row"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    """How large a picture may be."""
+
+    side_px: int
+    as_is_bytes: int
+    """JPEGs up to this are taken as they are"""
+    quality: int
+
+
+_LARGE = _Size(side_px=160, as_is_bytes=12_000, quality=85)
+_SMALL = _Size(side_px=96, as_is_bytes=2_500, quality=80)
+"""of which a page has many"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +54,15 @@ class Picture:
     """One image of the page."""
 
     uri: str
-    name: str
     alt: str
-    right: bool
+    caption: str
+    name: str
+    """of its class, which may be cut off"""
+    number: str
+    """of its class, which is not"""
+    kind: str = ""
+    """"right" or "wrong"; of a query neither"""
+    distance: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +76,28 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingMap:
-    """The map, its legend, and how it was made."""
+class PictureRow:
+    """What was found of a class, a pair of classes or an item, with pictures."""
 
-    svg: Markup
-    legend: list[tuple[Markup, str]]
-    method: str
+    title: str
+    facts: list[str]
+    couples: list[tuple[Picture, Picture]]
+    """a query, and what it finds first"""
+    lead: Picture | None = None
+    pictures: list[Picture]
 
 
-def data_uri(jpeg: bytes, name: str) -> str:
+def class_title(name: str, label: int) -> str:
+    """A class by its name and number."""
+    return f"{name} #{label}".strip()
+
+
+def data_uri(jpeg: bytes, name: str, size: _Size = _LARGE) -> str:
     """An image as a data URI: JPEGs up to 12 kB as they are, all else as a JPEG of at most 160 px.
 
     Raises InputError where the bytes are no image.
     """
-    if not jpeg.startswith(b"\xff\xd8") or len(jpeg) > _EMBEDDED_AS_IS_BYTES:
+    if not jpeg.startswith(b"\xff\xd8") or len(jpeg) > size.as_is_bytes:
         try:
             # Pillow runs a program to read some other formats.
             with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
@@ -81,121 +110,207 @@ def data_uri(jpeg: bytes, name: str) -> str:
             raise InputError(
                 f"image of {name!r} cannot be read ({error}): verify the data set"
             ) from None
-        small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        small.thumbnail((size.side_px, size.side_px))
         buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=85)
+        small.save(buffer, "JPEG", quality=size.quality)
         jpeg = buffer.getvalue()
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
 
 
-def neighbour_examples(
-    z_ND: Float64,
-    labels_N: Int64,
-    sides: Division,
-    load_jpeg: Callable[[int], bytes],
-    names: Sequence[str],
-    *,
-    cosine: bool,
-    seed: int,
-) -> tuple[list[Example], list[Example]]:
-    """Queries whose first neighbour is right, and queries where it is wrong.
+class Album:
+    """The test images as pictures of the page, and rows of them."""
 
-    About ten queries, half of each kind where both exist, drawn by the seed from the queries that
-    have a right answer; no class twice. Neighbours are those of the sample mode.
-    """
-    query_labels_Q, item_labels_G = labels_N[sides.query_Q], labels_N[sides.item_G]
-    served = sample_vectors(z_ND[sides.query_Q], z_ND[sides.item_G], cosine=cosine)
-    _, ranked_QK = search_excluding_self(
-        served.queries_QV,
-        served.items_NV,
-        NEIGHBOURS,
-        query_ids_Q=sides.own_Q,
-        metric=served.metric,
-    )
-    right_QK = relevance(ranked_QK, query_labels_Q, item_labels_G)
-    relevant_Q = relevant_counts(query_labels_Q, item_labels_G, query_ids_Q=sides.own_Q)
-    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(relevant_Q > 0))
-    kinds: dict[bool, list[int]] = {True: [], False: []}
-    taken: set[int] = set()
-    for query in drawn.tolist():
-        kind = kinds[bool(right_QK[query, 0])]
-        if len(kind) < 2 * _QUERIES_OF_EACH_KIND and int(query_labels_Q[query]) not in taken:
-            kind.append(query)
-            taken.add(int(query_labels_Q[query]))
-    # A kind that is rare leaves its share to the other.
-    right = kinds[True][: 2 * _QUERIES_OF_EACH_KIND - min(len(kinds[False]), _QUERIES_OF_EACH_KIND)]
-    wrong = kinds[False][: 2 * _QUERIES_OF_EACH_KIND - len(right)]
+    def __init__(
+        self,
+        searches: Searches,
+        load_jpeg: Callable[[int], bytes],
+        names: Sequence[str],
+        labels_N: Int64,
+    ) -> None:
+        """names: of each image's class; load_jpeg gives the image file of an index."""
+        self._searches, self._load, self._names = searches, load_jpeg, names
+        self._labels = labels_N.tolist()
+        self._name_of = dict(zip(self._labels, names, strict=True))
 
-    def picture(image: int, caption: str, *, right: bool) -> Picture:
-        name = names[image]
-        return Picture(
-            uri=data_uri(load_jpeg(image), name), name=name, alt=f"{caption}: {name}", right=right
+    def title(self, label: int) -> str:
+        """A class by its name and number."""
+        return class_title(self._name_of.get(label, ""), label)
+
+    def examples(self, *, seed: int) -> tuple[list[Example], list[Example]]:
+        """Queries whose first neighbour is right, and queries where it is wrong.
+
+        About ten queries, half of each kind where both exist, drawn by the seed from the queries
+        that have a right answer; no class twice.
+        """
+        searches = self._searches
+        drawn = np.random.default_rng(seed).permutation(np.flatnonzero(searches.relevant_Q > 0))
+        kinds: dict[bool, list[int]] = {True: [], False: []}
+        taken: set[int] = set()
+        for query in drawn.tolist():
+            kind = kinds[bool(searches.right_QK[query, 0])]
+            label = int(searches.query_label_Q[query])
+            if len(kind) < 2 * _QUERIES_OF_EACH_KIND and label not in taken:
+                kind.append(query)
+                taken.add(label)
+        # A kind that is rare leaves its share to the other.
+        both = 2 * _QUERIES_OF_EACH_KIND
+        right = kinds[True][: both - min(len(kinds[False]), _QUERIES_OF_EACH_KIND)]
+        wrong = kinds[False][: both - len(right)]
+        return [self._example(query) for query in right], [self._example(query) for query in wrong]
+
+    def worst(self, figures: ClassFigures) -> list[PictureRow]:
+        """The classes with the lowest R@1, those with a wrong first neighbour alone."""
+        searches, rows = self._searches, []
+        of_sample = figures.rows[SAMPLE.name]
+        for place in worst_classes(figures)[:_WORST]:
+            if of_sample["R@1"][place] >= 100:
+                break
+            label = figures.label_C[place]
+            queries_M = np.flatnonzero(
+                (searches.query_label_Q == label) & (searches.relevant_Q > 0)
+            )
+            # Wrong ones first, the nearest of them before all.
+            order_M = np.lexsort(
+                (searches.distance_QK[queries_M, 0], searches.right_QK[queries_M, 0])
+            )
+            rows.append(
+                PictureRow(
+                    title=self.title(label),
+                    facts=[
+                        f"R@1 {of_sample['R@1'][place]:.1f}",
+                        f"MAP@R {of_sample['MAP@R'][place]:.1f}",
+                        _counted(len(queries_M), "query", "queries"),
+                    ],
+                    couples=list(self._couples(queries_M[order_M].tolist())),
+                    pictures=[],
+                )
+            )
+        return rows
+
+    def confused(self) -> list[PictureRow]:
+        """The pairs of classes that are taken for each other most often."""
+        return [
+            PictureRow(
+                title=" ↔ ".join(map(self.title, pair.labels)),
+                facts=[
+                    f"{len(pair.wrong)} of {_counted(pair.queries, 'query', 'queries')} "
+                    f"find{'s' * (len(pair.wrong) == 1)} the other class first"
+                ],
+                couples=list(self._couples(pair.wrong)),
+                pictures=[],
+            )
+            for pair in confused_pairs(self._searches, _PAIRS)
+        ]
+
+    def hubs(self) -> tuple[list[PictureRow], str]:
+        """The images that come up in the most searches, and how that compares with all others."""
+        searches = self._searches
+        found, found_G = hubs(searches, _HUBS)
+        rows = []
+        for hub in found:
+            image = int(searches.sides.item_G[hub.item])
+            pictures = []
+            for query in hub.queries[:NEIGHBOURS]:
+                place = int(np.flatnonzero(searches.ranked_QK[query] == hub.item)[0])
+                pictures.append(self._found_by(query, place))
+            title = self.title(self._labels[image])
+            rows.append(
+                PictureRow(
+                    title=title,
+                    facts=[
+                        f"found by {_counted(hub.found, 'query', 'queries')}, "
+                        f"{hub.wrong} of other classes"
+                    ],
+                    couples=[],
+                    lead=self._picture(image, f"Hub: {title}", "hub", size=_SMALL),
+                    pictures=pictures,
+                )
+            )
+        share = (
+            f"On average an image is among the first {NEIGHBOURS} of {found_G.mean():.1f} queries; "
+            f"{int((found_G == 0).sum()):,} of the {len(found_G):,} images searched are among those of none."
         )
+        return rows, share
 
-    def example(query: int) -> Example:
-        image = int(sides.query_Q[query])
-        neighbours = []
-        for rank, (item, good) in enumerate(
-            zip(ranked_QK[query], right_QK[query], strict=True), start=1
-        ):
-            if item >= 0:
-                caption = f"Neighbour {rank} of {names[image]}, {'right' if good else 'wrong'}"
-                neighbours.append(picture(int(sides.item_G[item]), caption, right=bool(good)))
+    def _couples(self, queries: Sequence[int]) -> Iterator[tuple[Picture, Picture]]:
+        searches, shown = self._searches, set[frozenset[int]]()
+        for query in queries:
+            image = int(searches.sides.query_Q[query])
+            found = int(searches.sides.item_G[searches.ranked_QK[query, 0]])
+            # Two images that find each other first are shown once.
+            if len(shown) == _COUPLES or frozenset((image, found)) in shown:
+                continue
+            shown.add(frozenset((image, found)))
+            title = self.title(int(searches.query_label_Q[query]))
+            asking = self._picture(image, f"Query: {title}", "query", size=_SMALL)
+            yield asking, self._neighbour(query, 0, "→ ", size=_SMALL)
+
+    def _example(self, query: int) -> Example:
+        searches = self._searches
+        found = np.flatnonzero(searches.ranked_QK[query, :NEIGHBOURS] >= 0)
+        image = int(searches.sides.query_Q[query])
         return Example(
-            query=picture(image, "Query", right=True),
-            neighbours=neighbours,
-            relevant=int(relevant_Q[query]),
+            query=self._picture(image, f"Query: {self.title(self._labels[image])}", "query"),
+            neighbours=[self._neighbour(query, place, f"{place + 1} ") for place in found.tolist()],
+            relevant=int(searches.relevant_Q[query]),
         )
 
-    return [example(query) for query in right], [example(query) for query in wrong]
+    def _neighbour(self, query: int, place: int, caption: str, size: _Size = _LARGE) -> Picture:
+        searches = self._searches
+        right = bool(searches.right_QK[query, place])
+        asking = self.title(int(searches.query_label_Q[query]))
+        image = int(searches.sides.item_G[searches.ranked_QK[query, place]])
+        return self._picture(
+            image,
+            f"Neighbour {place + 1} of {asking}, {'right' if right else 'wrong'}: "
+            f"{self.title(self._labels[image])}",
+            f"{caption}{'✓' if right else '✗'}",
+            kind="right" if right else "wrong",
+            distance=_distance(float(searches.distance_QK[query, place])),
+            size=size,
+        )
+
+    def _found_by(self, query: int, place: int) -> Picture:
+        """A query that has a hub at this place."""
+        searches = self._searches
+        right = bool(searches.right_QK[query, place])
+        image = int(searches.sides.query_Q[query])
+        return self._picture(
+            image,
+            f"Query that finds it at place {place + 1}, {'right' if right else 'wrong'}: "
+            f"{self.title(self._labels[image])}",
+            f"place {place + 1} {'✓' if right else '✗'}",
+            kind="right" if right else "wrong",
+            distance=_distance(float(searches.distance_QK[query, place])),
+            size=_SMALL,
+        )
+
+    def _picture(
+        self,
+        image: int,
+        alt: str,
+        caption: str,
+        *,
+        kind: str = "",
+        distance: str = "",
+        size: _Size = _LARGE,
+    ) -> Picture:
+        name, label = self._names[image], self._labels[image]
+        return Picture(
+            uri=data_uri(self._load(image), class_title(name, label), size),
+            alt=alt,
+            caption=caption,
+            name=name,
+            number=f"#{label}",
+            kind=kind,
+            distance=distance,
+        )
 
 
-def embedding_map(
-    z_ND: Float64, names: Sequence[str], categories: Sequence[str], *, seed: int
-) -> EmbeddingMap | None:
-    """The embeddings in two dimensions, marked by super-category; None where all points coincide.
+def _distance(value: float) -> str:
+    """With three digits, as far as those are of use."""
+    return f"{value:#.3g}" if 1e-4 <= value < 100 else f"{value:.3g}"
 
-    t-SNE of at most 2,500 images drawn by the seed, some 5 s on one core; PCA below 50 images.
-    """
-    # Seconds of imports, which only a report needs.
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
 
-    chosen_P = np.arange(len(z_ND))
-    if len(chosen_P) > _MAP_POINTS:
-        chosen_P = np.sort(np.random.default_rng(seed).choice(chosen_P, _MAP_POINTS, replace=False))
-    z_PD = z_ND[chosen_P] - z_ND[chosen_P].mean(axis=0)
-    spread = float(np.abs(z_PD).max())
-    if len(z_PD) < 2 or spread == 0 or z_PD.shape[1] < 2:
-        return None
-    z_PD = z_PD / spread
-    if len(z_PD) < _TSNE_LEAST_POINTS:
-        points_P2, method = PCA(2, random_state=seed).fit_transform(z_PD), "PCA"
-    else:
-        perplexity = min(30.0, (len(z_PD) - 1) / 3)
-        tsne = TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=seed)
-        # Its threads wait actively: beside another busy process several take ten times as long as
-        # one.
-        with threadpool_limits(1):
-            points_P2 = tsne.fit_transform(z_PD.astype(np.float32)).astype(np.float64)
-        method = f"t-SNE (perplexity {perplexity:g}, 500 iterations, seed {seed})"
-    if not np.isfinite(points_P2).all():
-        return None
-    if len(chosen_P) < len(z_ND):
-        method += f" of {len(chosen_P):,} of the {len(z_ND):,} images"
-
-    images = chosen_P.tolist()
-    kinds = [categories[i] for i in images]
-    names_K, counts_K = np.unique([kind for kind in kinds if kind], return_counts=True)
-    shown = sorted(str(names_K[i]) for i in np.argsort(-counts_K, kind="stable")[:_GROUPS])
-    if len(names_K) > _GROUPS:  # the last symbol stands for all rare ones
-        shown = sorted(str(names_K[i]) for i in np.argsort(-counts_K, kind="stable")[: _GROUPS - 1])
-    groups = [shown.index(kind) if kind in shown else len(shown) for kind in kinds]
-    hints = [
-        f"{names[i]} – {kind}" if kind else names[i] for i, kind in zip(images, kinds, strict=True)
-    ]
-    labels = shown + ["all others"] if shown and len(shown) in groups else shown
-    svg = scatter(points_P2, groups, hints, title=f"Map of {len(chosen_P)} test images by {method}")
-    return EmbeddingMap(
-        svg=svg, legend=[(marker(i), label) for i, label in enumerate(labels)], method=method
-    )
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"

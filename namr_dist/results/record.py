@@ -5,6 +5,7 @@ Shapes: N test images, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from namr_dist.config import Config
 from namr_dist.data.remote.address import is_command, shown
 from namr_dist.data.remote.cache import is_cache
 from namr_dist.errors import DamagedFileError, InputError
+from namr_dist.results.class_figures import ClassFigures, read_class_figures
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.run.folder import RunFolder
-from namr_dist.run.log import Entry, read_log
+from namr_dist.run.log import Entry, Log, read_log
 from namr_dist.train.checkpoints.verified_file import read_tensors
 
 
@@ -37,6 +39,29 @@ class RunRecord:
     labels_N: Int64
     sides: Division
     """who queries and who is searched"""
+    classes: ClassFigures | None
+    """figures of each class; older evaluations wrote none"""
+
+    @property
+    def cosine(self) -> bool:
+        """Whether the run is searched by cosine."""
+        return block(self.metrics, "test_protocol").get("distance") == "cosine"
+
+
+def block(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A nested block, empty where it is missing."""
+    block = values.get(name)
+    return block if isinstance(block, dict) else {}
+
+
+def number_in(values: Mapping[str, Any], *path: str) -> float | None:
+    """A number some blocks down, or None where it is missing or not finite."""
+    for name in path[:-1]:
+        values = block(values, name)
+    value = values.get(path[-1])
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
 
 
 def trained_config(run: Path) -> Config:
@@ -95,6 +120,16 @@ def _check_figures(metrics: Mapping[str, Any], path: Path) -> None:
             )
 
 
+def training_steps(log: Log) -> list[Entry]:
+    """Lines of training steps."""
+    return [entry for entry in log.entries if "loss" in entry]
+
+
+def validations(log: Log) -> list[Entry]:
+    """Lines with a block "val"."""
+    return [entry for entry in log.entries if isinstance(entry.get("val"), dict)]
+
+
 def read_run(run_dir: Path) -> RunRecord:
     """Read a run's folder. Raises InputError where a file is missing or is not what it should be;
     lines of its log that cannot be read are left out, and their number is told on stderr."""
@@ -123,10 +158,11 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(
         name=run_dir.resolve().name,
         config=config,
-        steps=[entry for entry in log.entries if "loss" in entry],
-        validations=[entry for entry in log.entries if isinstance(entry.get("val"), dict)],
+        steps=training_steps(log),
+        validations=validations(log),
         metrics=metrics,
         z_ND=z_ND,
         labels_N=as_labels(tensors["labels"].numpy(), len(z_ND), f"{path}, labels"),
         sides=divide(None if roles is None else roles.numpy(), len(z_ND), str(path)),
+        classes=read_class_figures(run, metrics["test"]) if run.classes.exists() else None,
     )

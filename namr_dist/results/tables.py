@@ -36,6 +36,8 @@ class Row:
 
     name: str
     figures: dict[str, float]
+    key: str = ""
+    """what its figures are called in metrics.json"""
     control: bool = False
     looks_at_gallery: bool = False
     sentence: str = ""
@@ -108,13 +110,14 @@ def _rows(figures: Mapping[str, Any], modes: Iterable[ShownMode]) -> list[Row]:
                 Row(
                     name=mode.name,
                     figures=figures[mode.name],
+                    key=mode.name,
                     looks_at_gallery=mode.looks_at_gallery,
                     sentence=mode.sentence,
                 )
             )
         for control, meaning in CONTROLS.items():
             if (name := row_name(mode.name, control)) in figures:
-                rows.append(Row(name=meaning, figures=figures[name], control=True))
+                rows.append(Row(name=meaning, figures=figures[name], key=name, control=True))
     return rows
 
 

@@ -17,8 +17,9 @@ from scipy import stats
 
 from namr_dist.errors import InputError
 from namr_dist.reproduce.cells import complete_cells, copy_cell, read_cells
-from namr_dist.reproduce.gains import Interval, as_json, gains, missing, over_classes
+from namr_dist.reproduce.gains import Interval, as_json, gains, missing
 from namr_dist.reproduce.gains_table import grids, rival_grids
+from namr_dist.retrieval.intervals import over_classes
 
 SEEDS = (0, 1, 3)
 

@@ -31,9 +31,11 @@ def write_run(
     test_hash: str = HASH,
     train_hash: str = "one",
     evaluated: bool = True,
+    by_class: tuple[float, float] | None = None,
     **data: Any,
 ) -> Path:
-    """A run's folder with the figures that evaluation writes, as far as a comparison reads them."""
+    """A run's folder with the figures that evaluation writes, as far as a comparison reads them.
+    by_class: R@1 of two classes with a query each, whose mean is `recall`."""
     loss = LossConfig(metric=metric, ranking=RankingConfig(weight=weight, clusters=clusters))  # type: ignore[arg-type]
     config = Config(recipe="sop", data=DataConfig(**data), loss=loss, train=TrainConfig(seed=seed))
     (folder / "checkpoints").mkdir(parents=True)
@@ -55,7 +57,17 @@ def write_run(
     }
     if evaluated:
         (folder / "metrics.json").write_text(json.dumps(metrics))
+    if by_class is not None:
+        rows = {"R@1": by_class, "MAP@R": [recall / 2, recall / 2]}
+        classes = {"label": [4, 7], "queries": [1, 1], "sample": rows}
+        (folder / "classes.json").write_text(json.dumps(classes))
     return folder
+
+
+def chart_classes(page: str, heading: str) -> list[str]:
+    """The classes of a chart's curves, in order."""
+    figure = next(part for part in page.split("<figure")[1:] if f"<h3>{heading}</h3>" in part)
+    return re.findall(r'<path class="line ([^"]*)"', figure)
 
 
 def cells(comparison: Any, title: str) -> list[list[str]]:
@@ -236,6 +248,62 @@ def test_the_page_fetches_nothing_and_links_only_to_reports_that_exist(sweep: Pa
     assert not re.search(r"https?:|url\(|@import|<script", page)
     assert "default-src 'none'" in page and page.count("<h1>") == 1
     assert "70.80 ± 0.75" in page and "+1.10 ± 0.32" in page
+
+
+def test_bars_have_the_intervals_of_their_classes(tmp_path: Path) -> None:
+    """Of two classes the ends are those of each alone; so are those of the difference."""
+    write_run(tmp_path / "a", recall=70.0, by_class=(60.0, 80.0))
+    write_run(tmp_path / "b", recall=72.0, weight=1.0, by_class=(65.0, 79.0))
+    write_run(tmp_path / "c", recall=71.0, weight=2.0)
+    write_comparison(compare(find_runs([tmp_path])), tmp_path / "all.html")
+    page = (tmp_path / "all.html").read_text()
+    bars = page.split("<h3>R@1 on the test classes, %</h3>")[1].split("</figure>")[0]
+    assert re.findall(r"<small>(\d.*)</small>", bars) == [
+        "60.0–80.0",
+        "65.0–79.0, +2.0 (-1.0 to +5.0) to the first",
+    ]
+    assert re.findall(r'<b style="width: ([\d.]+)%"', bars) == ["70.00", "72.00", "71.00"]
+    assert re.findall(r'<u style="left: ([\d.]+)%; right: ([\d.]+)%"', bars) == [
+        ("60.00", "20.00"),
+        ("65.00", "21.00"),
+    ]
+    (tmp_path / "b" / "classes.json").write_text('{"label": [4]}')
+    with pytest.raises(InputError, match="b/classes.json does not hold figures by class"):
+        write_comparison(compare(find_runs([tmp_path])), tmp_path / "all.html")
+
+
+def test_curves_of_runs_share_a_chart_with_a_colour_each(sweep: Path) -> None:
+    for number, run in enumerate(sorted(path for path in sweep.iterdir() if path.is_dir())):
+        lines = [{"step": step, "loss": 1.0, "metric_loss": 0.5 / step} for step in range(1, 9)]
+        lines += [{"step": step, "val": {"R@1": 50.0 + number + step}} for step in (4, 8)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_comparison(compare(find_runs([sweep])), sweep / "report.html")
+    page = (sweep / "report.html").read_text()
+    colours = ["p0", "p1", "p2", "p3", "p4", "p5", "p0 dashed"]
+    assert chart_classes(page, "Metric loss") == colours
+    assert chart_classes(page, "Validation R@1, %") == colours
+    assert "Validation MAP@R, %" not in page
+    legend = re.search(r'<ul class="legend">(.*?)</ul>', page, re.DOTALL)
+    assert legend and re.findall(r'class="line ([^"]*)"', legend[1]) == colours
+    assert re.findall(r"<span>(.*)</span>", legend[1]) == [
+        "margin",
+        "a0",
+        "a1",
+        "a2",
+        "b0",
+        "b1",
+        "b2",
+    ]
+    # Of more runs than colours, each setting has one, and its bar is the mean over its seeds.
+    for seed in range(3, 9):
+        write_run(sweep / f"a{seed}", recall=71.0, seed=seed)
+    write_comparison(compare(find_runs([sweep])), sweep / "report.html")
+    page = (sweep / "report.html").read_text()
+    assert chart_classes(page, "Metric loss") == ["p0", *["p1"] * 3, *["p2"] * 3]
+    bars = page.split("<h3>R@1 on the test classes, %</h3>")[1].split("</figure>")[0]
+    widths = [float(width) for width in re.findall(r'style="width: ([\d.]+)%"', bars)]
+    means = [73.0, np.mean([*BEFORE, *[71.0] * 6]), np.mean(AFTER)]
+    assert widths == pytest.approx(means, abs=0.01)
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

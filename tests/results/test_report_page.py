@@ -21,6 +21,9 @@ from namr_dist.errors import InputError
 from namr_dist.results import examples
 from namr_dist.results.charts import Line, line_chart, nice_ticks, smoothed, thinned
 from namr_dist.results.page import write_report
+from namr_dist.results.record import read_run
+from namr_dist.results.searches import NEIGHBOURS
+from namr_dist.results.summary import summary, validation_note
 from namr_dist.results.tables import results_table
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 from namr_dist.train.checkpoints.verified_file import write_tensors
@@ -89,6 +92,7 @@ class SmallRun:
             },
             "train": {"seconds": 200.4, "steps": 100},
         }
+        self.classes = self.metrics.pop("test_classes")
 
     def save(self) -> None:
         (self.folder / "config.json").write_text(json.dumps(self.config))
@@ -96,6 +100,8 @@ class SmallRun:
             "".join(json.dumps(entry) + "\n" for entry in self.log)
         )
         (self.folder / "metrics.json").write_text(json.dumps(self.metrics))
+        if self.classes is not None:
+            (self.folder / "classes.json").write_text(json.dumps(self.classes))
         tensors = {name: torch.from_numpy(value) for name, value in self.tensors.items()}
         write_tensors(self.folder / "embeddings.safetensors", tensors, {})
 
@@ -107,9 +113,12 @@ class SmallRun:
         grain = np.random.default_rng(1000 + position).uniform(-40, 40, (size, size, 3))
         return simplejpeg.encode_jpeg(np.clip(colour + grain, 0, 255).astype(np.uint8), quality=85)
 
-    def report(self) -> Path:
-        self.save()
-        return write_report(self.folder, self.jpeg, self.names, self.categories)
+    def report(self, *, save: bool = True) -> Path:
+        if save:
+            self.save()
+        return write_report(
+            self.folder, self.jpeg, self.names, self.categories, validation_classes=9
+        )
 
 
 class Page(HTMLParser):
@@ -141,6 +150,7 @@ def test_page_is_self_contained_and_complete(run):
     path = run.report()
     assert path == run.folder / "report.html" and path.stat().st_size < 3_000_000
     assert sorted(p.name for p in run.folder.iterdir()) == [
+        "classes.json",
         "config.json",
         "embeddings.safetensors",
         "metrics.json",
@@ -154,10 +164,11 @@ def test_page_is_self_contained_and_complete(run):
         for name in ("src", "href", "xlink:href"):
             assert (attributes.get(name) or "data:").startswith(("data:", "#")), (tag, attributes)
     images = page.all("img")
-    assert len(images) == 10 * (1 + examples.NEIGHBOURS) and all(image["alt"] for image in images)
+    # Ten searches, the hubs with as many pictures, and pairs of pictures.
+    assert len(images) > 14 * (1 + NEIGHBOURS) and all(image["alt"] for image in images)
     assert page.all("html")[0]["lang"] == "en"
     assert all(head.get("scope") in ("row", "col") for head in page.all("th"))
-    assert len(page.all("h1")) == 1 and len(page.all("table")) == 2
+    assert len(page.all("h1")) == 1 and len(page.all("table")) == 4
     # three charts, the map, and a symbol for each of seven super-categories
     assert len(page.all("svg")) == 4 + 7
     figure = run.metrics["test"]["sample"]["R@1"]
@@ -186,16 +197,118 @@ def test_report_repeats_and_replaces(run):
     assert run.report().read_bytes() == first
 
 
+def test_intervals_are_those_of_a_bootstrap_over_classes(run):
+    """By another generator, so the ends differ by chance. Only what is known of each class has
+    any."""
+    labels = run.labels = run.tensors["labels"] = np.repeat(np.arange(24), 4)
+    page = Page(run.report())
+    cells = re.findall(r"<td>([\d.]+)(?:<small>([\d.]+)–([\d.]+)</small>)?</td>", page.html)
+    known = {(float(value), float(low), float(high)) for value, low, high in cells if low}
+    rng = np.random.default_rng(77)
+    drawn = rng.integers(24, size=(4000, 24))
+    for row, name in (("sample", "R@1"), ("sample", "MAP@R"), ("adaptive", "MAP@R")):
+        whole, of_class = run.metrics["test"][row][name], np.array(run.classes[row][name])
+        assert np.bincount(labels).tolist() == run.classes["queries"]
+        low, high = np.quantile(of_class[drawn].mean(axis=1), [0.025, 0.975])
+        near = 0.1 * (high - low) + 0.05
+        assert any(
+            abs(value - whole) <= 0.051 and abs(start - low) <= near and abs(end - high) <= near
+            for value, start, end in known
+        ), (row, name)
+    shown = page.text.split("Ways to search")[1].split("Training")[0]
+    # All figures of the sample mode, which the embeddings give; two of any other row.
+    rows = len(run.metrics["test"])
+    assert shown.count("–") - shown.count(" – ") == 6 + 2 * (rows - 1)
+
+
+def test_figures_of_classes_may_be_missing_but_not_of_another_evaluation(run):
+    run.classes = None
+    page = Page(run.report())
+    shown = page.text.split("Ways to search")[1].split("Training")[0]
+    assert shown.count("–") == 6  # of the sample mode: those of the embeddings
+    run.classes = {"label": [0, 1], "queries": [4, 4], "sample": {"R@1": [1.0, 2.0]}}
+    run.save()
+    with pytest.raises(InputError, match=r"classes.json has R@1 1\.500 .* of two evaluations"):
+        write_report(run.folder, run.jpeg, run.names, run.categories)
+    for damaged in (
+        {"label": [0, 0]},
+        {"queries": [0, 4]},
+        {"sample": {"R@1": [1.0, "x"]}},
+        {"sample": {"R@1": [1.0, 1e308]}},
+    ):
+        (run.folder / "classes.json").write_text(json.dumps(run.classes | damaged))
+        with pytest.raises(InputError, match="does not hold figures by class .* evaluate it again"):
+            write_report(run.folder, run.jpeg, run.names, run.categories)
+
+
+def test_a_class_is_named_with_its_number(run):
+    """Names repeat within a set."""
+    run.names = ["Stool"] * 96
+    page = Page(run.report())
+    assert not re.search(r"Stool(?! ?</span>| #\d)", page.html)
+    table = page.text.split("All 24 classes, worst first")[1]
+    assert len(re.findall(r"Stool #\d+ [\d.]+ [\d.]+ 4 (–|Stool #\d+, \d ×) Kind \d ", table)) == 24
+
+
+def test_why_validation_and_test_lie_apart(run):
+    run.save()
+    record = read_run(run.folder)
+    assert validation_note(record, None, seed=0) is validation_note(record, 0, seed=0) is None
+    figure = run.metrics["test"]["sample"]["R@1"]
+    told = validation_note(record, 3, seed=0)
+    assert f"ends at 75.0 % on the validation classes and is {figure:.1f} % on the test" in told
+    assert "has 2 other classes to be taken for in validation, 23 in the test" in told
+    fewer = re.search(r"among 3 test classes at a time .* the same network has ([\d.]+) %", told)
+    assert fewer and figure + 5 < float(fewer[1]) <= 100
+    # All but one class: what is left out changes little, and nothing is left out of 24.
+    most = re.search(r"the same network has ([\d.]+) %", validation_note(record, 23, seed=0))
+    assert most and float(most[1]) == pytest.approx(figure, abs=2)
+    assert validation_note(record, 24, seed=0).endswith(
+        "compare figures of the same classes alone."
+    )
+    assert "8 other classes to be taken for" in Page(run.report()).text
+
+
+@pytest.mark.parametrize(
+    "learnt, told",
+    [
+        (
+            [65.0, 79.0],
+            "+2.0 points to the better of them (95 % over test classes: -1.0 to +5.0), the diff",
+        ),
+        (
+            [61.0, 84.0],
+            "+2.5 points to the better of them (95 % over test classes: +1.0 to +4.0), it helps",
+        ),
+        (
+            [59.0, 79.0],
+            "-1.0 points to the better of them (95 % over test classes: -1.0 to -1.0), it harms",
+        ),
+    ],
+)
+def test_the_verdict_is_over_the_differences_of_classes(run, learnt, told):
+    """Of two classes the ends are those of each alone."""
+    of_row = {"structure": learnt, "sample": [60.0, 80.0], "structure_shuffled": [90.0, 40.0]}
+    run.classes = {"label": [0, 1], "queries": [1, 1]}
+    run.classes |= {row: {"R@1": values} for row, values in of_row.items()}
+    run.metrics["test"] = {row: {"R@1": sum(values) / 2} for row, values in of_row.items()}
+    run.save()
+    assert told in list(summary(read_run(run.folder)))[-1]
+    (run.folder / "classes.json").unlink()
+    assert "a standard error of" in list(summary(read_run(run.folder)))[-1]
+
+
 def test_missing_pieces_leave_a_smaller_report(run):
     run.log = [entry for entry in run.log if "val" not in entry]
     del run.tensors["s"], run.metrics["baselines"], run.metrics["train"], run.metrics["protocol"]
     run.metrics = {**run.metrics, **evaluate(run.tensors["z"], None, run.labels, delta=0.5)}
+    run.classes = run.metrics.pop("test_classes")
     run.config = {}
     run.categories = [""] * 96
     page = Page(run.report())
     assert "Validation, %" not in page.text and "Metric loss" in page.text
     assert "no structure embedding" in page.text and "A network was trained." in page.text
-    assert "by super-category" not in page.text
+    assert "by super-class" not in page.text
 
 
 def test_no_training_log_and_unknown_figures(run):
@@ -209,7 +322,7 @@ def test_bad_lines_of_the_log_are_left_out_and_counted(run, capsys):
     whole = run.report().read_bytes()
     with open(run.folder / "metrics.jsonl", "ab") as file:
         file.write(b"\xff\xfe\n[1]\n" + b'{"step": 101, "lo')
-    assert write_report(run.folder, run.jpeg, run.names, run.categories).read_bytes() == whole
+    assert run.report(save=False).read_bytes() == whole
     path = run.folder / "metrics.jsonl"
     assert capsys.readouterr().err == f"WARNING: 3 lines of {path} could not be read; left out\n"
 
@@ -228,6 +341,7 @@ def test_values_of_wrong_types_are_gaps(run):
 def test_few_images_and_lone_classes(run):
     """Below 50 images the map is a PCA; classes of one image are never queries."""
     keep = np.concatenate([np.arange(12), [12, 16, 20]])
+    run.classes = None
     run.tensors = {name: tensor[keep] for name, tensor in run.tensors.items()}
     run.labels = run.labels[keep]
     run.names, run.categories = [run.names[i] for i in keep], [run.categories[i] for i in keep]
@@ -387,9 +501,15 @@ def test_page_in_a_browser(browser, small_report, width, scheme):
     images = browser.execute_script(
         "return [...document.images].map(i => [i.complete, i.naturalWidth, i.width])"
     )
-    assert len(images) == 90 and all(
+    assert len(images) > 90 and all(
         done and natural > 0 and shown > 30 for done, natural, shown in images
     )
+    # What is cut off says so, and the names of rows stay where they are.
+    browser.execute_async_script(OPEN)
+    cut = browser.execute_script(CUT)
+    assert cut and all(hint == (wide > shown) for wide, shown, hint, _ in cut), cut
+    assert any(hint for *_, hint, _ in cut) == (width < 500)
+    assert all(abs(moved) < 2 for *_, moved in cut)
     assert (
         browser.execute_script(
             "return performance.getEntriesByType('resource')"
@@ -402,6 +522,21 @@ def test_page_in_a_browser(browser, small_report, width, scheme):
     assert ratios and min(ratios.values()) >= 4.5, ratios
 
 
+OPEN = """
+for (const e of document.querySelectorAll('details')) e.open = true;
+requestAnimationFrame(() => requestAnimationFrame(arguments[0]));
+"""
+
+CUT = """
+return [...document.querySelectorAll('.scroll')].map(e => {
+  const hint = parseFloat(getComputedStyle(e, '::after').height) > 0, head = e.querySelector('tbody th');
+  const [wide, shown, before] = [e.scrollWidth, e.clientWidth, head.getBoundingClientRect().left];
+  e.scrollLeft = 60;
+  const moved = head.getBoundingClientRect().left - before;
+  e.scrollLeft = 0;
+  return [wide, shown, hint, moved]; });
+"""
+
 CONTRAST = """
 const channel = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
 const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number);
@@ -411,7 +546,7 @@ const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyl
 const result = {};
 for (const kind of ['body', '.soft', '.note', '.eyebrow', '.badge', 'td', 'tr.control td', 'tr.main td', 'dt',
                     'svg text', 'svg .name.c0', 'svg .name.c1', '.shot.right b', '.shot.wrong b',
-                    '.shot span', 'footer']) {
+                    '.shot span', 'td small', '.key li', '.key b', 'footer']) {
   const e = document.querySelector(kind);
   const style = getComputedStyle(e);
   const [a, b] = [light(e instanceof SVGElement ? style.fill : style.color), light(behind(e))];
