@@ -108,7 +108,9 @@ def _faiss_index(items_ND: Float32, metric: Metric, *, gpu: bool) -> Any:
     width = items_ND.shape[1]
     index: Any = faiss.IndexFlatL2(width) if metric == "l2" else faiss.IndexFlatIP(width)
     if gpu:
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        # The rank's own; faiss may see GPUs where torch sees none.
+        number = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index)
     index.add(items_ND)
     return index
 
