@@ -30,7 +30,7 @@ from namr_dist.results.tables import (
 )
 from namr_dist.retrieval.modes import SAMPLE, STRUCTURE, SYMMETRIC, row_name
 from namr_dist.retrieval.reidentification import METRICS
-from namr_dist.run.folder import RunFolder
+from namr_dist.run.folder import Evaluation, RunFolder
 from namr_dist.text import duration, printable
 
 _BACKBONES = {"efficientnet_lite0": "EfficientNet-Lite0", "conv4": "a small four-layer network"}
@@ -50,18 +50,22 @@ def write_report(
     load_jpeg: Callable[[int], bytes],
     names: Sequence[str],
     categories: Sequence[str],
+    *,
+    evaluation: Evaluation | None = None,
+    page: Path | None = None,
 ) -> Path:
     """Write RUN/report.html and return its path.
 
     run_dir holds config.json, metrics.jsonl, metrics.json and embeddings.safetensors (z (N, D),
-    labels (N,) and, where images have roles, roles (N,)). load_jpeg gives the image file of an
+    labels (N,) and, where images have roles, roles (N,)). evaluation: where the last two are
+    instead. page: what is written instead. load_jpeg gives the image file of an
     index in the embeddings' order; names and categories (N each; "" for none) its class and
     super-category.
     The page needs no network: charts are inline SVG, images data URIs. It replaces an older one
     atomically. Choices at random (examples, map) follow the run's seed.
     Raises InputError where a file is missing or damaged, or the lengths differ.
     """
-    run = read_run(run_dir)
+    run = read_run(run_dir, evaluation)
     for what, values in (("names", names), ("categories", categories)):
         if len(values) != len(run.z_ND):
             raise InputError(
@@ -78,7 +82,7 @@ def write_report(
     measurement = _block(run.metrics, "test_counts") | _block(run.metrics, "test_protocol")
     rows, trained = baseline_rows(run.metrics), mode_rows(run.metrics)
     result_columns = columns([*rows, trained[0]])
-    page = template("report.html").render(
+    text = template("report.html").render(
         title=run.name,
         recipe=str(run.config.get("recipe") or ""),
         headline=_first_cut_off(run.metrics),
@@ -109,8 +113,8 @@ def write_report(
         ],
         config=json.dumps(shareable(run.config), indent=2, ensure_ascii=False).split("\n"),
     )
-    path = RunFolder(run_dir).report
-    write_atomic(path, page)
+    path = page or RunFolder(run_dir).report
+    write_atomic(path, text)
     return path
 
 
