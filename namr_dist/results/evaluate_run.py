@@ -118,7 +118,7 @@ def evaluate_run(
     serve. Of several ranks, one that meets an error says so, and all end with its exit code.
     """
     rank = rank or only_rank()
-    meeting = Meeting(rank, until="evaluation did")
+    meeting = Meeting(rank, until="evaluation ended")
     with meeting.all_or_none():
         work = _prepare(run, rank, shards, split, checkpoint, recall_at, tuple(modes), out)
     try:
