@@ -19,6 +19,14 @@ def check_target(option: str, path: Path) -> None:
         raise InputError(f"{option} {path} is not a file in a folder that exists; give one")
 
 
+def make_target_folder(option: str, path: Path) -> None:
+    """Make the folder unless it is there. Raises InputError, naming the command's option, if none
+    can be there."""
+    if (path.exists() and not path.is_dir()) or not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path} is not a folder in a folder that exists; give one")
+    path.mkdir(exist_ok=True)
+
+
 def write_atomic(path: Path, data: bytes | str, *, private: bool = False) -> None:
     """Replace `path` by `data` (text is stored as UTF-8), also across a crash or a power cut.
 

@@ -87,11 +87,12 @@ srun_tasks() {
 on_first_node() { step srun_tasks 1 1 0 "$@"; }
 on_every_node() { step srun_tasks "$SLURM_JOB_NUM_NODES" 1 0 "$@"; }
 
-# The ranks of the job. They end by themselves when one of them breaks, and say where they were: a minute for that.
-train() {
+# on_all_ranks train|evaluate …: the ranks of the job. They end by themselves when one of them breaks, and say where they
+# were: a minute for that.
+on_all_ranks() {
     local per_node=1
     if [[ $NAMR_LAUNCH == srun ]]; then per_node=$NAMR_RANKS_PER_NODE; fi
-    step srun_tasks "$SLURM_JOB_NUM_NODES" "$per_node" 60 train "$@"
+    step srun_tasks "$SLURM_JOB_NUM_NODES" "$per_node" 60 ranks "$@"
 }
 
 # GPUs that the job has on this node; 1 if it has none.
@@ -211,7 +212,7 @@ namr_job() {
     fi
 
     if [[ $stop ]] && ! preempted; then refuse 'no time left to train; raise --time, or lower --signal'; fi
-    train "$recipe" --run-dir "$NAMR_RUN_DIR" --resume --set.data.path "$data" "$@" || after training $?
-    on_first_node namr evaluate "$NAMR_RUN_DIR" --shards "$data" "${allow[@]}" || after evaluation $?
+    on_all_ranks train "$recipe" --run-dir "$NAMR_RUN_DIR" --resume --set.data.path "$data" "$@" || after training $?
+    on_all_ranks evaluate "$NAMR_RUN_DIR" --shards "$data" "${allow[@]}" || after evaluation $?
     on_first_node namr report "$NAMR_RUN_DIR" --shards "$data" "${allow[@]}" || after report $?
 }

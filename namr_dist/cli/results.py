@@ -11,7 +11,16 @@ from pathlib import Path
 from namr_dist import named_code
 from namr_dist.atomic import check_target
 from namr_dist.errors import InputError
-from namr_dist.run.folder import EMBEDDINGS, METRICS, REPORT, RunFolder, of_split, runs_in
+from namr_dist.run.folder import (
+    EMBEDDINGS,
+    FINAL,
+    METRICS,
+    REPORT,
+    Evaluation,
+    RunFolder,
+    runs_in,
+    step_name,
+)
 from namr_dist.text import say
 
 
@@ -20,15 +29,31 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     evaluate = verbs.add_parser(
         "evaluate",
         help="measure a trained run on its test split",
-        description=f"Measure a run on its test split: {METRICS}, {EMBEDDINGS}.",
+        description=f"Measure a run on its test split: {METRICS}, {EMBEDDINGS}. Also on many ranks: "
+        "torchrun or deepspeed start them with --module namr_dist.launchers.evaluate RUN, srun and "
+        "mpirun with the command as it is; the figures are the same.",
     )
     evaluate.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     _add_shards(evaluate)
+    other = Evaluation(folder=Path(), split="NAME")
     evaluate.add_argument(
         "--split",
         metavar="NAME",
         help="another test split or subset; its files are "
-        f"{of_split(METRICS, 'NAME')} and {of_split(EMBEDDINGS, 'NAME')}",
+        f"{other.path(METRICS)} and {other.path(EMBEDDINGS)}",
+    )
+    evaluate.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help=f"{FINAL}, or the step of a training state, such as {step_name(100)}, whose files are "
+        f"{Evaluation(folder=Path(), step=100).path(METRICS)} and so on ({FINAL}, and of a run that has "
+        "not finished, its newest)",
+    )
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that the files go to, made if it is not there (the run's)",
     )
     evaluate.add_argument(
         "--mode",
@@ -63,12 +88,24 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _add_shards(report)
     _add_allow_code(report)
     report.add_argument(
+        "--split", metavar="NAME", help="another split that was evaluated (the runs' test split)"
+    )
+    report.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help=f"of one run, {FINAL} or a step that was evaluated ({FINAL}, and of a run that has not "
+        "finished, the newest that was)",
+    )
+    report.add_argument(
         "--out",
         type=Path,
-        metavar="FILE.html",
-        help=f"the table's page ({REPORT} in the folder that holds the runs)",
+        metavar="PLACE",
+        help=f"the page, or the folder that it goes to ({REPORT} in the run, or in the folder that "
+        "holds the runs); figures of one run that `namr evaluate --out` left in that folder are shown",
     )
-    report.add_argument("--json", action="store_true", help="print the table as JSON")
+    report.add_argument(
+        "--json", action="store_true", help="print the figures, or the table, as JSON"
+    )
     report.set_defaults(verb=_report)
 
     export = verbs.add_parser(
@@ -121,65 +158,76 @@ def _add_allow_code(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.parallel.ranks import discover, shut_down
     from namr_dist.results.evaluate_run import evaluate_run
 
     named_code.allow([*parsed.allow_code, *parsed.mode])
+    rank = discover()
     metrics = evaluate_run(
         parsed.run,
         shards=parsed.shards,
         split=parsed.split,
+        checkpoint=parsed.checkpoint,
         recall_at=tuple(parsed.recall_at),
         modes=parsed.mode,
+        out=parsed.out,
+        rank=rank,
     )
-    if parsed.json:
+    if rank.first and parsed.json:
         print(json.dumps(metrics, indent=2))
-        return
-    from namr_dist.results.tables import results_table
-    from namr_dist.terminal import Console
+    elif rank.first:
+        from namr_dist.results.tables import results_table
+        from namr_dist.terminal import Console
 
-    Console().print(results_table(metrics))
+        Console().print(results_table(metrics))
+    shut_down(0)
 
 
 def _report(parsed: argparse.Namespace, _: list[str]) -> None:
-    if (
-        len(parsed.runs) > 1
-        or runs_in(parsed.runs[0])
-        and not RunFolder(parsed.runs[0]).config.exists()
-    ):
+    run = parsed.runs[0]
+    if len(parsed.runs) > 1 or (runs_in(run) and not RunFolder(run).config.exists()):
         _compare(parsed)
         return
-    if parsed.out or parsed.json:
-        raise InputError(
-            f"{'--out' if parsed.out else '--json'} goes with several runs; {parsed.runs[0]} is one, or "
-            "holds none: give more, or leave it out"
-        )
-    from namr_dist.results.evaluate_run import report_run
+    from namr_dist.results.evaluate_run import evaluation_of, report_run
+    from namr_dist.results.record import read_metrics
 
     named_code.allow(parsed.allow_code)
-    say(str(report_run(parsed.runs[0], shards=parsed.shards)))
+    evaluation = evaluation_of(
+        run, split=parsed.split, checkpoint=parsed.checkpoint, out=parsed.out
+    )
+    page = report_run(run, shards=parsed.shards, evaluation=evaluation, out=parsed.out)
+    if parsed.json:
+        print(json.dumps(read_metrics(evaluation), indent=2))
+    else:
+        say(str(page))
 
 
 def _compare(parsed: argparse.Namespace) -> None:
     for option, value in (
         ("--shards", parsed.shards),
+        ("--checkpoint", parsed.checkpoint),
         ("--allow-code", " ".join(parsed.allow_code)),
     ):
         if value:
             raise InputError(f"{option} is {value}, which goes with one run; leave it out")
     if parsed.out is None and len(parsed.runs) > 1:
         raise InputError("the table of several runs needs a place; give --out FILE.html")
-    out = parsed.out or parsed.runs[0] / REPORT
+    out = parsed.out or parsed.runs[0]
+    if out.is_dir():
+        out = Evaluation(folder=out, split=parsed.split).path(REPORT)
     check_target("--out", out)
-    write_table(parsed.runs, out, as_json=parsed.json)
+    write_table(parsed.runs, out, as_json=parsed.json, split=parsed.split)
 
 
-def write_table(folders: Sequence[Path], out: Path, *, as_json: bool) -> None:
+def write_table(
+    folders: Sequence[Path], out: Path, *, as_json: bool, split: str | None = None
+) -> None:
     """The table over all runs in these folders: on stdout, as text or JSON, and as the page
-    `out`."""
+    `out`. split: as `compare` takes it."""
     from namr_dist.results.comparison import compare, find_runs
     from namr_dist.results.comparison_page import print_comparison, write_comparison
 
-    comparison = compare(find_runs(folders))
+    comparison = compare(find_runs(folders), split=split)
     write_comparison(comparison, out)
     if as_json:
         print(json.dumps(dataclasses.asdict(comparison), indent=2))

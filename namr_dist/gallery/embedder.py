@@ -32,8 +32,6 @@ from namr_dist.train.embed import test_transform
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_STATES = "checkpoints"
-
 
 class Embedder:
     """A network in eval mode, with what its pictures are prepared by."""
@@ -66,8 +64,8 @@ class Embedder:
     @property
     def name(self) -> str:
         """Of the run or the export; of an earlier checkpoint, RUN/step-…."""
-        if self.place.parent.name == _STATES:
-            return f"{self.place.parents[1].name}/{self.place.name}"
+        if (run := _run_of_checkpoint(self.place)) is not None:
+            return f"{run.name}/{self.place.name}"
         return self.place.name
 
     @property
@@ -176,9 +174,8 @@ def network_of(where: str | os.PathLike[str]) -> tuple[EmbeddingNetwork, Config,
     if is_export(place):
         network, config = read_export(place)
         return network, config, place
-    run, checkpoint = place, None
-    if place.absolute().parent.name == _STATES:
-        run, checkpoint = place.absolute().parents[1], place.stem
+    of_checkpoint = _run_of_checkpoint(place.absolute())
+    run, checkpoint = (place, None) if of_checkpoint is None else (of_checkpoint, place.stem)
     if not RunFolder(run).config.is_file():
         raise InputError(
             f"{where} is neither a run nor a checkpoint nor an export; give the folder of a run, such as "
@@ -191,6 +188,13 @@ def network_of(where: str | os.PathLike[str]) -> tuple[EmbeddingNetwork, Config,
     # Of a run that goes on, what was loaded is this checkpoint, not whatever is the last one later.
     step = str(trained["checkpoint"]).removeprefix("step-")
     return network, config, RunFolder(run).checkpoint(int(step)) if step.isdecimal() else run
+
+
+def _run_of_checkpoint(place: Path) -> Path | None:
+    """The run that a path's checkpoint is of, by the path alone."""
+    if len(place.parts) > 2 and RunFolder(place.parents[1]).checkpoint_folder == place.parent:
+        return place.parents[1]
+    return None
 
 
 def as_list(pictures: Picture | Sequence[Picture]) -> Sequence[Picture]:

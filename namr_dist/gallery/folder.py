@@ -41,7 +41,7 @@ _FAISS, _ITEMS, _EMBEDDINGS = "index.faiss", "items.parquet", "embeddings.npy"
 _OURS = re.compile(
     r"(?:index-\d+\.faiss|items-\d+\.parquet|embeddings-\d+\.npy)|index\.faiss|items\.parquet|embeddings\.npy"
 )
-_LOCK = ".lock"
+_LOCK = ".index.lock"
 _AGAIN = "copy the index again, or build it again"
 
 

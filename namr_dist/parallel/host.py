@@ -46,6 +46,22 @@ class HostGroup:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The CPU tensors of all ranks, in the order of ranks: of one shape and dtype."""
+        if self._alone:
+            return [tensor]
+        tensors = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(tensors, tensor, group=self._group)
+        return tensors
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' CPU tensors, of one shape and dtype."""
+        if self._alone:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total, group=self._group)
+        return total
+
     def broadcast(self, tensor: Tensor, *, source: int) -> None:
         """Overwrite a CPU tensor by the source's, in place."""
         if not self._alone:

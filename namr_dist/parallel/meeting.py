@@ -3,7 +3,7 @@
 A process group is made by all ranks or by none: if one never comes, the others wait for half an
 hour. So they meet first, on a key-value store at the same address. A rank that cannot go on says
 why, once for all that have the same to say, and all end with its exit code; so they do if one on
-the same machine is killed meanwhile.
+the same machine is killed meanwhile. Evaluation, which is short, meets so until its end.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ _LEAVE_S = 60.0
 _SAY_AFTER_S = 30.0
 _WATCH_S = 1.0
 _PREFIX = "namr/meeting"
-_ENDED = "{} has ended before training began; see what ended it, and start all ranks again"
+_ENDED = "{} has ended before {}; see what ended it, and start all ranks again"
 
 
 class Meeting:
     """One rank's side of it. Alone, it changes nothing."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank, *, until: str = "training began") -> None:
         """Finds the first rank, and says that this one is here.
 
+        until: what the ranks need each other for, as an end of "it has ended before …".
         Raises InputError if the first rank's port is taken, TransientError if the first rank does
         not answer there.
         """
@@ -51,6 +52,8 @@ class Meeting:
         self._ranks = range(rank.world_size)
         self._host = socket.gethostname()
         self._stage = 0
+        self._until = until
+        self._refused = False
         if rank.world_size == 1:
             return
         self._address, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -122,7 +125,8 @@ class Meeting:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Within it, a rank that is killed ends the others of its machine, and those that lose a
-        connection by it: while a process group is made, all would wait for it half an hour."""
+        connection by it, and one that cannot go on ends all: while a process group is made, or in
+        its collectives, they would wait for it half an hour."""
         if self._rank.world_size == 1:
             yield
             return
@@ -134,9 +138,11 @@ class Meeting:
         except Exception as error:
             if not lost_contact(error):
                 raise
+            with contextlib.suppress(dist.DistError):
+                self._end_with_the_others()  # which have said why
             raise SystemExit(
                 self._refuse(
-                    f"a connection to another rank broke before training began ({_first_line(error)}); "
+                    f"a connection to another rank broke before {self._until} ({_first_line(error)}); "
                     "see what ended it, and start all ranks again",
                     TransientError.exit_code,
                 )
@@ -147,20 +153,30 @@ class Meeting:
 
     def _watch(self, left: threading.Event) -> None:
         gone: set[int] = set()
-        while not left.wait(_WATCH_S):
+        while not left.wait(_WATCH_S) and not self._refused:
+            code, why = None, None
             try:
-                seen, gone = gone, {rank for rank in self._ranks if self._has_died(rank)}
-                lost = sorted(seen & gone)
-                why = _ENDED.format(self._described(lost)) if lost else None
+                if self._store.check(["code"]):
+                    code = int(self._store.get("code"))
+                else:
+                    seen, gone = gone, {rank for rank in self._ranks if self._has_died(rank)}
+                    lost = sorted(seen & gone)
+                    why = self._ended(lost) if lost else None
             except dist.DistError as error:
                 why = str(self._lost(error))
             # Ranks that refuse to begin end one after the other, and this one may be the next.
-            if why and not left.wait(_WATCH_S):
-                os._exit(self._refuse(why, TransientError.exit_code))
+            if (code is None and why is None) or left.wait(_WATCH_S) or self._refused:
+                continue
+            if code is not None:
+                self._leave()
+                os._exit(code)
+            assert why is not None
+            os._exit(self._refuse(why, TransientError.exit_code))
 
     def _refuse(self, text: str | None, code: int) -> int:
         """Say what is wrong, unless a rank has said the same, and have all end with one exit code:
         that which was given first, returned here."""
+        self._refused = True
         text_hash = hashlib.sha256((text or "").encode()).hexdigest()
         where = f"rank {self._rank.rank} on {self._host}"
         first = True
@@ -199,7 +215,7 @@ class Meeting:
                 # It may have said why, or become ready, in its last moment.
                 if self._has_died(one) and one in self._missing():
                     self._end_with_the_others()
-                    raise TransientError(_ENDED.format(self._described([one])))
+                    raise TransientError(self._ended([one]))
             come = all(self._place(one) for one in missing)
             if waited_s > (_TIMEOUT if come else _COME).total_seconds():
                 raise TransientError(
@@ -245,6 +261,9 @@ class Meeting:
         except OSError:
             return False
         return ended
+
+    def _ended(self, ranks: list[int]) -> str:
+        return _ENDED.format(self._described(ranks), self._until)
 
     def _described(self, ranks: list[int]) -> str:
         """Ranks, with their machines where they have come."""

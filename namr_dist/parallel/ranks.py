@@ -19,6 +19,8 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -310,6 +312,14 @@ def gpu_index(local_rank: int, *, visible: int, on_node: int) -> int:
     )
 
 
+def start_group(rank: Rank, timeout: timedelta) -> None:
+    """Start the process group of all ranks, whose collectives wait for each other so long; none for
+    a single one. After `discover`, whose variables it reads."""
+    if rank.world_size > 1:
+        backend = "nccl" if rank.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
+
+
 def rank_number() -> int:
     """Of this process in the process group; 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -331,9 +341,14 @@ def shut_down(code: int) -> None:
     many = dist.get_world_size() > 1
     dist.destroy_process_group()
     if many:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end(code)
+
+
+def end(code: int) -> NoReturn:
+    """End this process at once, with what it has printed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _free_port() -> int:

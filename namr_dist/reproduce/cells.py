@@ -104,7 +104,7 @@ def read_cell(folder: Path) -> Cell:
     files = RunFolder(folder)
     metrics = _object(files.metrics)
     whole = metrics.get("test")
-    by_class = read_class_figures(files, whole if isinstance(whole, dict) else {})
+    by_class = read_class_figures(files.classes, whole if isinstance(whole, dict) else {})
     try:
         test = {
             row: {name: float(metrics["test"][row][name]) for name in FIGURES}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from namr_dist import verified_json
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float64
 from namr_dist.retrieval.intervals import over_classes
-from namr_dist.run.folder import METRICS, RunFolder
+from namr_dist.run.folder import METRICS
 
 ROUNDED = 0.01
 """Percentage points by which the mean of classes' figures, which are rounded, may differ from
@@ -66,14 +67,14 @@ class ClassFigures:
         return result
 
 
-def read_class_figures(files: RunFolder, test: Mapping[str, Any]) -> ClassFigures:
+def read_class_figures(path: Path, test: Mapping[str, Any]) -> ClassFigures:
     """The figures by class of the rows in `test`, that block of the run's metrics.json.
 
     Raises InputError if the file does not hold such figures, or if they are not those of the same
     evaluation.
     """
-    where, again = str(files.classes), "evaluate it again"
-    by_class = verified_json.loads_object(files.classes.read_bytes(), where, again)
+    where, again = str(path), "evaluate it again"
+    by_class = verified_json.loads_object(path.read_bytes(), where, again)
     try:
         label_C = tuple(int(label) for label in by_class["label"])
         queries_C = np.asarray(by_class["queries"], dtype=np.float64)

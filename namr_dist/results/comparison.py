@@ -22,7 +22,7 @@ from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.results.redact import shareable
 from namr_dist.results.tables import Row, ShownMode, columns, shown_modes
-from namr_dist.run.folder import CONFIG, METRICS, RunFolder, runs_in
+from namr_dist.run.folder import CONFIG, METRICS, Evaluation, RunFolder, runs_in
 from namr_dist.run.state import RunReader
 from namr_dist.train.checkpoints.resume import MAY_DIFFER
 
@@ -140,8 +140,9 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return runs
 
 
-def compare(runs: Sequence[Path]) -> Comparison:
-    """One row a setting. Runs without figures, of other test images or of a seed that is there
+def compare(runs: Sequence[Path], *, split: str | None = None) -> Comparison:
+    """One row a setting, by what its trained networks reach on their test split, or on another.
+    Runs without figures, of other test images or of a seed that is there
     already are left out and listed.
 
     Raises InputError if no run is left.
@@ -150,7 +151,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
     left_out: list[LeftOut] = []
     for folder in runs:
         try:
-            measured.append(_read(folder))
+            measured.append(_read(folder, split))
         except InputError as error:
             left_out.append(LeftOut(run=str(folder), why=str(error)))
     if not measured:
@@ -187,27 +188,29 @@ def compare(runs: Sequence[Path]) -> Comparison:
     )
 
 
-def _read(run: Path) -> _Measured:
+def _read(run: Path, split: str | None) -> _Measured:
     """A run's settings and figures. Raises InputError, without the run's name, where it has
     none."""
     folder = RunFolder(run)
     config = Config.load(folder.config)
-    if not folder.metrics.exists():
+    other = split if split != config.data.test_split else None
+    path = Evaluation(folder=run, split=other).path(METRICS)
+    if not path.exists():
         state = RunReader(run).look()
         raise InputError(
-            "not evaluated; do so by `namr evaluate`"
-            if state.state == "finished"
+            f"not evaluated{f' on {other}' if other else ''}; do so by `namr evaluate`"
+            if state.state in ("finished", "evaluated") or folder.metrics.exists()
             else f"not finished ({state.state}, step {state.step:,} of {state.steps:,}); compare it once it "
             "is trained and evaluated"
         )
-    metrics = verified_json.loads(folder.metrics.read_bytes(), METRICS, "evaluate it again")
+    metrics = verified_json.loads(path.read_bytes(), path.name, "evaluate it again")
     try:
         test, protocol = metrics["test"], metrics["protocol"]
         if not isinstance(test["sample"], dict) or not isinstance(protocol["test hash"], str):
             raise TypeError
     except (TypeError, KeyError):
         raise InputError(
-            f"{METRICS} lacks figures, or the hash of the test images; evaluate it again"
+            f"{path.name} lacks figures, or the hash of the test images; evaluate it again"
         ) from None
     whole = json.loads(config.to_json())
     return _Measured(

@@ -148,7 +148,7 @@ def _classes_of(series: Series) -> list[ClassFigures] | None:
         metrics = verified_json.loads_object(
             files.metrics.read_bytes(), str(files.metrics), "evaluate it again"
         )
-        every.append(read_class_figures(files, metrics["test"]))
+        every.append(read_class_figures(files.classes, metrics["test"]))
     return every if all(_same_classes(one, every[0]) for one in every) else None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +14,73 @@ import torch
 from torch import Tensor, nn
 
 from namr_dist import named_code, verified_json
-from namr_dist.atomic import write_atomic
+from namr_dist.atomic import check_target, make_target_folder, write_atomic
 from namr_dist.config import Config, DataConfig
 from namr_dist.data.location import open_shards
+from namr_dist.data.read.select import training_images
 from namr_dist.data.read.stream import ImageSource, ShardImages
 from namr_dist.data.shardset.manifest import Manifest, SplitIndex
 from namr_dist.data.shardset.shards import verify_shards
 from namr_dist.errors import InputError
-from namr_dist.parallel.ranks import Rank, only_rank
+from namr_dist.model.network import EmbeddingNetwork
+from namr_dist.parallel.host import HostGroup
+from namr_dist.parallel.meeting import Meeting
+from namr_dist.parallel.ranks import Rank, end, only_rank, start_group
 from namr_dist.provenance import provenance
 from namr_dist.results.page import write_report
-from namr_dist.results.record import run_config
+from namr_dist.results.record import run_config, trained_config
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
-from namr_dist.retrieval.modes import with_own
+from namr_dist.retrieval.modes import Mode, with_own
+from namr_dist.retrieval.over_ranks import Searcher
 from namr_dist.retrieval.reidentification import reidentify
 from namr_dist.retrieval.roles import Division, divide
 from namr_dist.retrieval.search import search_backend
-from namr_dist.run.folder import CLASSES, EMBEDDINGS, METRICS, RunFolder, of_split
+from namr_dist.run.folder import (
+    CLASSES,
+    EMBEDDINGS,
+    FINAL,
+    METRICS,
+    REPORT,
+    Evaluation,
+    RunFolder,
+    step_name,
+    step_named,
+)
 from namr_dist.run.log import number_of, read_log, time_of
-from namr_dist.train.checkpoints.network import initial_network, load_network
+from namr_dist.structure.centres import Centres
+from namr_dist.text import say
+from namr_dist.train.checkpoints.chosen import network_at
+from namr_dist.train.checkpoints.network import initial_network
+from namr_dist.train.checkpoints.resume import hash_images
 from namr_dist.train.checkpoints.verified_file import write_tensors
 from namr_dist.train.embed import embed, test_transform
 
 _BATCH = 128
 _RAW_PIXELS = 32
+_TIMEOUT = timedelta(hours=2)
+"""Ranks wait so long for each other: the first may be at k-means alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is measured, on what: checked, and the same on all ranks but for the devices."""
+
+    run: Path
+    config: Config
+    """with the split and the cut-offs of this evaluation"""
+    trained: tuple[EmbeddingNetwork, dict[str, Any]] | None
+    """on the first rank, which chooses the checkpoint"""
+    before: EmbeddingNetwork
+    """as it was before training"""
+    manifest: Manifest
+    index: SplitIndex
+    sides: Division
+    modes: tuple[str, ...]
+    own_modes: list[Mode]
+    folder: Path
+    """that the files go to"""
+    other_split: str | None
+    """as in Evaluation"""
 
 
 def evaluate_run(
@@ -43,44 +88,69 @@ def evaluate_run(
     *,
     shards: str | None = None,
     split: str | None = None,
+    checkpoint: str | None = None,
     recall_at: tuple[int, ...] = (),
     modes: Sequence[str] = (),
+    out: Path | None = None,
+    rank: Rank | None = None,
 ) -> dict:
     """Measure a run on its test split; write RUN/metrics.json, RUN/classes.json (the figures of
     each class) and RUN/embeddings.safetensors; return the figures.
 
     shards: where the set is now; None: where it was trained from. split: another test split or
-    subset, whose files are named metrics-SPLIT.json and embeddings-SPLIT.safetensors. recall_at:
-    the k of R@k; none: the configuration's.
+    subset, whose files are named metrics-SPLIT.json and embeddings-SPLIT.safetensors. checkpoint:
+    as in `network_at`; the files of a training state are named metrics-step-100.json and so on.
+    recall_at: the k of R@k; none: the configuration's.
     modes: module:NAME of retrieval modes of a user's own (named_code.allow them first), measured
         beside the others.
+    out: folder that the files go to instead of the run's; it is made if its parent is there.
+    rank: one of several that all call this: each embeds its share of the images and searches its
+        share of the gallery, and the figures are those of one process. The first writes, and its
+        figures are whole; on others NMI and AMI, and what is no figure, are missing. None: alone.
 
     Beside the trained network stand raw pixels (32 × 32), the network before training and the
     frozen backbone's pooled features. If the split has roles, queries search the gallery, else all
     search all others.
-    Raises InputError if the run is not finished, its data are not as they were, the split has no
-    query or nothing to search, or it or `modes` name code that is not allowed or does not serve.
+    Raises InputError if the run has no such checkpoint, its data are not as they were, the split
+    has no query or nothing to search, or it or `modes` name code that is not allowed or does not
+    serve. Of several ranks, one that meets an error says so, and all end with its exit code.
     """
+    rank = rank or only_rank()
+    meeting = Meeting(rank, until="evaluation ended")
+    with meeting.all_or_none():
+        work = _prepare(run, rank, shards, split, checkpoint, recall_at, tuple(modes), out)
+    try:
+        with meeting.all_or_none(), meeting.watched():
+            start_group(rank, _TIMEOUT)
+            return _measure(work, rank, HostGroup(_TIMEOUT))
+    except SystemExit as refused:
+        # Ranks that are gone cannot take part in the end of their group.
+        end(int(refused.code or 0))
+
+
+def _prepare(
+    run: Path,
+    rank: Rank,
+    shards: str | None,
+    split: str | None,
+    checkpoint: str | None,
+    recall_at: tuple[int, ...],
+    modes: tuple[str, ...],
+    out: Path | None,
+) -> _Work:
     config = run_config(run, shards)
     own_modes = [named_code.load(name, use="--mode") for name in modes]
     with_own(own_modes)  # before images are embedded
-    names = [METRICS, EMBEDDINGS, CLASSES]
-    if split and split != config.data.test_split:
-        names = [of_split(name, split) for name in names]
+    other_split = split if split and split != config.data.test_split else None
     config = replace(
         config,
         data=replace(config.data, test_split=split or config.data.test_split),
         evaluation=replace(config.evaluation, recall_at=recall_at or config.evaluation.recall_at),
     )
     config.check()
-    rank = only_rank()
-    network, trained = load_network(RunFolder(run).final, config, device=rank.device)
-    for mode in own_modes if network.centres is not None else []:
-        if mode.uses_s:
-            raise InputError(
-                f"mode {mode.name} uses weights s, but the structure embedding of {run} is made from "
-                "centres; train with --set.structure.form weights"
-            )
+    if out is not None and rank.first:
+        make_target_folder("--out", out)
+    trained = network_at(run, config, checkpoint, device=rank.device) if rank.first else None
     manifest = open_shards(config.data.path, config.data.remote)
     split = config.data.test_split
     index = manifest.index(split)
@@ -92,27 +162,57 @@ def evaluate_run(
             "name another"
         )
     sides = divide(index.role_N, len(index), f"split {split!r} of {manifest.folder}")
-    verify_shards(manifest, [split])
-    images = ShardImages(manifest, index, test_transform(config))
-    before = initial_network(config, device=rank.device, pretrained=True).eval()
+    if rank.local_rank == 0:
+        verify_shards(manifest, [split])
+    return _Work(
+        run=run,
+        config=config,
+        trained=trained,
+        before=initial_network(config, device=rank.device, pretrained=True).eval(),
+        manifest=manifest,
+        index=index,
+        sides=sides,
+        modes=modes,
+        own_modes=own_modes,
+        folder=out or run,
+        other_split=other_split,
+    )
+
+
+def _measure(work: _Work, rank: Rank, host: HostGroup) -> dict:
+    """Embed, search and, on the first rank, write."""
+    config, index, own_modes = work.config, work.index, work.own_modes
+    # A run that trains meanwhile may have a newer checkpoint when another rank looks.
+    chosen = host.from_first(work.trained[1]["checkpoint"] if work.trained else None)
+    network, trained = work.trained or network_at(work.run, config, chosen, device=rank.device)
+    centres = network.centres
+    for mode in own_modes if centres is not None else []:
+        if mode.uses_s:
+            raise InputError(
+                f"mode {mode.name} uses weights s, but the structure embedding of {work.run} is made from "
+                "centres; train with --set.structure.form weights"
+            )
 
     def forward(batch_bHW3: Tensor) -> tuple[Tensor, ...]:
-        features_bF = before.features(batch_bHW3)
+        features_bF = work.before.features(batch_bHW3)
         return (
             *network(batch_bHW3),
-            before.sample_head(features_bF),
+            work.before.sample_head(features_bF),
             features_bF,
             _raw_pixels(batch_bHW3),
         )
 
     # All at once: each image is read and decoded a single time.
+    images = ShardImages(work.manifest, index, test_transform(config))
     z_ND, s_ND, start_ND, features_NF, pixels_NP = _embedded(forward, images, config, rank)
     labels_N, roles_N, ks = index.label_N, index.role_N, config.evaluation.recall_at
     seed, draws = config.train.seed, config.evaluation.reidentification_draws
-    distance, centres = config.distance, network.centres
-    # What is searched by: weights, or the sample embedding with one number for each image.
+    distance, searcher = config.distance, Searcher(host)
+    # What is searched by: weights, or the sample embedding with one number for each image, once the
+    # centres have a place.
     weights_ND = s_ND if centres is None else None
-    bonus_N = None if centres is None else centres.bonus(s_ND[:, -1])
+    fitted = centres is not None and (chosen == FINAL or centres.fitted)
+    bonus_N = centres.bonus(s_ND[:, -1]) if centres is not None and fitted else None
     reidentified = (
         reidentify(
             z_ND,
@@ -123,6 +223,7 @@ def evaluate_run(
             bonus_N=bonus_N,
             distance=distance,
             modes=own_modes,
+            searcher=searcher,
         )
         if draws
         else None
@@ -137,52 +238,113 @@ def evaluate_run(
         bonus_N=bonus_N,
         distance=distance,
         roles_N=roles_N,
+        clustering=rank.first,
         modes=own_modes,
+        searcher=searcher,
     )
     by_class = measured.pop("test_classes")
-    if centres is not None:
+    if centres is not None and fitted:
         measured["test_counts"]["beyond_rho_max"] = centres.clamped(s_ND[:, -1])
     metrics = {
         **measured,
         **({"reidentification": reidentified} if reidentified else {}),
         "baselines": {
-            "raw pixels": evaluate_sample(pixels_NP, labels_N, ks=ks, roles_N=roles_N),
+            "raw pixels": evaluate_sample(
+                pixels_NP, labels_N, ks=ks, roles_N=roles_N, searcher=searcher
+            ),
             "untrained model": evaluate_sample(
-                start_ND, labels_N, ks=ks, distance=distance, roles_N=roles_N
+                start_ND, labels_N, ks=ks, distance=distance, roles_N=roles_N, searcher=searcher
             ),
             "frozen backbone": evaluate_sample(
-                features_NF, labels_N, ks=ks, distance="cosine", roles_N=roles_N
+                features_NF, labels_N, ks=ks, distance="cosine", roles_N=roles_N, searcher=searcher
             ),
         },
-        "train": _training_figures(run, trained),
-        "protocol": {
-            **_protocol(config, manifest, trained, sides, reidentified),
-            **({"own modes": ", ".join(modes)} if modes else {}),
-        },
     }
+    if not rank.first:
+        return metrics
+    metrics["train"] = _training_figures(work.run, trained)
+    metrics["protocol"] = {
+        **_protocol(work, network, trained, reidentified, ranks=rank.world_size),
+        **({"own modes": ", ".join(work.modes)} if work.modes else {}),
+    }
+    step = None if chosen == FINAL else trained["steps"]
+    files = Evaluation(folder=work.folder, split=work.other_split, step=step)
     tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **_facts(index)}
-    metrics_name, embeddings_name, classes_name = names
-    write_tensors(run / embeddings_name, tensors, {})
-    write_atomic(run / classes_name, verified_json.dumps(by_class))
-    write_atomic(run / metrics_name, verified_json.dumps(metrics, indent=2))
+    write_tensors(files.path(EMBEDDINGS), tensors, {})
+    write_atomic(files.path(CLASSES), verified_json.dumps(by_class))
+    write_atomic(files.path(METRICS), verified_json.dumps(metrics, indent=2))
     return metrics
 
 
-def report_run(run: Path, *, shards: str | None = None) -> Path:
-    """Write RUN/report.html from what training and evaluation left; return its path."""
+def evaluation_of(
+    run: Path, *, split: str | None = None, checkpoint: str | None = None, out: Path | None = None
+) -> Evaluation:
+    """The evaluation of a run that its report shows: of the trained network or, of a run that has
+    none and is not evaluated otherwise, of the newest checkpoint that was, after a line on stderr.
+
+    Arguments as in `evaluate_run`; an `out` that holds none is not looked at. Raises InputError for
+    what names no checkpoint, and for a run without figures that has not finished.
+    """
+    config, files = trained_config(run), RunFolder(run)
+    split = split if split != config.data.test_split else None
+    step = None if checkpoint in (None, FINAL) else step_named(str(checkpoint))
+    if step is None and checkpoint not in (None, FINAL):
+        raise InputError(
+            f"--checkpoint is {checkpoint}; give {FINAL}, or the step of a checkpoint that was evaluated"
+        )
+    folders = [out, run] if out is not None and out.is_dir() else [run]
+    for folder in folders:
+        found = Evaluation(folder=folder, split=split, step=step)
+        if found.path(METRICS).exists():
+            return found
+    if checkpoint is not None or files.final.exists():
+        return Evaluation(folder=run, split=split, step=step)
+    for folder in folders:
+        if steps := RunFolder(folder).evaluated_steps(split):
+            say(
+                f"WARNING: {run} has not finished: the figures of {step_name(steps[-1])} are shown",
+                file=sys.stderr,
+            )
+            return Evaluation(folder=folder, split=split, step=steps[-1])
+    raise InputError(
+        f"{run} has not finished, and none of its checkpoints has figures"
+        f"{f' of {split}' if split else ''}; evaluate it first: that takes the newest checkpoint"
+    )
+
+
+def report_run(
+    run: Path,
+    *,
+    shards: str | None = None,
+    evaluation: Evaluation | None = None,
+    out: Path | None = None,
+) -> Path:
+    """Write RUN/report.html from what training and evaluation left; return its path.
+
+    evaluation: by `evaluation_of`; None: that of the run without further words. out: the page, or
+    the folder that it goes to, instead of the run's.
+    """
     config = run_config(run, shards)
+    evaluation = evaluation or evaluation_of(run)
     manifest = open_shards(config.data.path, config.data.remote)
-    index = manifest.index(config.data.test_split)
+    index = manifest.index(evaluation.split or config.data.test_split)
     images = ShardImages(manifest, index, test_transform(config))
     classes = [manifest.class_by_label[int(label)] for label in index.label_N]
     split = config.data.validation_split
     known = split in (*manifest.splits, *manifest.subsets)
     validated = manifest.index(split).label_N.tolist() if split and known else ()
+    if out is not None and not out.is_dir():
+        check_target("--out", out)
+        page = out
+    else:
+        page = replace(evaluation, folder=out or run).path(REPORT)
     return write_report(
         run,
         images.jpeg,
         [entry.name for entry in classes],
         [entry.category for entry in classes],
+        evaluation=evaluation,
+        page=page,
         validation_classes=len(set(validated)),
     )
 
@@ -225,6 +387,17 @@ def _structure(fitted: dict[str, Any] | None) -> str:
     )
 
 
+def _structure_so_far(centres: Centres | None) -> str:
+    if centres is None:
+        return _structure(None)
+    if not centres.fitted:
+        return f"{len(centres.centres_MD)} centres that had no place yet: not searched by"
+    return (
+        f"{len(centres.centres_MD)} centres as last fitted before, k = {centres.nearest}, "
+        f"γ = {float(centres.gamma):g}"
+    )
+
+
 def _raw_pixels(images_bHW3: Tensor) -> Tensor:
     small = nn.functional.interpolate(
         images_bHW3.permute(0, 3, 1, 2).float(), (_RAW_PIXELS, _RAW_PIXELS), mode="area"
@@ -233,13 +406,19 @@ def _raw_pixels(images_bHW3: Tensor) -> Tensor:
 
 
 def _training_figures(run: Path, trained: dict) -> dict:
-    """Wall time and speed of training, from its log; None for what it does not say."""
+    """Wall time and speed of training until the checkpoint, from its log; None for what it does not
+    say."""
     log = read_log(RunFolder(run).log)
     log.warn()
-    times_s = [time_s for entry in log.entries if (time_s := time_of(entry)) is not None]
-    speeds = [
-        speed for entry in log.entries if (speed := number_of(entry, "img_per_s")) is not None
+    entries = [
+        entry
+        for entry in log.entries
+        if trained.get("checkpoint", FINAL) == FINAL
+        or (step := number_of(entry, "step")) is None
+        or step <= trained["steps"]
     ]
+    times_s = [time_s for entry in entries if (time_s := time_of(entry)) is not None]
+    speeds = [speed for entry in entries if (speed := number_of(entry, "img_per_s")) is not None]
     return {
         "steps": trained["steps"],
         "seconds": times_s[-1] if times_s else None,
@@ -258,17 +437,53 @@ def _filters(data: DataConfig) -> str:
     return "".join(f"; {word}" for word in words if word)
 
 
+def _of_training(work: _Work, network: EmbeddingNetwork, trained: dict) -> dict[str, str]:
+    """What the checkpoint says of the training it came from."""
+    if trained["checkpoint"] == FINAL:
+        return {
+            "train images": f"{trained['images']} of {trained['classes']} classes",
+            "train hash": trained["images_hash"],
+            "structure": _structure(trained.get("structure")),
+            "checkpoint": "the last; its number of steps was fixed in the recipe",
+            "trained on": f"{trained['machine']}; {trained['ranks']} rank(s), ZeRO {trained['zero_stage']}, "
+            f"{trained['precision']}",
+            "trained with": f"{trained['versions']}, commit {trained['commit']}",
+        }
+    config, manifest = work.config, work.manifest
+    index = training_images(manifest, config.data, seed=config.train.seed)
+    # A training state says only which images, and in which order.
+    here = hash_images(manifest, index) == trained["images_and_order"]
+    classes = len(np.unique(index.label_N))
+    return {
+        "train images": f"{len(index)} of {classes} classes"
+        if here
+        else "others than the set has now",
+        "train hash": manifest.hash_of(index) if here else "not known",
+        "structure": _structure_so_far(network.centres),
+        "checkpoint": f"{trained['checkpoint']}, after {trained['steps']:,} of {config.optim.steps:,} steps",
+        "trained on": f"{trained['ranks']} rank(s), ZeRO {trained['zero_stage']}",
+        "trained with": ", ".join(f"{name} {there}" for name, there in trained["packages"].items()),
+    }
+
+
 def _protocol(
-    config: Config, manifest: Manifest, trained: dict, sides: Division, reidentified: dict | None
+    work: _Work,
+    network: EmbeddingNetwork,
+    trained: dict,
+    reidentified: dict | None,
+    *,
+    ranks: int,
 ) -> dict:
+    config, manifest, sides = work.config, work.manifest, work.sides
     data, model, loss = config.data, config.model, config.loss
+    of_training = _of_training(work, network, trained)
     backend, here = search_backend(), provenance()
     return {
         "data set": manifest.name,
         "source": manifest.description,
         "train splits": ", ".join(data.train_splits),
-        "train images": f"{trained['images']} of {trained['classes']} classes" + _filters(data),
-        "train hash": trained["images_hash"],
+        "train images": of_training["train images"] + _filters(data),
+        "train hash": of_training["train hash"],
         "test split": data.test_split,
         "test hash": manifest.split_hash(data.test_split),
         "query": str(sides),
@@ -283,18 +498,17 @@ def _protocol(
         + (f", rising over {loss.ranking.rise_passes:g} passes" if loss.ranking.rise_passes else "")
         if loss.ranking.weight
         else "none",
-        "structure": _structure(trained.get("structure")),
+        "structure": of_training["structure"],
         "batch": f"{data.classes_per_batch} classes × {data.images_per_class} images",
         "sampling": f"{data.sampling}, shuffled by {data.shuffle}"
         + (f", {data.views} views of an image" if data.views > 1 else "")
         + (", across groups" if data.across_groups else ""),
         "seed": config.train.seed,
         "steps": trained["steps"],
-        "checkpoint": "the last; its number of steps was fixed in the recipe",
-        "trained on": f"{trained['machine']}; {trained['ranks']} rank(s), ZeRO {trained['zero_stage']}, "
-        f"{trained['precision']}",
-        "trained with": f"{trained['versions']}, commit {trained['commit']}",
-        "evaluated on": f"{here['machine']}; fp32",
+        "checkpoint": of_training["checkpoint"],
+        "trained on": of_training["trained on"],
+        "trained with": of_training["trained with"],
+        "evaluated on": f"{here['machine']}; fp32" + (f"; {ranks} ranks" if ranks > 1 else ""),
         "evaluated with": f"{here['versions']}, commit {here['commit']}",
         "distance": f"{config.distance}; raw pixels Euclidean, the frozen backbone cosine",
         "search": f"{backend.name} ({backend.reason})",

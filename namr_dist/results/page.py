@@ -38,7 +38,7 @@ from namr_dist.results.tables import (
 from namr_dist.retrieval.intervals import DRAWS, LEVEL
 from namr_dist.retrieval.modes import SAMPLE
 from namr_dist.retrieval.reidentification import METRICS
-from namr_dist.run.folder import RunFolder
+from namr_dist.run.folder import Evaluation, RunFolder
 from namr_dist.text import printable
 
 _MOST_CLASSES = 500
@@ -51,21 +51,23 @@ def write_report(
     names: Sequence[str],
     categories: Sequence[str],
     *,
+    evaluation: Evaluation | None = None,
+    page: Path | None = None,
     validation_classes: int | None = None,
 ) -> Path:
     """Write RUN/report.html and return its path.
 
-    run_dir holds config.json, metrics.jsonl, metrics.json, embeddings.safetensors (z (N, D),
-    labels (N,) and, where images have roles, roles (N,)) and classes.json, which may be missing:
-    figures without values of each class have no interval. load_jpeg gives the image file of an
-    index in the embeddings' order; names and categories (N each; "" for none) its class and
-    super-category. validation_classes: how many classes training was validated on, if that is
-    known.
+    run_dir holds config.json, metrics.jsonl, metrics.json, embeddings.safetensors (z (N, D), labels
+    (N,) and, where images have roles, roles (N,)) and classes.json, which may be missing: figures
+    without values of each class have no interval. evaluation: where the last three are instead.
+    page: what is written instead. load_jpeg gives the image file of an index in the embeddings'
+    order; names and categories (N each; "" for none) its class and super-category.
+    validation_classes: how many classes training was validated on, if that is known.
     The page needs no network: charts are inline SVG, images data URIs. It replaces an older one
     atomically. Choices at random (examples, map) follow the run's seed.
     Raises InputError where a file is missing or damaged, or the lengths differ.
     """
-    run = read_run(run_dir)
+    run = read_run(run_dir, evaluation)
     for what, values in (("names", names), ("categories", categories)):
         if len(values) != len(run.z_ND):
             raise InputError(
@@ -82,7 +84,7 @@ def write_report(
     sample = sample_figures(searches, ks)
     album = Album(searches, load_jpeg, names, run.labels_N)
     titles = [album.title(label) for label in run.labels_N.tolist()]
-    page = template("report.html").render(
+    text = template("report.html").render(
         title=run.name,
         recipe=str(run.config.get("recipe") or ""),
         headline=first_cut_off(run.metrics),
@@ -119,8 +121,8 @@ def write_report(
         ],
         config=json.dumps(shareable(run.config), indent=2, ensure_ascii=False).split("\n"),
     )
-    path = RunFolder(run_dir).report
-    write_atomic(path, page)
+    path = page or RunFolder(run_dir).report
+    write_atomic(path, text)
     return path
 
 

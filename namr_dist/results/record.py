@@ -19,9 +19,11 @@ from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.results.class_figures import ClassFigures, read_class_figures
 from namr_dist.retrieval.arrays import Float64, Int64, as_labels, as_matrix
 from namr_dist.retrieval.roles import Division, divide
-from namr_dist.run.folder import RunFolder
+from namr_dist.run.folder import CLASSES, EMBEDDINGS, METRICS, Evaluation, RunFolder
 from namr_dist.run.log import Entry, Log, read_log
 from namr_dist.train.checkpoints.verified_file import read_tensors
+
+_EVALUATE_FIRST = "evaluate the run first"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,31 +132,39 @@ def validations(log: Log) -> list[Entry]:
     return [entry for entry in log.entries if isinstance(entry.get("val"), dict)]
 
 
-def read_run(run_dir: Path) -> RunRecord:
-    """Read a run's folder. Raises InputError where a file is missing or is not what it should be;
-    lines of its log that cannot be read are left out, and their number is told on stderr."""
-    evaluate_first = "evaluate the run first"
-    run = RunFolder(run_dir)
-    config = _object(run.config, "train the run first")
-    log = read_log(run.log)
-    log.warn()
-    metrics = _object(run.metrics, evaluate_first)
+def read_metrics(files: Evaluation) -> dict[str, Any]:
+    """The figures of an evaluation, checked. Raises InputError where they are missing or none."""
+    path = files.path(METRICS)
+    metrics = _object(path, _EVALUATE_FIRST)
     if not isinstance(metrics.get("test"), dict) or not isinstance(
         metrics["test"].get("sample"), dict
     ):
-        raise InputError(f"{run.metrics} has no test.sample: {evaluate_first}")
-    _check_figures(metrics, run.metrics)
-    path = run.embeddings
+        raise InputError(f"{path} has no test.sample: {_EVALUATE_FIRST}")
+    _check_figures(metrics, path)
+    return metrics
+
+
+def read_run(run_dir: Path, evaluation: Evaluation | None = None) -> RunRecord:
+    """Read a run's folder, and one evaluation; None: that of its trained network on its test
+    split. Raises InputError where a file is missing or is not what it should be;
+    lines of its log that cannot be read are left out, and their number is told on stderr."""
+    run, files = RunFolder(run_dir), evaluation or Evaluation(folder=run_dir)
+    config = _object(run.config, "train the run first")
+    log = read_log(run.log)
+    log.warn()
+    metrics = read_metrics(files)
+    path = files.path(EMBEDDINGS)
     try:
         tensors, _ = read_tensors(path)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: {evaluate_first}") from None
+        raise InputError(f"{path} is missing: {_EVALUATE_FIRST}") from None
     except DamagedFileError as error:
         raise InputError(f"{path} cannot be read ({error}): evaluate the run again") from None
     if missing := {"z", "labels"} - tensors.keys():
-        raise InputError(f"{path} has no tensor {', '.join(sorted(missing))}: {evaluate_first}")
+        raise InputError(f"{path} has no tensor {', '.join(sorted(missing))}: {_EVALUATE_FIRST}")
     z_ND = as_matrix(tensors["z"], f"{path}, z")
     roles = tensors.get("roles")
+    by_class = files.path(CLASSES)
     return RunRecord(
         name=run_dir.resolve().name,
         config=config,
@@ -164,5 +174,5 @@ def read_run(run_dir: Path) -> RunRecord:
         z_ND=z_ND,
         labels_N=as_labels(tensors["labels"].numpy(), len(z_ND), f"{path}, labels"),
         sides=divide(None if roles is None else roles.numpy(), len(z_ND), str(path)),
-        classes=read_class_figures(run, metrics["test"]) if run.classes.exists() else None,
+        classes=read_class_figures(by_class, metrics["test"]) if by_class.exists() else None,
     )

@@ -30,9 +30,10 @@ from namr_dist.retrieval.modes import (
     row_names,
     with_own,
 )
+from namr_dist.retrieval.over_ranks import Searcher
 from namr_dist.retrieval.rerank import Reranked, check_delta, rerank_candidates
 from namr_dist.retrieval.roles import divide
-from namr_dist.retrieval.search import exact_values, ranks_of, search_backend, search_excluding_self
+from namr_dist.retrieval.search import exact_values, search_backend
 from namr_dist.retrieval.vectors import (
     DENSITY_NEIGHBOURS,
     GALLERY_DENSITY_WEIGHT,
@@ -49,10 +50,18 @@ _NOT_LISTED = np.iinfo(np.int64).max
 class _Ranking:
     """Ranks one set of queries against one set of items, and scores the result."""
 
-    def __init__(self, labels_Q: Int64, labels_N: Int64, own_Q: Int64, ks: Sequence[int]) -> None:
+    def __init__(
+        self,
+        labels_Q: Int64,
+        labels_N: Int64,
+        own_Q: Int64,
+        ks: Sequence[int],
+        searcher: Searcher | None = None,
+    ) -> None:
         if not ks or min(ks) < 1:
             raise InputError(f"ks = {tuple(ks)}: give at least one cut-off, each 1 or more")
         self.labels_Q, self.labels_N, self.own_Q, self.ks = labels_Q, labels_N, own_Q, ks
+        self.searcher = searcher or Searcher()
         self.relevant_Q = relevant_Q = relevant_counts(labels_Q, labels_N, query_ids_Q=own_Q)
         self.k = max(min(max(ks), _LONGEST_LIST), int(relevant_Q.max()))
         self.counts = {
@@ -64,7 +73,7 @@ class _Ranking:
         }
 
     def nearest(self, served: Served, k: int) -> tuple[Float32, Int64]:
-        return search_excluding_self(
+        return self.searcher.nearest(
             served.queries_QV, served.items_NV, k, query_ids_Q=self.own_Q, metric=served.metric
         )
 
@@ -108,7 +117,7 @@ class _Ranking:
         first_Q = self.first_listed(ranked_QK)
         beyond_M = np.flatnonzero((first_Q == _NOT_LISTED) & (self.relevant_Q > 0))
         if ranked_QK.shape[1] < max(self.ks) and len(beyond_M):
-            first_Q[beyond_M] = ranks_of(
+            first_Q[beyond_M] = self.searcher.ranks_of(
                 served.queries_QV[beyond_M],
                 served.items_NV,
                 self._nearest_right(beyond_M, served),
@@ -183,6 +192,7 @@ def evaluate(
     roles_N: Any | None = None,
     clustering: bool = True,
     modes: Sequence[Mode] = (),
+    searcher: Searcher | None = None,
 ) -> dict[str, Any]:
     """The evaluation of one split: every image queries all the others, or those that its role lets
     it.
@@ -199,6 +209,8 @@ def evaluate(
     anything else.
     clustering: whether to measure NMI and AMI, which takes most of the time.
     modes: of a user's own, measured together with those of modes.py.
+    searcher: on all ranks, which then call this together with the same embeddings and get the same
+    figures; None: this process alone.
 
     Returns blocks that go into metrics.json as they are, all metrics in percent:
       test           {mode: {"R@1", ..., "MAP@R", "R-precision"}} for the modes, then for their
@@ -222,7 +234,7 @@ def evaluate(
     labels = as_labels(labels_N, len(whole.z), "test labels")
     sides = divide(roles_N, len(whole.z))
     queries, items = whole.at(sides.query_Q), whole.at(sides.item_G)
-    ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks)
+    ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks, searcher)
     # Candidates beyond the other items would only be padding.
     count = max(ranking.k, min(candidates, len(items.z)))
     plain = SAMPLE.serve(queries, items)
@@ -241,7 +253,7 @@ def evaluate(
         return ranking.scores(ranked_QC[:, : ranking.k], first_Q)
 
     clusters = clustering_scores(items.z, labels[sides.item_G], seed=seed) if clustering else None
-    items = replace(items, density=local_density(items.z))
+    items = replace(items, density=local_density(items.z, searcher=searcher))
     scores: dict[str, RetrievalScores] = {}
     for name, mode, side_Q, side_N in _with_controls(every, queries, items, sides.own_Q, seed):
         if mode is SAMPLE:
@@ -303,6 +315,7 @@ def evaluate_sample(
     ks: Sequence[int] = (1, 2, 4, 8),
     distance: Distance = "euclidean",
     roles_N: Any | None = None,
+    searcher: Searcher | None = None,
 ) -> dict[str, float]:
     """R@k, MAP@R and R-precision of the sample mode alone, in percent: for validation while
     training and for embeddings without s.
@@ -312,7 +325,7 @@ def evaluate_sample(
     whole = Side.of(z_ND, distance=distance, name="sample")
     labels = as_labels(labels_N, len(whole.z), "sample labels")
     sides = divide(roles_N, len(whole.z))
-    ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks)
+    ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks, searcher)
     served = SAMPLE.serve(whole.at(sides.query_Q), whole.at(sides.item_G))
     return ranking.served_scores(served).percent
 

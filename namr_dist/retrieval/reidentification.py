@@ -19,7 +19,7 @@ import numpy as np
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Int64, as_labels
 from namr_dist.retrieval.modes import Distance, Mode, Side, row_name, row_names, with_own
-from namr_dist.retrieval.search import ranks_of
+from namr_dist.retrieval.over_ranks import Searcher
 from namr_dist.retrieval.vectors import Served, local_density
 
 CUT_OFFS = (1, 5)
@@ -36,12 +36,13 @@ def reidentify(
     bonus_N: Any | None = None,
     distance: Distance = "euclidean",
     modes: Sequence[Mode] = (),
+    searcher: Searcher | None = None,
 ) -> dict[str, Any]:
     """CMC@1, CMC@5 and mAP in percent, over galleries drawn at random.
 
     z_ND: (N, D) sample embeddings; s_ND: (N, D) structure embeddings, or None; labels_N: (N,)
-    integers. numpy or torch, any float type. bonus_N, distance: as in `evaluate`. modes: of a
-    user's own, measured with those of modes.py. Distances are exact; ties go to the image that
+    integers. numpy or torch, any float type. bonus_N, distance, searcher: as in `evaluate`. modes:
+    of a user's own, measured with those of modes.py. Distances are exact; ties go to the image that
     comes first. All modes meet the same draws; the density that the calibrated mode needs is that
     of the drawn gallery. No
     re-ranking: a gallery of one image a class is searched whole.
@@ -53,6 +54,7 @@ def reidentify(
     Raises InputError on bad shapes, fewer than one draw, where no class has a second image, and as
     `evaluate` does for modes.
     """
+    searcher = searcher or Searcher()
     served = [mode for mode in with_own(modes) if mode.vectors is not None]
     whole = Side.of(z_ND, s_ND=s_ND, bonus_N=bonus_N, distance=distance, name="test")
     labels = as_labels(labels_N, len(whole.z))
@@ -73,12 +75,13 @@ def reidentify(
     shares_TM: dict[str, list[list[float]]] = {name: [] for name in row_names(measured)}
     for draw in range(draws):
         query_Q, gallery_G = _draw(labels, np.random.default_rng([seed, draw]))
-        density_G = local_density(whole.z[gallery_G])
+        density_G = local_density(whole.z[gallery_G], searcher=searcher)
         for control, side in given.items():
             queries, gallery = side.at(query_Q), replace(side.at(gallery_G), density=density_G)
             for mode in measured:
                 if control in ("", *mode.controls):
-                    rank_Q = _ranks(mode.serve(queries, gallery), labels, query_Q, gallery_G)
+                    vectors = mode.serve(queries, gallery)
+                    rank_Q = _ranks(vectors, labels, query_Q, gallery_G, searcher)
                     shares_TM[row_name(mode.name, control)].append(_shares(rank_Q))
     return {
         "draws": draws,
@@ -98,11 +101,13 @@ def _draw(labels_N: Int64, rng: np.random.Generator) -> tuple[Int64, Int64]:
     return np.setdiff1d(np.arange(len(labels_N)), gallery_G), gallery_G
 
 
-def _ranks(served: Served, labels_N: Int64, query_Q: Int64, gallery_G: Int64) -> Int64:
+def _ranks(
+    served: Served, labels_N: Int64, query_Q: Int64, gallery_G: Int64, searcher: Searcher
+) -> Int64:
     """(Q,) the rank of each query's one right item, from 1 on."""
     by_label_G = np.argsort(labels_N[gallery_G])
     right_Q = by_label_G[np.searchsorted(labels_N[gallery_G], labels_N[query_Q], sorter=by_label_G)]
-    return ranks_of(
+    return searcher.ranks_of(
         served.queries_QV,
         served.items_NV,
         right_Q,

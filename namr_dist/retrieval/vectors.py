@@ -19,7 +19,8 @@ import numpy as np
 
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float32, Float64, as_matrix, unit_rows
-from namr_dist.retrieval.search import Metric, search_excluding_self
+from namr_dist.retrieval.over_ranks import Searcher
+from namr_dist.retrieval.search import Metric
 
 DENSITY_NEIGHBOURS = 10
 GALLERY_DENSITY_WEIGHT = 0.5
@@ -163,17 +164,20 @@ def structure_products(z_QD: Any, z_ND: Any, bonus_N: Float64) -> Served:
     return _served([zq, np.ones((len(zq), 1))], [z, last_N1], "ip", np.full(len(zq), 2.0), -2.0)
 
 
-def local_density(z_ND: Any, *, neighbours: int = DENSITY_NEIGHBOURS) -> Float64:
+def local_density(
+    z_ND: Any, *, neighbours: int = DENSITY_NEIGHBOURS, searcher: Searcher | None = None
+) -> Float64:
     """rho (N,): mean squared distance of each item to its nearest other items.
 
     No labels and no learning, yet it looks at the whole gallery; computed once when the index is
-    built. With N ≤ neighbours, the mean is over the N − 1 others (0 for a single item).
+    built. With N ≤ neighbours, the mean is over the N − 1 others (0 for a single item). searcher:
+    on all ranks; None: this process alone.
     """
     z = centred(z_ND, z_ND)[1]
     count = min(neighbours, len(z) - 1)
     if count < 1:
         return np.zeros(len(z))
-    values_NK, _ = search_excluding_self(z, z, count)
+    values_NK, _ = (searcher or Searcher()).nearest(z, z, count)
     density_N: Float64 = values_NK.astype(np.float64).mean(axis=1)
     return density_N
 

@@ -29,7 +29,10 @@ _CHECKPOINTS, _TENSORBOARD = "checkpoints", "tensorboard"
 _FINAL = "final.safetensors"
 _LOCK, _PROBE, _OUTPUT = ".lock", ".writable", "log.txt"
 
+FINAL = "final"
+"""What the trained network is called among a run's checkpoints."""
 _STATE = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"(?:step-)?([0-9]{1,15})")
 _OLDER_STATE = re.compile(r"step-\d+\.safetensors")
 _ROOM_FOR_LOGS_BYTES = 32 << 20
 """What a run writes apart from its network (logs, events, embeddings, report), generously."""
@@ -37,11 +40,35 @@ _FLOCK = struct.Struct("hhqqi4x")
 """Linux's struct flock on 64 bits: type, whence, start, length, process"""
 
 
-def of_split(name: str, split: str) -> str:
-    """The name that METRICS, CLASSES or EMBEDDINGS have for another split than the one that the
-    configuration tests on."""
-    file = Path(name)
-    return f"{file.stem}-{split}{file.suffix}"
+def step_name(step: int) -> str:
+    """What a training state is called in messages, options and names of files."""
+    return f"step-{step}"
+
+
+def step_named(name: str) -> int | None:
+    """The step that "step-100", "step-00000100" or "100" names; None for anything else."""
+    stated = _STEP.fullmatch(name)
+    return int(stated[1]) if stated else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The files of one evaluation of a run. Nothing has to be there yet."""
+
+    folder: Path
+    """The run's, or another."""
+    split: str | None = None
+    """Another split than the one that the configuration tests on."""
+    step: int | None = None
+    """Of the checkpoint; None: the trained network."""
+
+    def path(self, name: str) -> Path:
+        """Where the file is that METRICS, EMBEDDINGS, CLASSES or REPORT names: for another split or
+        checkpoint, metrics-SPLIT.json, metrics-step-100.json or metrics-SPLIT-step-100.json."""
+        more = [self.split, None if self.step is None else step_name(self.step)]
+        file = Path(name)
+        stem = "-".join([file.stem, *filter(None, more)])
+        return self.folder / f"{stem}{file.suffix}"
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -104,6 +131,15 @@ class RunFolder:
     def final(self) -> Path:
         """The trained network, once training has ended."""
         return self.checkpoint_folder / _FINAL
+
+    def evaluated_steps(self, split: str | None = None) -> list[int]:
+        """Steps of the training states that have figures in the folder, lowest first."""
+        name = Evaluation(folder=Path(), split=split).path(METRICS).stem
+        steps = (
+            step_named(path.stem.removeprefix(f"{name}-"))
+            for path in self.path.glob(f"{name}-step-*.json")
+        )
+        return sorted(step for step in steps if step is not None)
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the training state after so many steps."""
@@ -254,14 +290,14 @@ class RunFolder:
         """What stands in the folder under the names of a run's files and folders, the configuration
         apart."""
         names = (_CHECKPOINTS, _TENSORBOARD, LOG, METRICS, CLASSES, EMBEDDINGS, REPORT)
-        of_splits = [
+        of_others = [
             path
-            for name in (METRICS, CLASSES, EMBEDDINGS)
-            for path in self.path.glob(of_split(name, "*"))
+            for name in (METRICS, CLASSES, EMBEDDINGS, REPORT)
+            for path in self.path.glob(Evaluation(folder=Path(), split="*").path(name).name)
         ]
         return [
             path
-            for path in (*(self.path / name for name in names), *sorted(of_splits))
+            for path in (*(self.path / name for name in names), *sorted(of_others))
             if path.exists()
         ]
 

@@ -329,15 +329,29 @@ def test_the_command_writes_table_and_page(sweep: Path, capsys: pytest.CaptureFi
     ]
 
 
+def test_another_split_is_compared_where_it_was_measured(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = json.loads((sweep / "a0" / "metrics.json").read_text())
+    metrics["test"]["sample"]["R@1"] = 12.5
+    (sweep / "a0" / "metrics-few.json").write_text(json.dumps(metrics))
+    assert main(["report", str(sweep), "--split", "few", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (setting,) = facts["settings"]
+    assert setting["figures"]["sample"]["R@1"]["mean"] == 12.5 and len(facts["left_out"]) == 6
+    assert all("not evaluated on few" in one["why"] for one in facts["left_out"])
+    assert (sweep / "report-few.html").exists() and not (sweep / "report.html").exists()
+
+
 def test_options_that_do_not_go_together_are_named(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = str(sweep / "a0"), str(sweep / "b0")
     for words, told in (
         ([one, two], "give --out FILE.html"),
-        ([one, "--json"], "--json goes with several runs"),
         ([str(sweep), "--shards", "x"], "--shards is x"),
-        ([one, two, "--out", str(sweep)], "is not a file in a folder"),
+        ([str(sweep), "--checkpoint", "9"], "--checkpoint is 9, which goes with one run"),
+        ([one, two, "--out", str(sweep / "no" / "a.html")], "is not a file in a folder"),
     ):
         assert main(["report", *words]) == 2
         error = capsys.readouterr().err

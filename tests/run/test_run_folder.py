@@ -11,7 +11,17 @@ import pytest
 from conftest import REPOSITORY
 
 from namr_dist.errors import InputError, TransientError
-from namr_dist.run.folder import CLASSES, EMBEDDINGS, METRICS, RunFolder, of_split, runs_in
+from namr_dist.run.folder import (
+    CLASSES,
+    EMBEDDINGS,
+    METRICS,
+    REPORT,
+    Evaluation,
+    RunFolder,
+    runs_in,
+    step_name,
+    step_named,
+)
 
 NAMES = re.compile(
     r"config\.json|metrics[\w{}*-]*\.jsonl?|classes[\w{}*-]*\.json|"
@@ -92,7 +102,12 @@ def test_the_names_are_those_of_the_docs(tmp_path: Path) -> None:
         run.output,
         run.final,
         run.checkpoint(120),
-        *(tmp_path / of_split(name, "test_800") for name in (METRICS, CLASSES, EMBEDDINGS)),
+        *(
+            Evaluation(folder=tmp_path, split="test_800").path(name)
+            for name in (METRICS, CLASSES, EMBEDDINGS)
+        ),
+        Evaluation(folder=tmp_path, step=100).path(METRICS),
+        Evaluation(folder=tmp_path, split="test_800", step=100).path(REPORT),
     ]
     assert [str(path.relative_to(tmp_path)) for path in files] == [
         "config.json",
@@ -108,7 +123,20 @@ def test_the_names_are_those_of_the_docs(tmp_path: Path) -> None:
         "metrics-test_800.json",
         "classes-test_800.json",
         "embeddings-test_800.safetensors",
+        "metrics-step-100.json",
+        "report-test_800-step-100.html",
     ]
+
+
+def test_steps_by_their_names_and_those_that_were_evaluated(tmp_path: Path) -> None:
+    assert {step_named(name) for name in (step_name(100), "100", "step-00000100")} == {100}
+    for name in ("", "step-", "final", "-100", "step-1e3", "stepp-1", "١٠٠"):
+        assert step_named(name) is None
+    for step, split in ((100, None), (9, None), (7, "few"), (None, "few")):
+        Evaluation(folder=tmp_path, split=split, step=step).path(METRICS).touch()
+    run = RunFolder(tmp_path)
+    assert run.evaluated_steps() == [9, 100] and run.evaluated_steps("few") == [7]
+    assert run.evaluated_steps("none") == []
 
 
 def test_runs_of_a_folder(tmp_path: Path) -> None:
@@ -165,6 +193,9 @@ def test_overwriting_leaves_no_figures_of_the_old_network(tmp_path: Path) -> Non
         "classes.json",
         "classes-test_800.json",
         "embeddings-test_800.safetensors",
+        "metrics-step-100.json",
+        "report.html",
+        "report-test_800-step-100.html",
         "mine.txt",
     ):
         (tmp_path / name).write_text("{}")

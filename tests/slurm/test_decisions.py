@@ -38,7 +38,8 @@ def submit(lab: Lab, started: Path, *options: str, steps: str = "") -> Job:
     inside = started.with_name("inside")
     inside.write_text(
         "#!/bin/bash\n"
-        "case $* in *preflight*) step=preflight ;; *torchrun*) step=train ;; *) step=$2 ;; esac\n"
+        "case $* in *preflight*) step=preflight ;; *launchers.evaluate*) step=evaluate ;; "
+        "*torchrun*) step=train ;; *) step=$2 ;; esac\n"
         f'echo "${{SLURM_ARRAY_TASK_ID-job}} $step $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES" >>{started}\n'
         f"{steps}\n"
     )
@@ -111,7 +112,7 @@ def test_however_gpus_are_asked_for_each_step_has_all_of_its_node(
     assert steps_of(started) == {
         "job preflight": 2,
         "job train": 2,
-        "job evaluate": 1,
+        "job evaluate": 2,
         "job report": 1,
     }
     assert f"{gpus} ranks a node" in job.log()

@@ -117,6 +117,8 @@ def test_four_ranks_on_two_nodes_by_every_launch_way(
             in job.log()
         )
         assert measured(lab.folder / way) == pytest.approx(expected, abs=1e-6)
+        metrics = json.loads((lab.folder / way / "metrics.json").read_text())
+        assert metrics["protocol"]["evaluated on"].endswith("; fp32; 4 ranks")
         assert (lab.folder / way / "report.html").exists()
         state = safetensors.torch.load_file(lab.folder / way / "checkpoints" / "final.safetensors")
         weights[way] = {name: value.numpy().tobytes() for name, value in state.items()}

@@ -312,18 +312,18 @@ class TrainPlan:
 def sequential_batches(
     count: int, *, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[list[tuple[int, int]]]:
-    """Positions 0..count-1 in order for evaluation, each on one rank exactly once.
+    """Positions 0..count-1 in order for evaluation, each on one rank at least.
 
-    Every rank gets the same number of batches (ZeRO-3 needs equal forwards): a rank that runs out
-    repeats its last position, and `index_b` shows the repeats. Needs count ≥ world_size.
+    The batches are those of a single rank, so that what is computed of an image depends on no
+    number of ranks; each rank gets whole ones. Every rank gets the same number (ZeRO-3 needs equal
+    forwards): one that runs out repeats the last batch, and `index_b` shows the repeats.
     """
-    positions = np.array_split(np.arange(count), world_size)
-    longest = -(-count // world_size)
-    own = [int(position) for position in positions[rank]]
-    own += own[-1:] * (longest - len(own))
+    starts = range(0, count, batch_size)
+    each = -(-len(starts) // world_size)
+    own = [starts[min(number, len(starts) - 1)] for number in range(rank * each, (rank + 1) * each)]
     return [
-        [(position, 0) for position in own[start : start + batch_size]]
-        for start in range(0, longest, batch_size)
+        [(position, 0) for position in range(start, min(start + batch_size, count))]
+        for start in own
     ]
 
 

@@ -3,7 +3,6 @@ number of ranks and ZeRO stage wrote it."""
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ import torch
 from namr_dist.config import Config
 from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.model.network import EmbeddingNetwork
-from namr_dist.run.folder import CONFIG, RunFolder
+from namr_dist.run.folder import CONFIG, FINAL, RunFolder, step_name, step_named
 from namr_dist.text import printable, say
 from namr_dist.train.checkpoints.network import CENTRES, initial_network, load_network
 from namr_dist.train.checkpoints.parts import SavedTensors
 from namr_dist.train.checkpoints.state import SavedState, named_state, open_state
 
-FINAL = "final"
-_STEP = re.compile(r"(?:step-)?([0-9]{1,15})")
 _NETWORK = "model/network."
 """What its tensors' names begin with in a training state, where the losses have their own."""
 _GO_ON = "run the training's command with --resume"
@@ -55,7 +52,7 @@ def network_at(
         return network, {**trained, "checkpoint": FINAL}
     saved = _newest(folder) if step is None else _opened(folder.checkpoint(step), step)
     return _network_of(saved, config, device), {
-        "checkpoint": f"step-{saved.step}",
+        "checkpoint": step_name(saved.step),
         "steps": saved.step,
         "ranks": saved.ranks,
         "zero_stage": saved.zero_stage,
@@ -66,8 +63,7 @@ def network_at(
 
 def _step(run: RunFolder, name: str) -> int:
     """The step that a checkpoint's name says, of one that is there."""
-    stated = _STEP.fullmatch(name)
-    step = int(stated[1]) if stated else None
+    step = step_named(name)
     if step is None or step not in dict(run.checkpoints()):
         raise InputError(
             f"{run.path} has no checkpoint {printable(name)}; choose one of those it has: {_listed(run)}"
@@ -76,7 +72,7 @@ def _step(run: RunFolder, name: str) -> int:
 
 
 def _listed(run: RunFolder) -> str:
-    steps = [f"step-{step}" for step, _ in run.checkpoints()]
+    steps = [step_name(step) for step, _ in run.checkpoints()]
     return ", ".join([*steps, *([FINAL] if run.final.exists() else [])]) or "none"
 
 
@@ -92,7 +88,7 @@ def _newest(run: RunFolder) -> SavedState:
         for line in damaged:
             say(f"WARNING: {line}", file=sys.stderr)
         say(
-            f"WARNING: {run.path} has not finished: its checkpoint step-{step} is taken",
+            f"WARNING: {run.path} has not finished: its checkpoint {step_name(step)} is taken",
             file=sys.stderr,
         )
         return saved
