@@ -104,6 +104,8 @@ def _what_was_trained(run: RunRecord) -> str:
         )
         if weight:
             detail = f"λ = {weight:g}" + (f", M = {clusters:g}" if clusters else "")
+            if rise := number_in(loss, "ranking", "rise_passes"):
+                detail += f", rising over {rise:g} passes"
             text += f" and multi-cluster ranking ({detail})"
         elif weight == 0:
             text += " alone, without multi-cluster ranking"

@@ -9,6 +9,7 @@ from namr_dist.config import Config, LossConfig
 from namr_dist.data.read.training_set import TrainingSet
 from namr_dist.losses import registry
 from namr_dist.parallel.ranks import Rank
+from namr_dist.retrieval.search import search_backend
 from namr_dist.run.folder import RunFolder
 from namr_dist.train.precision import Precision
 
@@ -63,7 +64,14 @@ def banner(
         + ("; across groups" if sampling.across_groups else ""),
         f"model     {config.model.backbone}, batch norm {config.model.batchnorm}, width {config.model.width}",
         f"loss      {loss.metric}{ranking}{memory}; {_how_computed(loss, rank.device)}",
+        *([_how_searched()] if data.validation_split else []),
     ]
+
+
+def _how_searched() -> str:
+    """What finds neighbours in validation."""
+    backend = search_backend()
+    return f"search    {backend.name} ({backend.reason})"
 
 
 def _how_computed(loss: LossConfig, device: torch.device) -> str:
