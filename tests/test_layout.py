@@ -36,6 +36,7 @@ FLOORS = (
     "train.checkpoints",
     "train",
     "results",
+    "serve",
     "cluster",
     "bench parity reproduce",
     "doctor",
