@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from namr_dist import __version__
 from namr_dist.data.build.normalise import FORMATS
 from namr_dist.data.shardset.shards import MOST_PIXELS
-from namr_dist.errors import InputError
+from namr_dist.errors import InputError, ReportedError
 from namr_dist.serve.guard import LEFT
 from namr_dist.serve.limits import Limits
 from namr_dist.serve.pages import Pages
@@ -37,6 +38,8 @@ MOST_NEIGHBOURS = 100
 _RETRY_SECONDS = 2
 _KEPT_SECONDS = 300
 """For which a browser shows a thumbnail without asking whether it is still the same."""
+_MOST_SHOWN = 60
+"""Characters of what a client sent."""
 
 
 class Neighbour(BaseModel):
@@ -135,8 +138,8 @@ class Service:
                 made = await self._pictures.run(lambda: thumbnail_of(self.gallery.picture(id)))
         except BusyError:
             raise _busy("many thumbnails are being made") from None
-        except InputError as error:
-            # It may name folders of this machine.
+        except ReportedError as error:
+            # What it says may name folders of this machine.
             say(f"no thumbnail of {id!r}: {error}", file=sys.stderr)
             raise _RefusedError(
                 HTTPStatus.NOT_FOUND,
@@ -151,7 +154,7 @@ class Service:
         if not kind.lower().startswith("image/"):
             raise _RefusedError(
                 HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-                f"the content type is {kind or 'missing'}; send the picture's bytes as the body, "
+                f"the content type is {kind[:_MOST_SHOWN] or 'missing'}; send the picture's bytes as the body, "
                 "with a header such as Content-Type: image/jpeg",
             )
         if request.headers.get("content-encoding", "identity").lower() != "identity":
@@ -222,9 +225,10 @@ def _check_picture(body: bytes) -> None:
             warnings.simplefilter("ignore")  # of large pictures: the line below is about these
             with Image.open(io.BytesIO(body), formats=FORMATS) as image:
                 width, height = image.size
-        pixels, size = width * height, f"{width} × {height} pixels"
-    except Image.DecompressionBombError:
-        pixels, size = MOST_PIXELS + 1, "far too many pixels"
+        pixels, size = width * height, f"{width} × {height}"
+    except Image.DecompressionBombError as error:  # some 179 million pixels or more
+        stated = re.search(r"\d+", str(error))
+        pixels, size = MOST_PIXELS + 1, f"{int(stated[0]):,}" if stated else "far too many"
     except MemoryError:
         raise
     except Exception:  # damaged headers raise whatever Pillow's parsers run into
@@ -235,7 +239,7 @@ def _check_picture(body: bytes) -> None:
     if pixels > MOST_PIXELS:
         raise _RefusedError(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"the picture has {size}, more than {MOST_PIXELS:,}; send a smaller one",
+            f"the picture has {size} pixels, more than {MOST_PIXELS:,}; send a smaller one",
         )
 
 
@@ -366,7 +370,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        name, value = first["loc"][-1], first.get("input")
+        name, value = first["loc"][-1], str(first.get("input"))[:_MOST_SHOWN]
         words = f"{name} is {value!r}; give a whole number from 1 to {MOST_NEIGHBOURS}"
         return answer(HTTPStatus.UNPROCESSABLE_ENTITY, words)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 _HEAD_SECONDS = 15.0
 """In which a client has to send a request's head, once it is connected or has an answer."""
 _MOST_CONNECTIONS = 512
-_LATE_SECONDS = 0.5
-"""After a signal, for requests that are on their way in connections that are open."""
+_LATE_SECONDS = 1.0
+"""At most, after a signal, for requests that are on their way in connections that are open."""
+_TICK_SECONDS = 0.02
 _LAST_SECONDS = 60.0
 """After the longest that a picture may take to be sent, for searches that wait then, and for
 clients that do not take their answer."""
 _BACKLOG = 128
+_BLANK = np.zeros((64, 64, 3), dtype=np.uint8)
 
 
 class _Protocol(H11Protocol):
@@ -114,7 +117,9 @@ class _Server(uvicorn.Server):
             server.close()
         for connection in accepted:
             await loop.connect_accepted_socket(self._protocol, connection)
-        await asyncio.sleep(_LATE_SECONDS)
+        late_s = loop.time() + _LATE_SECONDS
+        while self.server_state.connections and loop.time() < late_s:
+            await asyncio.sleep(_TICK_SECONDS)
         await super().shutdown(sockets)
 
     def _protocol(self) -> _Protocol:
@@ -172,6 +177,8 @@ def serve(open_gallery: Callable[[], Gallery], *, host: str, port: int, limits: 
     """
     with bind(host, port) as listener:
         gallery = open_gallery()
+        # Whatever a first search loads is loaded, and found missing, before anybody waits for it.
+        gallery.search(_BLANK, k=1)
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if listener.family == socket.AF_INET6 else address
         local = ipaddress.ip_address(address.partition("%")[0]).is_loopback
