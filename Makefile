@@ -36,6 +36,11 @@ $(INSTALLED): setup.py $(wildcard constraints/*.txt)
 ifeq ($(HASHES),no)
 	sed -E -e '/^(-r |nvidia-|cuda-)|\+cpu/d' -e '/--hash=/d' -e 's/ \\$$//' constraints/*.txt > .venv/versions.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c .venv/versions.txt -e '.[$(DEVICE),test,dev]'
+ifeq ($(DEVICE),gpu)
+# milvus-lite, of the tests, has pip install faiss-cpu too, whose files have the same names.
+	$(BIN)/pip uninstall --quiet --yes faiss-cpu
+	$(BIN)/pip install --quiet --disable-pip-version-check -c .venv/versions.txt --no-deps --force-reinstall faiss-gpu
+endif
 else
 	$(LOCKED) -r constraints/build.txt
 ifeq ($(DEVICE),cpu)

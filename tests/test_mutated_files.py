@@ -31,7 +31,7 @@ from PIL import Image
 from namr_dist import verified_json
 from namr_dist.config import Config, DataConfig, ModelConfig, OptimConfig
 from namr_dist.data.build.formats import folder as own_images
-from namr_dist.data.build.normalise import Encoding, as_shard_jpeg, viewed_rgb
+from namr_dist.data.build.normalise import Encoding, as_shard_jpeg, viewed
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.data.shardset.shards import check_jpeg
 from namr_dist.data.shardset.verify import verify
@@ -332,7 +332,7 @@ def image_case(folder: Path) -> Case:
     def use(data: bytes) -> None:
         for read in (
             lambda: as_shard_jpeg(data, Encoding(size=20)),
-            lambda: viewed_rgb(data),
+            lambda: viewed(data),
             lambda: check_jpeg(data, "x", decode=True),
         ):
             with contextlib.suppress(InputError):
@@ -345,7 +345,13 @@ def checkpoint_case(folder: Path) -> Case:
     """An index, or the header of a part, whose hash is right."""
     path = folder / "step-00000015"
     about: dict[str, Any] = {"format": "namr-training/2", "version": "0", "versions": {}}
-    about |= {"step": 15, "ranks": 1, "data": "d", "config": json.loads(CONFIG.to_json())}
+    about |= {
+        "step": 15,
+        "ranks": 1,
+        "zero_stage": 0,
+        "data": "d",
+        "config": json.loads(CONFIG.to_json()),
+    }
     pieces = {
         "model/x": Piece(values=torch.arange(6.0), shape=(2, 3)),
         "rank/00000/rng_cpu": Piece(values=torch.arange(4), shape=(4,)),

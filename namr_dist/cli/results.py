@@ -1,4 +1,4 @@
-"""The verbs for a trained run: `namr evaluate`, `report`, `embed` and `export`."""
+"""The verbs for a trained run: `namr evaluate`, `report` and `export`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from namr_dist.text import say
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `evaluate`, `report`, `embed` and `export` to the `namr` command."""
+    """Add `evaluate`, `report` and `export` to the `namr` command."""
     evaluate = verbs.add_parser(
         "evaluate",
         help="measure a trained run on its test split",
@@ -71,30 +71,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     report.add_argument("--json", action="store_true", help="print the table as JSON")
     report.set_defaults(verb=_report)
 
-    embed = verbs.add_parser(
-        "embed",
-        help="embed images with a trained run",
-        description="Embed a split of a shard set, or a folder of images, into a safetensors "
-        "file with z, s (float32) and the images' names in its metadata.",
-    )
-    embed.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    source = embed.add_mutually_exclusive_group(required=True)
-    source.add_argument("--shards", metavar="FOLDER", help="a shard set, or its URL")
-    source.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="image files, searched recursively"
-    )
-    embed.add_argument("--split", default="test", help="split of the shard set (%(default)s)")
-    embed.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write"
-    )
-    _add_allow_code(embed)
-    embed.set_defaults(verb=_embed)
-
     export = verbs.add_parser(
         "export",
         help="write a trained network as plain files that need no DeepSpeed",
         description="Write a trained run's network into a new folder with its configuration "
-        "and a model card. Every file is read back and compared with the network.",
+        "and a model card, which a model hub takes as it is. Every model is read back and compared "
+        "with the network.",
     )
     export.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     export.add_argument(
@@ -110,6 +92,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         default=formats,
         metavar="FORMAT",
         help="any of safetensors, torch (torch.export) and onnx; by default all",
+    )
+    export.add_argument(
+        "--license",
+        metavar="ID",
+        help="licence of the weights, for the model card: a model hub's identifier, such as apache-2.0 (not stated)",
     )
     export.add_argument("--json", action="store_true", help="print JSON")
     export.set_defaults(verb=_export)
@@ -201,24 +188,13 @@ def write_table(folders: Sequence[Path], out: Path, *, as_json: bool) -> None:
     say(str(out))
 
 
-def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
-    from namr_dist.results.evaluate_run import embed_folder, embed_shards
-
-    named_code.allow(parsed.allow_code)
-    check_target("--out", parsed.out)
-    count = (
-        embed_shards(parsed.run, parsed.shards, parsed.split, parsed.out)
-        if parsed.shards is not None
-        else embed_folder(parsed.run, parsed.images, parsed.out)
-    )
-    say(f"{count} images → {parsed.out}")
-
-
 def _export(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.results.export import export_run
 
     named_code.allow(parsed.allow_code)
-    exported = export_run(parsed.run, parsed.out, parsed.formats, shards=parsed.shards)
+    exported = export_run(
+        parsed.run, parsed.out, parsed.formats, shards=parsed.shards, licence=parsed.license
+    )
     if parsed.json:
         print(json.dumps(dataclasses.asdict(exported), indent=2, default=str))
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from namr_dist import named_code, verified_json
 from namr_dist.atomic import write_atomic
 from namr_dist.config import Config, DataConfig
 from namr_dist.data.location import open_shards
-from namr_dist.data.read.image_folder import FolderImages
 from namr_dist.data.read.stream import ImageSource, ShardImages
 from namr_dist.data.shardset.manifest import Manifest, SplitIndex
 from namr_dist.data.shardset.shards import verify_shards
@@ -24,7 +22,7 @@ from namr_dist.errors import InputError
 from namr_dist.parallel.ranks import Rank, only_rank
 from namr_dist.provenance import provenance
 from namr_dist.results.page import write_report
-from namr_dist.results.record import run_config, trained_config
+from namr_dist.results.record import run_config
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
 from namr_dist.retrieval.modes import with_own
 from namr_dist.retrieval.reidentification import reidentify
@@ -182,30 +180,6 @@ def report_run(run: Path, *, shards: str | None = None) -> Path:
     )
 
 
-def embed_shards(run: Path, location: str, split: str, out: Path) -> int:
-    """Embed a split of the shard set in a folder or behind a URL into `out`; return the number of
-    images."""
-    config = trained_config(run)
-    manifest = open_shards(location, config.data.remote)
-    verify_shards(manifest, [split])
-    index = manifest.index(split)
-    return _embed_to(
-        run,
-        config,
-        ShardImages(manifest, index, test_transform(config)),
-        index.keys,
-        out,
-        _facts(index),
-    )
-
-
-def embed_folder(run: Path, folder: Path, out: Path) -> int:
-    """Embed every JPEG, PNG, WebP and BMP file below a folder into `out`; return their number."""
-    config = trained_config(run)
-    images = FolderImages(folder, test_transform(config))
-    return _embed_to(run, config, images, images.names, out, {})
-
-
 def _embedded(
     forward: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, config: Config, rank: Rank
 ) -> tuple[np.ndarray, ...]:
@@ -224,22 +198,6 @@ def _facts(index: SplitIndex) -> dict[str, Tensor]:
     any."""
     facts = {"labels": torch.from_numpy(index.label_N)}
     return facts | {"roles": torch.from_numpy(index.role_N)} if index.role_N.any() else facts
-
-
-def _embed_to(
-    run: Path,
-    config: Config,
-    images: ShardImages | FolderImages,
-    names: tuple[str, ...],
-    out: Path,
-    facts: dict[str, Tensor],
-) -> int:
-    rank = only_rank()
-    network, _ = load_network(RunFolder(run).final, config, device=rank.device)
-    z_ND, s_ND = _embedded(network, images, config, rank)
-    tensors = {"z": torch.from_numpy(z_ND), "s": torch.from_numpy(s_ND), **facts}
-    write_tensors(out, tensors, {"names": json.dumps(names), "run": run.name})
-    return len(names)
 
 
 def _describe(reidentified: dict) -> str:

@@ -5,7 +5,7 @@ against it.
     model.safetensors  the network's state, fp32; `load` makes the network of it
     model.pt2          a torch.export program, for PyTorch alone
     model.onnx         the same program for ONNX Runtime
-    README.md          a model card
+    README.md          a model card, with the metadata that model hubs read
     SHA256SUMS         the hashes of all these, for `sha256sum --check`
 
 config.json and model.safetensors carry their own hashes as well, which `load` verifies.
@@ -16,11 +16,7 @@ Shapes: b images, H pixels a side, D width.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +26,14 @@ import torch
 from torch import Tensor
 
 from namr_dist import __version__, named_code, verified_json
+from namr_dist.atomic import new_folder
 from namr_dist.config import Config
 from namr_dist.data.location import open_shards
 from namr_dist.data.read.stream import ShardImages, stream
 from namr_dist.data.shardset.shards import sha256_of
 from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.model.network import EmbeddingNetwork
-from namr_dist.results.model_card import model_card
+from namr_dist.results.model_card import check_licence, model_card
 from namr_dist.results.programs import (
     Forward,
     check_onnx_packages,
@@ -79,8 +76,18 @@ class Exported:
 
 
 def load(folder: str | Path) -> EmbeddingNetwork:
-    """The network of an exported folder, on the CPU, in eval mode and fp32: no DeepSpeed, no
-    process group.
+    """The network of an exported folder, as `read` has it."""
+    return read(folder)[0]
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `namr export` seems to have written a folder; `read` checks it."""
+    return folder.joinpath(CONFIG).is_file() and folder.joinpath(SUMS).is_file()
+
+
+def read(folder: str | Path) -> tuple[EmbeddingNetwork, Config]:
+    """The network of an exported folder, on the CPU, in eval mode and fp32, and the configuration
+    that it was trained with: no DeepSpeed, no process group.
 
     Raises InputError if config.json or model.safetensors is missing, damaged or does not fit the
     other, and if the backbone is code from outside the package that has not been allowed
@@ -121,7 +128,7 @@ def load(folder: str | Path) -> EmbeddingNetwork:
                 f"{path} does not fit {where} ({str(error).splitlines()[-1].strip()}); "
                 "export the run again"
             ) from None
-    return network
+    return network, config
 
 
 def export_run(
@@ -130,6 +137,7 @@ def export_run(
     formats: Sequence[str] = tuple(FILES),
     *,
     shards: str | None = None,
+    licence: str | None = None,
     tolerance: float = TOLERANCE,
 ) -> Exported:
     """Write the network of RUN into the new folder `out`: the named formats, config.json and
@@ -137,10 +145,12 @@ def export_run(
 
     Each model is read back and compared with the network on four images of the test split, in
     batches of 1 and 3, on the CPU. The folder appears whole or not at all. Raises InputError if
-    `out` exists, packages are missing, the run or its test split cannot be read, a model cannot be
-    traced, or differs by more than `tolerance`.
+    `out` exists, `licence` is no identifier of one, packages are missing, the run or its test split
+    cannot be read, a model cannot be traced, or differs by more than `tolerance`.
     """
     _check_folder(out)
+    if licence is not None:
+        check_licence(licence)
     if "onnx" in formats:
         check_onnx_packages()
     config = run_config(run, shards)
@@ -157,7 +167,7 @@ def export_run(
         )
     about = describe(network.centres, config, trained)
     differences: dict[str, float] = {}
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         (folder / CONFIG).write_text(verified_json.dumps(about, indent=2), encoding="utf-8")
         readers = _write_models(network, config, formats, folder)
         for file, read in readers.items():
@@ -175,6 +185,7 @@ def export_run(
             differences=differences,
             tolerance=tolerance,
             metrics=metrics,
+            licence=licence,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
@@ -301,30 +312,3 @@ def _write_models(
             write_onnx(program, folder / FILES["onnx"])
             readers[FILES["onnx"]] = lambda: read_onnx(folder / FILES["onnx"])
     return readers
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` at the end, flushed to disk; on any error
-    it is gone."""
-    temporary = out.absolute().with_name(f".{out.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        os.rename(temporary, out)
-    except OSError as error:
-        error.filename = str(out)  # the folder the caller knows
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _flush(out.absolute().parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,13 +1,25 @@
-"""The README.md of an exported folder: what the model is, how to load it, what was measured."""
+"""The README.md of an exported folder: what the model is, how to load it, what was measured.
+
+It begins with the metadata that model hubs read, YAML between two lines of dashes; its fields are
+those of Hugging Face's model cards (huggingface.co/docs/hub/model-cards).
+"""
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
+import PIL
 import torch
 
 from namr_dist import __version__
+from namr_dist.data import picture
+from namr_dist.data.shardset.shards import MOST_PIXELS
+from namr_dist.errors import InputError
 from namr_dist.losses import registry
 from namr_dist.named_code import is_named_code
 from namr_dist.results.tables import (
@@ -55,18 +67,17 @@ z, s = session.run(["z", "s"], {"images": images})
     ),
 }
 
-_PREPARE = """\
-import numpy as np
-from PIL import Image, ImageOps
+_EMBED = """\
+import namr_dist
 
-def prepare(file):
-    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-    side = min(image.size) * {share!r}
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(image.resize(({size}, {size}), Image.Resampling.BICUBIC, box=box))
+model = namr_dist.load(".")
+z = model.embed(["photo.jpg"])
+"""
 
-images = np.stack([prepare(file) for file in ["photo.jpg"]])  # uint8 (b, {size}, {size}, 3)
+_IMAGES = """
+
+images = np.stack([prepare(file, size={size}, share={share!r}) for file in ["photo.jpg"]])
+# uint8 (b, {size}, {size}, 3)
 """
 
 
@@ -78,10 +89,12 @@ def model_card(
     differences: Mapping[str, float],
     tolerance: float,
     metrics: Mapping[str, Any] | None,
+    licence: str | None = None,
 ) -> str:
     """Markdown. `about` is the content of config.json; `sizes` (bytes) and `differences` go by file
-    of a model."""
+    of a model; `licence` is an identifier that `check_licence` lets pass."""
     size, output, trained = about["input"]["size"], about["output"], about["trained"]
+    share = about["preprocessing"]["crop_share_of_shorter_side"]
     model, loss = about["config"]["model"], about["config"]["loss"]
     ranking = (
         f"multi-cluster ranking (λ = {loss['ranking']['weight']:g}, M = {loss['ranking']['clusters']})"
@@ -89,6 +102,7 @@ def model_card(
         else "no multi-cluster ranking"
     )
     parts = [
+        _metadata(licence),
         f"# {printable(name)}",
         f"An image-retrieval network, exported by namr-dist {__version__}: {model['backbone']}, trained for "
         f"{trained['steps']} steps with the {registry.title(loss['metric'])} and {ranking}. It maps an image "
@@ -105,14 +119,26 @@ def model_card(
         "`config.json` has the input, the preprocessing and the run's configuration. "
         "`sha256sum --check SHA256SUMS` finds any change of a file; `namr_dist.results.export.load` verifies "
         "`config.json` and `model.safetensors`.",
-        "## Prepare images",
-        f"The middle square, {about['preprocessing']['crop_share_of_shorter_side']:g} of the shorter side, resized to "
-        f"{size} × {size}, bicubic: RGB, 8 bits, height × width × channel. Normalisation happens inside the models. "
-        "Evaluation decodes the JPEGs of shards at half or a quarter of their size where that is still large enough, "
-        "so embeddings of large originals differ a little from those of other decoders.",
-        _code(
-            _PREPARE.format(share=about["preprocessing"]["crop_share_of_shorter_side"], size=size)
+        *(
+            [
+                "## Use",
+                "Embeddings z of image files, with namr-dist installed:",
+                _code(_EMBED),
+                "Or in two steps: prepare images, then load a model.",
+            ]
+            if "model.safetensors" in differences
+            else []
         ),
+        "## Prepare images",
+        f"The middle square, {share:g} of the shorter side, resized to {size} × {size}, bicubic: RGB, 8 bits, height × "
+        "width × channel, upright, on white where the image is transparent. Normalisation happens inside the models. "
+        f"With NumPy and Pillow alone ({PIL.__version__} here; others may round otherwise), what namr-dist itself runs "
+        "on pictures:",
+        _code(_source_of(picture) + _IMAGES.format(size=size, share=share)),
+        "Evaluation decodes the JPEGs of shards at half or a quarter of their size where that is still large enough, "
+        "so embeddings of large originals differ a little from those of other decoders. Of pictures of more than "
+        f"{MOST_PIXELS:,} pixels, which this code decodes whole, namr-dist decodes baseline JPEGs at a fraction of "
+        "their size and refuses the others.",
         "## Load",
     ]
     for file in differences:
@@ -125,12 +151,41 @@ def model_card(
             f'after `namr_dist.named_code.allow(["{backbone}"])`.'
         )
     parts += _measured(metrics, trained)
-    parts += [
-        "## Licence",
-        "Not stated here: whoever publishes these weights states it, minding the licences of the "
-        "training images and of the weights that training started from.",
-    ]
+    parts += ["## Licence", _licence(licence)]
     return printable("\n\n".join(parts), keep="\n") + "\n"
+
+
+def check_licence(licence: str) -> None:
+    """Raises InputError for what cannot be the identifier of a licence."""
+    if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", licence):
+        raise InputError(
+            f"--license {licence!r} is no identifier of a licence; give it in lower case, as model hubs have it, "
+            "such as apache-2.0 or cc-by-nc-4.0"
+        )
+
+
+def _metadata(licence: str | None) -> str:
+    lines = [
+        "library_name: namr-dist",
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        "- image-retrieval",
+        "- metric-learning",
+    ]
+    if licence is None:
+        lines += ["license: other", "license_name: not-stated"]
+    else:
+        lines.append(f'license: "{licence}"')  # quoted: YAML takes 1.0 for a number, no for false
+    return "\n".join(["---", *lines, "---"])
+
+
+def _licence(licence: str | None) -> str:
+    minding = (
+        "minding the licences of the training images and of the weights that training started from."
+    )
+    if licence is None:
+        return f"Not stated here: whoever publishes these weights states it, {minding}"
+    return f"`{licence}`, as stated by whoever exported these weights, {minding}"
 
 
 def _structure(output: Mapping[str, Any], distance: str) -> str:
@@ -201,6 +256,13 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
         "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |"
         for line in lines
     )
+
+
+def _source_of(module: ModuleType) -> str:
+    """A module's code without its docstring."""
+    source = inspect.getsource(module)
+    _, first, *_ = ast.parse(source).body
+    return "".join(source.splitlines(keepends=True)[first.lineno - 1 :])
 
 
 def _code(text: str) -> str:

@@ -97,6 +97,11 @@ class Centres(nn.Module):
         self.gamma.fill_(gamma)
         self.rho_max.fill_(rho_max)
 
+    @property
+    def fitted(self) -> bool:
+        """Whether they have been placed and γ chosen. Waits for a GPU."""
+        return float(self.rho_max) > 0
+
     def bonus(self, rho_N: np.ndarray) -> np.ndarray:
         """(N,) float64 γ min(ρ, ρ_max): what the structure mode subtracts from an item's squared
         distances."""

@@ -18,7 +18,7 @@ from conftest import make_shards, small_run
 from namr_dist import verified_json
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
-from namr_dist.results.evaluate_run import embed_shards, evaluate_run, report_run
+from namr_dist.results.evaluate_run import evaluate_run, report_run
 from namr_dist.results.export import export_run
 from namr_dist.results.record import trained_config
 
@@ -122,10 +122,11 @@ def test_the_report_tells_the_protocol(evaluated: Path) -> None:
 
 
 def test_embed_keeps_the_roles(
-    evaluated: Path, queries_and_gallery: Manifest, tmp_path: Path
+    evaluated: Path, queries_and_gallery: Manifest, forked_namr: Callable, tmp_path: Path
 ) -> None:
     out = tmp_path / "test.safetensors"
-    assert embed_shards(evaluated, str(queries_and_gallery.folder), "test", out) == 36
+    done = forked_namr("embed", evaluated, "--shards", queries_and_gallery.folder, "--out", out)
+    assert done.returncode == 0, done.stderr
     assert (
         safetensors.numpy.load_file(out)["roles"].tolist()
         == queries_and_gallery.index("test").role_N.tolist()

@@ -63,7 +63,7 @@ def run(
 @pytest.fixture(scope="module")
 def exported(run: Path, namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports") / "small"
-    done = namr("export", run, "--out", folder, "--json")
+    done = namr("export", run, "--out", folder, "--license", "cc-by-4.0", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["size_bytes"] == {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -97,6 +97,7 @@ def test_what_is_written(run: Path, exported: Path, shard_set: Manifest) -> None
     recall = json.loads((run / "metrics.json").read_text())["test"]["sample"]["R@1"]
     assert f"| trained, sample | {recall:.1f} |" in card
     assert shard_set.split_hash("test") in card
+    assert card.startswith("---\n") and '\nlicense: "cc-by-4.0"\n---\n' in card
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,15 @@ from conftest import small_run
 from training_runs import Run, entries, start_parent
 
 from namr_dist.config import Config, DataConfig, StructureConfig
+from namr_dist.data.read.stream import ShardImages
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
 from namr_dist.parallel.host import HostGroup
+from namr_dist.parallel.ranks import Rank
+from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.structure.centres import HEAD_ROOM, Centres
+from namr_dist.train.checkpoints.chosen import network_at
+from namr_dist.train.embed import embed, test_transform
 from namr_dist.train.structure_fit import DEFAULT_GAMMA, Embedded, fit_structure
 
 CENTRES = 9
@@ -42,7 +47,7 @@ def test_any_ranks_and_stages_resumed_or_not(shard_set: Manifest, tmp_path: Path
         "--set.structure.objective=views",
         f"--set.structure.centres={CENTRES}",
         "--set.structure.pull=0.5",
-        "--set.train.validate_every=5",
+        "--set.train.validate_every=4",
         "--set.train.checkpoint_every=4",
     ]
 
@@ -54,6 +59,7 @@ def test_any_ranks_and_stages_resumed_or_not(shard_set: Manifest, tmp_path: Path
     two, one = tmp_path / "two", tmp_path / "one"
     trained(two, "--set.train.zero_stage=3", ranks=2)
     expected, network = said_of(two), final(two)
+    checkpoint_scores_as_validation_did(two, shard_set, step=8)
     (two / "checkpoints" / "final.safetensors").unlink()
     shutil.rmtree(two / "checkpoints" / "step-00000008")
     again = trained(two, "--set.train.zero_stage=3", "--resume", ranks=2)
@@ -75,6 +81,29 @@ def test_any_ranks_and_stages_resumed_or_not(shard_set: Manifest, tmp_path: Path
     # On unit vectors of no great spread: none has run away, and no two are one.
     centres_MD = network["centres.centres_MD"]
     assert (centres_MD.norm(dim=1) < 3).all() and torch.pdist(centres_MD).min() > 0
+
+
+def checkpoint_scores_as_validation_did(folder: Path, manifest: Manifest, *, step: int) -> None:
+    """What two ranks' parts make up embeds the validation images as the ranks did, whose centres
+    were those of the step."""
+    config = Config.load(folder / "config.json")
+    network, trained = network_at(folder, config, f"step-{step}", device=torch.device("cpu"))
+    assert (trained["steps"], trained["ranks"], trained["zero_stage"]) == (step, 2, 3)
+    index = manifest.index("val")
+    rank = Rank(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    images = ShardImages(manifest, index, test_transform(config))
+    z_ND, s_ND = embed(network, images, rank=rank, batch_size=36, workers=0)
+    entry, fitted = (
+        next(line[block] for line in entries(folder) if line.get("step") == step and block in line)
+        for block in ("val", "structure")
+    )
+    figures = evaluate_sample(z_ND, index.label_N, distance=config.distance)
+    assert entry == {name: pytest.approx(figures[name]) for name in entry}
+    assert network.centres is not None and network.centres.fitted
+    assert (
+        len(network.centres.centres_MD) == CENTRES and s_ND.shape[1] == network.centres.nearest + 1
+    )
+    assert float(network.centres.gamma) == pytest.approx(fitted["gamma"])
 
 
 def said_of(folder: Path) -> list[dict]:

@@ -294,6 +294,7 @@ def small_checkpoint(path: Path, *, parts: int = 1, **about: Any) -> Path:
         "versions": {},
         "step": 4,
         "ranks": parts,
+        "zero_stage": 1,
         "data": "d",
         "config": json.loads(CONFIG.to_json()),
         **about,
@@ -307,7 +308,14 @@ def test_flipped_and_missing_bytes_are_found(tmp_path: Path) -> None:
     path = small_checkpoint(tmp_path / "step", parts=2)
     files = ["rank-00000.safetensors", "rank-00001.safetensors"]
     assert open_state(path) == SavedState(
-        path=path, step=4, ranks=2, data_hash="d", config=CONFIG, versions={}, files=tuple(files)
+        path=path,
+        step=4,
+        ranks=2,
+        zero_stage=1,
+        data_hash="d",
+        config=CONFIG,
+        versions={},
+        files=tuple(files),
     )
     for name in (INDEX, *files):
         file = path / name
@@ -355,6 +363,7 @@ def test_pieces_that_do_not_make_a_tensor_are_refused(tmp_path: Path) -> None:
     """Hashes are right: somebody wrote them so."""
     whole = torch.arange(12.0)
     about = {"format": "namr-training/2", "version": "0", "versions": {}, "step": 4, "ranks": 2}
+    about["zero_stage"] = 0
     for number, (first, second) in enumerate(
         [
             (Piece(values=whole[:6], start=0, shape=(3, 4)), None),

@@ -18,8 +18,9 @@ from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from namr_dist.data.picture import as_image, on_white, upright
 from namr_dist.data.shardset.shards import END_OF_IMAGE, JPEG_TAIL, MOST_PIXELS
 from namr_dist.errors import InputError
 
@@ -36,8 +37,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _STRAY_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _MOST_STRAY = 16
 TOO_LARGE = "too large"
-_STRIP = 64
-"""Rows."""
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 """Of a JPEG's segment or end (ITU T.81, B.1), not what may stand within image data: a stuffed zero,
 a restart."""
@@ -102,13 +101,29 @@ def as_shard_jpeg(data: bytes, encoding: Encoding) -> tuple[bytes, Treatment]:
     return data, "kept"
 
 
-def viewed_rgb(data: bytes, least: int = 1) -> np.ndarray:
-    """uint8 (H, W, 3): what a viewer shows of any image file that a build takes; of a JPEG of more
-    than MOST_PIXELS, at a half, a quarter or an eighth of its size, with `least` pixels or more on
-    a side. Raises BrokenImageError."""
-    if not data:
-        raise BrokenImageError("empty", "")
-    return np.asarray(_as_rgb(_open_with_pillow(data, least)))
+def viewed(picture: bytes | Image.Image | np.ndarray, least: int = 1) -> Image.Image:
+    """RGB: what a viewer shows of the bytes of any image file that a build takes, of a PIL image,
+    or of an array as `data.picture` takes it; of a JPEG file of more than MOST_PIXELS, at a half,
+    a quarter or an eighth of its size, with `least` pixels or more on a side.
+
+    Raises BrokenImageError.
+    """
+    if isinstance(picture, bytes):
+        if not picture:
+            raise BrokenImageError("empty", "")
+        return on_white(_open_with_pillow(picture, least))
+    try:
+        with _quiet():
+            image = as_image(picture)
+            if image.width * image.height > MOST_PIXELS:
+                raise _too_large(f"{image.width} × {image.height} pixels")
+            return on_white(upright(image))
+    except (BrokenImageError, MemoryError):
+        raise
+    except ValueError as error:
+        raise BrokenImageError("not an image", str(error)) from None
+    except Exception as error:
+        raise _broken(error) from None
 
 
 def _strict_pixels(jpeg: bytes, least: int | None) -> tuple[np.ndarray, int]:
@@ -237,9 +252,7 @@ def _open_with_pillow(data: bytes, least: int | None = None) -> Image.Image:
             shrink = _shrink(data, image.width, image.height, least)
             if shrink > 1:
                 image.draft(None, (image.width // shrink, image.height // shrink))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)  # not in place, it makes a copy of all
-            return image
+            return upright(image)
     except (BrokenImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -251,35 +264,19 @@ def _open_with_pillow(data: bytes, least: int | None = None) -> Image.Image:
         pixels = re.search(r"\d+", str(error))
         raise _too_large(f"{int(pixels[0]):,} pixels" if pixels else str(error)) from None
     except Exception as error:  # damaged files raise whatever Pillow's parsers run into
-        raise BrokenImageError(
-            "truncated" if "truncated" in str(error).lower() else "damaged", str(error)
-        ) from None
+        raise _broken(error) from None
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """On white where it was transparent."""
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if not (image.mode.startswith("I") or image.has_transparency_data):
-        return image.convert("RGB")
-    # Strip by strip: what lies between takes several times an image's memory.
-    made = Image.new("RGB", image.size)
-    for top in range(0, image.height, _STRIP):
-        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips
-            grey_HW = (np.asarray(strip).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            made.paste(Image.fromarray(grey_HW).convert("RGB"), (0, top))
-        else:
-            white = Image.new("RGBA", strip.size, "white")
-            shown = Image.alpha_composite(white, strip.convert("RGBA"))
-            made.paste(shown.convert("RGB"), (0, top))
-    return made
+def _broken(error: Exception) -> BrokenImageError:
+    return BrokenImageError(
+        "truncated" if "truncated" in str(error).lower() else "damaged", str(error)
+    )
 
 
 def _encode(
     image: Image.Image, treatment: Treatment, encoding: Encoding
 ) -> tuple[bytes, Treatment]:
-    image = _as_rgb(image)
+    image = on_white(image)
     width, height = image.size
     size = encoding.size
     if size is not None and min(width, height) > size:

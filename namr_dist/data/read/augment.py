@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from namr_dist.config import DataConfig
+from namr_dist.data.picture import cut, middle_square
 
 # ITU-R BT.601 luma weights, as JPEG and Pillow use them.
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -60,13 +61,8 @@ class View:
         By Pillow's bicubic, which a user of a trained network has, too.
         """
         left, top, right, bottom = self.box
-        return np.asarray(
-            Image.fromarray(image_HW3).resize(
-                (self.size, self.size),
-                Image.Resampling.BICUBIC,
-                box=(left / shrink, top / shrink, right / shrink, bottom / shrink),
-            )
-        )
+        box = (left / shrink, top / shrink, right / shrink, bottom / shrink)
+        return cut(Image.fromarray(image_HW3), box, self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +178,7 @@ class TrainTransform:
                 left, top = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
                 return left, top, left + crop_w, top + crop_h
         # A very long image may refuse every draw: its middle square is always possible.
-        return _middle_square(height, width, min(height, width))
+        return middle_square(width, height, min(width, height))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +199,5 @@ class TestTransform:
     def view(self, height: int, width: int) -> View:
         """The view of an image of so many pixels."""
         return View(
-            size=self.size, box=_middle_square(height, width, min(height, width) * self.crop_share)
+            size=self.size, box=middle_square(width, height, min(width, height) * self.crop_share)
         )
-
-
-def _middle_square(height: int, width: int, side: float) -> Box:
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side

@@ -1,15 +1,18 @@
-"""Image files of a folder, for embedding a user's own pictures."""
+"""A user's own pictures, one by one or the files of a folder, to be embedded."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from namr_dist.data.build.formats.lists import ENDINGS
-from namr_dist.data.build.normalise import BrokenImageError, viewed_rgb
+from namr_dist.data.build.normalise import BrokenImageError, viewed
+from namr_dist.data.picture import Picture, middle
 from namr_dist.data.read.augment import TestTransform
 from namr_dist.data.read.stream import Batch, ImageSource
 from namr_dist.errors import InputError, ReportedError, TransientError, is_transient
@@ -49,7 +52,14 @@ class FolderImages(ImageSource):
         positions = [position for position, _ in items]
         try:
             images = np.stack(
-                [self._image(self._folder / self.names[position]) for position in positions]
+                [
+                    read_picture(
+                        self._folder / self.names[position],
+                        size=self.side,
+                        share=self._transform.crop_share,
+                    )
+                    for position in positions
+                ]
             )
         except ReportedError as error:
             return error
@@ -59,11 +69,30 @@ class FolderImages(ImageSource):
             index_b=torch.tensor(positions),
         )
 
-    def _image(self, path: Path) -> np.ndarray:
-        try:
-            return self._transform(viewed_rgb(path.read_bytes(), least=self.side))
-        except BrokenImageError as error:
-            raise InputError(f"{path} cannot be decoded ({error}); repair or remove it") from None
-        except OSError as error:
-            kind = TransientError if is_transient(error) else InputError
-            raise kind(f"{path} cannot be read ({error.strerror}); repair or remove it") from None
+
+def read_picture(picture: Picture, *, size: int, share: float) -> np.ndarray:
+    """What `data.picture.prepare` makes of a picture, uint8 (size, size, 3), for pictures that may
+    be anything: of more than MOST_PIXELS, a baseline JPEG is decoded at a fraction of its size.
+
+    Raises InputError, which names a path, for what is no whole picture of a kind that it takes, or
+    too large, and TransientError if storage does not answer.
+    """
+    where, remedy = "the picture", "give another"
+    try:
+        if isinstance(picture, str | os.PathLike):
+            where, remedy = os.fspath(picture), "repair or remove it"
+            picture = Path(picture).read_bytes()
+        elif not isinstance(picture, bytes | Image.Image | np.ndarray):
+            if not hasattr(picture, "read"):
+                raise InputError(
+                    f"{type(picture).__name__} is no picture; give a path, the bytes of an image file, an open "
+                    "file, a PIL image or a NumPy array"
+                )
+            picture = picture.read()
+        image = viewed(picture, least=size)
+    except BrokenImageError as error:
+        raise InputError(f"{where} cannot be decoded ({error}); {remedy}") from None
+    except OSError as error:
+        kind = TransientError if is_transient(error) else InputError
+        raise kind(f"{where} cannot be read ({error.strerror}); {remedy}") from None
+    return middle(image, size=size, share=share)

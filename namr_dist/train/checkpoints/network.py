@@ -49,8 +49,7 @@ def load_network(
     """
     if not path.is_file():
         raise InputError(
-            f"{path} is missing: the run has not finished; train it first with "
-            f"`namr train {config.recipe}`"
+            f"{path} is missing: the run has not finished; run the training's command with --resume"
         )
     try:
         state, metadata = read_tensors(path)

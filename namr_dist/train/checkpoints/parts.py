@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from namr_dist import verified_json
-from namr_dist.atomic import flush_folder, remove_folder, write_atomic
+from namr_dist.atomic import flush, remove_folder, write_atomic
 from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.json_file import json_object
 from namr_dist.train.checkpoints.verified_file import TensorSpec, verify_file, write_tensors
@@ -93,7 +93,7 @@ def finish(path: Path, about: Mapping[str, Any], parts: Sequence[Mapping[str, An
     if path.exists():  # it was damaged, and the run went on from one before
         remove_folder(path)
     folder.rename(path)
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
 def discard(path: Path) -> None:

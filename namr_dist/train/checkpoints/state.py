@@ -50,6 +50,7 @@ class SavedState:
     """Steps done."""
     ranks: int
     """World size that wrote it."""
+    zero_stage: int
     data_hash: str
     """Of the images that were trained on."""
     config: Config
@@ -115,7 +116,7 @@ def versions() -> dict[str, str]:
 
 def state_bytes(module: nn.Module) -> int:
     """Size of a checkpoint, but for its header and random generators."""
-    held = sum(value.numel() * value.element_size() for _, value in _named_state(module))
+    held = sum(value.numel() * value.element_size() for _, value in named_state(module))
     return held + 2 * sum(value.numel() * 4 for value in module.parameters() if value.requires_grad)
 
 
@@ -203,7 +204,7 @@ def open_state(path: Path) -> SavedState:
             f"version {about.get('version')} of namr-dist: go on with that one, or start again with "
             "--overwrite"
         )
-    for name in ("step", "ranks"):
+    for name in ("step", "ranks", "zero_stage"):
         if not isinstance(about.get(name), int) or not 0 <= about[name] < _MOST:
             raise InputError(f"{where}: {name} is {about.get(name)!r}, not a count; {parts.REMEDY}")
     others = about.get("versions")
@@ -219,6 +220,7 @@ def open_state(path: Path) -> SavedState:
         path=path,
         step=about["step"],
         ranks=about["ranks"],
+        zero_stage=about["zero_stage"],
         data_hash=about["data"],
         config=Config.from_object(about.get("config"), f"{where}: config"),
         versions={name: str(version) for name, version in others.items()},
@@ -234,7 +236,7 @@ def check_fits(saved: SavedState, module: nn.Module) -> None:
         for name, spec in specs.items()
         if name.startswith("model/")
     }
-    wanted = {name: tuple(value.shape) for name, value in _named_state(module)}
+    wanted = {name: tuple(value.shape) for name, value in named_state(module)}
     for name in sorted(there.keys() | wanted.keys()):
         if there.get(name) != wanted.get(name):
             raise InputError(
@@ -279,7 +281,7 @@ def load_state(
         return tensor
 
     parameters = dict(engine.module.named_parameters())
-    for name, value in _named_state(engine.module):
+    for name, value in named_state(engine.module):
         if name not in parameters:
             value.copy_(read(f"model/{name}"))
             continue
@@ -300,7 +302,7 @@ def load_state(
     _restore_generators(engine.device, own, seed=seed, step=step)
 
 
-def _named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
+def named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and persistent buffers by name, each once."""
     kept = module.state_dict().keys()
     return [
@@ -319,7 +321,7 @@ def _own_pieces(engine: DeepSpeedEngine) -> dict[str, Piece]:
     of_all: dict[str, Tensor] = {}
     slices: dict[str, Piece] = {}
     parameters = dict(engine.module.named_parameters())
-    for name, value in _named_state(engine.module):
+    for name, value in named_state(engine.module):
         if name not in parameters:
             if rank == 0:
                 own[f"model/{name}"] = value

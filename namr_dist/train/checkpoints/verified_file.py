@@ -21,7 +21,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from namr_dist.atomic import flush_folder
+from namr_dist.atomic import flush
 from namr_dist.errors import DamagedFileError
 from namr_dist.text import say
 
@@ -127,7 +127,7 @@ class VerifiedFileWriter:
                 None, f"read back differs from what was written ({error})", str(self._path)
             ) from None
         os.replace(self._temporary, self._path)
-        flush_folder(self._path.parent)
+        flush(self._path.parent)
         return self._sha256.hexdigest()
 
     def discard(self) -> None:

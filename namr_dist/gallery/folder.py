@@ -1,0 +1,271 @@
+"""An index's folder: `index.json` names the other files and has their hashes.
+
+    index.json          what the index is of (Header), verified_json.py
+    index.faiss         vectors of the mode, as plain faiss reads them
+    items.parquet       id, label and source of each item
+    embeddings.npy      float32 (N, D + E [+ 1]): z, what is kept of s, density if calibrated
+
+A change writes files of new names next to the old ones and replaces index.json last: at any time
+the folder holds one whole index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from namr_dist import __version__, verified_json
+from namr_dist.atomic import flush, new_folder, write_atomic
+from namr_dist.data.shardset.shards import sha256_of
+from namr_dist.errors import InputError
+from namr_dist.gallery.engine import Engine, SearchSettings, Shape
+from namr_dist.gallery.geometry import Geometry
+from namr_dist.gallery.items import Items, Source
+from namr_dist.retrieval.arrays import Float32
+
+HEADER = "index.json"
+_FORMAT = "namr-index/1"
+_FAISS, _ITEMS, _EMBEDDINGS = "index.faiss", "items.parquet", "embeddings.npy"
+_OURS = re.compile(
+    r"(?:index-\d+\.faiss|items-\d+\.parquet|embeddings-\d+\.npy)|index\.faiss|items\.parquet|embeddings\.npy"
+)
+_LOCK = ".lock"
+_AGAIN = "copy the index again, or build it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What an index is of, and how it is searched."""
+
+    model: str
+    """name of the run or export that embedded the items"""
+    model_digest: str
+    """gallery.model.Model.digest"""
+    model_place: str
+    """where that was"""
+    mode: str
+    geometry: Geometry
+    shape: Shape
+    limit: float
+    """retrieval.forms.Form.limit"""
+    centre: tuple[float, ...]
+    """retrieval.forms.Form.centre_D"""
+    settings: SearchSettings = field(default_factory=SearchSettings)
+
+    def check_model(self, digest: str, place: str, index: str) -> None:
+        """Raise InputError unless a model of this digest embedded the items. place, index: what
+        they are called."""
+        if digest != self.model_digest:
+            raise InputError(
+                f"{index} was built with model {self.model} ({self.model_digest[:12]}…), {place} is "
+                f"another ({digest[:12]}…); give the one it was built with, or build it again"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """Of the folder, all."""
+
+    header: Header
+    engine: Engine
+    items: Items
+    embeddings: Float32
+    """(N, D + E [+ 1]); a memory map where it was read"""
+
+
+def is_index(path: Path) -> bool:
+    """Whether an index is there."""
+    return path.joinpath(HEADER).is_file()
+
+
+def write(path: Path, contents: Contents) -> None:
+    """Into a new folder, or in place of the index in it, which the caller has locked. Raises
+    InputError if something else is there, or the folder above is not."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(
+            f"{path} lies in a folder that does not exist; make {path.absolute().parent} first"
+        )
+    if not path.exists():
+        with new_folder(path) as folder:
+            _write_files(folder, contents, "")
+        return
+    if not is_index(path):
+        raise InputError(f"{path} exists and is no index; give a folder that does not exist")
+    generation = 1 + max(
+        (int(number) for name in os.listdir(path) for number in re.findall(r"-(\d+)\.", name)),
+        default=1,
+    )
+    _write_files(path, contents, f"-{generation}")
+    _remove_others(path)
+
+
+def _write_files(folder: Path, contents: Contents, suffix: str) -> None:
+    import pyarrow.parquet
+
+    names = [_named(name, suffix) for name in (_FAISS, _ITEMS, _EMBEDDINGS)]
+    faiss_file, items_file, embeddings_file = (folder / name for name in names)
+    contents.engine.write(faiss_file)
+    pyarrow.parquet.write_table(contents.items.table(), items_file)
+    np.save(embeddings_file, contents.embeddings, allow_pickle=False)
+    files = {}
+    for name in names:
+        flush(folder / name)
+        with open(folder / name, "rb") as file:
+            files[name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": sha256_of(file)}
+    write_atomic(folder / HEADER, verified_json.dumps(_as_json(contents, files), indent=2))
+
+
+def _named(name: str, suffix: str) -> str:
+    stem, ending = name.rsplit(".", 1)
+    return f"{stem}{suffix}.{ending}"
+
+
+def _as_json(contents: Contents, files: Mapping[str, Any]) -> dict[str, Any]:
+    import faiss
+
+    return {
+        "format": _FORMAT,
+        "items": len(contents.items),
+        **dataclasses.asdict(contents.header),
+        "sources": [dataclasses.asdict(source) for source in contents.items.sources],
+        "versions": {"namr-dist": __version__, "faiss": faiss.__version__, "numpy": np.__version__},
+        "files": files,
+    }
+
+
+def read(path: Path) -> Contents:
+    """All of an index, every byte compared with its hash. Raises InputError, naming the file, for
+    one that is missing, damaged or not what index.json says."""
+    about = read_about(path)
+    header, files = _header(about, path / HEADER), about["files"]
+    where = {ending: _checked(path, files, ending) for ending in ("faiss", "parquet", "npy")}
+    engine = Engine.read(where["faiss"], header.shape)
+    items = Items.of_table(_table(where["parquet"]), _sources(about, path), str(where["parquet"]))
+    embeddings = _embeddings(where["npy"])
+    if not len(engine) == len(items) == len(embeddings):
+        raise InputError(
+            f"{path} has {len(engine):,} vectors, {len(items):,} items and {len(embeddings):,} "
+            f"embeddings; {_AGAIN}"
+        )
+    if embeddings.shape[1] - header.geometry.width - header.geometry.kept_width not in (0, 1):
+        raise InputError(
+            f"{where['npy']} is {embeddings.shape[1]} wide, which does not fit; {_AGAIN}"
+        )
+    return Contents(header=header, engine=engine, items=items, embeddings=embeddings)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The content of index.json. Raises InputError."""
+    where = path / HEADER
+    try:
+        data = where.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} is no index: {HEADER} cannot be read there ({error.strerror}); give a folder that "
+            "`namr index build` wrote"
+        ) from None
+    about = verified_json.loads_object(data, str(where), _AGAIN)
+    if about.get("format") != _FORMAT:
+        raise InputError(
+            f"{where} has format {about.get('format')!r}, expected {_FORMAT!r}; build it again"
+        )
+    return about
+
+
+def read_header(path: Path) -> Header:
+    """What an index is of, its other files not looked at. Raises InputError."""
+    return _header(read_about(path), path / HEADER)
+
+
+def _header(about: Mapping[str, Any], where: Path) -> Header:
+    try:
+        return Header(
+            model=str(about["model"]),
+            model_digest=str(about["model_digest"]),
+            model_place=str(about["model_place"]),
+            mode=str(about["mode"]),
+            geometry=Geometry(**about["geometry"]),
+            shape=Shape(**about["shape"]),
+            limit=float(about["limit"]),
+            centre=tuple(map(float, about["centre"])),
+            settings=SearchSettings(**about["settings"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where} is not what an index has ({error}); {_AGAIN}") from None
+
+
+def _sources(about: Mapping[str, Any], path: Path) -> tuple[Source, ...]:
+    try:
+        return tuple(Source(**source) for source in about["sources"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{path / HEADER}: sources are not what an index has ({error}); {_AGAIN}"
+        ) from None
+
+
+def _checked(path: Path, files: Any, ending: str) -> Path:
+    """The file of that ending, which is as index.json says."""
+    names = [name for name in files if _OURS.fullmatch(name) and name.endswith(f".{ending}")]
+    if len(names) != 1:
+        raise InputError(f"{path / HEADER} names {len(names)} files .{ending}, not one; {_AGAIN}")
+    where, stated = path / names[0], files[names[0]]
+    try:
+        with open(where, "rb") as file:
+            found = {"bytes": os.fstat(file.fileno()).st_size, "sha256": sha256_of(file)}
+    except OSError as error:
+        raise InputError(f"{where} cannot be read ({error.strerror}); {_AGAIN}") from None
+    if found != stated:
+        raise InputError(f"{where} is damaged: its SHA-256 is not the one in {HEADER}; {_AGAIN}")
+    return where
+
+
+def _table(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path, columns=["id", "label", "source"])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as Parquet ({error}); {_AGAIN}") from None
+
+
+def _embeddings(path: Path) -> Float32:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} cannot be read by numpy ({error}); {_AGAIN}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype != np.float32:
+        raise InputError(f"{path} holds no float32 matrix; {_AGAIN}")
+    return array
+
+
+def _remove_others(path: Path) -> None:
+    """Files of an index that index.json no longer names."""
+    named = json.loads((path / HEADER).read_bytes())["files"]
+    for name in os.listdir(path):
+        if _OURS.fullmatch(name) and name not in named:
+            with contextlib.suppress(OSError):
+                (path / name).unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it, no other process changes the index. Raises InputError if one does."""
+    with open(path / _LOCK, "ab") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"index {path} is being changed by another process; wait until it has ended"
+            ) from None
+        yield

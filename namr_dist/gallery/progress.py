@@ -1,0 +1,66 @@
+"""How far long work on pictures is: a bar on a terminal, a plain line every ten seconds
+elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from namr_dist.terminal import Console, plain
+from namr_dist.text import duration, printable
+
+_LINE_EVERY_S, _BAR_EVERY_S = 10.0, 0.1
+
+
+class Progress:
+    """Pictures done of all, on stderr."""
+
+    def __init__(self, name: str, pictures: int, *, shown: bool) -> None:
+        self._name, self._all, self._done, self._shown = name, pictures, 0, shown
+        self._console = Console(file=sys.stderr)
+        self._bar: Bar | None = None
+        if shown and self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(printable(name), total=pictures, note="")
+        self._began = self._told = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._tell()
+            self._bar.stop()
+
+    def advance(self, pictures: int) -> None:
+        """So many more are done."""
+        self._done += pictures
+        every_s = _BAR_EVERY_S if self._bar else _LINE_EVERY_S
+        if self._shown and time.perf_counter() - self._told >= every_s:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = time.perf_counter()
+        rate = self._done / max(self._told - self._began, 1e-9)
+        left = f"  {duration((self._all - self._done) / rate)} left" if rate else ""
+        note = f"{self._done:,}/{self._all:,} pictures  {rate:.0f}/s{left}"
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, note=note)
+        else:
+            self._console.print(plain(f"{self._name}  {note}"), soft_wrap=True)
