@@ -8,6 +8,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+from namr_dist import named_code
 from namr_dist.bounds import check_bounds
 from namr_dist.errors import InputError
 from namr_dist.serve.limits import Limits
@@ -26,10 +27,14 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     serve.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
     serve.add_argument(
-        "--model",
-        type=Path,
-        metavar="RUN",
-        help="the model that embeds pictures (the one the index was built with)",
+        "--model", type=Path, metavar="RUN", help="the run or export it was built with, if moved"
+    )
+    serve.add_argument(
+        "--allow-code",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="import this code, which the run was trained with; may be given again",
     )
     serve.add_argument(
         "--host",
@@ -74,6 +79,7 @@ def _serve(parsed: argparse.Namespace, _: list[str]) -> None:
         raise InputError(f"--port is {parsed.port}; give one from 1 to 65535, or 0 for any")
     limits = Limits(**{field.name: getattr(parsed, field.name) for field in fields(Limits)})
     check_bounds(limits)
+    named_code.allow(parsed.allow_code)
     from namr_dist.gallery.gallery import open_index
     from namr_dist.serve.server import serve
 

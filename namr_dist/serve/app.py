@@ -32,7 +32,8 @@ from namr_dist.serve.worker import BusyError, Worker
 from namr_dist.text import say
 
 if TYPE_CHECKING:
-    from namr_dist.gallery.gallery import Gallery, Hit
+    from namr_dist.gallery.gallery import Gallery
+    from namr_dist.gallery.items import Hit
 
 MOST_NEIGHBOURS = 100
 _RETRY_SECONDS = 2
@@ -191,7 +192,7 @@ class Service:
         """In the thread of searches."""
         _check_picture(body)
         try:
-            return self.gallery.search(body, k=min(k, len(self.gallery)))
+            return self.gallery.search(body, k=k)
         except InputError as error:
             say(f"a picture cannot be read: {error}", file=sys.stderr)
             raise _RefusedError(

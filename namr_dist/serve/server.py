@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _HEAD_SECONDS = 15.0
 """In which a client has to send a request's head, once it is connected or has an answer."""
 _MOST_CONNECTIONS = 512
-_LATE_SECONDS = 1.0
+_LATE_SECONDS = 2.0
 """At most, after a signal, for requests that are on their way in connections that are open."""
 _TICK_SECONDS = 0.02
 _LAST_SECONDS = 60.0

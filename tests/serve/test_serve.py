@@ -3,8 +3,10 @@ they send, and how it ends."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
+import importlib
 import io
 import json
 import re
@@ -24,14 +26,17 @@ import numpy as np
 import pytest
 import torch
 from chromium import chromium, show_at
-from conftest import ENVIRONMENT, picture
+from conftest import ENVIRONMENT, REPOSITORY, picture
 from pictures import jpeg_claiming, saved
 from PIL import Image
 
-from namr_dist.gallery.gallery import Gallery, Hit, open_index
-from namr_dist.gallery.model import load
+from namr_dist import Gallery, Hit, load, open_index
+from namr_dist.cli.main import main
 from namr_dist.recipes.overrides import configure_quietly
 from namr_dist.run.folder import RunFolder
+from namr_dist.serve.app import make_app
+from namr_dist.serve.guard import Guard
+from namr_dist.serve.limits import Limits
 from namr_dist.train.checkpoints.network import initial_network, save_network
 
 CLASSES, VIEWS = 6, 4
@@ -378,6 +383,64 @@ def test_a_second_signal_ends_it_at_once(index: Path, tmp_path: Path) -> None:
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(10) == 128 + signal.SIGTERM
         client.close()
+
+
+def test_an_error_of_ours_is_in_the_log_alone(
+    index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = open_index(index)
+    broken.search(query(0), k=1)
+    monkeypatch.setattr(broken.engine, "search", lambda *_: 1 / 0)
+    head = {"type": "http", "method": "POST", "path": "/search", "query_string": b""}
+    headers = [(b"host", b"localhost"), (b"content-type", b"image/jpeg")]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": query(0), "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    guard = Guard(make_app(broken, Limits()), local=True)
+    asyncio.run(guard({**head, "headers": headers, "client": ("127.0.0.1", 9)}, receive, send))
+    assert [message.get("status") for message in sent] == [500, None]
+    assert "log says why" in json.loads(sent[1]["body"])["detail"]
+    log = capsys.readouterr().err
+    assert "Traceback" in log and "ZeroDivisionError" in log and "/search  500" in log
+
+
+def test_an_address_that_cannot_be_had(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, words in (
+        (["--port", str(service.port)], f"--port {service.port} of --host 127.0.0.1"),
+        (["--host", "203.0.113.9"], "--host 203.0.113.9"),  # of RFC 5737: nobody's
+        (["--host", "no such host"], "--host no such host"),
+        (["--port", "70000"], "--port is 70000"),
+        (["--waiting", "0"], "waiting is 0"),
+    ):
+        assert main(["serve", "nothing", *options]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_an_index_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_packages_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # type: ignore[arg-type]
+    assert main(["serve", "nothing"]) == 2
+    assert "pip install 'namr-dist[serve]'" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    make_serve_bench = importlib.import_module("make_serve_bench")
+    record = json.loads(make_serve_bench.RESULTS.read_text())
+    assert make_serve_bench.table(record) in make_serve_bench.PAGE.read_text()
 
 
 DROP = """
