@@ -154,7 +154,8 @@ def table(record: dict[str, Any]) -> str:
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {row['clients']} | {row['p50_ms']:.0f} | {row['p95_ms']:.0f} | {row['per_second']:.1f} | {row['cpu_ms']:.0f} |"
+        f"| {row['clients']} | {row['p50_ms']:.0f} | {row['p95_ms']:.0f} | {row['per_second']:.1f} "
+        f"| {row['cpu_ms']:.0f} |"
         for row in record["rows"]
     ]
     made = (

@@ -106,7 +106,7 @@ def _log(scope: Scope, status: int, size: int, seconds: float) -> None:
     client = scope["client"][0] if scope["client"] else "-"
     query = scope["query_string"].decode("latin-1")
     target = scope["path"] + (f"?{query}" if query else "")
-    said = "the client left" if status == LEFT else str(status)
+    said = {0: "no answer", LEFT: "the client left"}.get(status, str(status))
     line = (
         f"{time.strftime('%H:%M:%S')}  {client}  {scope['method']} {target}  {said}  "
         f"{size:,} B  {1000 * seconds:.0f} ms"
