@@ -21,7 +21,7 @@ from namr_dist.gallery.embedder import Embedder
 from namr_dist.gallery.embedding import DEFAULT_BATCH, embed_all
 from namr_dist.gallery.gallery import Gallery, build, open_index
 from namr_dist.gallery.items import Hit
-from namr_dist.gallery.pictures import collect
+from namr_dist.gallery.pictures import collect, of_pictures
 
 __all__ = ["Gallery", "Hit", "Model", "load", "open_index"]
 
@@ -48,7 +48,7 @@ class Model(Embedder):
         collection = (
             collect([Path(pictures)], self.transform)
             if isinstance(pictures, (str, os.PathLike))
-            else self.pictures(pictures)
+            else of_pictures(pictures, self.transform)
         )
         made = embed_all(self, collection.images, batch_size=batch_size, progress=progress)
         return build(self, made, collection.items, type=type, mode=mode)

@@ -32,6 +32,7 @@ _ENVIRONMENT = {
 _IMPORTS = [
     "namr_dist.train.run",
     "namr_dist.results.evaluate_run",
+    "namr_dist.api",
     "sklearn.cluster",
     "tyro",
     "deepspeed",
@@ -40,9 +41,12 @@ _IMPORTS = [
 
 
 class Run:
-    """`namr train` on some ranks. Each leads a process group of its own, as under a launcher."""
+    """`namr train`, or another verb, on some ranks. Each leads a process group of its own, as under
+    a launcher."""
 
-    def __init__(self, world_size: int, words: Sequence[object], output: Path) -> None:
+    def __init__(
+        self, world_size: int, words: Sequence[object], output: Path, *, verb: str = "train"
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -60,9 +64,7 @@ class Run:
             for rank in range(world_size)
         ]
         self.ranks = [
-            context.Process(
-                target=_namr, args=(_texts("train", *words), environment, output, output)
-            )
+            context.Process(target=_namr, args=(_texts(verb, *words), environment, output, output))
             for environment in launched
         ]
         for process in self.ranks:

@@ -442,7 +442,16 @@ def _print_hits(paths: list[str], found: list[list[Hit]]) -> None:
 
     console = Console()
     for path, hits in zip(paths, found, strict=True):
-        table = Table("", "distance", "label", "picture", title=plain(path), title_justify="left")
+        title = plain(_short(path))
+        table = Table("", "distance", "label", "picture", title=title, title_justify="left")
         for rank, hit in enumerate(hits, 1):
-            table.add_row(str(rank), f"{hit.distance:.4g}", plain(hit.label or ""), plain(hit.path))
+            table.add_row(
+                str(rank), f"{hit.distance:.4g}", plain(hit.label or ""), plain(_short(hit.path))
+            )
         console.print(table)
+
+
+def _short(path: str) -> str:
+    """For people: from the working folder on, if it lies there."""
+    here = f"{Path.cwd()}/"
+    return path.removeprefix(here)

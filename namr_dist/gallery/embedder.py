@@ -19,7 +19,7 @@ from namr_dist.data.read.augment import TestTransform
 from namr_dist.errors import InputError
 from namr_dist.gallery.embedding import DEFAULT_BATCH, embed_all
 from namr_dist.gallery.geometry import Geometry
-from namr_dist.gallery.pictures import Collection, of_pictures
+from namr_dist.gallery.pictures import PictureList
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.results.export import is_export
 from namr_dist.results.export import read as read_export
@@ -65,7 +65,9 @@ class Embedder:
 
     @property
     def name(self) -> str:
-        """Of the run or the export."""
+        """Of the run or the export; of an earlier checkpoint, RUN/step-…."""
+        if self.place.parent.name == _STATES:
+            return f"{self.place.parents[1].name}/{self.place.name}"
         return self.place.name
 
     @property
@@ -148,7 +150,7 @@ class Embedder:
         """
         made = embed_all(
             self,
-            self.pictures(as_list(pictures)).images,
+            PictureList(as_list(pictures), self.transform),
             batch_size=batch_size,
             progress=progress,
         )
@@ -158,10 +160,6 @@ class Embedder:
             z_ND = (z_ND / np.where(lengths_N1 > 0, lengths_N1, 1.0)).astype(np.float32)
         return (z_ND, made.s_NS) if structure else z_ND
 
-    def pictures(self, pictures: Sequence[Picture]) -> Collection:
-        """A program's pictures, to be prepared for this network."""
-        return of_pictures(pictures, self.transform)
-
     def __repr__(self) -> str:
         return (
             f"<{type(self).__name__} {self.name}: {self.config.model.backbone}, {self.width} wide, "
@@ -170,8 +168,10 @@ class Embedder:
 
 
 def network_of(where: str | os.PathLike[str]) -> tuple[EmbeddingNetwork, Config, Path]:
-    """Network, configuration, and the folder of the run or export that has them. `namr_dist.load`
-    says what `where` may be, and what is raised."""
+    """Network, configuration, and the place of both: a run, a checkpoint, an export.
+
+    `namr_dist.load` says what `where` may be, and what is raised.
+    """
     place = Path(where)
     if is_export(place):
         network, config = read_export(place)
@@ -187,8 +187,10 @@ def network_of(where: str | os.PathLike[str]) -> tuple[EmbeddingNetwork, Config,
     config = trained_config(run)
     # Weights are drawn, then replaced: the caller's generator stays as it is.
     with torch.random.fork_rng(devices=[]):
-        network, _ = network_at(run, config, checkpoint, device=torch.device("cpu"))
-    return network, config, run
+        network, trained = network_at(run, config, checkpoint, device=torch.device("cpu"))
+    # Of a run that goes on, what was loaded is this checkpoint, not whatever is the last one later.
+    step = str(trained["checkpoint"]).removeprefix("step-")
+    return network, config, RunFolder(run).checkpoint(int(step)) if step.isdecimal() else run
 
 
 def as_list(pictures: Picture | Sequence[Picture]) -> Sequence[Picture]:

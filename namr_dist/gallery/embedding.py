@@ -161,7 +161,7 @@ def _embed_chunks(
     missing = [number for number in own if not _is_whole(work, number)]
     done = sum(len(chunks[number]) for number in own) - sum(len(chunks[n]) for n in missing)
     if done and rank.first:
-        say(f"{done:,} pictures were embedded before the build was interrupted; going on")
+        say(f"{done:,} pictures were embedded before; going on", file=sys.stderr)
     batches = [batch for number in missing for batch in _cut(chunks[number], batch_size)]
     total = sum(len(chunks[number]) for number in missing)
     made = _batches(model, Sparing(collection.images), batches, workers)
@@ -235,7 +235,10 @@ def _prepare(work: Path, plan: dict[str, object]) -> None:
                 return
         except (OSError, InputError):
             pass
-        say(f"{work} was begun with other pictures, another model or batch size; starting over")
+        say(
+            f"{work} was begun with other pictures, another model or batch size; starting over",
+            file=sys.stderr,
+        )
         shutil.rmtree(work)
     work.mkdir()
     write_atomic(path, json.dumps(plan))

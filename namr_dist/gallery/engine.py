@@ -35,7 +35,8 @@ _PQ_NUMBERS = 4
 """Of a vector, which one byte stands for."""
 PQ_LEAST_ITEMS = 256
 """Fewer cannot be told apart by the 256 values of a byte."""
-_TRAINED_ON = 100_000
+SAMPLE = 100_000
+"""Vectors, at most, that a type learns from."""
 _SEED = 1234
 _ITEMS_A_CELL = 39
 """As few as faiss's k-means takes without a warning."""
@@ -105,8 +106,9 @@ class Engine:
         self._on_gpu: Any = None
 
     @classmethod
-    def built(cls, shape: Shape, vectors_NV: Float32) -> Engine:
-        """Trained on these vectors, or 100,000 of them, and filled with them."""
+    def trained(cls, shape: Shape, some_NV: Float32) -> Engine:
+        """Empty, with what its type learns from vectors like those that it will hold; SAMPLE of
+        them are enough."""
         import faiss
 
         index: Any = faiss.index_factory(shape.width, shape.factory, faiss.METRIC_L2)
@@ -119,11 +121,15 @@ class Engine:
             for clustering in engine._clusterings():
                 # As few items as cells are no mistake here, and all are used.
                 clustering.min_points_per_centroid = 1
-                clustering.max_points_per_centroid = _TRAINED_ON
+                clustering.max_points_per_centroid = SAMPLE
                 clustering.seed = _SEED
-            rng = np.random.default_rng(_SEED)
-            some = np.sort(rng.permutation(len(vectors_NV))[:_TRAINED_ON])
-            index.train(engine._padded(vectors_NV[some]))
+            index.train(engine._padded(some_NV))
+        return engine
+
+    @classmethod
+    def built(cls, shape: Shape, vectors_NV: Float32) -> Engine:
+        """Trained on these vectors, or a sample of them, and filled with them."""
+        engine = cls.trained(shape, vectors_NV[sample(len(vectors_NV))])
         engine.add(vectors_NV)
         return engine
 
@@ -219,6 +225,12 @@ class Engine:
             yield self.index.cp
         if self.shape.type == "ivfpq":
             yield self.index.pq.cp
+
+
+def sample(items: int) -> Int64:
+    """Positions of SAMPLE of the items, ascending, the same every time; of all where there are no
+    more."""
+    return np.sort(np.random.default_rng(_SEED).permutation(items)[:SAMPLE])
 
 
 def _first_line(error: Exception) -> str:

@@ -26,11 +26,13 @@ import numpy as np
 
 from namr_dist import __version__, verified_json
 from namr_dist.atomic import flush, new_folder, write_atomic
+from namr_dist.config_json import from_object
 from namr_dist.data.shardset.shards import sha256_of
 from namr_dist.errors import InputError
 from namr_dist.gallery.engine import Engine, SearchSettings, Shape
 from namr_dist.gallery.geometry import Geometry
 from namr_dist.gallery.items import Items, Source
+from namr_dist.json_file import an_object
 from namr_dist.retrieval.arrays import Float32
 
 HEADER = "index.json"
@@ -147,7 +149,7 @@ def read(path: Path) -> Contents:
     """All of an index, every byte compared with its hash. Raises InputError, naming the file, for
     one that is missing, damaged or not what index.json says."""
     about = read_about(path)
-    header, files = _header(about, path / HEADER), about["files"]
+    header, files = _header(about, path / HEADER), about.get("files")
     where = {ending: _checked(path, files, ending) for ending in ("faiss", "parquet", "npy")}
     engine = Engine.read(where["faiss"], header.shape)
     items = Items.of_table(_table(where["parquet"]), _sources(about, path), str(where["parquet"]))
@@ -188,33 +190,26 @@ def read_header(path: Path) -> Header:
 
 
 def _header(about: Mapping[str, Any], where: Path) -> Header:
-    try:
-        return Header(
-            model=str(about["model"]),
-            model_digest=str(about["model_digest"]),
-            model_place=str(about["model_place"]),
-            mode=str(about["mode"]),
-            geometry=Geometry(**about["geometry"]),
-            shape=Shape(**about["shape"]),
-            limit=float(about["limit"]),
-            centre=tuple(map(float, about["centre"])),
-            settings=SearchSettings(**about["settings"]),
+    fields = {one.name for one in dataclasses.fields(Header)}
+    told = {name: value for name, value in about.items() if name in fields}
+    header = from_object(Header, told, str(where))
+    assert isinstance(header, Header)
+    if len(header.centre) != header.geometry.width:
+        raise InputError(
+            f"{where}: centre has {len(header.centre)} numbers, not {header.geometry.width}; {_AGAIN}"
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where} is not what an index has ({error}); {_AGAIN}") from None
+    return header
 
 
 def _sources(about: Mapping[str, Any], path: Path) -> tuple[Source, ...]:
-    try:
-        return tuple(Source(**source) for source in about["sources"])
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{path / HEADER}: sources are not what an index has ({error}); {_AGAIN}"
-        ) from None
+    where = f"{path / HEADER}: sources"
+    sources: tuple[Source, ...] = from_object(tuple[Source, ...], about.get("sources"), where)
+    return sources
 
 
 def _checked(path: Path, files: Any, ending: str) -> Path:
     """The file of that ending, which is as index.json says."""
+    files = an_object(files, f"{path / HEADER}: files", _AGAIN)
     names = [name for name in files if _OURS.fullmatch(name) and name.endswith(f".{ending}")]
     if len(names) != 1:
         raise InputError(f"{path / HEADER} names {len(names)} files .{ending}, not one; {_AGAIN}")

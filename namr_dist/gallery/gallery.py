@@ -6,7 +6,7 @@ Shapes: Q queries, N items, D width of z, E of what is kept of s, K neighbours, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from namr_dist.errors import InputError
 from namr_dist.gallery import folder
 from namr_dist.gallery.embedder import Embedder, as_list
 from namr_dist.gallery.embedding import Embeddings
-from namr_dist.gallery.engine import Engine, SearchSettings, shape_of
+from namr_dist.gallery.engine import Engine, SearchSettings, sample, shape_of
 from namr_dist.gallery.geometry import Geometry
 from namr_dist.gallery.items import Hit, Items
 from namr_dist.gallery.pictures import picture_of
@@ -35,6 +35,8 @@ _SPARE = 16
 """Candidates of an exact index beyond those asked for, by which its order is checked."""
 _QUERIES = 1024
 """That are searched for at a time."""
+_BLOCK = 1 << 16
+"""Items whose float64 copies are held at a time."""
 _ROUNDING = 2.0**-23
 
 
@@ -209,8 +211,12 @@ class Gallery:
     @cached_property
     def _longest(self) -> float:
         """Length of the longest vector."""
-        vectors_NV = self.form.items(self.side(np.arange(len(self))))
-        return float(np.linalg.norm(vectors_NV, axis=1).max(initial=0.0))
+        longest = 0.0
+        for start in range(0, len(self), _BLOCK):
+            block_B = np.arange(start, min(start + _BLOCK, len(self)))
+            lengths_B = np.linalg.norm(self.form.items(self.side(block_B)), axis=1)
+            longest = max(longest, float(lengths_B.max()))
+        return longest
 
     def distances(self, queries: Side, ids_QC: Int64) -> Float32:
         """(Q, C) the mode's squared distances of chosen pairs; +inf at −1."""
@@ -227,11 +233,7 @@ class Gallery:
         return self._side_of(self._contents.embeddings[positions])
 
     def _side_of(self, rows: Float32) -> Side:
-        D, E = self.geometry.width, self.geometry.kept_width
-        density_N = rows[:, D + E].astype(np.float64) if rows.shape[1] > D + E else None
-        return self.geometry.side(
-            rows[:, :D], rows[:, D : D + E], density_N=density_N, name=f"embeddings of {self.name}"
-        )
+        return side_of(rows, self.geometry, self.name)
 
     def embeddings(self) -> tuple[Float32, Float32]:
         """z (N, D) and what is kept of s (N, E), float32."""
@@ -369,13 +371,21 @@ def build(
     geometry = model.geometry
     chosen = geometry.served(mode)
     rows = _rows(geometry, made)
-    side = geometry.side(made.z_ND, geometry.kept(made.s_NS), name=f"embeddings of {model.name}")
     if chosen is CALIBRATED:
-        density_N = local_density(side.z)
+        density_N = local_density(side_of(rows, geometry, model.name).z)
         rows = np.concatenate([rows, density_N[:, None]], axis=1, dtype=np.float32)
-        side = replace(side, density=rows[:, -1].astype(np.float64))
-    form = Form.fitted(chosen, side, delta=geometry.delta)
+
+    def blocks() -> Iterator[Side]:
+        for start in range(0, len(rows), _BLOCK):
+            yield side_of(rows[start : start + _BLOCK], geometry, model.name)
+
+    form = Form.fitted(chosen, blocks, delta=geometry.delta)
     shape = shape_of(type, form.width, len(rows))
+    engine = Engine.trained(
+        shape, form.items(side_of(rows[sample(len(rows))], geometry, model.name))
+    )
+    for side in blocks():
+        engine.add(form.items(side))
     header = folder.Header(
         model=model.name,
         model_digest=model.digest,
@@ -389,7 +399,7 @@ def build(
     )
     contents = folder.Contents(
         header=header,
-        engine=Engine.built(shape, form.items(side)),
+        engine=engine,
         items=items.at(made.kept_N),
         embeddings=rows,
     )
@@ -412,6 +422,15 @@ def open_index(
     if model is not None:
         contents.header.check_model(model.digest, str(model.place), f"index {where}")
     return Gallery(contents, name=where.absolute().name, model=model)
+
+
+def side_of(rows: Float32, geometry: Geometry, name: str) -> Side:
+    """Rows of an index's embeddings (N, D + E [+ 1]) as retrieval takes them."""
+    D, E = geometry.width, geometry.kept_width
+    density_N = rows[:, D + E].astype(np.float64) if rows.shape[1] > D + E else None
+    return geometry.side(
+        rows[:, :D], rows[:, D : D + E], density_N=density_N, name=f"embeddings of {name}"
+    )
 
 
 def _rows(geometry: Geometry, made: Embeddings) -> Float32:

@@ -62,6 +62,11 @@ class Items:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @classmethod
+    def none(cls) -> Items:
+        """Not one."""
+        return cls(ids=(), labels=(), source_N=np.empty(0, dtype=np.int64), sources=())
+
     @cached_property
     def position_by_id(self) -> dict[str, int]:
         """Where each item is."""
@@ -76,8 +81,12 @@ class Items:
             else self.ids[position]
         )
 
-    def check_unique(self) -> None:
-        """Raise InputError, naming some, if two items have one id."""
+    def check_ids(self) -> None:
+        """Raise InputError, naming some, if two items have one id, or if one is no text."""
+        if wrong := [one for one in self.ids if not _is_text(one)]:
+            raise InputError(
+                f"{len(wrong):,} names are not UTF-8, such as {_some(wrong)}; rename these files"
+            )
         if len(self.position_by_id) < len(self.ids):
             seen: set[str] = set()
             twice = [one for one in self.ids if one in seen or seen.add(one)]  # type: ignore[func-returns-value]
@@ -86,8 +95,17 @@ class Items:
             )
 
     def joined(self, more: Items) -> Items:
-        """With others behind. Raises InputError if an id is there already."""
-        if shared := [one for one in more.ids if one in self.position_by_id]:
+        """With others behind. One of them whose id another picture has is called by its path.
+
+        Raises InputError if a picture is there already.
+        """
+        there = {self.path(position) for position in range(len(self))}
+        paths = [more.path(position) for position in range(len(more))]
+        ids = tuple(
+            path if one in self.position_by_id else one
+            for one, path in zip(more.ids, paths, strict=True)
+        )
+        if shared := [one for one, path in zip(more.ids, paths, strict=True) if path in there]:
             raise InputError(
                 f"{len(shared):,} of {len(more):,} items are in the index already, such as {_some(shared)}; "
                 "remove these first (namr index remove), or leave them out"
@@ -95,7 +113,7 @@ class Items:
         sources = tuple(dict.fromkeys((*self.sources, *more.sources)))
         renumbered = np.array([sources.index(source) for source in more.sources], dtype=np.int64)
         return Items(
-            ids=self.ids + more.ids,
+            ids=self.ids + ids,
             labels=self.labels + more.labels,
             source_N=np.concatenate([self.source_N, renumbered[more.source_N]]),
             sources=sources,
@@ -149,8 +167,16 @@ class Items:
                 f"{where} names sources that index.json has not; build the index again"
             )
         items = cls(ids=tuple(ids), labels=tuple(labels), source_N=source_N, sources=sources)
-        items.check_unique()
+        items.check_ids()
         return items
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _some(names: Sequence[str]) -> str:

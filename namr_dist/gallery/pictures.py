@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -138,33 +139,18 @@ def collect(places: Sequence[Path], transform: TestTransform) -> Collection:
     below the named one that it lies in, if any. Raises InputError for what is not there, and if two
     pictures have one id.
     """
-    paths: list[Path] = []
-    ids: list[str] = []
-    labels: list[str | None] = []
-    numbers: list[int] = []
-    sources: list[Source] = []
-    for number, place in enumerate(places):
-        if place.is_dir():
-            root, names = place.absolute(), FolderImages(place, transform).names
-            holders = [str(Path(name).parent) for name in names]
-            labels += [None if holder == "." else holder for holder in holders]
+    items = Items.none()
+    for are_files, group in itertools.groupby(places, _is_one_file):
+        if are_files:
+            items = items.joined(_files(tuple(map(str, group))))
         else:
-            root = Path.cwd()
-            names = _listed(place) if place.suffix.lower() == ".txt" else (str(place),)
-            labels += [None] * len(names)
-        sources.append(Source(kind="folder", place=str(root)))
-        ids += names
-        paths += [root / name for name in names]
-        numbers += [number] * len(names)
-    items = Items(
-        ids=tuple(ids),
-        labels=tuple(labels),
-        source_N=np.array(numbers, dtype=np.int64),
-        sources=tuple(sources),
-    )
-    items.check_unique()
+            for place in group:
+                items = items.joined(
+                    _of_folder(place, transform) if place.is_dir() else _files(_listed(place))
+                )
+    paths = [Path(items.path(position)) for position in range(len(items))]
     digest = hashlib.sha256()
-    for path, one in zip(paths, ids, strict=True):
+    for path, one in zip(paths, items.ids, strict=True):
         try:
             status = path.stat()
         except OSError as error:
@@ -177,6 +163,32 @@ def collect(places: Sequence[Path], transform: TestTransform) -> Collection:
     return Collection(
         images=PictureList(paths, transform), items=items, fingerprint=digest.hexdigest()
     )
+
+
+def _is_one_file(place: Path) -> bool:
+    return place.suffix.lower() != ".txt" and not place.is_dir()
+
+
+def _of_folder(folder: Path, transform: TestTransform) -> Items:
+    names = FolderImages(folder, transform).names
+    holders = [str(Path(name).parent) for name in names]
+    labels = tuple(None if holder == "." else holder for holder in holders)
+    return _in(folder.absolute(), names, labels)
+
+
+def _files(paths: tuple[str, ...]) -> Items:
+    return _in(Path.cwd(), paths, (None,) * len(paths))
+
+
+def _in(root: Path, ids: tuple[str, ...], labels: tuple[str | None, ...]) -> Items:
+    items = Items(
+        ids=ids,
+        labels=labels,
+        source_N=np.zeros(len(ids), dtype=np.int64),
+        sources=(Source(kind="folder", place=str(root)),),
+    )
+    items.check_ids()
+    return items
 
 
 def _listed(file: Path) -> tuple[str, ...]:
@@ -232,7 +244,7 @@ def of_pictures(pictures: Sequence[Picture], transform: TestTransform) -> Collec
         source_N=np.zeros(len(pictures), dtype=np.int64),
         sources=(Source(kind="folder", place=os.getcwd()) if are_files else Source(kind="memory"),),
     )
-    items.check_unique()
+    items.check_ids()
     return Collection(images=PictureList(pictures, transform), items=items, fingerprint="")
 
 

@@ -97,6 +97,9 @@ def read(path: Path, model: Embedder) -> tuple[Embeddings, Items]:
             f"{path} was embedded by another model ({digest[:12]}…) than {model.place} "
             f"({model.digest[:12]}…); {_AGAIN}"
         )
+    widths = (model.width, model.structure_width)
+    if z_ND.shape[1:] + s_NS.shape[1:] != widths:
+        raise InputError(f"{path} has z and s of shapes {z_ND.shape} and {s_NS.shape}; {_AGAIN}")
     if not len(z_ND) == len(s_NS) == len(ids) == len(labels):
         raise InputError(f"{path} has not one name for each embedding; {_AGAIN}")
     items = Items(
@@ -105,7 +108,7 @@ def read(path: Path, model: Embedder) -> tuple[Embeddings, Items]:
         source_N=np.zeros(len(ids), dtype=np.int64),
         sources=(Source(kind="vectors", place=str(path.absolute())),),
     )
-    items.check_unique()
+    items.check_ids()
     made = Embeddings(z_ND=z_ND, s_NS=s_NS, kept_N=np.arange(len(ids), dtype=np.int64))
     return made, items
 

@@ -14,6 +14,7 @@ Xbox Recommender System Using a Euclidean Transformation for Inner-Product Space
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,25 +54,31 @@ class Form:
     """δ of the weights s; 0 for a model that has none"""
 
     @classmethod
-    def fitted(cls, mode: Mode, items: Side, *, delta: float = 0.0) -> Form:
-        """The form for an index that begins with these items; `items.density` is needed by the
-        calibrated mode, `items.limit` (γ ρ_max) by the structure mode."""
-        if not mode.can_serve(items) or (mode is CALIBRATED and items.density is None):
-            raise InputError(
-                f"mode {mode.name} needs what this model does not have; take "
-                + " or ".join(other.name for other in MODES if other.can_serve(items))
-            )
-        if items.s is not None:
-            check_delta(items.s, delta)
-        form = cls(mode=mode, centre_D=items.z.mean(axis=0), limit=0.0, delta=delta)
-        if mode is STRUCTURE:
-            limit = items.limit
-        elif mode is CALIBRATED:
-            limit = HEAD_ROOM * float(form._lessened(items).max())
-        elif mode in (ADAPTIVE, SYMMETRIC):
-            limit = HEAD_ROOM * float(_squares(form._products(items)).max())
-        else:
-            limit = 0.0
+    def fitted(
+        cls, mode: Mode, blocks: Callable[[], Iterable[Side]], *, delta: float = 0.0
+    ) -> Form:
+        """The form for an index that begins with these items, given in blocks, which are gone over
+        twice; `density` is needed by the calibrated mode, `limit` (γ ρ_max) by the structure mode.
+        """
+        count, sum_D, limit = 0, np.zeros(()), 0.0
+        for items in blocks():
+            if not mode.can_serve(items) or (mode is CALIBRATED and items.density is None):
+                raise InputError(
+                    f"mode {mode.name} needs what this model does not have; take "
+                    + " or ".join(other.name for other in MODES if other.can_serve(items))
+                )
+            if items.s is not None:
+                check_delta(items.s, delta)
+            count, sum_D = count + len(items.z), sum_D + items.z.sum(axis=0)
+        form = cls(mode=mode, centre_D=sum_D / count, limit=0.0, delta=delta)
+        for items in blocks():
+            if mode is STRUCTURE:
+                limit = items.limit
+                break
+            if mode is CALIBRATED:
+                limit = max(limit, HEAD_ROOM * float(form._lessened(items).max()))
+            elif mode in (ADAPTIVE, SYMMETRIC):
+                limit = max(limit, HEAD_ROOM * float(_squares(form._products(items)).max()))
         return cls(mode=mode, centre_D=form.centre_D, limit=limit, delta=delta)
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import namr_dist
 from namr_dist.config import Config, DataConfig, ModelConfig
 from namr_dist.errors import InputError
 from namr_dist.model.network import EmbeddingNetwork
@@ -123,3 +124,17 @@ def test_damage_and_other_networks_are_named(
     RunFolder(tmp_path).checkpoint(7).rename(RunFolder(tmp_path).checkpoint(9))
     with pytest.raises(InputError, match="holds step 7; give it that step's name"):
         network_at(tmp_path, CONFIG, "9", device=CPU)
+
+
+def test_what_was_loaded_of_a_run_that_goes_on_stays_that(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    first = save_step(run.path, 2)
+    run.config.write_text(CONFIG.to_json())
+    model = namr_dist.load(run.path)
+    assert (model.place, model.name, step_of(model.network)) == (first, "run/step-00000002", 2)
+    later = save_step(run.path, 40)
+    assert namr_dist.load(run.path).place == later
+    again = namr_dist.load(model.place)
+    assert again.digest == model.digest != namr_dist.load(later).digest
+    save_network(run.final, network(41).state_dict(), CONFIG, trained={"steps": 41})
+    assert namr_dist.load(run.path).place == run.path
