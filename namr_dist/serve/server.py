@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -77,13 +77,29 @@ class _Protocol(H11Protocol):
             self._deadline = None
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """One that answers every request whose connection was accepted before a signal, and then ends
     as a command that has done its work. A second signal ends it at once."""
 
     def __init__(
-        self, config: uvicorn.Config, guard: Guard, listener: socket.socket, greeting: list[str]
+        self, guard: Guard, listener: socket.socket, limits: Limits, *, greeting: Sequence[str]
     ) -> None:
+        """greeting: lines to print once it listens."""
+        config = uvicorn.Config(
+            guard,
+            loop="asyncio",
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            # The log is the guard's; uvicorn's own knows no harmless names.
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=round(limits.body_seconds + _LAST_SECONDS),
+        )
         super().__init__(config)
         self._guard = guard
         self._listener = listener
@@ -183,21 +199,6 @@ def serve(open_gallery: Callable[[], Gallery], *, host: str, port: int, limits: 
         shown = f"[{address}]" if listener.family == socket.AF_INET6 else address
         local = ipaddress.ip_address(address.partition("%")[0]).is_loopback
         guard = Guard(make_app(gallery, limits), local=local, names=(host.lower(), shown))
-        config = uvicorn.Config(
-            guard,
-            loop="asyncio",
-            http=_Protocol,
-            ws="none",
-            lifespan="off",
-            # The log is the guard's; uvicorn's own knows no harmless names.
-            log_config=None,
-            log_level="critical",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            backlog=_BACKLOG,
-            timeout_graceful_shutdown=round(limits.body_seconds + _LAST_SECONDS),
-        )
         greeting = [
             f"{gallery.name} ({len(gallery):,} pictures) is served at http://{shown}:{number}/ until "
             "Ctrl-C"
@@ -207,4 +208,4 @@ def serve(open_gallery: Callable[[], Gallery], *, host: str, port: int, limits: 
                 f"warning: whoever reaches {shown}:{number} can search and see the pictures: there is "
                 "no password and no encryption here"
             )
-        _Server(config, guard, listener, greeting).run([listener])
+        Server(guard, listener, limits, greeting=greeting).run([listener])

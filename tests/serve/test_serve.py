@@ -37,6 +37,7 @@ from namr_dist.run.folder import RunFolder
 from namr_dist.serve.app import make_app
 from namr_dist.serve.guard import Guard
 from namr_dist.serve.limits import Limits
+from namr_dist.serve.server import Server, bind
 from namr_dist.train.checkpoints.network import initial_network, save_network
 
 CLASSES, VIEWS = 6, 4
@@ -407,6 +408,26 @@ def test_an_error_of_ours_is_in_the_log_alone(
     assert "log says why" in json.loads(sent[1]["body"])["detail"]
     log = capsys.readouterr().err
     assert "Traceback" in log and "ZeroDivisionError" in log and "/search  500" in log
+
+
+def test_what_comes_in_the_last_moment_is_answered(index: Path) -> None:
+    """Between the loop's last look at the listening socket and its end."""
+    guard = Guard(make_app(open_index(index), Limits()), local=True)
+
+    async def run() -> bytes:
+        listener = bind("127.0.0.1", 0)
+        server = Server(guard, listener, Limits(), greeting=())
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        await server.startup([listener])
+        asyncio.get_running_loop().remove_reader(listener.fileno())  # it looks no more
+        with socket.create_connection(listener.getsockname()) as client:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await server.shutdown([listener])
+            return client.makefile("rb").read()
+
+    answer = asyncio.run(run())
+    assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer
 
 
 def test_an_address_that_cannot_be_had(
