@@ -107,6 +107,7 @@ setup(
         "namr_dist.data.homeware": ["shards/*.tar", "shards/manifest.json", "ATTRIBUTION.csv"],
         "namr_dist.gallery": ["templates/*.html"],
         "namr_dist.results": ["templates/*.html"],
+        "namr_dist.serve": ["templates/*"],
     },
     install_requires=RUNTIME,
     extras_require=EXTRAS,

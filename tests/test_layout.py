@@ -38,6 +38,7 @@ FLOORS = (
     "train",
     "results",
     "gallery",
+    "serve",
     "cluster",
     "bench parity reproduce",
     "doctor",

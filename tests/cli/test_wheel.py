@@ -53,6 +53,7 @@ def test_contents(wheel: Path) -> None:
         "namr_dist/data/homeware/shards/manifest.json",
         "namr_dist/data/homeware/shards/test-000003.tar",
         "namr_dist/results/templates/report.html",
+        "namr_dist/serve/templates/page.js",
     ):
         assert wanted in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"namr_dist"}, (

@@ -32,7 +32,8 @@ are whole, done away with; its shorter side shrunk. The last that applies.
 
 _MOST_SIDE = 65_500
 """Of a JPEG, as libjpeg has it."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""By Pillow's names. It is asked for no others: for some it starts a program."""
 _STRAY_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _MOST_STRAY = 16
 TOO_LARGE = "too large"
@@ -236,7 +237,7 @@ def _is_turned(jpeg: bytes) -> bool:
     if b"Exif\0\0" not in jpeg:
         return False
     try:
-        with _quiet(), Image.open(io.BytesIO(jpeg), formats=_FORMATS) as image:
+        with _quiet(), Image.open(io.BytesIO(jpeg), formats=FORMATS) as image:
             return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     except MemoryError:
         raise
@@ -247,7 +248,7 @@ def _is_turned(jpeg: bytes) -> bool:
 def _open_with_pillow(data: bytes, least: int | None = None) -> Image.Image:
     """The image as it would be viewed, in any mode, shrunk as `_shrink` says."""
     try:
-        with _quiet(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with _quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             shrink = _shrink(data, image.width, image.height, least)
             if shrink > 1:
                 image.draft(None, (image.width // shrink, image.height // shrink))
@@ -257,7 +258,7 @@ def _open_with_pillow(data: bytes, least: int | None = None) -> Image.Image:
     except UnidentifiedImageError:
         known = data.startswith((b"\xff\xd8", b"\x89PNG"))
         raise BrokenImageError(
-            "damaged" if known else "not an image", f"cannot be read as {', '.join(_FORMATS)}"
+            "damaged" if known else "not an image", f"cannot be read as {', '.join(FORMATS)}"
         ) from None
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))

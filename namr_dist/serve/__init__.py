@@ -1,0 +1,1 @@
+"""A gallery over HTTP: the service and its page."""
