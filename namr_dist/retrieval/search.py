@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -336,6 +336,42 @@ def _search(
     return values_QK.numpy(), ids_QK.numpy()
 
 
+def merge(
+    parts: Sequence[tuple[Float32, Int64]], k: int, *, metric: Metric = "l2"
+) -> tuple[Float32, Int64]:
+    """The K nearest items of a gallery whose parts were searched separately: exactly the arrays
+    that one search of the whole gallery returns, ties by the lowest index included.
+
+    parts: values (Q, K') and item indices (Q, K') of each part, as :func:`search` and
+    :func:`search_excluding_self` return them, but for the indices: they count in the whole gallery
+    (add the number of items before the part, not to −1). K' must be at least K, or the number of
+    the part's items; it may differ between parts, and their order does not matter. All parts must
+    be cut from the same vectors: what is centred or scaled is so before it is cut.
+    Returns values (Q, K) fp32 and indices (Q, K) int64, filled up as by :func:`search`. Raises
+    InputError for no parts, parts of other shapes, and K < 1.
+    """
+    if k < 1:
+        raise InputError(f"k = {k}: ask for at least one neighbour")
+    shapes = {(values.shape, ids.shape) for values, ids in parts}
+    if not shapes or any(a != b or len(a) != 2 or a[0] != len(parts[0][0]) for a, b in shapes):
+        raise InputError(
+            f"parts of shapes {sorted(shapes)}: give at least one, each with (Q, K) values and as many "
+            "indices, of the same queries"
+        )
+    sign = 1 if metric == "l2" else -1
+    keys_QM = torch.from_numpy(sign * np.concatenate([values for values, _ in parts], axis=1))
+    ids_QM = torch.from_numpy(np.concatenate([ids for _, ids in parts], axis=1))
+    none = 2**32 - 1  # behind every item, infinitely far ones too
+    packed_QM = pack(keys_QM, torch.where(ids_QM < 0, none, ids_QM))
+    keys_QK, ids_QK = unpack(packed_QM.sort(dim=1).values[:, :k])
+    values_QK = torch.full((len(keys_QK), k), sign * torch.inf)
+    merged_QK = torch.full((len(keys_QK), k), -1)
+    found = slice(0, ids_QK.shape[1])
+    values_QK[:, found] = _values(keys_QK, metric)
+    merged_QK[:, found] = ids_QK.masked_fill(ids_QK == none, -1)
+    return values_QK.numpy(), merged_QK.numpy()
+
+
 def ranks_of(
     queries_QD: Any,
     items_ND: Any,
@@ -353,31 +389,66 @@ def ranks_of(
     the items in float64, and a few blocks of 128 MiB, or of 1 GiB on a GPU.
     """
     queries, items = _checked(queries_QD, items_ND, metric)
+    values_Q = exact_values(queries, items, np.asarray(ids_Q)[:, None], metric)[:, 0]
+    return 1 + counts_before(
+        queries, items, values_Q, ids_Q, query_ids_Q=query_ids_Q, metric=metric
+    )
+
+
+def counts_before(
+    queries_QD: Any,
+    items_ND: Any,
+    values_Q: Float32,
+    ids_Q: Int64,
+    *,
+    query_ids_Q: Int64 | None = None,
+    metric: Metric = "l2",
+) -> Int64:
+    """(Q,) int64: how many items stand before one place of each query's order, a value and an
+    index, in the order of :func:`search`.
+
+    The sum over the parts of a gallery, plus 1, is the rank that :func:`ranks_of` gives for the
+    whole. values_Q: (Q,) fp32 by :func:`exact_values`, found where the item lies. ids_Q: (Q,) its
+    index, counted from this part's first item: below 0 or N and above where it lies in another
+    part. query_ids_Q: as in :func:`search_excluding_self`, among this part's items: −1 where a
+    query is not one of them. Device, memory and errors as :func:`ranks_of`.
+    """
+    queries, items = _checked(queries_QD, items_ND, metric)
     own_Q = checked_query_ids(query_ids_Q, len(queries), len(items))
     keys = _keys(
         queries, items, metric, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    ids, own = (torch.from_numpy(np.asarray(one_Q)).to(keys.device) for one_Q in (ids_Q, own_Q))
-    ranks = [_ranks(keys, rows_B, ids[rows_B], own[rows_B]) for rows_B in keys.blocks()]
-    ranks_Q: Int64 = torch.cat(ranks).cpu().numpy()
-    return ranks_Q
+    sign = 1 if metric == "l2" else -1
+    key, ids, own = (
+        torch.from_numpy(np.asarray(one_Q)).to(keys.device)
+        for one_Q in (sign * values_Q, ids_Q, own_Q)
+    )
+    counts = [
+        _count_before(keys, rows_B, key[rows_B], ids[rows_B], own[rows_B])
+        for rows_B in keys.blocks()
+    ]
+    counts_Q: Int64 = torch.cat(counts).cpu().numpy()
+    return counts_Q
 
 
-def _ranks(
-    keys: Keys, rows_B: torch.Tensor, ids_B: torch.Tensor, own_B: torch.Tensor
+def _count_before(
+    keys: Keys,
+    rows_B: torch.Tensor,
+    key_B: torch.Tensor,
+    ids_B: torch.Tensor,
+    own_B: torch.Tensor,
 ) -> torch.Tensor:
-    """(B,) int64 ranks of the items ids_B in the orders of some queries."""
-    key_B = keys.of_pairs(rows_B, ids_B)
+    """(B,) int64: how many items come before (key_B, ids_B) in the orders of some queries."""
     slack_B1 = (rounding(key_B.double()) + keys.error(rows_B, "fp64"))[:, None]
     gap_BN = keys.by_product(rows_B).sub_(key_B[:, None])
     with_own_M = (own_B >= 0).nonzero()[:, 0]
     gap_BN[with_own_M, own_B[with_own_M]] = torch.inf
-    ranks_B = 1 + (gap_BN < -slack_B1).sum(dim=1)
-    # What the products leave in doubt is computed anew; the item itself is always among it.
+    counts_B = (gap_BN < -slack_B1).sum(dim=1)
+    # What the products leave in doubt is computed again; the item itself is always among it.
     row_P, near_P = (gap_BN.abs_() <= slack_B1).nonzero(as_tuple=True)
     keys_P = keys.of_pairs(rows_B[row_P], near_P)
     before_P = (keys_P < key_B[row_P]) | ((keys_P == key_B[row_P]) & (near_P < ids_B[row_P]))
-    return ranks_B.index_add_(0, row_P, before_P.long())
+    return counts_B.index_add_(0, row_P, before_P.long())
 
 
 def checked_query_ids(query_ids_Q: Int64 | None, queries: int, items: int) -> Int64:

@@ -13,7 +13,9 @@ from namr_dist.retrieval import search as search_module
 from namr_dist.retrieval.keys import Keys
 from namr_dist.retrieval.search import (
     SearchBackend,
+    counts_before,
     exact_values,
+    merge,
     ranks_of,
     search,
     search_backend,
@@ -184,6 +186,43 @@ def test_values_do_not_cancel():
     values, ids = search(items[:1], items, 3)
     assert ids[0].tolist() == [0, 2, 1] and values[0].tolist() == [0.0, 0.0, 2.0**-20]
     np.testing.assert_array_equal(exact_values(items[:1], items, ids, "l2"), values)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("kind", ["random", "duplicates", "collapsed"])
+def test_parts_of_a_gallery_merge_into_one_search(kind, metric, rng):
+    """Duplicates lie in several parts, one part is shorter than K, own entries in any of them."""
+    _, items = clumsy_sets(kind, rng)
+    own = np.concatenate([rng.permutation(90)[:25], np.full(5, -1)])
+    queries = items[own]
+    cuts = [0, 4, 41, 90]
+    for k in (1, 7, 89, 95):
+        expected = search_excluding_self(queries, items, k, query_ids_Q=own, metric=metric)
+        parts = []
+        counts = np.ones(30, dtype=np.int64)
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            inside = np.where((own >= start) & (own < stop), own - start, -1)
+            part = items[start:stop]
+            values, ids = search_excluding_self(
+                queries, part, min(k, stop - start), query_ids_Q=inside, metric=metric
+            )
+            parts.append((values, np.where(ids < 0, -1, ids + start)))
+            place = (expected[0][:, min(k, 89) - 1], expected[1][:, min(k, 89) - 1] - start)
+            counts += counts_before(queries, part, *place, query_ids_Q=inside, metric=metric)
+        for order in (parts, parts[::-1]):
+            values, ids = merge(order, k, metric=metric)
+            np.testing.assert_array_equal(ids, expected[1])
+            np.testing.assert_array_equal(values.view(np.int32), expected[0].view(np.int32))
+        assert (counts == min(k, 89)).all()
+
+
+def test_parts_that_do_not_fit_are_named():
+    part = (np.zeros((2, 3), dtype=np.float32), np.zeros((2, 3), dtype=np.int64))
+    for parts in ([], [part, (part[0][:1], part[1][:1])], [(part[0], part[1][:, :1])]):
+        with pytest.raises(InputError, match="of the same queries"):
+            merge(parts, 1)
+    with pytest.raises(InputError, match="k = 0"):
+        merge([part], 0)
 
 
 def test_back_end_is_named_with_a_reason():
