@@ -32,7 +32,12 @@ from namr_dist.retrieval.modes import (
 )
 from namr_dist.retrieval.rerank import Reranked, check_delta, rerank_candidates
 from namr_dist.retrieval.roles import divide
-from namr_dist.retrieval.search import exact_values, ranks_of, search_backend, search_excluding_self
+from namr_dist.retrieval.search import (
+    order_of_pairs,
+    ranks_of,
+    search_backend,
+    search_excluding_self,
+)
 from namr_dist.retrieval.vectors import (
     DENSITY_NEIGHBOURS,
     GALLERY_DENSITY_WEIGHT,
@@ -125,20 +130,29 @@ class _Ranking:
         return first_Q
 
     def _nearest_right(self, queries_M: Int64, served: Served) -> Int64:
-        """(M,) the nearest item of the query's class, itself left out, for the numbers of queries
-        that have one."""
-        order_N = np.argsort(self.labels_N, kind="stable")
-        sorted_N = self.labels_N[order_N]
-        nearest_M = np.empty(len(queries_M), dtype=np.int64)
-        sign = 1 if served.metric == "l2" else -1
-        for row, query in enumerate(queries_M.tolist()):
-            start, stop = np.searchsorted(sorted_N, self.labels_Q[query] + np.arange(2))
-            right_R = order_N[start:stop]
-            right_R = right_R[right_R != self.own_Q[query]]
-            query_1V = served.queries_QV[query : query + 1]
-            keys_1R = sign * exact_values(query_1V, served.items_NV, right_R[None], served.metric)
-            nearest_M[row] = right_R[keys_1R[0].argmin()]
+        """(M,) the first item of the query's class in its order, itself left out, for the numbers
+        of queries that have one."""
+        row_P, id_P = _matches(self.labels_Q[queries_M], self.labels_N)
+        others_P = id_P != self.own_Q[queries_M][row_P]
+        row_P, id_P = row_P[others_P], id_P[others_P]
+        order_P = order_of_pairs(
+            served.queries_QV[queries_M], served.items_NV, row_P, id_P, metric=served.metric
+        )
+        first_M = np.minimum.reduceat(order_P, np.searchsorted(row_P, np.arange(len(queries_M))))
+        nearest_M: Int64 = first_M & 0xFFFFFFFF
         return nearest_M
+
+
+def _matches(codes_M: Int64, codes_N: Int64) -> tuple[Int64, Int64]:
+    """(P,) rows of the first and of the second of all pairs of equal codes, sorted by the first."""
+    order_N = np.argsort(codes_N, kind="stable")
+    start_M, stop_M = (
+        np.searchsorted(codes_N[order_N], codes_M, side) for side in ("left", "right")
+    )
+    count_M = stop_M - start_M
+    row_P = np.repeat(np.arange(len(codes_M)), count_M)
+    place_P = np.arange(len(row_P)) - np.repeat(np.cumsum(count_M) - count_M, count_M)
+    return row_P, order_N[start_M[row_P] + place_P]
 
 
 def _with_controls(

@@ -173,8 +173,13 @@ def local_density(z_ND: Any, *, neighbours: int = DENSITY_NEIGHBOURS) -> Float64
     count = min(neighbours, len(z) - 1)
     if count < 1:
         return np.zeros(len(z))
-    values_NK, _ = search_excluding_self(z, z, count)
-    density_N: Float64 = values_NK.astype(np.float64).mean(axis=1)
+    return mean_of_nearest(search_excluding_self(z, z, count)[0], neighbours=neighbours)
+
+
+def mean_of_nearest(nearest_NK: Float32, *, neighbours: int = DENSITY_NEIGHBOURS) -> Float64:
+    """:func:`local_density` from (N, K) squared distances of other items that a search has found,
+    nearest first: all others, or `neighbours` and more."""
+    density_N: Float64 = nearest_NK[:, :neighbours].astype(np.float64).mean(axis=1)
     return density_N
 
 
