@@ -42,7 +42,7 @@ CUT_OFFS = (1, 10, 100, 1000)
 WIDTH = 512
 NOISE = 2.3  # of an image around its class's mean, whose entries have variance 1
 THREADS = 2
-SIZES = {20_000: 3, 60_502: 1}
+SIZES = {60_502: 1, 20_000: 3}
 """N → repeats."""
 
 Figures = dict[str, float]
@@ -148,57 +148,62 @@ def run_one(name: str, folder: Path) -> None:
     )
 
 
-def measure() -> dict[str, Any]:
-    """All contenders at all sizes."""
+def measure(items: int, repeats: int) -> list[dict[str, Any]]:
+    """All contenders at one size."""
     environ = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
-    cases = []
-    for items, repeats in SIZES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            rows_ND, labels_N = draw(items)
-            np.save(Path(folder) / "rows.npy", rows_ND)
-            np.save(Path(folder) / "labels.npy", labels_N)
-            del rows_ND, labels_N
-            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
-            for _ in range(repeats):
-                for name, of_one in runs.items():
-                    load = os.getloadavg()[0]
-                    said = subprocess.run(
-                        [sys.executable, __file__, "--one", name, folder],
-                        check=True,
-                        capture_output=True,
-                        text=True,
-                        env=environ,
-                    ).stdout
-                    of_one.append(json.loads(said.splitlines()[-1]) | {"load_before": load})
-                    print(f"{items:,} {name}: {of_one[-1]}", flush=True)
-        expected = runs["namr-dist"][0]["figures"]
-        cases += [
-            {
-                "items": items,
-                "contender": name,
-                "repeats": repeats,
-                **{
-                    cost: round(statistics.median(run[cost] for run in of_one), 1)
-                    for cost in ("cpu_s", "wall_s", "peak_mib", "load_before")
-                },
-                "figures": of_one[0]["figures"],
-                "largest_difference": max(
-                    abs(run["figures"][figure] - value)
-                    for run in of_one
-                    for figure, value in expected.items()
-                ),
-            }
-            for name, of_one in runs.items()
-        ]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as folder:
+        rows_ND, labels_N = draw(items)
+        np.save(Path(folder) / "rows.npy", rows_ND)
+        np.save(Path(folder) / "labels.npy", labels_N)
+        del rows_ND, labels_N
+        for _ in range(repeats):
+            for name, of_one in runs.items():
+                load = os.getloadavg()[0]
+                said = subprocess.run(
+                    [sys.executable, __file__, "--one", name, folder],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                    env=environ,
+                ).stdout
+                of_one.append(json.loads(said.splitlines()[-1]) | {"load_before": load})
+                print(f"{items:,} {name}: {of_one[-1]}", flush=True)
+    expected = runs["namr-dist"][0]["figures"]
+    return [
+        {
+            "items": items,
+            "contender": name,
+            "repeats": repeats,
+            **{
+                cost: round(statistics.median(run[cost] for run in of_one), 1)
+                for cost in ("cpu_s", "wall_s", "peak_mib", "load_before")
+            },
+            "figures": of_one[0]["figures"],
+            "largest_difference": max(
+                abs(run["figures"][figure] - value)
+                for run in of_one
+                for figure, value in expected.items()
+            ),
+        }
+        for name, of_one in runs.items()
+    ]
+
+
+def measure_all() -> None:
+    """All sizes; the file is written after each."""
     names = ("faiss-cpu", "numpy", "pytorch-metric-learning")
-    return {
+    result: dict[str, Any] = {
         **provenance(),
         "libraries": ", ".join(f"{name} {version(name)}" for name in names),
         "threads": THREADS,
         "width": WIDTH,
         "cut_offs": list(CUT_OFFS),
-        "cases": cases,
+        "cases": [],
     }
+    for items, repeats in SIZES.items():
+        result["cases"] += measure(items, repeats)
+        write_atomic(RESULT, json.dumps(result, indent=1) + "\n")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -242,7 +247,7 @@ def main() -> None:
         run_one(given.one[0], Path(given.one[1]))
         return
     if not given.table:
-        write_atomic(RESULT, json.dumps(measure(), indent=1) + "\n")
+        measure_all()
     begin, end = "<!-- evaluation:begin -->", "<!-- evaluation:end -->"
     before, rest = PAGE.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
