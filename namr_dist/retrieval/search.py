@@ -32,6 +32,8 @@ FAISS_GPU_LARGEST_K = 2048
 _SPARE_CANDIDATES = 16
 _GROUP = 32
 """columns whose least is taken together"""
+_SMALLEST_KEY = 2.0**-100
+"""Keys that matter are far smaller than the largest, and normal numbers of fp32 end at 2⁻¹²⁶."""
 _FEW_DOUBTS = 256
 """pairs of a query that are summed rather than multiplied once more, in float64"""
 
@@ -308,7 +310,25 @@ def _checked(queries_QD: Any, items_ND: Any, metric: Metric) -> tuple[Float32, F
         )
     if metric not in ("l2", "ip"):
         raise InputError(f"metric = {metric!r}: take 'l2' or 'ip'")
+    size = _largest_key(queries, items, metric)
+    if 0 < size < _SMALLEST_KEY:
+        power = int(-np.frexp(size)[1] / 2)
+        raise InputError(
+            f"{'squared distances' if metric == 'l2' else 'products'} of such small queries and items, about "
+            f"{size:.1g}, are too small for fp32: multiply both by 2.0**{power}, which changes no order"
+        )
     return queries, items
+
+
+def _largest_key(queries_QD: Float32, items_ND: Float32, metric: Metric) -> float:
+    """About the largest term of any key; 0 if all are."""
+    if metric == "ip":
+        return float(np.abs(queries_QD).max()) * float(np.abs(items_ND).max())
+    low_D, high_D = items_ND.min(axis=0), items_ND.max(axis=0)
+    if queries_QD is not items_ND:
+        low_D = np.minimum(low_D, queries_QD.min(axis=0))
+        high_D = np.maximum(high_D, queries_QD.max(axis=0))
+    return float((high_D.astype(np.float64) - low_D).max()) ** 2
 
 
 def _keys(queries_QD: Float32, items_ND: Float32, metric: Metric, device: torch.device) -> Keys:
@@ -332,7 +352,8 @@ def search(
     None for :func:`search_backend`.
     Returns values (Q, K) fp32 and item indices (Q, K) int64. Where K > N, the rest of a row is
     filled up with index −1 and value +inf ("ip": −inf). Both are the same, bit for bit, whatever
-    the back end. Raises InputError on bad shapes, non-finite entries and K < 1.
+    the back end. Raises InputError on bad shapes, non-finite entries, K < 1, and entries so small
+    that fp32 holds no squares of them.
     Memory: the inputs in fp32, and in float64 or as faiss's copy of the items; the results; and a
     few blocks of 128 MiB (of 1 GiB on a GPU, where the results are not held).
     """
