@@ -105,7 +105,7 @@ class Keys:
         rounded.
 
         With unit roundoff u and ‖q‖, ‖x‖ ≤ X, a sum of D products in any order is off by at most D
-        u ‖q‖ X to first order. fp32 is by_product's or a library's: an inner product, or three such
+        u ‖q‖ X / (1 − D u). fp32 is by_product's or a library's: an inner product, or three such
         terms of a squared distance, with squares that are rounded first, and terms that may be
         flushed to 0. fp64 is by_product: the squares are rounded before they are multiplied, and
         the sum by halves has an error too.
@@ -119,7 +119,8 @@ class Keys:
         )
         if precision == "fp64":
             return 2 * (width + 16) * 2.0**-53 * size_B
-        return (width + 8) * (2.0**-24 * size_B + torch.finfo(torch.float32).tiny)
+        share = (width + 8) * 2.0**-24
+        return share / (1 - share) * size_B + (width + 8) * torch.finfo(torch.float32).tiny
 
     def settle(
         self, near_BC: torch.Tensor, rows_B: torch.Tensor, ids_BC: torch.Tensor

@@ -86,7 +86,7 @@ def search_backend() -> SearchBackend:
     """The back end :func:`search` takes on this machine, with the reason; found once a process.
 
     The order is faiss on the GPU, blocked torch on the GPU, blocked torch on the CPU: faiss on the
-    CPU takes more time for the same results (docs/benchmarks.md), and is there to compare with.
+    CPU takes more time for the same results (docs/retrieval.md), and is there to compare with.
     """
     faiss: Any = None
     try:
@@ -354,8 +354,9 @@ def search(
     filled up with index −1 and value +inf ("ip": −inf). Both are the same, bit for bit, whatever
     the back end. Raises InputError on bad shapes, non-finite entries, K < 1, and entries so small
     that fp32 holds no squares of them.
-    Memory: the inputs in fp32, and in float64 or as faiss's copy of the items; the results; and a
-    few blocks of 128 MiB (of 1 GiB on a GPU, where the results are not held).
+    Memory: the inputs in fp32; the items once more in fp32, for a CPU's products or as faiss's
+    copy, or in float64; the results; and a few blocks of 128 MiB (of 1 GiB on a GPU, where the
+    results are not held).
     """
     queries, items = _checked(queries_QD, items_ND, metric)
     return _search(queries, items, k, np.full(len(queries), -1), metric, backend)
@@ -460,8 +461,7 @@ def ranks_of(
 
     ids_Q: (Q,) those items. query_ids_Q as in :func:`search_excluding_self`: own entries do not
     count, and ids_Q has none. The nearer items are counted, not listed, so a high rank costs no
-    more than a near one. On the GPU if there is one. Raises InputError as :func:`search`. Memory:
-    the items in float64, and a few blocks of 128 MiB, or of 1 GiB on a GPU.
+    more than a near one. On the GPU if there is one. Memory and errors as :func:`search`.
     """
     queries, items = _checked(queries_QD, items_ND, metric)
     values_Q = exact_values(queries, items, np.asarray(ids_Q)[:, None], metric)[:, 0]
