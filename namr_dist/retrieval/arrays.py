@@ -42,8 +42,15 @@ def as_matrix(values_ND: Any, name: str) -> Float64:
 def as_float32(values_ND: Any, name: str) -> Float32:
     """As :func:`as_matrix`, rounded to fp32: half the memory, and no copy of what is fp32
     already."""
+    values = _as_numpy(values_ND)
     with np.errstate(over="ignore"):
-        return _checked(np.ascontiguousarray(_as_numpy(values_ND), dtype=np.float32), name)
+        matrix = _checked(np.ascontiguousarray(values, dtype=np.float32), name)
+    if not matrix.any() and values.any():
+        raise InputError(
+            f"{name}: all entries are so small that fp32 holds 0 for them; multiply queries and items by a "
+            "power of two, which changes no order"
+        )
+    return matrix
 
 
 def _checked(matrix_ND: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:

@@ -15,7 +15,9 @@ from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float32, Int64, as_labels
 from namr_dist.retrieval.metrics import (
     RetrievalScores,
+    class_and_group,
     clustering_scores,
+    longest_list,
     relevance,
     relevant_counts,
     retrieval_scores,
@@ -32,13 +34,14 @@ from namr_dist.retrieval.modes import (
 )
 from namr_dist.retrieval.over_ranks import Searcher
 from namr_dist.retrieval.rerank import Reranked, check_delta, rerank_candidates
-from namr_dist.retrieval.roles import divide
-from namr_dist.retrieval.search import exact_values, search_backend
+from namr_dist.retrieval.roles import Division, divide
+from namr_dist.retrieval.search import order_of_pairs, search_backend
 from namr_dist.retrieval.vectors import (
     DENSITY_NEIGHBOURS,
     GALLERY_DENSITY_WEIGHT,
     Served,
     local_density,
+    mean_of_nearest,
 )
 
 _LONGEST_LIST = 32
@@ -52,18 +55,37 @@ class _Ranking:
 
     def __init__(
         self,
-        labels_Q: Int64,
-        labels_N: Int64,
-        own_Q: Int64,
+        labels: Int64,
+        sides: Division,
         ks: Sequence[int],
+        *,
+        also: Sequence[str] = (),
+        groups_N: Any | None = None,
         searcher: Searcher | None = None,
     ) -> None:
+        """labels, groups_N: of the images that `sides` divides."""
         if not ks or min(ks) < 1:
             raise InputError(f"ks = {tuple(ks)}: give at least one cut-off, each 1 or more")
-        self.labels_Q, self.labels_N, self.own_Q, self.ks = labels_Q, labels_N, own_Q, ks
+        self.labels_Q, self.labels_N = labels[sides.query_Q], labels[sides.item_G]
+        self.own_Q, self.ks, self.also = sides.own_Q, ks, also
         self.searcher = searcher or Searcher()
-        self.relevant_Q = relevant_Q = relevant_counts(labels_Q, labels_N, query_ids_Q=own_Q)
-        self.k = max(min(max(ks), _LONGEST_LIST), int(relevant_Q.max()))
+        self.groups: dict[str, Int64] = {}
+        # Of class and group: what a query leaves out. Without groups nothing but itself.
+        self.codes: tuple[Int64, Int64] | None = None
+        self.left_out = 0
+        if groups_N is not None:
+            groups = as_labels(groups_N, len(labels), "groups")
+            self.groups["query_groups_Q"] = groups[sides.query_Q]
+            self.groups["item_groups_N"] = groups[sides.item_G]
+            self.codes = class_and_group(
+                self.labels_Q, groups[sides.query_Q], self.labels_N, groups[sides.item_G]
+            )
+            self.left_out = int(relevant_counts(*self.codes, query_ids_Q=self.own_Q).max())
+        labels_N = self.labels_N
+        self.relevant_Q = relevant_Q = relevant_counts(
+            self.labels_Q, labels_N, query_ids_Q=self.own_Q, **self.groups
+        )
+        self.k = max(min(max(ks), _LONGEST_LIST), int(relevant_Q.max()), longest_list(also))
         self.counts = {
             "queries": int((relevant_Q > 0).sum()),
             "left_out": int((relevant_Q == 0).sum()),
@@ -73,9 +95,20 @@ class _Ranking:
         }
 
     def nearest(self, served: Served, k: int) -> tuple[Float32, Int64]:
-        return self.searcher.nearest(
-            served.queries_QV, served.items_NV, k, query_ids_Q=self.own_Q, metric=served.metric
+        values_QK, ids_QK = self.searcher.nearest(
+            served.queries_QV,
+            served.items_NV,
+            k + self.left_out,
+            query_ids_Q=self.own_Q,
+            metric=served.metric,
         )
+        if self.codes is None:
+            return values_QK, ids_QK
+        out_QK = relevance(ids_QK, *self.codes)
+        values_QK[out_QK] = np.inf if served.metric == "l2" else -np.inf
+        ids_QK[out_QK] = -1
+        kept_QK = np.argsort(out_QK, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(values_QK, kept_QK, 1), np.take_along_axis(ids_QK, kept_QK, 1)
 
     def scores(self, ranked_QK: Int64, first_right_Q: Int64) -> RetrievalScores:
         return retrieval_scores(
@@ -85,6 +118,8 @@ class _Ranking:
             ks=self.ks,
             query_ids_Q=self.own_Q,
             first_right_Q=first_right_Q,
+            also=self.also,
+            **self.groups,
         )
 
     def served_scores(self, served: Served) -> RetrievalScores:
@@ -112,18 +147,22 @@ class _Ranking:
         }
 
     def first_right(self, ranked_QK: Int64, served: Served) -> Int64:
-        """(Q,) ranks of the first right items, in the whole order if a cut-off asks for more than
-        the lists."""
+        """(Q,) ranks of the first right items, in the whole order if a cut-off or MRR asks for more
+        than the lists."""
         first_Q = self.first_listed(ranked_QK)
         beyond_M = np.flatnonzero((first_Q == _NOT_LISTED) & (self.relevant_Q > 0))
-        if ranked_QK.shape[1] < max(self.ks) and len(beyond_M):
+        asked = ranked_QK.shape[1] < max(self.ks) or "MRR" in self.also
+        if asked and len(beyond_M):
+            nearest_M = self._nearest_right(beyond_M, served)
             first_Q[beyond_M] = self.searcher.ranks_of(
                 served.queries_QV[beyond_M],
                 served.items_NV,
-                self._nearest_right(beyond_M, served),
+                nearest_M,
                 query_ids_Q=self.own_Q[beyond_M],
                 metric=served.metric,
             )
+            if self.codes is not None:
+                first_Q[beyond_M] -= self._left_out_before(nearest_M, beyond_M, served)
         return first_Q
 
     def first_listed(self, ranked_QK: Int64) -> Int64:
@@ -134,20 +173,45 @@ class _Ranking:
         return first_Q
 
     def _nearest_right(self, queries_M: Int64, served: Served) -> Int64:
-        """(M,) the nearest item of the query's class, itself left out, for the numbers of queries
-        that have one."""
-        order_N = np.argsort(self.labels_N, kind="stable")
-        sorted_N = self.labels_N[order_N]
-        nearest_M = np.empty(len(queries_M), dtype=np.int64)
-        sign = 1 if served.metric == "l2" else -1
-        for row, query in enumerate(queries_M.tolist()):
-            start, stop = np.searchsorted(sorted_N, self.labels_Q[query] + np.arange(2))
-            right_R = order_N[start:stop]
-            right_R = right_R[right_R != self.own_Q[query]]
-            query_1V = served.queries_QV[query : query + 1]
-            keys_1R = sign * exact_values(query_1V, served.items_NV, right_R[None], served.metric)
-            nearest_M[row] = right_R[keys_1R[0].argmin()]
+        """(M,) the first item of the query's class in its order, itself left out, for the numbers
+        of queries that have one."""
+        row_P, id_P = _matches(self.labels_Q[queries_M], self.labels_N)
+        others_P = id_P != self.own_Q[queries_M][row_P]
+        if self.codes is not None:
+            others_P &= self.codes[1][id_P] != self.codes[0][queries_M][row_P]
+        row_P, id_P = row_P[others_P], id_P[others_P]
+        order_P = order_of_pairs(
+            served.queries_QV[queries_M], served.items_NV, row_P, id_P, metric=served.metric
+        )
+        first_M = np.minimum.reduceat(order_P, np.searchsorted(row_P, np.arange(len(queries_M))))
+        nearest_M: Int64 = first_M & 0xFFFFFFFF
         return nearest_M
+
+    def _left_out_before(self, ids_M: Int64, queries_M: Int64, served: Served) -> Int64:
+        """(M,) how many items of the query's class and group, itself aside, come before one of its
+        right items."""
+        assert self.codes is not None
+        row_P, id_P = _matches(self.codes[0][queries_M], self.codes[1])
+        others_P = id_P != self.own_Q[queries_M][row_P]
+        row_P, id_P = row_P[others_P], id_P[others_P]
+        queries_MV = served.queries_QV[queries_M]
+        limit_M, order_P = (
+            order_of_pairs(queries_MV, served.items_NV, rows, ids, metric=served.metric)
+            for rows, ids in ((np.arange(len(ids_M)), ids_M), (row_P, id_P))
+        )
+        return np.bincount(row_P[order_P < limit_M[row_P]], minlength=len(ids_M))
+
+
+def _matches(codes_M: Int64, codes_N: Int64) -> tuple[Int64, Int64]:
+    """(P,) rows of the first and of the second of all pairs of equal codes, sorted by the first."""
+    order_N = np.argsort(codes_N, kind="stable")
+    start_M, stop_M = (
+        np.searchsorted(codes_N[order_N], codes_M, side) for side in ("left", "right")
+    )
+    count_M = stop_M - start_M
+    row_P = np.repeat(np.arange(len(codes_M)), count_M)
+    place_P = np.arange(len(row_P)) - np.repeat(np.cumsum(count_M) - count_M, count_M)
+    return row_P, order_N[start_M[row_P] + place_P]
 
 
 def _with_controls(
@@ -192,6 +256,8 @@ def evaluate(
     roles_N: Any | None = None,
     clustering: bool = True,
     modes: Sequence[Mode] = (),
+    also: Sequence[str] = (),
+    groups_N: Any | None = None,
     searcher: Searcher | None = None,
 ) -> dict[str, Any]:
     """The evaluation of one split: every image queries all the others, or those that its role lets
@@ -209,19 +275,22 @@ def evaluate(
     anything else.
     clustering: whether to measure NMI and AMI, which takes most of the time.
     modes: of a user's own, measured together with those of modes.py.
+    also: further metrics, "mAP@k", "precision@k" and "MRR", as `retrieval_scores` defines them.
+    groups_N: (N,) integers, such as the camera of each image: items of the query's own class and
+    group are left out of its results and of R (metrics.py); None: the query alone is.
     searcher: on all ranks, which then call this together with the same embeddings and get the same
     figures; None: this process alone.
 
     Returns blocks that go into metrics.json as they are, all metrics in percent:
-      test           {mode: {"R@1", ..., "MAP@R", "R-precision"}} for the modes, then for their
-                     controls; "sample" also has "NMI" and "AMI", with `clustering`
+      test           {mode: {"R@1", ..., "MAP@R", "R-precision", `also`}} for the modes, then for
+                     their controls; "sample" also has "NMI" and "AMI", with `clustering`
       test_classes   "label" and "queries" of each class that has any, and for each row of `test`
                      the means of R@k (the smallest k) and MAP@R over its queries, in lists by
                      class: for intervals over classes
-      test_counts    queries, left_out (no other image of their class), items, classes, largest_R,
+      test_counts    queries, left_out (R = 0), items, classes, largest_R,
                      rerank_candidates, rerank_certified_percent
       test_protocol  distance, seeds, k-means engine, search back end, modes that look at the
-                     gallery
+                     gallery; with groups, same_class_and_group
       own_modes      {mode: {"sentence", "looks_at_gallery"}} for `modes`; only if there are any
     Raises InputError on bad shapes, NaN, s outside 1 ± δ, roles that leave no query or no item, and
     modes that are none, share a name or make vectors that cannot be searched.
@@ -234,7 +303,7 @@ def evaluate(
     labels = as_labels(labels_N, len(whole.z), "test labels")
     sides = divide(roles_N, len(whole.z))
     queries, items = whole.at(sides.query_Q), whole.at(sides.item_G)
-    ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks, searcher)
+    ranking = _Ranking(labels, sides, ks, also=also, groups_N=groups_N, searcher=searcher)
     # Candidates beyond the other items would only be padding.
     count = max(ranking.k, min(candidates, len(items.z)))
     plain = SAMPLE.serve(queries, items)
@@ -253,7 +322,13 @@ def evaluate(
         return ranking.scores(ranked_QC[:, : ranking.k], first_Q)
 
     clusters = clustering_scores(items.z, labels[sides.item_G], seed=seed) if clustering else None
-    items = replace(items, density=local_density(items.z, searcher=searcher))
+    others = len(items.z) - 1
+    if sides.leave_one_out and groups_N is None and count >= min(DENSITY_NEIGHBOURS, others) > 0:
+        # What the sample mode found is what the density is taken of.
+        density_N = mean_of_nearest(plain_QC[:, :others])
+    else:
+        density_N = local_density(items.z, searcher=searcher)
+    items = replace(items, density=density_N)
     scores: dict[str, RetrievalScores] = {}
     for name, mode, side_Q, side_N in _with_controls(every, queries, items, sides.own_Q, seed):
         if mode is SAMPLE:
@@ -289,6 +364,7 @@ def evaluate(
             ),
             "calibrated": f"d² − {GALLERY_DENSITY_WEIGHT} × mean d² to its {DENSITY_NEIGHBOURS} nearest",
             "looks_at_gallery": [mode.name for mode in every if mode.looks_at_gallery],
+            **({} if groups_N is None else {"same_class_and_group": "left out"}),
             "search_backend": backend.name,
             "search_backend_reason": backend.reason,
         },
@@ -315,17 +391,19 @@ def evaluate_sample(
     ks: Sequence[int] = (1, 2, 4, 8),
     distance: Distance = "euclidean",
     roles_N: Any | None = None,
+    also: Sequence[str] = (),
+    groups_N: Any | None = None,
     searcher: Searcher | None = None,
 ) -> dict[str, float]:
-    """R@k, MAP@R and R-precision of the sample mode alone, in percent: for validation while
-    training and for embeddings without s.
+    """R@k, MAP@R and R-precision of the sample mode alone, in percent, and `also`: for validation
+    while training and for embeddings without s.
 
     Arguments and errors as in :func:`evaluate`.
     """
     whole = Side.of(z_ND, distance=distance, name="sample")
     labels = as_labels(labels_N, len(whole.z), "sample labels")
     sides = divide(roles_N, len(whole.z))
-    ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks, searcher)
+    ranking = _Ranking(labels, sides, ks, also=also, groups_N=groups_N, searcher=searcher)
     served = SAMPLE.serve(whole.at(sides.query_Q), whole.at(sides.item_G))
     return ranking.served_scores(served).percent
 
@@ -347,7 +425,7 @@ def evaluate_structure(
     """
     labels = as_labels(labels_N, len(labels_N), "structure labels")
     sides = divide(roles_N, len(labels))
-    ranking = _Ranking(labels[sides.query_Q], labels[sides.item_G], sides.own_Q, ks)
+    ranking = _Ranking(labels, sides, ks)
     figures: dict[float, dict[str, float]] = {}
     for gamma in gammas:
         mode = STRUCTURE if gamma else SAMPLE

@@ -6,16 +6,17 @@ candidates, P pairs.
 The key of a pair is its squared distance ("l2") or its negated inner product ("ip"): differences
 and squares, or products, in float64, summed by halves and rounded once to fp32. Each step is one
 IEEE operation on elements, in an order that only the width decides, so a CPU and a GPU find the
-same number. A matrix product sums in an order of its own. It comes within a known error of the key,
-and where all of that interval rounds to one fp32 number, that number is the key: of unit rows, only
-a few pairs in 100,000 are left to be summed.
+same number. A matrix product sums in an order of its own, and comes within a known error of the
+key. In float64, all of that interval mostly rounds to one fp32 number, which is the key then: of
+unit rows, only a few pairs in 100,000 are left to be summed. In fp32, which takes a CPU half the
+time, it says which pairs can matter, and those are summed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,9 +26,12 @@ Precision = Literal["fp32", "fp64"]
 # Numbers held at once in one temporary. All pairs of a block of queries, in float64: 128 MiB, or 1
 # GiB on a GPU.
 _BLOCK_NUMBERS = {"cpu": 2**24, "cuda": 2**27}
-# The terms of single pairs are gone over some ten times: within a CPU's cache, or in few launches
-# on a GPU.
-_TERM_NUMBERS = {"cpu": 2**20, "cuda": 2**27}
+# The terms of single pairs are gone over some ten times: in few launches on a GPU; on a CPU within
+# its cache, and in operations too small for torch to share among threads, which would spend more
+# time in waiting for each other.
+_TERM_NUMBERS = {"cpu": 2**15, "cuda": 2**27}
+# Squares of sums of norms, beyond which an fp32 product may overflow.
+_LARGEST_FP32_SQUARE = 1e37
 
 
 class Keys:
@@ -37,9 +41,33 @@ class Keys:
         """queries_QD, items_ND: finite fp32 on one device."""
         self.queries_QD, self.items_ND, self.metric = queries_QD, items_ND, metric
         self.device = items_ND.device
-        self._query_norms_Q = torch.linalg.vector_norm(queries_QD, dim=1, dtype=torch.float64)
-        self._item_norms_N = torch.linalg.vector_norm(items_ND, dim=1, dtype=torch.float64)
-        self._largest_norm = self._item_norms_N.max()
+        self._operands: dict[torch.dtype, torch.Tensor] = {}
+
+    @cached_property
+    def _query_norms_Q(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(self.queries_QD, dim=1, dtype=torch.float64)
+
+    @cached_property
+    def _item_norms_N(self) -> torch.Tensor:
+        if self.queries_QD is self.items_ND:
+            return self._query_norms_Q
+        return torch.linalg.vector_norm(self.items_ND, dim=1, dtype=torch.float64)
+
+    @cached_property
+    def _largest_norm(self) -> torch.Tensor:
+        return self._item_norms_N.max()
+
+    @cached_property
+    def quick(self) -> Precision:
+        """What by_product takes least time in, within its error: fp32 on a CPU, unless a training
+        run has allowed fewer digits for all fp32 products of the process, or squares may overflow.
+        GPUs for computing have fast float64, and TF32 that is switched elsewhere."""
+        if self.device.type != "cpu":
+            return "fp64"
+        backends: Any = torch.backends
+        full = backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+        square = float(self._query_norms_Q.max() + self._largest_norm) ** 2
+        return "fp32" if full and square < _LARGEST_FP32_SQUARE else "fp64"
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """(B,) int64 indices of the queries, as many at a time as by_product has room for."""
@@ -49,47 +77,55 @@ class Keys:
         """Any indices of queries, cut likewise."""
         return rows_M.split(max(1, _BLOCK_NUMBERS[self.device.type] // len(self.items_ND)))
 
-    @cached_property
-    def _item_operand_NV(self) -> torch.Tensor:
-        """Items in float64; for "l2" with their squares and a one, so that one product yields
-        squared distances."""
-        wide_ND = self.items_ND.double()
-        if self.metric == "ip":
-            return wide_ND
-        squares_N1 = self._item_norms_N.square()[:, None]
-        return torch.cat([wide_ND, squares_N1, torch.ones_like(squares_N1)], dim=1)
+    def _item_operand_NV(self, dtype: torch.dtype) -> torch.Tensor:
+        """Items; for "l2" with their squares and a one, so that one product yields squared
+        distances."""
+        if dtype not in self._operands:
+            wide_ND = self.items_ND.to(dtype)
+            if self.metric == "l2":
+                squares_N1 = self._item_norms_N.square()[:, None].to(dtype)
+                wide_ND = torch.cat([wide_ND, squares_N1, torch.ones_like(squares_N1)], dim=1)
+            self._operands[dtype] = wide_ND
+        return self._operands[dtype]
 
-    def by_product(self, rows_B: torch.Tensor) -> torch.Tensor:
-        """(B, N) float64: all keys of some queries by one matrix product, within error("fp64")."""
-        wide_BD = self.queries_QD[rows_B].double()
+    def by_product(self, rows_B: torch.Tensor, precision: Precision) -> torch.Tensor:
+        """(B, N) float64 or fp32: all keys of some queries by one matrix product, within
+        error(precision)."""
+        dtype = torch.float64 if precision == "fp64" else torch.float32
+        item_operand_NV = self._item_operand_NV(dtype)
+        wide_BD = self.queries_QD[rows_B].to(dtype)
         if self.metric == "ip":
-            return wide_BD.neg_() @ self._item_operand_NV.T
-        squares_B1 = self._query_norms_Q[rows_B, None].square()
-        operand_BV = torch.cat([wide_BD.mul_(-2), torch.ones_like(squares_B1), squares_B1], dim=1)
-        return operand_BV @ self._item_operand_NV.T
+            return wide_BD.neg() @ item_operand_NV.T
+        squares_B1 = self._query_norms_Q[rows_B, None].square().to(dtype)
+        operand_BV = torch.cat([wide_BD * -2, torch.ones_like(squares_B1), squares_B1], dim=1)
+        return operand_BV @ item_operand_NV.T
 
     def error(self, rows_B: torch.Tensor, precision: Precision) -> torch.Tensor:
         """(B,) float64: how far a product of that precision can lie from the key before that is
         rounded.
 
         With unit roundoff u and ‖q‖, ‖x‖ ≤ X, a sum of D products in any order is off by at most D
-        u ‖q‖ X to first order. fp32 is a library's inner product, or three such terms of a squared
-        distance. fp64 is by_product: the squares are rounded before they are multiplied, and the
-        sum by halves has an error too.
+        u ‖q‖ X / (1 − D u). fp32 is by_product's or a library's: an inner product, or three such
+        terms of a squared distance, with squares that are rounded first, and terms that may be
+        flushed to 0. fp64 is by_product: the squares are rounded before they are multiplied, and
+        the sum by halves has an error too.
         """
         width = self.items_ND.shape[1]
-        roundoff = (width + 8) * 2.0**-24 if precision == "fp32" else 2 * (width + 16) * 2.0**-53
         norm_B = self._query_norms_Q[rows_B]
-        return roundoff * (
+        size_B = (
             norm_B * self._largest_norm
             if self.metric == "ip"
             else (norm_B + self._largest_norm).square()
         )
+        if precision == "fp64":
+            return 2 * (width + 16) * 2.0**-53 * size_B
+        share = (width + 8) * 2.0**-24
+        return share / (1 - share) * size_B + (width + 8) * torch.finfo(torch.float32).tiny
 
     def settle(
         self, near_BC: torch.Tensor, rows_B: torch.Tensor, ids_BC: torch.Tensor
     ) -> torch.Tensor:
-        """(B, C) fp32 keys from near_BC, float64 by by_product; +inf stays what it is."""
+        """(B, C) fp32 keys from near_BC by_product in float64; +inf stays what it is."""
         error_B1 = self.error(rows_B, "fp64")[:, None]
         keys_BC = (near_BC - error_B1).float()
         row_P, column_P = (keys_BC != (near_BC + error_B1).float()).nonzero(as_tuple=True)

@@ -31,6 +31,10 @@ from namr_dist.retrieval.vectors import (
 
 Distance = Literal["euclidean", "cosine"]
 
+# Between these, squares of z and of differences a million times smaller are normal numbers of fp32,
+# and below the limit on what is searched.
+_SPREADS = (2.0**-40, 2.0**20)
+
 CONTROLS = {"s1": "with s = 1 everywhere", "shuffled": "shuffled between images"}
 """Name of a control → what it changes."""
 
@@ -58,13 +62,21 @@ class Side:
         cls, z_ND: Any, *, s_ND: Any = None, bonus_N: Any = None, distance: Distance, name: str
     ) -> Side:
         """All images, checked; by "cosine", rows of z are scaled to length 1. `name` is for
-        errors. Raises InputError on bad shapes, values that are not finite, s ≤ 0, γ ρ < 0."""
+        errors. Raises InputError on bad shapes, values that are not finite, s ≤ 0, γ ρ < 0.
+
+        Where squared differences of z would leave the range of fp32, z is multiplied by a power of
+        two, and γ ρ by its square: no order changes."""
         if distance not in ("euclidean", "cosine"):
             raise InputError(f"distance = {distance!r}: take 'euclidean' or 'cosine'")
         z = as_matrix(z_ND, f"{name} z")
         bonus = None if bonus_N is None else as_bonus(bonus_N, len(z), f"{name} γ ρ")
+        if distance == "cosine":
+            z = unit_rows(_times_power(z, _power(z)))
+        power = _power(z)
+        z = _times_power(z, power)
+        bonus = None if bonus is None else _times_power(bonus, 2 * power)
         return cls(
-            z=unit_rows(z) if distance == "cosine" else z,
+            z=z,
             s=None if s_ND is None else as_weights(s_ND, z, f"{name} s"),
             bonus=bonus,
             limit=0.0 if bonus is None else float(bonus.max()),
@@ -152,6 +164,19 @@ class Mode:
             bonus=side.bonus if self.uses_centres else None,
             density=side.density if self.looks_at_gallery else None,
         )
+
+
+def _power(z_ND: Float64) -> int:
+    """The power of two that brings differences of z to where fp32 holds their squares; 0 where it
+    does."""
+    spread = float((z_ND.max(axis=0) - z_ND.min(axis=0)).max() or np.abs(z_ND).max())
+    usual = spread == 0 or _SPREADS[0] <= spread <= _SPREADS[1]
+    return 0 if usual else -int(np.frexp(spread)[1])
+
+
+def _times_power(values: Float64, power: int) -> Float64:
+    scaled: Float64 = np.ldexp(values, power) if power else values
+    return scaled
 
 
 def _checked(served: Served, queries: int, items: int, name: str) -> Served:

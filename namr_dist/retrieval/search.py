@@ -24,12 +24,18 @@ import torch
 
 from namr_dist.errors import InputError
 from namr_dist.retrieval.arrays import Float32, Float64, Int64, as_float32
-from namr_dist.retrieval.keys import Keys, Metric, pack, rounding, unpack
+from namr_dist.retrieval.keys import Keys, Metric, Precision, pack, rounding, unpack
 
 BackendName = Literal["faiss-gpu", "torch-gpu", "faiss-cpu", "torch-cpu"]
 
 FAISS_GPU_LARGEST_K = 2048
 _SPARE_CANDIDATES = 16
+_GROUP = 32
+"""columns whose least is taken together"""
+_SMALLEST_KEY = 2.0**-100
+"""Keys that matter are far smaller than the largest, and normal numbers of fp32 end at 2⁻¹²⁶."""
+_FEW_DOUBTS = 256
+"""pairs of a query that are summed rather than multiplied once more, in float64"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +85,8 @@ def usable_backends() -> tuple[BackendName, ...]:
 def search_backend() -> SearchBackend:
     """The back end :func:`search` takes on this machine, with the reason; found once a process.
 
-    The order is faiss on the GPU, blocked torch on the GPU, faiss on the CPU, blocked torch on the
-    CPU. All four give equal results.
+    The order is faiss on the GPU, blocked torch on the GPU, blocked torch on the CPU: faiss on the
+    CPU takes more time for the same results (docs/retrieval.md), and is there to compare with.
     """
     faiss: Any = None
     try:
@@ -97,8 +103,6 @@ def search_backend() -> SearchBackend:
         return SearchBackend(
             name="torch-gpu", reason=f"{missing}; torch {torch.__version__} sees a GPU"
         )
-    if faiss is not None:
-        return SearchBackend(name="faiss-cpu", reason=f"{missing}; torch sees no GPU either")
     return SearchBackend(name="torch-cpu", reason=f"{missing}; torch sees no GPU")
 
 
@@ -151,26 +155,62 @@ def _faiss_proposer(keys: Keys, count: int, *, gpu: bool) -> Propose:
     return propose
 
 
-def _torch_proposer(keys: Keys, count: int) -> Propose:
-    def propose(rows_B: torch.Tensor) -> _Candidates:
-        # float64, because a training run may have allowed TF32 for all fp32 products of the
-        # process, and because its values settle most keys. Selected as fp32: half the bytes to pass
-        # over, and half the digits.
-        near_BN = keys.by_product(rows_B)
-        top = torch.topk(near_BN.float(), count, dim=1, largest=False, sorted=False)
-        farthest_B = top.values.amax(dim=1).double()
-        return _Candidates(
-            ids_BC=top.indices,
-            keys_BC=keys.settle(near_BN.gather(1, top.indices), rows_B, top.indices),
-            outside_B=farthest_B - rounding(farthest_B) - keys.error(rows_B, "fp64"),
-        )
-
-    return propose
+def _torch_proposer(keys: Keys, count: int, k: int) -> Propose:
+    if keys.quick == "fp64":
+        return lambda rows_B: _proposed_by_fp64(keys, rows_B, count)
+    # One for the query itself.
+    within = min(k + 1, count)
+    return lambda rows_B: _proposed_by_fp32(keys, rows_B, count, within)
 
 
-def _proposer(name: BackendName, keys: Keys, count: int) -> Propose:
+def _proposed_by_fp64(keys: Keys, rows_B: torch.Tensor, count: int) -> _Candidates:
+    """The values of the product settle most keys. Candidates are selected as fp32: half the bytes
+    to pass over, and half the digits."""
+    near_BN = keys.by_product(rows_B, "fp64")
+    near_BC, ids_BC = _smallest(near_BN.float(), count)
+    farthest_B = near_BC.amax(dim=1).double()
+    return _Candidates(
+        ids_BC=ids_BC,
+        keys_BC=keys.settle(near_BN.gather(1, ids_BC), rows_B, ids_BC),
+        outside_B=farthest_B - rounding(farthest_B) - keys.error(rows_B, "fp64"),
+    )
+
+
+def _proposed_by_fp32(keys: Keys, rows_B: torch.Tensor, count: int, within: int) -> _Candidates:
+    """Keys are only computed of candidates that the product leaves a chance to be among the first
+    `within`; the others get +inf."""
+    near_BC, ids_BC = _smallest(keys.by_product(rows_B, "fp32"), count)
+    near_BC = near_BC.double()
+    error_B = keys.error(rows_B, "fp32")
+    reach_B = near_BC.kthvalue(within, dim=1).values + 2 * error_B
+    reach_B += rounding(reach_B)
+    row_P, column_P = (near_BC <= reach_B[:, None]).nonzero(as_tuple=True)
+    keys_BC = torch.full(ids_BC.shape, torch.inf)
+    keys_BC[row_P, column_P] = keys.of_pairs(rows_B[row_P], ids_BC[row_P, column_P])
+    return _Candidates(ids_BC=ids_BC, keys_BC=keys_BC, outside_B=near_BC.amax(dim=1) - error_B)
+
+
+def _smallest(near_BN: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, C) the smallest numbers of each row and their (B, C) int64 columns, in any order."""
+    items = near_BN.shape[1]
+    groups = items // _GROUP
+    if near_BN.device.type != "cpu" or groups < 4 * count:
+        top = near_BN.topk(count, dim=1, largest=False, sorted=False)
+        return top.values, top.indices
+    # A CPU finds the least of each group of columns much faster than it selects. No number is
+    # smaller than all C chosen ones that lies in another group than the C of the smallest least.
+    least_BG = near_BN[:, : groups * _GROUP].unflatten(1, (_GROUP, groups)).amin(dim=1)
+    chosen_BC = least_BG.topk(count, dim=1, largest=False, sorted=False).indices
+    columns_BM = (chosen_BC[:, :, None] + groups * torch.arange(_GROUP)).flatten(1)
+    rest_R = torch.arange(groups * _GROUP, items)
+    columns_BM = torch.cat([columns_BM, rest_R.expand(len(near_BN), -1)], dim=1)
+    top = near_BN.gather(1, columns_BM).topk(count, dim=1, largest=False, sorted=False)
+    return top.values, columns_BM.gather(1, top.indices)
+
+
+def _proposer(name: BackendName, keys: Keys, count: int, k: int) -> Propose:
     if name in ("torch-gpu", "torch-cpu") or (name == "faiss-gpu" and count > FAISS_GPU_LARGEST_K):
-        return _torch_proposer(keys, count)
+        return _torch_proposer(keys, count, k)
     return _faiss_proposer(keys, count, gpu=name == "faiss-gpu")
 
 
@@ -192,6 +232,22 @@ def exact_values(
     )
     values_QC: Float32 = _values(keys_P.view(ids.shape), metric).numpy()
     return values_QC
+
+
+def order_of_pairs(
+    queries_QD: Any, items_ND: Any, row_P: Int64, id_P: Int64, *, metric: Metric = "l2"
+) -> Int64:
+    """(P,) int64 that stand for chosen pairs of queries and items: among those of one query, they
+    sort in the order of :func:`search`, and each one's low 32 bits are the item's index.
+
+    row_P, id_P: (P,) indices of queries and of items. On the CPU. Raises InputError as
+    :func:`search`.
+    """
+    queries, items = _checked(queries_QD, items_ND, metric)
+    ids = torch.from_numpy(id_P)
+    keys = _keys(queries, items, metric, torch.device("cpu"))
+    packed_P: Int64 = pack(keys.of_pairs(torch.from_numpy(row_P), ids), ids).numpy()
+    return packed_P
 
 
 def _values(keys_BK: torch.Tensor, metric: Metric) -> torch.Tensor:
@@ -236,7 +292,7 @@ def _search_again(
     for rows_B, own_B, last_B in zip(
         *(keys.split(one_M) for one_M in (rows_M, own_M, last_M)), strict=True
     ):
-        near_BN = keys.by_product(rows_B)
+        near_BN = keys.by_product(rows_B, "fp64")
         beyond_BN = near_BN > (last_B + keys.error(rows_B, "fp64"))[:, None]
         near_BN.masked_fill_(beyond_BN | (ids_N == own_B[:, None]), torch.inf)
         ids_BN = ids_N.expand_as(near_BN)
@@ -256,7 +312,25 @@ def _checked(queries_QD: Any, items_ND: Any, metric: Metric) -> tuple[Float32, F
         )
     if metric not in ("l2", "ip"):
         raise InputError(f"metric = {metric!r}: take 'l2' or 'ip'")
+    size = _largest_key(queries, items, metric)
+    if 0 < size < _SMALLEST_KEY:
+        power = int(-np.frexp(size)[1] / 2)
+        raise InputError(
+            f"{'squared distances' if metric == 'l2' else 'products'} of such small queries and items, about "
+            f"{size:.1g}, are too small for fp32: multiply both by 2.0**{power}, which changes no order"
+        )
     return queries, items
+
+
+def _largest_key(queries_QD: Float32, items_ND: Float32, metric: Metric) -> float:
+    """About the largest term of any key; 0 if all are."""
+    if metric == "ip":
+        return float(np.abs(queries_QD).max()) * float(np.abs(items_ND).max())
+    low_D, high_D = items_ND.min(axis=0), items_ND.max(axis=0)
+    if queries_QD is not items_ND:
+        low_D = np.minimum(low_D, queries_QD.min(axis=0))
+        high_D = np.maximum(high_D, queries_QD.max(axis=0))
+    return float((high_D.astype(np.float64) - low_D).max()) ** 2
 
 
 def _keys(queries_QD: Float32, items_ND: Float32, metric: Metric, device: torch.device) -> Keys:
@@ -280,9 +354,11 @@ def search(
     None for :func:`search_backend`.
     Returns values (Q, K) fp32 and item indices (Q, K) int64. Where K > N, the rest of a row is
     filled up with index −1 and value +inf ("ip": −inf). Both are the same, bit for bit, whatever
-    the back end. Raises InputError on bad shapes, non-finite entries and K < 1.
-    Memory: the inputs in fp32, and in float64 or as faiss's copy of the items; the results; and a
-    few blocks of 128 MiB (of 1 GiB on a GPU, where the results are not held).
+    the back end. Raises InputError on bad shapes, non-finite entries, K < 1, and entries so small
+    that fp32 holds no squares of them.
+    Memory: the inputs in fp32; the items once more in fp32, for a CPU's products or as faiss's
+    copy, or in float64; the results; and a few blocks of 128 MiB (of 1 GiB on a GPU, where the
+    results are not held).
     """
     queries, items = _checked(queries_QD, items_ND, metric)
     return _search(queries, items, k, np.full(len(queries), -1), metric, backend)
@@ -326,7 +402,7 @@ def _search(
     items = len(items_ND)
     listed = min(k, items)
     # One for the query itself.
-    propose = _proposer(name, keys, min(listed + 1 + _SPARE_CANDIDATES, items))
+    propose = _proposer(name, keys, min(listed + 1 + _SPARE_CANDIDATES, items), listed)
     values_QK = torch.full((len(queries_QD), k), torch.inf if metric == "l2" else -torch.inf)
     ids_QK = torch.full((len(queries_QD), k), -1)
     start = 0
@@ -387,8 +463,7 @@ def ranks_of(
 
     ids_Q: (Q,) those items. query_ids_Q as in :func:`search_excluding_self`: own entries do not
     count, and ids_Q has none. The nearer items are counted, not listed, so a high rank costs no
-    more than a near one. On the GPU if there is one. Raises InputError as :func:`search`. Memory:
-    the items in float64, and a few blocks of 128 MiB, or of 1 GiB on a GPU.
+    more than a near one. On the GPU if there is one. Memory and errors as :func:`search`.
     """
     queries, items = _checked(queries_QD, items_ND, metric)
     values_Q = exact_values(queries, items, np.asarray(ids_Q)[:, None], metric)[:, 0]
@@ -426,7 +501,7 @@ def counts_before(
         for one_Q in (sign * values_Q, ids_Q, own_Q)
     )
     counts = [
-        _count_before(keys, rows_B, key[rows_B], ids[rows_B], own[rows_B])
+        _count_before(keys, rows_B, key[rows_B], ids[rows_B], own[rows_B], keys.quick)
         for rows_B in keys.blocks()
     ]
     counts_Q: Int64 = torch.cat(counts).cpu().numpy()
@@ -439,15 +514,29 @@ def _count_before(
     key_B: torch.Tensor,
     ids_B: torch.Tensor,
     own_B: torch.Tensor,
+    precision: Precision,
 ) -> torch.Tensor:
     """(B,) int64: how many items come before (key_B, ids_B) in the orders of some queries."""
-    slack_B1 = (rounding(key_B.double()) + keys.error(rows_B, "fp64"))[:, None]
-    gap_BN = keys.by_product(rows_B).sub_(key_B[:, None])
+    near_BN = keys.by_product(rows_B, precision)
     with_own_M = (own_B >= 0).nonzero()[:, 0]
-    gap_BN[with_own_M, own_B[with_own_M]] = torch.inf
-    counts_B = (gap_BN < -slack_B1).sum(dim=1)
-    # What the products leave in doubt is computed again; the item itself is always among it.
-    row_P, near_P = (gap_BN.abs_() <= slack_B1).nonzero(as_tuple=True)
+    near_BN[with_own_M, own_B[with_own_M]] = torch.inf
+    slack_B = rounding(key_B.double()) + keys.error(rows_B, precision)
+    # Rounded outwards, to compare numbers of one type.
+    low_B1, high_B1 = (
+        torch.nextafter(edge_B.to(near_BN.dtype), torch.full_like(near_BN[:, 0], outwards))[:, None]
+        for edge_B, outwards in ((key_B - slack_B, -torch.inf), (key_B + slack_B, torch.inf))
+    )
+    counts_B = (near_BN < low_B1).sum(dim=1)
+    doubtful_BN = (near_BN >= low_B1) & (near_BN <= high_B1)
+    if precision == "fp32":
+        many_M = (doubtful_BN.sum(dim=1) > _FEW_DOUBTS).nonzero()[:, 0]
+        if len(many_M):
+            counts_B[many_M] = _count_before(
+                keys, rows_B[many_M], key_B[many_M], ids_B[many_M], own_B[many_M], "fp64"
+            )
+            doubtful_BN[many_M] = False
+    # What the products leave in doubt is summed; the item itself is always among it.
+    row_P, near_P = doubtful_BN.nonzero(as_tuple=True)
     keys_P = keys.of_pairs(rows_B[row_P], near_P)
     before_P = (keys_P < key_B[row_P]) | ((keys_P == key_B[row_P]) & (near_P < ids_B[row_P]))
     return counts_B.index_add_(0, row_P, before_P.long())

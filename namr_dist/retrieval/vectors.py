@@ -177,8 +177,14 @@ def local_density(
     count = min(neighbours, len(z) - 1)
     if count < 1:
         return np.zeros(len(z))
-    values_NK, _ = (searcher or Searcher()).nearest(z, z, count)
-    density_N: Float64 = values_NK.astype(np.float64).mean(axis=1)
+    nearest_NK, _ = (searcher or Searcher()).nearest(z, z, count)
+    return mean_of_nearest(nearest_NK, neighbours=neighbours)
+
+
+def mean_of_nearest(nearest_NK: Float32, *, neighbours: int = DENSITY_NEIGHBOURS) -> Float64:
+    """:func:`local_density` from (N, K) squared distances of other items that a search has found,
+    nearest first: all others, or `neighbours` and more."""
+    density_N: Float64 = nearest_NK[:, :neighbours].astype(np.float64).mean(axis=1)
     return density_N
 
 

@@ -97,7 +97,7 @@ def test_two_good_nodes_pass_and_leave_nothing(shard_set: Manifest, tmp_path: Pa
     assert [row[0] for row in rows] == ["node1", "node2"]
     for row in rows:
         assert row[1:5] == ["ok", "none", "6, 0.0 GiB", "random"]
-        assert row[6] == "faiss-cpu" and int(row[7]) > 0
+        assert row[6] == "torch-cpu" and int(row[7]) > 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from sklearn.cluster import KMeans
 
 from namr_dist.errors import InputError
+from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.retrieval.metrics import clustering_scores, relevant_counts, retrieval_scores
 from namr_dist.retrieval.search import search_excluding_self
 
@@ -91,6 +92,64 @@ def test_a_case_by_hand():
     # 4: none
     assert scores.percent["R-precision"] == pytest.approx(100 * (1 / 2 + 1 / 2 + 0 + 1 + 0) / 5)
     assert scores.percent["MAP@R"] == pytest.approx(100 * (1 / 2 + 0.5 / 2 + 0 + 1 + 0) / 5)
+
+
+def further_by_loops(ranked, labels, own, k):
+    """mAP@k, precision@k and MRR by their definitions, in Python's float64."""
+    sums, counted = [0.0, 0.0, 0.0], 0
+    for query, label in enumerate(labels):
+        relevant = sum(other == label for other in labels) - 1
+        if not relevant:
+            continue
+        counted += 1
+        hits = [i >= 0 and i != own[query] and labels[i] == label for i in ranked[query]]
+        found = sum(hits[:k])
+        precisions = [sum(hits[: i + 1]) / (i + 1) for i in range(min(k, len(hits))) if hits[i]]
+        sums[0] += sum(precisions) / found if found else 0.0
+        sums[1] += found / min(k, relevant)
+        sums[2] += 1 / (hits.index(True) + 1)
+    names = (f"mAP@{k}", f"precision@{k}", "MRR")
+    return {name: 100 * total / counted for name, total in zip(names, sums, strict=True)}
+
+
+@pytest.mark.parametrize("sizes", [[6] * 20, [1, 2, 3, 9, 1, 30, 4, 1], [40]])
+def test_further_metrics_equal_loops(sizes):
+    z, labels = clusters(8, sizes=sizes, noise=2.5)
+    ranked = search_excluding_self(z, z, len(z) - 1)[1]
+    for k in (1, 5, 12, 200):
+        also = (f"mAP@{k}", f"precision@{k}", "MRR")
+        filled = np.pad(ranked, ((0, 0), (0, 200)), constant_values=-1)
+        scores = retrieval_scores(filled, labels, labels, also=also).percent
+        expected = further_by_loops(ranked, labels, np.arange(len(z)), k)
+        assert {name: scores[name] for name in also} == pytest.approx(expected, abs=1e-10)
+        assert list(scores)[-3:] == list(also)
+        # Lists that end at the largest R: the first right item is beyond some of them.
+        short = evaluate_sample(z, labels, ks=(1,), also=also)
+        assert {name: short[name] for name in also} == pytest.approx(expected, abs=1e-10)
+
+
+def test_further_metrics_by_hand():
+    """OML's mAP@k divides by the right items that it found, not by those that there are."""
+    labels = np.array([0, 0, 0, 0, 1, 1])
+    ranked = np.array([[4, 1, 5], [0, 4, 2], [4, 5, 0], [4, 5, 1], [0, 1, 2], [4, 0, 1]])
+    scores = retrieval_scores(
+        ranked, labels, labels, ks=(1,), also=("mAP@3", "precision@3"), first_right_Q=np.ones(6)
+    ).percent
+    assert scores["mAP@3"] == pytest.approx(
+        100 * (1 / 2 + (1 + 2 / 3) / 2 + 1 / 3 + 1 / 3 + 0 + 1) / 6
+    )
+    assert scores["precision@3"] == pytest.approx(100 * (1 / 3 + 2 / 3 + 1 / 3 + 1 / 3 + 0 + 1) / 6)
+
+
+def test_further_metrics_that_cannot_be_are_named():
+    ranked = np.array([[1], [0], [1]])
+    for name in ("map@5", "mAP@0", "mAP", "MRR@3", 5):
+        with pytest.raises(InputError, match="is no further metric; take mAP@k"):
+            retrieval_scores(ranked, [0, 0, 0], [0, 0, 0], also=(name,))
+    with pytest.raises(InputError, match="search with k = 7"):
+        retrieval_scores(ranked, [0, 1, 0], [0, 1, 0], ks=(1,), also=("mAP@7",))
+    with pytest.raises(InputError, match="give first_right_Q"):
+        retrieval_scores(ranked, [0, 1, 0], [0, 1, 0], ks=(1,), also=("MRR",))
 
 
 def test_duplicates_of_another_class_count_against():

@@ -11,6 +11,7 @@ import torch
 
 from namr_dist.bench.search import clustered_rows
 from namr_dist.retrieval import keys as keys_module
+from namr_dist.retrieval import search as search_module
 from namr_dist.retrieval.keys import Keys, pack, unpack
 from namr_dist.retrieval.search import ranks_of, search, search_excluding_self
 
@@ -43,13 +44,14 @@ def test_keys_are_those_of_the_definition_bit_for_bit(width, metric, rng):
     keys = Keys(torch.from_numpy(rows[:9]), torch.from_numpy(rows), metric)
     expected = [[definition(query, item, metric) for item in rows] for query in rows[:9]]
     every = torch.arange(9)
-    settled = keys.settle(keys.by_product(every), every, torch.arange(40).expand(9, 40))
+    settled = keys.settle(keys.by_product(every, "fp64"), every, torch.arange(40).expand(9, 40))
     np.testing.assert_array_equal(settled.numpy(), expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("scale", [1.0, 1e-9, 1e8])
-def test_products_stay_within_their_error(metric, scale, rng):
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_products_stay_within_their_error(precision, metric, scale, rng):
     """Beside the x86's 80-bit floats, with 11 more bits than float64."""
     rows = (scale * (rng.standard_normal((300, 200)) + 5)).astype(np.float32)
     keys = Keys(torch.from_numpy(rows[:50]), torch.from_numpy(rows), metric)
@@ -57,8 +59,8 @@ def test_products_stay_within_their_error(metric, scale, rng):
     true = -(long[:50] @ long.T)
     if metric == "l2":
         true = 2 * true + (long[:50] ** 2).sum(1)[:, None] + (long**2).sum(1)
-    error = np.abs(keys.by_product(torch.arange(50)).numpy() - true).max(axis=1)
-    bound = keys.error(torch.arange(50), "fp64").numpy()
+    error = np.abs(keys.by_product(torch.arange(50), precision).numpy() - true).max(axis=1)
+    bound = keys.error(torch.arange(50), precision).numpy()
     assert (error <= bound).all() and (error > 0).any()
     assert np.finfo(np.longdouble).eps < 2**-60
 
@@ -88,6 +90,8 @@ def test_all_back_ends_return_the_same_bits_whatever_the_blocks(metric, monkeypa
     assert ids[5].tolist() == [i for i in sorted(range(201), key=lambda i: (every[i], i)) if i != 5]
     monkeypatch.setitem(keys_module._BLOCK_NUMBERS, "cpu", 7 * 201)
     monkeypatch.setitem(keys_module._TERM_NUMBERS, "cpu", 24 * 1000)
+    monkeypatch.setattr(search_module, "_GROUP", 2)  # else such few items are not grouped
+    monkeypatch.setattr(search_module, "_FEW_DOUBTS", 20)
     for backend in BACKENDS:
         for k in (1, 4, 32, 200):
             found_values, found_ids = search_excluding_self(
@@ -99,6 +103,32 @@ def test_all_back_ends_return_the_same_bits_whatever_the_blocks(metric, monkeypa
         np.testing.assert_array_equal(
             ranks_of(rows, rows, ids[:, position], metric=metric), position + 1
         )
+
+
+@pytest.mark.parametrize("items", [63, 64, 200])
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_the_smallest_are_found_by_groups(group, items, monkeypatch, rng):
+    """Equal numbers in all groups, and columns behind the last whole one."""
+    monkeypatch.setattr(search_module, "_GROUP", group)
+    near = rng.integers(0, 50, (40, items)).astype(np.float32)
+    near[:, -3:] -= 9
+    for count in (1, 2, 9):
+        values, columns = search_module._smallest(torch.from_numpy(near), count)
+        assert all(len(set(row)) == count for row in columns.tolist())
+        np.testing.assert_array_equal(np.take_along_axis(near, columns.numpy(), 1), values)
+        np.testing.assert_array_equal(np.sort(values), np.sort(near)[:, :count])
+
+
+def test_products_are_not_trusted_where_others_allowed_fewer_digits():
+    rows = torch.ones(3, 2)
+    assert Keys(rows, rows, "l2").quick == "fp32"
+    assert Keys(rows * 1e19, rows, "l2").quick == "fp64"
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert Keys(rows, rows, "l2").quick == "fp64"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
