@@ -210,7 +210,7 @@ def forked_namr(
     takes. For tests of what a command does; that it starts, the others show."""
     start_parent()
     folder, counter = tmp_path_factory.mktemp("forked"), itertools.count()
-    return lambda *words: fork_namr(folder / str(next(counter)), *words)
+    return lambda *words, **options: fork_namr(folder / str(next(counter)), *words, **options)
 
 
 def launch(

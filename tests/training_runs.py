@@ -1,5 +1,5 @@
-"""Commands as processes that a test may signal and kill, started from one process that has imported
-all.
+"""Commands and programs as processes that a test may signal and kill, started from one process that
+has imported all.
 
 A start from nothing takes seconds, most of them imports; a fork of such a process, a tenth of that.
 """
@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -102,13 +103,59 @@ class Run:
         return pid
 
 
-def fork_namr(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+class Program:
+    """A Python program in such a fork, with a part of subprocess.Popen's interface.
+
+    output: takes its stdout and stderr.
+    """
+
+    def __init__(self, path: Path, *words: object, environment: dict[str, str], output: Path):
+        context = multiprocessing.get_context("forkserver")
+        self._output = output
+        output.write_text("")
+        self._process = context.Process(
+            target=_program, args=(path, _texts(*words), environment, output)
+        )
+        self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def said(self) -> str:
+        """Its stdout and stderr."""
+        return self._output.read_text()
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise TimeoutError(f"process {self.pid} went on for {timeout} s")
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def fork_namr(
+    folder: Path, *words: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the command line with its output in files of a new folder: for what it does, not for how
     it starts."""
     folder.mkdir()
     stdout, stderr = folder / "stdout.txt", folder / "stderr.txt"
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_namr, args=(_texts(*words), {}, stdout, stderr))
+    process = context.Process(target=_namr, args=(_texts(*words), env or {}, stdout, stderr))
     process.start()
     process.join(_TIMEOUT_S)
     if process.exitcode is None:
@@ -130,8 +177,23 @@ def heed_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def _program(path: Path, words: list[str], environment: dict[str, str], output: Path) -> None:
+    _become_process(environment, output, output)
+    sys.argv = [str(path), *words]
+    sys.path[0] = str(path.parent)
+    runpy.run_path(str(path), run_name="__main__")
+
+
 def _namr(words: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
     os.setsid()
+    _become_process(environment, stdout, stderr)
+    from namr_dist.cli.main import main
+
+    sys.exit(main(words))
+
+
+def _become_process(environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """What a start from nothing would have made of a process."""
     heed_signals()
     # Worker processes come from the rank itself, as everywhere else, and not from another such
     # parent.
@@ -143,10 +205,7 @@ def _namr(words: list[str], environment: dict[str, str], stdout: Path, stderr: P
     os.environ.update({**_ENVIRONMENT, **environment})
     import torch
 
-    from namr_dist.cli.main import main
-
     torch.set_num_threads(1)
-    sys.exit(main(words))
 
 
 def start_parent() -> None:
