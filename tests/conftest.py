@@ -181,6 +181,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteConfig:
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Ranks]:
     """Two gloo processes for the whole session."""
+    start_parent()
     with Ranks(2) as pool:
         yield pool
 
@@ -188,6 +189,7 @@ def two_ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def four_ranks() -> Iterator[Ranks]:
     """Four of them."""
+    start_parent()
     with Ranks(4) as pool:
         yield pool
 

@@ -148,7 +148,10 @@ class Program:
 
 
 def fork_namr(
-    folder: Path, *words: object, env: dict[str, str] | None = None
+    folder: Path,
+    *words: object,
+    env: dict[str, str] | None = None,
+    timeout: float = _TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line with its output in files of a new folder: for what it does, not for how
     it starts."""
@@ -157,10 +160,10 @@ def fork_namr(
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_namr, args=(_texts(*words), env or {}, stdout, stderr))
     process.start()
-    process.join(_TIMEOUT_S)
+    process.join(timeout)
     if process.exitcode is None:
         process.kill()
-        raise TimeoutError(f"it went on for {_TIMEOUT_S} s:\n{stderr.read_text()}")
+        raise TimeoutError(f"it went on for {timeout} s:\n{stderr.read_text()}")
     return subprocess.CompletedProcess(
         _texts(*words), process.exitcode, stdout.read_text(), stderr.read_text()
     )

@@ -288,9 +288,9 @@ def test_multi_node_dry_run(place: Place) -> None:
     )
 
 
-def test_command_of_the_dry_run(place: Place, expected: list[float], namr: Callable) -> None:
+def test_command_of_the_dry_run(place: Place, expected: list[float], forked_namr: Callable) -> None:
     """What --dry-run prints starts the run, word for word."""
-    done = namr("train", *place.words, "--dry-run", "--ranks", 2)
+    done = forked_namr("train", *place.words, "--dry-run", "--ranks", 2)
     assert done.returncode == 0, done.stderr
     command = next(
         line.removeprefix("torchrun").strip()

@@ -184,11 +184,15 @@ def test_other_losses_train(
 
 
 def test_evaluate_report_embed(
-    trained: Path, shard_set: Manifest, namr: Callable, tmp_path: Path
+    trained: Path,
+    shard_set: Manifest,
+    namr: Callable,
+    forked_namr: Callable,
+    tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    done = namr("evaluate", run)
+    done = forked_namr("evaluate", run)
     assert done.returncode == 0, done.stderr
     assert "raw pixels" in done.stdout and "R@1" in done.stdout
     metrics = json.loads((run / "metrics.json").read_text())
@@ -196,14 +200,14 @@ def test_evaluate_report_embed(
         assert set(metrics["test"][mode]) >= {"R@1", "R@2", "R@4", "R@8", "MAP@R", "R-precision"}
     assert metrics["protocol"]["test hash"] == shard_set.split_hash("test")
     assert metrics["train"]["steps"] == 10
-    assert json.loads(namr("evaluate", run, "--json").stdout)["test"] == metrics["test"], (
+    assert json.loads(forked_namr("evaluate", run, "--json").stdout)["test"] == metrics["test"], (
         "evaluation is not repeatable"
     )
-    assert namr("report", run).returncode == 0
+    assert forked_namr("report", run).returncode == 0
     assert (run / "report.html").stat().st_size > 10_000
 
     out = tmp_path / "embedded.safetensors"
-    assert namr("embed", run, "--shards", shard_set.folder, "--out", out).returncode == 0
+    assert forked_namr("embed", run, "--shards", shard_set.folder, "--out", out).returncode == 0
     from_shards = safetensors.torch.load_file(out)
     evaluated = safetensors.torch.load_file(run / "embeddings.safetensors")
     assert (from_shards["z"] - evaluated["z"]).abs().max() < 1e-5
