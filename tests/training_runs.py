@@ -151,14 +151,31 @@ def fork_namr(
     folder: Path,
     *words: object,
     env: dict[str, str] | None = None,
+    cwd: Path | None = None,
     timeout: float = _TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line with its output in files of a new folder: for what it does, not for how
     it starts."""
+    return _completed(folder, _namr, words, env, cwd, timeout)
+
+
+def fork_python(folder: Path, text: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a program, as python -c does, in the same way."""
+    return _completed(folder, _script, (text, *words), None, None, _TIMEOUT_S)
+
+
+def _completed(
+    folder: Path,
+    target: Callable[..., None],
+    words: Sequence[object],
+    env: dict[str, str] | None,
+    cwd: Path | None,
+    timeout: float,
+) -> subprocess.CompletedProcess[str]:
     folder.mkdir()
     stdout, stderr = folder / "stdout.txt", folder / "stderr.txt"
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_namr, args=(_texts(*words), env or {}, stdout, stderr))
+    process = context.Process(target=target, args=(_texts(*words), env or {}, stdout, stderr, cwd))
     process.start()
     process.join(timeout)
     if process.exitcode is None:
@@ -187,9 +204,25 @@ def _program(path: Path, words: list[str], environment: dict[str, str], output: 
     runpy.run_path(str(path), run_name="__main__")
 
 
-def _namr(words: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+def _script(
+    words: list[str], environment: dict[str, str], stdout: Path, stderr: Path, cwd: Path | None
+) -> None:
+    _become_process(environment, stdout, stderr)
+    text, *sys.argv[1:] = words
+    exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def _namr(
+    words: list[str],
+    environment: dict[str, str],
+    stdout: Path,
+    stderr: Path,
+    cwd: Path | None = None,
+) -> None:
     os.setsid()
     _become_process(environment, stdout, stderr)
+    if cwd:
+        os.chdir(cwd)
     from namr_dist.cli.main import main
 
     sys.exit(main(words))

@@ -151,7 +151,7 @@ def test_deepspeed_launcher_slurm(place: Place, expected: list[float]) -> None:
     assert place.losses(done) == expected
 
 
-def test_mpirun(place: Place, expected: list[float]) -> None:
+def test_mpirun(place: Place, expected: list[float], forked_namr: Callable) -> None:
     """Open MPI's variables on one machine, where MASTER_ADDR may be left out; MASTER_PORT only
     keeps ports apart."""
     ranks = [
@@ -163,9 +163,11 @@ def test_mpirun(place: Place, expected: list[float]) -> None:
         }
         for rank in range(2)
     ]
-    done = place.start(
-        *[["namr", "train", *place.words]] * 2, env=ranks, MASTER_PORT=str(free_port())
-    )
+    port = {"MASTER_PORT": str(free_port())}
+    with ThreadPoolExecutor() as pool:
+        done = list(
+            pool.map(lambda own: forked_namr("train", *place.words, env={**own, **port}), ranks)
+        )
     assert place.losses(*done) == expected
 
 
