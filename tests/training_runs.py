@@ -29,14 +29,20 @@ _ENVIRONMENT = {
     "NO_COLOR": "1",
     "COLUMNS": "160",
 }
-# The last one is what DeepSpeed imports when it is given an optimizer, and half of all time.
+# From faiss on: what a run imports while it begins, DeepSpeed most of it when it is given an
+# optimizer.
 _IMPORTS = [
+    "namr_dist.cli.main",
     "namr_dist.train.run",
     "namr_dist.results.evaluate_run",
     "sklearn.cluster",
     "tyro",
     "deepspeed",
-    "deepspeed.runtime.zero.muon.original_muon",
+    "faiss",
+    "setuptools",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
 ]
 
 
