@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 import torch
 from bad_server import BadServer
-from training_runs import fork_namr, start_parent
+from training_runs import fork_namr, fork_python, start_parent
 
 from namr_dist.config import RemoteConfig
 from namr_dist.data.read.augment import TrainTransform
@@ -181,6 +181,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteConfig:
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Ranks]:
     """Two gloo processes for the whole session."""
+    start_parent()
     with Ranks(2) as pool:
         yield pool
 
@@ -188,6 +189,7 @@ def two_ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def four_ranks() -> Iterator[Ranks]:
     """Four of them."""
+    start_parent()
     with Ranks(4) as pool:
         yield pool
 
@@ -210,7 +212,18 @@ def forked_namr(
     takes. For tests of what a command does; that it starts, the others show."""
     start_parent()
     folder, counter = tmp_path_factory.mktemp("forked"), itertools.count()
-    return lambda *words: fork_namr(folder / str(next(counter)), *words)
+    return lambda *words, **options: fork_namr(folder / str(next(counter)), *words, **options)
+
+
+@pytest.fixture(scope="session")
+def forked_python(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program's text as `python -c` does, in such a fork; Triton's kernels are not
+    interpreted there."""
+    start_parent()
+    folder, counter = tmp_path_factory.mktemp("scripts"), itertools.count()
+    return lambda text, *words: fork_python(folder / str(next(counter)), text, *words)
 
 
 def launch(

@@ -1,5 +1,5 @@
-"""Commands as processes that a test may signal and kill, started from one process that has imported
-all.
+"""Commands and programs as processes that a test may signal and kill, started from one process that
+has imported all.
 
 A start from nothing takes seconds, most of them imports; a fork of such a process, a tenth of that.
 """
@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -28,15 +29,21 @@ _ENVIRONMENT = {
     "NO_COLOR": "1",
     "COLUMNS": "160",
 }
-# The last one is what DeepSpeed imports when it is given an optimizer, and half of all time.
+# From faiss on: what a run imports while it begins, DeepSpeed most of it when it is given an
+# optimizer.
 _IMPORTS = [
+    "namr_dist.cli.main",
     "namr_dist.train.run",
     "namr_dist.results.evaluate_run",
     "namr_dist.api",
     "sklearn.cluster",
     "tyro",
     "deepspeed",
-    "deepspeed.runtime.zero.muon.original_muon",
+    "faiss",
+    "setuptools",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
 ]
 
 
@@ -104,18 +111,84 @@ class Run:
         return pid
 
 
-def fork_namr(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+class Program:
+    """A Python program in such a fork, with a part of subprocess.Popen's interface.
+
+    output: takes its stdout and stderr.
+    """
+
+    def __init__(self, path: Path, *words: object, environment: dict[str, str], output: Path):
+        context = multiprocessing.get_context("forkserver")
+        self._output = output
+        output.write_text("")
+        self._process = context.Process(
+            target=_program, args=(path, _texts(*words), environment, output)
+        )
+        self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def said(self) -> str:
+        """Its stdout and stderr."""
+        return self._output.read_text()
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise TimeoutError(f"process {self.pid} went on for {timeout} s")
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def fork_namr(
+    folder: Path,
+    *words: object,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = _TIMEOUT_S,
+) -> subprocess.CompletedProcess[str]:
     """Run the command line with its output in files of a new folder: for what it does, not for how
     it starts."""
+    return _completed(folder, _namr, words, env, cwd, timeout)
+
+
+def fork_python(folder: Path, text: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a program, as python -c does, in the same way."""
+    return _completed(folder, _script, (text, *words), None, None, _TIMEOUT_S)
+
+
+def _completed(
+    folder: Path,
+    target: Callable[..., None],
+    words: Sequence[object],
+    env: dict[str, str] | None,
+    cwd: Path | None,
+    timeout: float,
+) -> subprocess.CompletedProcess[str]:
     folder.mkdir()
     stdout, stderr = folder / "stdout.txt", folder / "stderr.txt"
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_namr, args=(_texts(*words), {}, stdout, stderr))
+    process = context.Process(target=target, args=(_texts(*words), env or {}, stdout, stderr, cwd))
     process.start()
-    process.join(_TIMEOUT_S)
+    process.join(timeout)
     if process.exitcode is None:
         process.kill()
-        raise TimeoutError(f"it went on for {_TIMEOUT_S} s:\n{stderr.read_text()}")
+        raise TimeoutError(f"it went on for {timeout} s:\n{stderr.read_text()}")
     return subprocess.CompletedProcess(
         _texts(*words), process.exitcode, stdout.read_text(), stderr.read_text()
     )
@@ -132,8 +205,39 @@ def heed_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _namr(words: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+def _program(path: Path, words: list[str], environment: dict[str, str], output: Path) -> None:
+    _become_process(environment, output, output)
+    sys.argv = [str(path), *words]
+    sys.path[0] = str(path.parent)
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def _script(
+    words: list[str], environment: dict[str, str], stdout: Path, stderr: Path, cwd: Path | None
+) -> None:
+    _become_process(environment, stdout, stderr)
+    text, *sys.argv[1:] = words
+    exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def _namr(
+    words: list[str],
+    environment: dict[str, str],
+    stdout: Path,
+    stderr: Path,
+    cwd: Path | None = None,
+) -> None:
     os.setsid()
+    _become_process(environment, stdout, stderr)
+    if cwd:
+        os.chdir(cwd)
+    from namr_dist.cli.main import main
+
+    sys.exit(main(words))
+
+
+def _become_process(environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """What a start from nothing would have made of a process."""
     heed_signals()
     # Worker processes come from the rank itself, as everywhere else, and not from another such
     # parent.
@@ -145,10 +249,7 @@ def _namr(words: list[str], environment: dict[str, str], stdout: Path, stderr: P
     os.environ.update({**_ENVIRONMENT, **environment})
     import torch
 
-    from namr_dist.cli.main import main
-
     torch.set_num_threads(1)
-    sys.exit(main(words))
 
 
 def start_parent() -> None:

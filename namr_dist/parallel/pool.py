@@ -1,5 +1,5 @@
-"""A pool of gloo ranks on this machine: starting processes costs seconds each, so they are kept for
-many calls."""
+"""A pool of gloo ranks on this machine: starting processes costs seconds, so torch is imported once
+for all of them, and they are kept for many calls."""
 
 from __future__ import annotations
 
@@ -98,14 +98,19 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Not forked from this process, which may run threads and hold a GPU. Where a server runs
+        # already, it stays, whatever it has imported.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank in range(self.world_size):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.world_size, port, there), daemon=True
+                target=_serve,
+                args=(rank, self.world_size, port, there, dict(os.environ)),
+                daemon=True,
             )
             process.start()
             there.close()
@@ -120,12 +125,17 @@ def _receive(pipe: Connection) -> tuple[bool, Any]:
         return False, "the process ended without an answer"
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(
+    rank: int, world_size: int, port: int, pipe: Connection, environment: dict[str, str]
+) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to act on
     # Libraries log to stdout, which belongs to the results of whoever started the pool.
     sys.stdout.flush()
     os.dup2(2, 1)
+    # The server has that of its own start.
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 import simplejpeg
 from conftest import picture, small_run
 from damaged_sets import with_images
+from training_runs import Run, start_parent
 
 from namr_dist.data.shardset.manifest import Manifest
 from namr_dist.errors import InputError
@@ -235,22 +236,23 @@ def test_too_little_room_is_said_before_training(
 
 
 def test_disk_that_fills_up_while_training(
-    namr: Callable, shard_set: Manifest, small_disk: Path
+    shard_set: Manifest, small_disk: Path, tmp_path: Path
 ) -> None:
     """There was room at the start; something else takes it. The line names the file and nothing
     half-written stays."""
-    run = small_disk / "run"
-    filler = f"""
-import pathlib, time
-while not pathlib.Path({str(run / "metrics.jsonl")!r}).exists():
-    time.sleep(0.05)
-open({str(small_disk / "filler")!r}, "wb").write(bytes(64 << 20))
-"""
-    with subprocess.Popen([sys.executable, "-c", filler], stderr=subprocess.DEVNULL) as process:
-        done = namr("train", "homeware_conv4", "--run-dir", run, *small_run(shard_set, steps=400))
-        process.wait()
-    refused(done, "No space left on device", str(run), code=74)
-    assert not (run / "checkpoints" / "final.safetensors").exists()
+    start_parent()
+    folder = small_disk / "run"
+    words = ["homeware_conv4", "--run-dir", folder, *small_run(shard_set, steps=20)]
+    run = Run(1, words, tmp_path / "said")
+    run.until((folder / "metrics.jsonl").exists)
+    os.kill(run.pid(0), signal.SIGSTOP)
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "filler").write_bytes(bytes(64 << 20))
+    os.kill(run.pid(0), signal.SIGCONT)
+    (code,) = run.wait()
+    done = subprocess.CompletedProcess(words, code, "", run.said())
+    refused(done, "No space left on device", str(folder), code=74)
+    assert not (folder / "checkpoints" / "final.safetensors").exists()
 
 
 def test_paths_of_the_wrong_kind(namr: Callable, tmp_path: Path) -> None:

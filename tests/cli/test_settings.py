@@ -94,7 +94,7 @@ def test_doctor(namr: Callable) -> None:
     assert not [finding for finding in findings if finding["status"] == "missing"]
 
 
-def test_stats(namr: Callable) -> None:
-    figures = json.loads(namr("shards", "stats", "--json").stdout)
+def test_stats(forked_namr: Callable) -> None:
+    figures = json.loads(forked_namr("shards", "stats", "--json").stdout)
     assert figures["splits"]["test"]["images"] == 2448
-    assert "4920 images in 9 shards" in namr("shards", "verify").stdout
+    assert "4920 images in 9 shards" in forked_namr("shards", "verify").stdout

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import copy_tree, launch
 
+# Kernels are looked up and not imported: that they are is another test's, and takes seconds.
 _SHOW = (
-    "import namr_dist, namr_dist.kernels, namr_dist.launchers.train as train; "
-    "print(namr_dist.__file__, namr_dist.kernels.__file__, train.__file__)"
+    "from importlib.util import find_spec; import namr_dist, namr_dist.launchers.train as train; "
+    "print(namr_dist.__file__, find_spec('namr_dist.kernels').origin, train.__file__)"
 )
 _WITHOUT_EDITABLE = (
     "import sys; sys.meta_path = [one for one in sys.meta_path if 'editable' not in str(one)]; "

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, launch
 
+_WHERE = "from importlib.util import find_spec; print(find_spec('namr_dist.kernels').origin)"
 SOURCES = (
     "namr_dist",
     "kernels",
@@ -68,9 +69,7 @@ def test_trains_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     outside = {"cwd": tmp_path, "env": {"PYTHONPATH": str(site)}}
-    where = launch(
-        sys.executable, "-c", "import namr_dist.kernels as k; print(k.__file__)", **outside
-    )
+    where = launch(sys.executable, "-c", _WHERE, **outside)
     assert where.stdout.strip() == str(site / "namr_dist" / "kernels" / "__init__.py"), where.stderr
     done = launch(
         sys.executable,
@@ -85,9 +84,9 @@ def test_trains_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
         "--set.data.classes_per_batch",
         4,
         "--set.data.test_size",
-        64,
+        32,
         "--set.data.image_size",
-        64,
+        32,
         "--set.data.validation_split",
         "None",
         **outside,

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -17,19 +18,17 @@ def python(*arguments: str, env: dict[str, str] = COMPILED) -> subprocess.Comple
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env)
 
 
-def aot(*arguments: str, env: dict[str, str] = COMPILED) -> subprocess.CompletedProcess[str]:
-    return python("-m", "namr_dist.kernels.aot", *arguments, env=env)
+def aot(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "namr_dist.kernels.aot", *arguments)
 
 
-def script(text: str) -> subprocess.CompletedProcess[str]:
-    return python(
-        "-c",
-        "from namr_dist.kernels import aot\nfrom namr_dist.kernels.gpu import configs, tune\n"
-        + text,
-    )
+@pytest.fixture
+def script(forked_python: Callable) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    imports = "from namr_dist.kernels import aot\nfrom namr_dist.kernels.gpu import configs, tune\n"
+    return lambda text: forked_python(imports + text)
 
 
-def test_every_primitive_has_a_case() -> None:
+def test_every_primitive_has_a_case(script: Callable) -> None:
     done = script("""
 from namr_dist.kernels import gpu
 assert {name.split(",")[0] for name in aot.CASES} == set(gpu.__all__)
@@ -60,7 +59,7 @@ def test_the_whole_matrix():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_kernel_that_no_case_launches_is_named():
+def test_a_kernel_that_no_case_launches_is_named(script: Callable):
     done = script(
         "for case in ('proxy_sums', 'pair_gradient'): del aot.CASES[case]\n"
         "raise SystemExit(aot.main(['--arch', '90', '--dtype', 'bfloat16', '--width', '128',"
@@ -72,7 +71,7 @@ def test_a_kernel_that_no_case_launches_is_named():
     assert done.stderr.count("launched by no case") == 2
 
 
-def test_absurd_tiles_fail_by_name_and_limit():
+def test_absurd_tiles_fail_by_name_and_limit(script: Callable):
     done = script(
         "configs.TABLE = (configs.Row('scan', 80, 16, configs.ANY, configs.Config(128, 256, 128, 4, 4)),"
         " *(row for row in configs.TABLE if row[0] != 'scan' or row[2] != 16))\n"
@@ -86,7 +85,7 @@ def test_absurd_tiles_fail_by_name_and_limit():
     assert "limit 0" in line
 
 
-def test_tiles_too_small_for_the_matrix_instruction_fail():
+def test_tiles_too_small_for_the_matrix_instruction_fail(script: Callable):
     done = script(
         "configs.TABLE = (configs.Row('scan', 80, 16, configs.ANY, configs.Config(16, 64, 64, 4, 2)),"
         " *(row for row in configs.TABLE if row[0] != 'scan' or row[2] != 16))\n"
@@ -97,20 +96,22 @@ def test_tiles_too_small_for_the_matrix_instruction_fail():
     assert "FAULT: matrix instruction mma.sync, wanted wgmma" in done.stdout
 
 
-def test_refuses_the_interpreter_and_unknown_names():
-    done = aot("--arch", "90", env=COMPILED | {"TRITON_INTERPRET": "1"})
+def test_refuses_the_interpreter_and_unknown_names(script: Callable):
+    done = script(
+        "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "raise SystemExit(aot.main(['--arch', '90']))"
+    )
     assert done.returncode == 2
     assert "TRITON_INTERPRET is set" in done.stderr
-    assert aot("--arch", "75").returncode == 2
-    assert (
-        aot(
-            "--arch", "90", "--dtype", "float16", "--width", "128", "--kernel", "nonsense"
-        ).returncode
-        == 2
+    assert script("raise SystemExit(aot.main(['--arch', '75']))").returncode == 2
+    done = script(
+        "raise SystemExit(aot.main(['--arch', '90', '--dtype', 'float16', '--width', '128',"
+        " '--kernel', 'nonsense']))"
     )
+    assert done.returncode == 2
 
 
-def test_arguments_are_specialised_as_at_run_time():
+def test_arguments_are_specialised_as_at_run_time(script: Callable):
     done = script("""
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -138,7 +139,7 @@ print(seen)
     assert int(done.stdout) > 40
 
 
-def test_the_table_has_a_row_for_every_kernel_and_chip():
+def test_the_table_has_a_row_for_every_kernel_and_chip(script: Callable):
     done = script("""
 import torch
 for arch in (70, 80, 86, 89, 90, 100, 103, 120, 130):
@@ -156,7 +157,7 @@ except KeyError: print('refused')
     assert done.stdout == "refused\n", done.stderr
 
 
-def test_tuning_without_a_gpu_and_its_rows():
+def test_tuning_without_a_gpu_and_its_rows(script: Callable):
     env = COMPILED | {"CUDA_VISIBLE_DEVICES": ""}
     done = python("-m", "namr_dist.kernels.gpu.tune", env=env)
     assert done.returncode == 2

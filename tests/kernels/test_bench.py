@@ -18,6 +18,7 @@ from PIL import Image
 
 from namr_dist.cli.main import main
 from namr_dist.kernels.bench import eager, gate, library, measure, memory, naive, providers, table
+from namr_dist.kernels.bench.__main__ import main as bench_main
 from namr_dist.kernels.bench.cases import LOSSES, PASSES, Case, make_batch
 from namr_dist.kernels.bench.run import measure as measure_case
 
@@ -385,12 +386,15 @@ def test_rows_are_appended_under_one_header(measured, tmp_path: Path) -> None:
     assert path.read_text().splitlines()[3] == "torn,li"
 
 
-def test_file_with_other_columns_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_file_with_other_columns_is_refused_and_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "other.csv"
     path.write_text("kernel,ms\nours,1\n")
-    ended = _bench(*_SETTINGS, "--csv", str(path))
-    assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.count("\n") == 1 and str(path) in ended.stderr and "--csv" in ended.stderr
+    assert bench_main([*_SETTINGS, "--csv", str(path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert str(path) in said.err and "--csv" in said.err
     assert path.read_text() == "kernel,ms\nours,1\n"
 
 
@@ -425,13 +429,14 @@ def test_table_is_at_most_120_columns_wide(measured) -> None:
 
 
 @pytest.mark.slow
-def test_plots_from_the_csv_alone(measured, tmp_path: Path) -> None:
+def test_plots_from_the_csv_alone(
+    measured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "sizes.csv"
     rows = table.read(measured[0])
     table.append(path, [row for row in rows] + [{**row, "B": "64"} for row in rows])
-    ended = _bench("--plot", str(path), "--out", str(tmp_path / "plots"))
-    assert ended.returncode == 0, ended.stderr
-    files = [Path(line) for line in ended.stdout.split("\n") if line]
+    assert bench_main(["--plot", str(path), "--out", str(tmp_path / "plots")]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.split("\n") if line]
     assert [file.name.split("-")[0] for file in files] == ["time", "memory"]
     for file in files:
         with Image.open(file) as image:
@@ -444,9 +449,11 @@ def test_plots_from_the_csv_alone(measured, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_plot_leaves_out_what_does_not_agree(measured, tmp_path: Path) -> None:
+def test_plot_leaves_out_what_does_not_agree(
+    measured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "wrong.csv"
     with measured[0].open(newline="") as file:
         table.append(path, [{**row, "agrees": "no"} for row in csv.DictReader(file)])
-    ended = _bench("--plot", str(path))
-    assert ended.returncode == 2 and "holds no figures" in ended.stderr
+    assert bench_main(["--plot", str(path)]) == 2
+    assert "holds no figures" in capsys.readouterr().err

@@ -1,19 +1,13 @@
 """Tuning of tile sizes, as far as a machine without a GPU can show it."""
 
 import csv
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
-def test_tuning_compiles_ahead_what_is_then_timed() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            """
+def test_tuning_compiles_ahead_what_is_then_timed(forked_python: Callable) -> None:
+    ended = forked_python(
+        """
 import torch
 from namr_dist.kernels import aot
 from namr_dist.kernels.gpu import tune
@@ -40,23 +34,16 @@ real = {name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, t
 size = {'num_warps': launch.config.warps, 'num_stages': launch.config.stages}
 started = [launch.kernel.run(grid=(1,), warmup=True, **given, **size) for given in (launch.arguments, real)]
 assert started[0] is started[1], 'with numbers in them it is another kernel'
-""",
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+"""
     )
     assert ended.returncode == 0, ended.stderr
 
 
-def test_tuning_takes_the_fastest_that_agrees_and_is_within_the_limits(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            """
+def test_tuning_takes_the_fastest_that_agrees_and_is_within_the_limits(
+    tmp_path: Path, forked_python: Callable
+) -> None:
+    ended = forked_python(
+        """
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -82,12 +69,7 @@ with ThreadPoolExecutor(1) as pool:
 assert chosen == best, chosen
 tune.log(Path(sys.argv[1]), task, chosen, tried)
 """,
-            str(tmp_path / "tune.csv"),
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        tmp_path / "tune.csv",
     )
     assert ended.returncode == 0, ended.stderr
     with (tmp_path / "tune.csv").open(newline="") as file:

@@ -151,7 +151,7 @@ def test_deepspeed_launcher_slurm(place: Place, expected: list[float]) -> None:
     assert place.losses(done) == expected
 
 
-def test_mpirun(place: Place, expected: list[float]) -> None:
+def test_mpirun(place: Place, expected: list[float], forked_namr: Callable) -> None:
     """Open MPI's variables on one machine, where MASTER_ADDR may be left out; MASTER_PORT only
     keeps ports apart."""
     ranks = [
@@ -163,9 +163,11 @@ def test_mpirun(place: Place, expected: list[float]) -> None:
         }
         for rank in range(2)
     ]
-    done = place.start(
-        *[["namr", "train", *place.words]] * 2, env=ranks, MASTER_PORT=str(free_port())
-    )
+    port = {"MASTER_PORT": str(free_port())}
+    with ThreadPoolExecutor() as pool:
+        done = list(
+            pool.map(lambda own: forked_namr("train", *place.words, env={**own, **port}), ranks)
+        )
     assert place.losses(*done) == expected
 
 
@@ -288,9 +290,9 @@ def test_multi_node_dry_run(place: Place) -> None:
     )
 
 
-def test_command_of_the_dry_run(place: Place, expected: list[float], namr: Callable) -> None:
+def test_command_of_the_dry_run(place: Place, expected: list[float], forked_namr: Callable) -> None:
     """What --dry-run prints starts the run, word for word."""
-    done = namr("train", *place.words, "--dry-run", "--ranks", 2)
+    done = forked_namr("train", *place.words, "--dry-run", "--ranks", 2)
     assert done.returncode == 0, done.stderr
     command = next(
         line.removeprefix("torchrun").strip()

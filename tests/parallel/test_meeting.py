@@ -6,13 +6,12 @@ import contextlib
 import re
 import signal
 import socket
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
+from training_runs import Program, start_parent
 
 pytestmark = pytest.mark.dist
 
@@ -51,7 +50,7 @@ if rank.first:  # in training, it waits for the others in making the process gro
 
 
 @contextlib.contextmanager
-def met(folder: Path, *words: str, port: int | None = None) -> Iterator[list[subprocess.Popen]]:
+def met(folder: Path, *words: str, port: int | None = None) -> Iterator[list[Program]]:
     """A rank for each word, at the port or at a free one. All that still run at the end are
     killed."""
     if port is None:
@@ -59,14 +58,14 @@ def met(folder: Path, *words: str, port: int | None = None) -> Iterator[list[sub
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
     (folder / "rank.py").write_text(RANK)
-    common = {**ENVIRONMENT, "WORLD_SIZE": str(len(words)), "MASTER_ADDR": "127.0.0.1"}
+    start_parent()
+    common = {"WORLD_SIZE": str(len(words)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, folder / "rank.py", *words],
-            env={**common, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+        Program(
+            folder / "rank.py",
+            *words,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            output=folder / f"said-{rank}",
         )
         for rank in range(len(words))
     ]
@@ -75,13 +74,20 @@ def met(folder: Path, *words: str, port: int | None = None) -> Iterator[list[sub
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
+            rank.wait()
 
 
-def ends(ranks: list[subprocess.Popen]) -> tuple[list[int], str]:
+def ends(ranks: list[Program]) -> tuple[list[int], str]:
     """Exit codes, and what all said."""
-    said = "".join(rank.communicate(timeout=240)[0] for rank in ranks)
-    return [rank.returncode for rank in ranks], said
+    codes = [rank.wait(240) for rank in ranks]
+    return codes, "".join(rank.said() for rank in ranks)
+
+
+def until_here(rank: Program) -> None:
+    give_up = time.monotonic() + 120
+    while "here\n" not in rank.said():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
 
 
 def test_all_are_here(tmp_path: Path) -> None:
@@ -112,7 +118,7 @@ def test_each_mistake_is_said_once_and_all_end_alike(
 def test_one_that_dies_ends_the_others(tmp_path: Path) -> None:
     """Without a launcher that would."""
     with met(tmp_path, "ends", "waits") as ranks:
-        assert ranks[1].stdout and ranks[1].stdout.readline() == "here\n"
+        until_here(ranks[1])
         ranks[1].kill()
         codes, said = ends(ranks)
     assert codes == [74, -signal.SIGKILL]
@@ -121,7 +127,7 @@ def test_one_that_dies_ends_the_others(tmp_path: Path) -> None:
 
 def test_a_first_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     with met(tmp_path, "waits", "ends") as ranks:
-        assert ranks[1].stdout and ranks[1].stdout.readline() == "here\n"
+        until_here(ranks[1])
         ranks[0].kill()
         codes, said = ends(ranks)
     assert codes == [-signal.SIGKILL, 74]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conftest import alive
+from training_runs import start_parent
 
 from namr_dist.parallel import pool as pools
 from namr_dist.parallel.pool import RankError, Ranks
@@ -45,8 +46,11 @@ def test_ranks_answer_in_order(two_ranks: Ranks, capfd: pytest.CaptureFixture[st
 
 @pytest.mark.dist
 def test_a_failure_is_told_and_the_next_call_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    start_parent()
     monkeypatch.setattr(pools, "_AFTER_FAILURE_S", 0.2)
+    monkeypatch.setenv("NAMR_OF_NOW", "set after the server's start")
     with Ranks(2) as pool:
+        assert pool(os.getenv, "NAMR_OF_NOW") == ["set after the server's start"] * 2
         with pytest.raises(RankError, match="rank 1:(.|\n)*as the test wants it"):
             pool(fail_on_the_second)
         assert [rank for rank, _, _ in pool(rank_and_size)] == [0, 1]

@@ -253,9 +253,9 @@ def test_a_wrong_gradient_is_found(two_ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_csv_without_parity_is_refused(
-    namr: Callable[..., subprocess.CompletedProcess[str]],
+    forked_namr: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    done = namr("doctor", "--csv", "figures.csv")
+    done = forked_namr("doctor", "--csv", "figures.csv")
     assert done.returncode == 2 and "figures.csv" in done.stderr and "--parity" in done.stderr
 
 

@@ -134,7 +134,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint(shard_set: Manifest, tmp_pa
 
 
 def test_a_grid_that_was_killed_ends_in_the_table_of_its_runs(
-    grid: tuple[Path, list[str]], tmp_path: Path, namr: Callable
+    grid: tuple[Path, list[str]], tmp_path: Path, forked_namr: Callable
 ) -> None:
     folder, words = grid
     first = folder / "triplet-0-0"
@@ -145,7 +145,7 @@ def test_a_grid_that_was_killed_ends_in_the_table_of_its_runs(
     assert not (first / "metrics.json").exists()
     [saved] = (first / "checkpoints").glob("step-*")
 
-    done = namr(*words, timeout=600)
+    done = forked_namr(*words, timeout=600)
     assert done.returncode == 1, done.stderr
     for weight in "02":
         line = next(line for line in done.stderr.splitlines() if f"proxy_anchor-{weight}-0" in line)
@@ -409,20 +409,22 @@ def flat(config: Config) -> dict[str, object]:
     return dict(fields("", json.loads(config.to_json())))
 
 
-def test_a_rivals_cell_bears_its_name(shard_set: Manifest, tmp_path: Path, namr: Callable) -> None:
-    folder, results = tmp_path / "runs", tmp_path / "results"
-    words = command(shard_set, folder, "--losses", "triplet", "--seeds", "3", "--weights", "0")
-    words += ["--rivals", "early_stop", "--results", str(results), "--json"]
-    words += ["--set.loss.memory.rows", "0"]
-    done = namr(*words, "--set.optim.steps", "10", timeout=600)
+def test_a_rivals_cell_bears_its_name(
+    grid: tuple[Path, list[str]], tmp_path: Path, forked_namr: Callable
+) -> None:
+    _, words = grid
+    results = tmp_path / "results"
+    words = [*words, "--losses", "triplet", "--weights", "0", "--rivals", "early_stop"]
+    done = forked_namr(*words, "--results", results, "--json", timeout=600)
     assert done.returncode == 0, done.stderr
-    cell = results / "triplet-early_stop-3"
+    cell = results / "triplet-early_stop-0"
     assert json.loads((cell / "cell.json").read_text()) == {
         "loss": "triplet",
         "variant": "early_stop",
-        "seed": 3,
+        "seed": 0,
     }
-    assert steps_of(cell) == [1, 2, 3] and len(steps_of(results / "triplet-0-3")) == 10
+    assert steps_of(cell) == list(range(1, 10))  # 0.3 of them
+    assert len(steps_of(results / "triplet-0-0")) == STEPS
     measured = json.loads((cell / "metrics.json").read_text())["test"]["sample"]
     told = json.loads(done.stdout)["triplet"]
     assert told["early_stop"]["MAP@R"] == [pytest.approx(measured["MAP@R"]), None, None]
@@ -444,12 +446,12 @@ def test_a_short_grid_has_few_steps_two_seeds_and_a_folder_of_its_own(
 
 
 def test_the_features_track_keeps_its_cells_and_prints_them_in_the_same_way(
-    shard_set: Manifest, namr: Callable, tmp_path: Path
+    shard_set: Manifest, forked_namr: Callable, tmp_path: Path
 ) -> None:
     words = ["reproduce", "homeware_conv4", "--track", "features", "--short", "--json"]
     words += ["--losses", "margin", *small_run(shard_set, steps=6)]
     words += ["--rivals", "--results", tmp_path / "results", "--run-dir"]
-    done = namr(*words, tmp_path / "one")
+    done = forked_namr(*words, tmp_path / "one")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert list(told["margin"])[:4] == ["alone", "ranking", "structure", "namr"]
@@ -462,11 +464,11 @@ def test_the_features_track_keeps_its_cells_and_prints_them_in_the_same_way(
         and "variance" in VARIANTS
     )
     # What is there already is neither trained nor embedded again.
-    again = namr(*words, tmp_path / "two")
+    again = forked_namr(*words, tmp_path / "two")
     assert again.returncode == 0 and json.loads(again.stdout) == told
     assert "12 of them there already" in again.stderr
     assert not (tmp_path / "two" / FEATURES).exists()
-    other = namr(*words, tmp_path / "two", "--set.optim.steps", 7)
+    other = forked_namr(*words, tmp_path / "two", "--set.optim.steps", 7)
     assert other.returncode == 2 and "optim.steps" in other.stderr
 
 

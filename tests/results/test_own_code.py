@@ -40,12 +40,14 @@ def documented(part: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(shard_set: Manifest, namr: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    shard_set: Manifest, forked_namr: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A working folder with own_nets.py and a finished run of its network, `run`. Not to be
     changed."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own_nets.py").write_text(documented("class Small"))
-    done = namr(
+    done = forked_namr(
         "train",
         "homeware_conv4",
         "--run-dir",

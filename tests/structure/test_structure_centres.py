@@ -10,7 +10,6 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from namr_dist.parallel.pool import Ranks
 from namr_dist.structure.centres import Centres, default_centres
 from namr_dist.structure.k_means import k_means, starting_rows
 from namr_dist.structure.recent import RecentRows
@@ -53,9 +52,8 @@ def test_two_ranks_find_the_centres_of_one(two_ranks: Callable, counts: list[int
 
 
 @pytest.mark.dist
-def test_four_ranks_find_the_centres_of_one() -> None:
-    with Ranks(4) as ranks:
-        _check_same(ranks(fitted, [100, 0, 77, 123], 30), 300)
+def test_four_ranks_find_the_centres_of_one(four_ranks: Callable) -> None:
+    _check_same(four_ranks(fitted, [100, 0, 77, 123], 30), 300)
 
 
 def _check_same(results: list[tuple[Tensor, Tensor]], count: int) -> None:

@@ -167,7 +167,7 @@ def test_a_folder_of_something_else(shard_set: Manifest, tmp_path: Path) -> None
     assert (tmp_path / "checkpoints" / "mine.pt").read_text() == "weights"
 
 
-def test_command_line(namr: Callable, shard_set: Manifest, tmp_path: Path) -> None:
+def test_command_line(forked_namr: Callable, shard_set: Manifest, tmp_path: Path) -> None:
     """By default as many ranks as were launched, and only the first speaks."""
     words = ["train", "homeware_conv4", "--run-dir", tmp_path / "run", *small_run(shard_set)]
     launched = {
@@ -176,9 +176,11 @@ def test_command_line(namr: Callable, shard_set: Manifest, tmp_path: Path) -> No
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29500",
     }
-    first, second = (namr(*words, "--dry-run", env={**launched, "RANK": rank}) for rank in "01")
+    first, second = (
+        forked_namr(*words, "--dry-run", env={**launched, "RANK": rank}) for rank in "01"
+    )
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert "for 2 rank(s)" in first.stdout and not second.stdout
-    refused = namr(*words, "--ranks", 2)
+    refused = forked_namr(*words, "--ranks", 2)
     assert refused.returncode == 2 and "--ranks is 2, which goes with --dry-run" in refused.stderr
     assert not (tmp_path / "run").exists()

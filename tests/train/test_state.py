@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from training_runs import start_parent
 
 from namr_dist.config import Config
 from namr_dist.errors import DamagedFileError, InputError
@@ -177,11 +178,9 @@ def resume(path: Path, stage: int, dropout: float, after: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pools(two_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
-    own = {1: Ranks(1), 4: Ranks(4)}
-    yield {**own, 2: two_ranks}
-    for pool in own.values():
-        pool.close()
+def pools(two_ranks: Ranks, four_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
+    with Ranks(1) as one_rank:
+        yield {1: one_rank, 2: two_ranks, 4: four_ranks}
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -673,6 +672,7 @@ def test_ranks_that_see_another_folder_are_refused(two_ranks: Ranks, tmp_path: P
 
 @pytest.mark.dist
 def test_a_run_that_another_rank_does_not_see_is_not_replaced(tmp_path: Path) -> None:
+    start_parent()
     run = RunFolder(tmp_path / "0")
     small_checkpoint(run.checkpoint(4))
     run.config.write_text(CONFIG.to_json())

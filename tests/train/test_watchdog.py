@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, small_run
+from conftest import REPOSITORY, small_run
+from training_runs import Program, start_parent
 
 from namr_dist.config import Config, TrainConfig
 from namr_dist.data.shardset.manifest import Manifest
@@ -115,7 +114,7 @@ def test_no_time_at_all_is_refused(minutes: float) -> None:
 class Group:
     """Ranks of a program, without a launcher that would end the others."""
 
-    ranks: list[subprocess.Popen[bytes]]
+    ranks: list[Program]
     said: list[Path]
     """Files with what each said. Not pipes: a frozen worker would hold one open."""
 
@@ -133,17 +132,17 @@ class Group:
             assert time.monotonic() < deadline_s and all(
                 process.poll() is None for process in self.ranks
             ), "".join(path.read_text() for path in self.said)
-            time.sleep(0.2)
+            time.sleep(0.05)
 
 
 @contextmanager
-def started(folder: Path, world_size: int, *words: object) -> Iterator[Group]:
+def started(folder: Path, world_size: int, program: Path, *words: object) -> Iterator[Group]:
     """All that still runs at the end is killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    start_parent()
     common = {
-        **ENVIRONMENT,
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -151,15 +150,8 @@ def started(folder: Path, world_size: int, *words: object) -> Iterator[Group]:
     group = Group(ranks=[], said=[folder / f"said-{rank}" for rank in range(world_size)])
     try:
         for rank, said in enumerate(group.said):
-            with said.open("wb") as file:
-                group.ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, *map(str, words)],
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    )
-                )
+            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            group.ranks.append(Program(program, *words, environment=environment, output=said))
         yield group
     finally:
         for process in group.ranks:
@@ -168,7 +160,7 @@ def started(folder: Path, world_size: int, *words: object) -> Iterator[Group]:
             process.wait()
 
 
-def children(process: subprocess.Popen[bytes]) -> list[int]:
+def children(process: Program) -> list[int]:
     pids: list[int] = []
     if process.poll() is not None:  # its number may be another's by now
         return pids
@@ -261,9 +253,11 @@ def test_store_lost_with_the_first_rank(program: Path) -> None:
     ), reports
 
 
+LAUNCHER = REPOSITORY / "launchers" / "train.py"
+
+
 def begin(shard_set: Manifest, run: Path) -> list[object]:
     return [
-        REPOSITORY / "launchers" / "train.py",
         "homeware_conv4",
         "--run-dir",
         run,
@@ -281,7 +275,7 @@ def has_begun(group: Group, run: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_training_with_a_hung_loader(shard_set: Manifest, tmp_path: Path) -> None:
-    with started(tmp_path, 2, *begin(shard_set, tmp_path / "run")) as group:
+    with started(tmp_path, 2, LAUNCHER, *begin(shard_set, tmp_path / "run")) as group:
         has_begun(group, tmp_path / "run")
         workers = children(group.ranks[1])
         for worker in workers:
@@ -301,7 +295,7 @@ def test_training_with_a_hung_loader(shard_set: Manifest, tmp_path: Path) -> Non
 @pytest.mark.dist
 @pytest.mark.slow
 def test_training_with_a_killed_rank(shard_set: Manifest, tmp_path: Path) -> None:
-    with started(tmp_path, 2, *begin(shard_set, tmp_path / "run")) as group:
+    with started(tmp_path, 2, LAUNCHER, *begin(shard_set, tmp_path / "run")) as group:
         has_begun(group, tmp_path / "run")
         group.ranks[1].kill()
         codes, reports = group.outcome(0, 1)
