@@ -72,6 +72,19 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="the k of R@k (as trained)",
     )
     evaluate.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="METRIC",
+        help="further metrics: mAP@k, precision@k (as mAP@10; as OML defines them), MRR",
+    )
+    evaluate.add_argument(
+        "--without-own-group",
+        action="store_true",
+        help="leave items of the query's class and group (camera, sequence) out of its results, as "
+        "Market-1501 does",
+    )
+    evaluate.add_argument(
         "--json", action="store_true", help="print the figures as JSON instead of a table"
     )
     evaluate.set_defaults(verb=_evaluate)
@@ -170,6 +183,8 @@ def _evaluate(parsed: argparse.Namespace, _: list[str]) -> None:
         checkpoint=parsed.checkpoint,
         recall_at=tuple(parsed.recall_at),
         modes=parsed.mode,
+        also=parsed.also,
+        without_own_group=parsed.without_own_group,
         out=parsed.out,
         rank=rank,
     )

@@ -30,6 +30,7 @@ from namr_dist.provenance import provenance
 from namr_dist.results.page import write_report
 from namr_dist.results.record import run_config, trained_config
 from namr_dist.retrieval.evaluate import evaluate, evaluate_sample
+from namr_dist.retrieval.metrics import longest_list
 from namr_dist.retrieval.modes import Mode, with_own
 from namr_dist.retrieval.over_ranks import Searcher
 from namr_dist.retrieval.reidentification import reidentify
@@ -81,6 +82,9 @@ class _Work:
     """that the files go to"""
     other_split: str | None
     """as in Evaluation"""
+    also: tuple[str, ...]
+    groups_N: np.ndarray | None
+    """as in `evaluate`"""
 
 
 def evaluate_run(
@@ -91,6 +95,8 @@ def evaluate_run(
     checkpoint: str | None = None,
     recall_at: tuple[int, ...] = (),
     modes: Sequence[str] = (),
+    also: Sequence[str] = (),
+    without_own_group: bool = False,
     out: Path | None = None,
     rank: Rank | None = None,
 ) -> dict:
@@ -103,6 +109,8 @@ def evaluate_run(
     recall_at: the k of R@k; none: the configuration's.
     modes: module:NAME of retrieval modes of a user's own (named_code.allow them first), measured
         beside the others.
+    also: further metrics, and without_own_group: items of the query's class and group are left out
+        of its results, both as in `evaluate`.
     out: folder that the files go to instead of the run's; it is made if its parent is there.
     rank: one of several that all call this: each embeds its share of the images and searches its
         share of the gallery, and the figures are those of one process. The first writes, and its
@@ -118,7 +126,10 @@ def evaluate_run(
     rank = rank or only_rank()
     meeting = Meeting(rank, until="evaluation ended")
     with meeting.all_or_none():
+        longest_list(also)
         work = _prepare(run, rank, shards, split, checkpoint, recall_at, tuple(modes), out)
+        groups_N = _groups(work) if without_own_group else None
+        work = replace(work, also=tuple(also), groups_N=groups_N)
     try:
         with meeting.all_or_none(), meeting.watched():
             start_group(rank, _TIMEOUT)
@@ -176,7 +187,21 @@ def _prepare(
         own_modes=own_modes,
         folder=out or run,
         other_split=other_split,
+        also=(),
+        groups_N=None,
     )
+
+
+def _groups(work: _Work) -> np.ndarray:
+    """(N,) of the split's images. Raises InputError for a set without any."""
+    groups_N, label_N = work.index.group_N, work.index.label_N
+    classes_and_groups = len(np.unique(np.stack([label_N, groups_N]), axis=1).T)
+    if classes_and_groups == len(np.unique(label_N)):
+        raise InputError(
+            f"no class of split {work.config.data.test_split!r} of {work.manifest.folder} has images of several "
+            "groups; build the set with groups (a table's column `group`), or leave out --without-own-group"
+        )
+    return groups_N
 
 
 def _measure(work: _Work, rank: Rank, host: HostGroup) -> dict:
@@ -240,24 +265,27 @@ def _measure(work: _Work, rank: Rank, host: HostGroup) -> dict:
         roles_N=roles_N,
         clustering=rank.first,
         modes=own_modes,
+        also=work.also,
+        groups_N=work.groups_N,
         searcher=searcher,
     )
     by_class = measured.pop("test_classes")
     if centres is not None and fitted:
         measured["test_counts"]["beyond_rho_max"] = centres.clamped(s_ND[:, -1])
+    common: dict[str, Any] = {
+        "ks": ks,
+        "roles_N": roles_N,
+        "also": work.also,
+        "groups_N": work.groups_N,
+        "searcher": searcher,
+    }
     metrics = {
         **measured,
         **({"reidentification": reidentified} if reidentified else {}),
         "baselines": {
-            "raw pixels": evaluate_sample(
-                pixels_NP, labels_N, ks=ks, roles_N=roles_N, searcher=searcher
-            ),
-            "untrained model": evaluate_sample(
-                start_ND, labels_N, ks=ks, distance=distance, roles_N=roles_N, searcher=searcher
-            ),
-            "frozen backbone": evaluate_sample(
-                features_NF, labels_N, ks=ks, distance="cosine", roles_N=roles_N, searcher=searcher
-            ),
+            "raw pixels": evaluate_sample(pixels_NP, labels_N, **common),
+            "untrained model": evaluate_sample(start_ND, labels_N, distance=distance, **common),
+            "frozen backbone": evaluate_sample(features_NF, labels_N, distance="cosine", **common),
         },
     }
     if not rank.first:

@@ -52,11 +52,24 @@ def number(value: Any, digits: int = 1) -> str:
 
 
 def columns(rows: Iterable[Row]) -> list[str]:
-    """R@k by k, then MAP@R and R-precision: those that any row has."""
+    """R@k by k, then MAP@R and R-precision, then mAP@k and precision@k by k and MRR: those that any
+    row has."""
     names = {name for row in rows for name in row.figures}
-    cut_offs = [name for name in names if name.startswith("R@") and name[2:].isdigit()]
-    cut_offs.sort(key=lambda name: int(name[2:]))
-    return cut_offs + [name for name in _LAST_COLUMNS if name in names]
+
+    def by_cut_off(beginning: str) -> list[str]:
+        found = [one for one in names if one.startswith(beginning)]
+        return sorted(
+            (one for one in found if one[len(beginning) :].isdigit()),
+            key=lambda one: int(one[len(beginning) :]),
+        )
+
+    return [
+        *by_cut_off("R@"),
+        *(name for name in _LAST_COLUMNS if name in names),
+        *by_cut_off("mAP@"),
+        *by_cut_off("precision@"),
+        *(["MRR"] if "MRR" in names else []),
+    ]
 
 
 def baseline_rows(metrics: Mapping[str, Any]) -> list[Row]:

@@ -27,11 +27,16 @@ KS = (1, 3, 40)
 
 @pytest.fixture(scope="module")
 def queries_and_gallery(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Of each of 6 test classes' six images two query, three are searched, and the last is both."""
+    """Of each of 6 test classes' six images two query, three are searched, and the last is both.
+    The first three are of one group, the others of another."""
     manifest = make_shards(tmp_path_factory.mktemp("shards"), classes={"train": 12, "test": 6})
     role_of_view = ("query", "gallery", "gallery", "query", "gallery", "")
     shards = tuple(
-        dataclasses.replace(shard, roles=tuple(role_of_view[int(key[-1])] for key in shard.keys))
+        dataclasses.replace(
+            shard,
+            roles=tuple(role_of_view[int(key[-1])] for key in shard.keys),
+            groups=tuple("first" if int(key[-1]) < 3 else "second" for key in shard.keys),
+        )
         if shard.split == "test"
         else shard
         for shard in manifest.shards
@@ -95,6 +100,42 @@ def test_figures_follow_from_the_embeddings(evaluated: Path, queries_and_gallery
         "18 queries search 24 gallery images; 6 images are both, and of those the "
         "own index is left out"
     )
+
+
+def test_other_metrics_and_results_of_other_groups_alone(
+    evaluated: Path, queries_and_gallery: Manifest, forked_namr: Callable, tmp_path: Path
+) -> None:
+    out = tmp_path / "other"
+    also = ("mAP@3", "precision@3", "MRR")
+    evaluate = ("evaluate", evaluated, "--out", out, "--recall-at", 1, 40, "--also", *also)
+    done = forked_namr(*evaluate, "--without-own-group", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    tensors = safetensors.numpy.load_file(out / "embeddings.safetensors")
+    z, labels, roles = tensors["z"].astype(np.float64), tensors["labels"], tensors["roles"]
+    groups = queries_and_gallery.index("test").group_N
+    queries, items = np.flatnonzero(roles != 2), np.flatnonzero(roles != 1)
+    expected = dict.fromkeys(("R@1", "MAP@R", *also), 0.0)
+    for query in queries:
+        own = (labels[items] == labels[query]) & (groups[items] == groups[query])
+        others = items[~own]
+        ranked = others[np.argsort(((z[query] - z[others]) ** 2).sum(1), kind="stable")]
+        right = labels[ranked] == labels[query]
+        relevant = int(right.sum())
+        assert relevant == 2
+        precision = np.cumsum(right) / np.arange(1, len(right) + 1)
+        share = 100 / len(queries)
+        expected["R@1"] += share * right[0]
+        expected["MAP@R"] += share * (precision * right)[:relevant].sum() / relevant
+        expected["mAP@3"] += share * (precision * right)[:3].sum() / max(1, right[:3].sum())
+        expected["precision@3"] += share * right[:3].sum() / min(3, relevant)
+        expected["MRR"] += share / (1 + right.argmax())
+    sample = told["test"]["sample"]
+    assert {name: sample[name] for name in expected} == pytest.approx(expected)
+    assert told["test_protocol"]["same_class_and_group"] == "left out"
+    assert set(also) <= told["baselines"]["raw pixels"].keys()
+    done = forked_namr("evaluate", evaluated, "--also", "F1")
+    assert done.returncode == 2 and "'F1' is no further metric" in done.stderr
 
 
 def test_re_identification_stands_beside(evaluated: Path) -> None:
