@@ -16,7 +16,7 @@ FLOORS = (
     "errors",
     "atomic bounds named_code own_files provenance text",
     "csv_file json_file terminal",
-    "verified_json",
+    "verified_json progress",
     "parallel",
     "structure losses",
     "config_json",

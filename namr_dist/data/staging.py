@@ -150,7 +150,7 @@ def _whole(folder: Path, shards: Sequence[Shard]) -> set[str]:
         ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
         for shard, whole in zip(there, pool.map(is_whole, there), strict=True):
-            progress.advance(len(shard.keys), shard.bytes)
+            progress.read(len(shard.keys), shard.bytes)
             if whole:
                 intact.add(shard.file)
     return intact
@@ -175,7 +175,7 @@ def _copy(origin: Origin, folder: Path, shards: Sequence[Shard]) -> None:
     def copy(shard: Shard) -> None:
         def told(have: int) -> None:
             with telling:
-                progress.advance(
+                progress.read(
                     _images(shard, have) - _images(shard, had[shard.file]), have - had[shard.file]
                 )
                 had[shard.file] = have

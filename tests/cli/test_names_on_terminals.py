@@ -144,7 +144,7 @@ def test_a_terminal_gets_no_sequence_but_those_of_rich() -> None:
 
 def test_progress_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with BuildProgress(EVIL, images=2, size=2) as progress:
-        progress.advance(1, 1)
+        progress.read(1, 1)
         progress._tell()
     said = capsys.readouterr().err
     assert harmless(said) and said.count("\n") == 1

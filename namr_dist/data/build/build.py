@@ -202,7 +202,7 @@ def _write(
             size=sum(task.size for task in tasks),
         ) as progress:
             work = functools.partial(_make_shard, out, encoding)
-            for one in run_tasks(work, tasks, workers=workers, advance=progress.advance):
+            for one in run_tasks(work, tasks, workers=workers, advance=progress.read):
                 finished[one.shard.file] = one
     finally:
         _remove(out, _TEMPORARY)
