@@ -47,7 +47,7 @@ class SearchSettings:
 
     ef_search: int = 128
     """hnsw: candidates that the walk keeps"""
-    nprobe: int = 16
+    nprobe: int = 128
     """ivf, ivfpq: cells that are looked through"""
     candidates: int = 100
     """of ivfpq and the rerank mode: what the index finds and is then ordered by exact distance"""
