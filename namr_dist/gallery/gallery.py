@@ -233,6 +233,18 @@ class Gallery:
             rows[:, :D], rows[:, D : D + E], density_N=density_N, name=f"embeddings of {self.name}"
         )
 
+    def vectors(self, positions: Int64) -> Float32:
+        """(P, V) of the items at these positions: what an l2 index of another program stores."""
+        return self.form.items(self.side(positions))
+
+    def queries(self, pictures: Picture | list[Picture]) -> Float32:
+        """(Q, V) of pictures: what such an index is asked for. Its squared distance less
+        `form.offset` is the mode's, or, in the modes adaptive and symmetric, in its order. Raises
+        as `search`."""
+        z_QD, s_QS = self.model.embed(as_list(pictures), structure=True)
+        queries = self.geometry.side(z_QD, self.geometry.kept(s_QS), name="queries")
+        return self.form.queries(queries)
+
     def embeddings(self) -> tuple[Float32, Float32]:
         """z (N, D) and what is kept of s (N, E), float32."""
         rows, D = self._contents.embeddings, self.geometry.width
@@ -308,6 +320,19 @@ class Gallery:
         self._contents = replace(self._contents, items=items, embeddings=embeddings)
         self.__dict__.pop("_longest", None)
 
+    def rebuilt(self, positions: Int64, type: str) -> Gallery:
+        """Some of the items, in that order, in an index of a type, with the vectors that they have
+        here. Raises InputError if the type does not serve so few."""
+        embeddings = np.asarray(self._contents.embeddings[positions])
+        shape = shape_of(type, self.form.width, len(positions))
+        contents = folder.Contents(
+            header=replace(self.header, shape=shape, settings=self.settings),
+            engine=Engine.built(shape, self.form.items(self._side_of(embeddings))),
+            items=self.items.at(positions),
+            embeddings=embeddings,
+        )
+        return Gallery(contents, name=self.name, model=self._model)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it into a new folder, or over the index that is there; return the folder. Raises
         InputError if something else is there, and OSError; the index that was there then still
@@ -343,10 +368,7 @@ class Gallery:
             "gamma": header.geometry.gamma,
             "rho_max": header.geometry.rho_max,
             **asdict(header.settings),
-            "sources": [
-                " ".join(filter(None, (source.kind, source.place, source.split)))
-                for source in self.items.sources
-            ],
+            "sources": [source.text for source in self.items.sources],
             "first_ids": list(self.items.ids[:3]),
         }
 
