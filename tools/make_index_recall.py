@@ -226,7 +226,13 @@ def measure_certificate() -> list[dict[str, Any]]:
     lines = []
     for candidates in CANDIDATES:
         found = rerank(
-            queries.z_ND, queries.s_ND, items.z_ND, k=K, delta=DELTA, candidates=candidates
+            queries.z_ND,
+            queries.s_ND,
+            items.z_ND,
+            k=K,
+            delta=DELTA,
+            candidates=candidates,
+            query_ids_Q=np.full(CERTIFIED_QUERIES, -1),
         )
         wrong = wrong_uncertified = 0
         for block, ids_BK, squared_BN in brute_blocks(exact, queries, K, candidates=candidates):
