@@ -83,6 +83,7 @@ def push(
             if there:
                 client.drop_collection(name)
             client.rename_collection(written, name)
+            client.load_collection(name)  # Milvus Lite releases what it renames
         except BaseException:
             with contextlib.suppress(Exception):
                 client.drop_collection(written)
@@ -172,6 +173,7 @@ def _count(client: Any, name: str) -> int:
 
 
 def _without_secrets(error: Exception) -> str:
-    text = shown((str(error).splitlines() or [type(error).__name__])[0])
+    message = str(getattr(error, "message", error))
+    text = shown((message.splitlines() or [type(error).__name__])[0])
     token = os.environ.get(TOKEN)
     return text.replace(token, "…") if token else text

@@ -48,14 +48,10 @@ def test_milvus_gives_the_order_of_the_exact_search(
         positions_K = gallery.items.positions([hit["id"] for hit in hits])
         differ_K = positions_K != ids_K
         places += int((~differ_K).sum())
-        # What stands elsewhere lies at the same distance, to what fp32 tells apart.
-        other_K = gallery.distances(
-            gallery.geometry.side(queries[0][:1], queries[1][:1], name="queries"), ids_K[None]
-        )
-        assert other_K.shape == (1, K)
         if mode == "calibrated":
             distances_K = np.array([hit["distance"] for hit in hits]) - gallery.form.offset
             np.testing.assert_allclose(distances_K, squared_K, atol=2e-4)
+        # Only neighbours in the list that fp32 hardly tells apart change places.
         assert (np.abs(np.diff(squared_K))[differ_K[1:] & differ_K[:-1]] < 1e-4).all()
     assert places > 0.999 * QUERIES * K
 
@@ -116,7 +112,7 @@ def gallery() -> Gallery:
     ("uri", "collection", "message"),
     [
         ("photos.sqlite", None, "photos.sqlite is no place of Milvus"),
-        ("s3://key:secret@bucket/a.db", None, "s3://…bucket/a.db is no place of Milvus"),
+        ("s3://key:secret@bucket/a.db", None, "s3://…@bucket/a.db is no place of Milvus"),
         ("nowhere/photos.db", None, "nowhere/photos.db lies in a folder that does not exist"),
         ("photos.db", "a-b", "--collection 'a-b' is no name that Milvus takes"),
     ],
@@ -142,7 +138,7 @@ def test_a_server_that_is_not_there(
     monkeypatch.setattr(milvus, "_CONNECT_S", 0.5)
     monkeypatch.setenv(TOKEN, "root:hidden")
     with pytest.raises(
-        TransientError, match=r"Milvus at http://…127\.0\.0\.1:9 does not serve"
+        TransientError, match=r"Milvus at http://…@127\.0\.0\.1:9 does not serve"
     ) as caught:
         push(gallery, "http://user:secret@127.0.0.1:9")
     for text in (str(caught.value), *capfd.readouterr()):
