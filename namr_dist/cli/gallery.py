@@ -513,13 +513,16 @@ def _tune(parsed: argparse.Namespace, _: list[str]) -> None:
     if parsed.json:
         print(json.dumps(tuned.to_json(), indent=2))
         return
+    from rich import box
     from rich.table import Table
 
     from namr_dist.terminal import Console, plain
 
-    table = Table(*HEADINGS[:2], title=plain(tuned.about), title_justify="left")
-    for heading in HEADINGS[2:]:
-        table.add_column(heading, justify="right")
+    table = Table(
+        title=plain(tuned.about), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number > 1 else "left", no_wrap=True)
     for row in tuned.rows():
         table.add_row(*map(plain, row))
     Console().print(table)

@@ -102,6 +102,8 @@ class Tuned:
     measured: tuple[Measured, ...]
     left_out: tuple[str, ...]
     """a line for each type that these items do not serve"""
+    made: dict[str, str]
+    """where: provenance.provenance"""
 
     @property
     def about(self) -> str:
@@ -130,13 +132,12 @@ class Tuned:
         return f"{named}: {_percent(one.recall)} at {one.speed:.2g}× the speed of flat"
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, with where they were made."""
+        """All figures."""
         return {
             **dataclasses.asdict(self),
             "k": NEIGHBOURS,
             "rounds": ROUNDS,
             "advice": self.advice,
-            **provenance(),
         }
 
     def rows(self) -> list[list[str]]:
@@ -144,12 +145,12 @@ class Tuned:
         return [
             [
                 one.type,
-                one.options,
+                ", ".join(f"{name} {value}" for name, value in one.settings.items()),
                 _percent(one.recall),
                 f"{one.queries_per_s:,.0f}",
-                f"{one.speed:.2f}×",
+                f"{one.speed:.2f}",
                 f"{one.bytes_per_item:,.0f}",
-                f"{one.build_s:.2f}",
+                f"{one.build_s:.1f}",
                 "best" if one.best else "",
             ]
             for one in self.measured
@@ -166,7 +167,7 @@ class Tuned:
             headings=HEADINGS,
             rows=self.rows(),
             left_out=self.left_out,
-            made=provenance(),
+            made=self.made,
         )
 
     def _of(self, kind: str) -> list[Measured]:
@@ -203,8 +204,8 @@ HEADINGS = (
     "setting",
     f"recall@{NEIGHBOURS}",
     "queries/s",
-    "of flat",
-    "bytes/item",
+    "× flat",
+    "bytes",
     "build s",
     "",
 )
@@ -261,6 +262,7 @@ def tune(gallery: Gallery, plan: Plan) -> Tuned:
         plan=plan,
         measured=_with_best(measured),
         left_out=left_out,
+        made=provenance(),
     )
 
 

@@ -113,6 +113,7 @@ def _tuned(*measured: tuple[str, float, float]) -> Tuned:
         queries=10,
         plan=Plan(),
         measured=lines,
+        made={},
         left_out=(),
     )
 
@@ -144,7 +145,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "<b>photos" not in page and "&lt;b&gt;photos" in page
     assert not re.search(r"(?:src|href)=\"(?!data:)", page) and "default-src 'none'" in page
     assert page.count("<circle") == len(told["measured"]) == page.count("<tr>") - 1
-    assert {"machine", "versions", "k", "rounds"} <= told.keys()
+    assert told["k"] == 10 and {"machine", "versions", "commit"} <= told["made"].keys()
     assert main([*command, "--html", str(tmp_path / "page.html")]) == 0
     printed = capsys.readouterr().out
     assert "ivfpq" in printed and str(tmp_path / "page.html") in printed.replace("\n", "")
