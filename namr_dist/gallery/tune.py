@@ -158,21 +158,17 @@ class Tuned:
 
     def page(self) -> str:
         """One HTML file that needs nothing else."""
+        used = {one.type for one in self.measured}
         return template("tune.html").render(
             name=self.name,
             about=self.about,
             advice=self.advice,
             chart=self._chart(),
-            types=[(kind, TYPES[kind]) for kind in TYPES if any(self._of(kind))],
+            types=[(kind, TYPES[kind]) for kind in TYPES if kind in used],
             headings=HEADINGS,
             rows=self.rows(),
             left_out=self.left_out,
             made=self.made,
-        )
-
-    def _of(self, kind: str) -> list[Measured]:
-        return sorted(
-            (one for one in self.measured if one.type == kind), key=lambda one: one.recall
         )
 
     def _chart(self) -> Markup | None:
@@ -188,9 +184,12 @@ class Tuned:
 
         best = sorted((one for one in self.measured if one.best), key=lambda one: one.recall)
         lines = [line("best", "front", best, dots=False)]
-        for number, kind in enumerate(TYPES):
-            if some := self._of(kind):
-                lines.append(line(kind, f"t{number}", some, dots=True))
+        series: dict[tuple[str, int | None], list[Measured]] = {}
+        for one in self.measured:
+            series.setdefault((one.type, one.settings.get("candidates")), []).append(one)
+        for (kind, candidates), some in series.items():
+            name = kind if candidates is None else f"{kind} {candidates}"
+            lines.append(line(name, f"t{list(TYPES).index(kind)}", some, dots=True))
         return line_chart(
             lines,
             title="Queries a second by recall",
