@@ -519,7 +519,7 @@ def _tune(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.terminal import Console, plain
 
     table = Table(
-        title=plain(tuned.about), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=plain(tuned.about), title_justify="left", box=box.SIMPLE_HEAD, padding=0
     )
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if number > 1 else "left", no_wrap=True)
