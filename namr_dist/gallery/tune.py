@@ -151,7 +151,7 @@ class Tuned:
                 f"{one.speed:.2f}",
                 f"{one.bytes_per_item:,.0f}",
                 f"{one.build_s:.1f}",
-                "best" if one.best else "",
+                "✓" if one.best else "",
             ]
             for one in self.measured
         ]
