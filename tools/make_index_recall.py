@@ -1,11 +1,12 @@
 """Does every retrieval mode survive ordinary indexes, and is what is called exact exact?
 
     python tools/make_index_recall.py recall --run RUN
+    python tools/make_index_recall.py bytes --run RUN
     python tools/make_index_recall.py exact
     python tools/make_index_recall.py certificate
     python tools/make_index_recall.py table
 
-The first three measure and write their part of docs/results/index_recall.json; the last writes the
+The first four measure and write their part of docs/results/index_recall.json; the last writes the
 tables of docs/indexes.md. RUN: a run of the recipe homeware that was evaluated. Default settings
 were chosen on rows of another seed than those reported.
 
@@ -43,7 +44,8 @@ JSON, PAGE = ROOT / "docs/results/index_recall.json", ROOT / "docs/indexes.md"
 K, SEED, DELTA = 10, 0, 0.5
 SIZES, QUERIES = (2_000, 20_000), 1_000
 SWEEPS = {"hnsw": ("ef_search", (64, 128, 256)), "ivf": ("nprobe", (32, 64, 128))}
-BAR = 0.98
+SMALL = {"flat": (0,), "fp16": (0,), "sq8": (0,), "ivfpq": (100, 400), "binary": (100, 400)}
+"""Type → candidates that are ordered by exact distance."""
 WIDTHS, EXACT_ITEMS, EXACT_QUERIES = (64, 128, 256, 512, 1024), 2_000, 10_000
 CERTIFIED_QUERIES, CERTIFIED_WIDTH, CANDIDATES = 100_000, 64, (20, 100, 500)
 _BLOCK = 1_000
@@ -80,6 +82,33 @@ def measure_recall(run: Path) -> list[dict[str, Any]]:
                     )
             for line in lines[-1 - sum(len(values) for _, values in SWEEPS.values()) :]:
                 print(line, flush=True)
+    return lines
+
+
+def measure_bytes(run: Path) -> list[dict[str, Any]]:
+    """Recall and bytes an item of types that store less than all, on homeware; all cells of ivfpq
+    are looked through."""
+    _, items, queries, geometry = next(_data(run))
+    lines = []
+    for mode in ("sample", "structure"):
+        flat = gallery_of(items, geometry, type="flat", mode=mode)
+        brute_QK = brute_force(flat, queries, K, candidates=0)
+        for kind, sweep in SMALL.items():
+            other = flat.rebuilt(np.arange(len(flat)), kind)
+            for candidates in sweep:
+                settings = SearchSettings(candidates=candidates or 1, nprobe=len(flat))
+                ids_QK = other.nearest(queries.z_ND, queries.s_ND, K, settings=settings)[1]
+                lines.append(
+                    {
+                        "mode": mode,
+                        "items": len(flat),
+                        "type": kind,
+                        "candidates": candidates,
+                        "bytes_per_item": round(other.engine.bytes_per_item(), 1),
+                        "recall": recall_of(ids_QK, brute_QK),
+                    }
+                )
+                print(lines[-1], flush=True)
     return lines
 
 
@@ -271,6 +300,7 @@ def tables() -> dict[str, str]:
     whole = json.loads(JSON.read_text())
     return {
         "recall": _recall_table(whole["recall"]["lines"]),
+        "bytes": _bytes_table(whole["bytes"]["lines"]),
         "exact": _exact_table(whole["exact"]["lines"]),
         "certificate": _certificate_table(whole["certificate"]["lines"]),
     }
@@ -289,6 +319,24 @@ def _recall_table(lines: list[dict[str, Any]]) -> str:
             f"{line['recall']:.4f}" for line in mine if line["type"] == "flat" or line["default"]
         ]
         table.append(f"| {about[0]} | {about[1]:,} | {about[2]} | " + " | ".join(shown) + " |")
+    return "\n".join(table)
+
+
+def _bytes_table(lines: list[dict[str, Any]]) -> str:
+    table = [
+        "| type | --candidates | bytes an item (sample) | recall@10, sample | structure |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for kind, candidates in dict.fromkeys((line["type"], line["candidates"]) for line in lines):
+        mine = {
+            line["mode"]: line
+            for line in lines
+            if (line["type"], line["candidates"]) == (kind, candidates)
+        }
+        table.append(
+            f"| {kind} | {candidates or ''} | {mine['sample']['bytes_per_item']:.0f} | "
+            f"{mine['sample']['recall']:.4f} | {mine['structure']['recall']:.4f} |"
+        )
     return "\n".join(table)
 
 
@@ -335,13 +383,15 @@ def write_tables() -> None:
 def main() -> None:
     """As the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("recall", "exact", "certificate", "table"))
+    parser.add_argument("part", choices=("recall", "bytes", "exact", "certificate", "table"))
     parser.add_argument("--run", type=Path, default=ROOT / "runs/demo")
     parsed = parser.parse_args()
     if parsed.part == "table":
         write_tables()
     elif parsed.part == "recall":
         write_part("recall", measure_recall(parsed.run))
+    elif parsed.part == "bytes":
+        write_part("bytes", measure_bytes(parsed.run))
     elif parsed.part == "exact":
         write_part("exact", measure_exact())
     else:

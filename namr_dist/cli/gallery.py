@@ -76,7 +76,7 @@ def _add_index(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--type",
         default="flat",
         metavar="TYPE",
-        help="flat (exact), hnsw, ivf, ivfpq, sq8 or fp16 (%(default)s)",
+        help="flat (exact), hnsw, ivf, ivfpq, sq8, fp16 or binary (%(default)s)",
     )
     build.add_argument(
         "--mode",
@@ -275,7 +275,7 @@ def _add_settings(parser: argparse.ArgumentParser, when: str) -> None:
     for name, text in (
         ("ef_search", "hnsw: candidates that a walk keeps"),
         ("nprobe", "ivf, ivfpq: cells that are looked through"),
-        ("candidates", "ivfpq, rerank: items that are ordered by exact distance"),
+        ("candidates", "ivfpq, binary, rerank: items that are ordered by exact distance"),
     ):
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{text}; {when}"
@@ -518,9 +518,7 @@ def _tune(parsed: argparse.Namespace, _: list[str]) -> None:
 
     from namr_dist.terminal import Console, plain
 
-    table = Table(
-        title=plain(tuned.about), title_justify="left", box=box.SIMPLE_HEAD, padding=0
-    )
+    table = Table(title=plain(tuned.about), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if number > 1 else "left", no_wrap=True)
     for row in tuned.rows():

@@ -203,7 +203,7 @@ class Gallery:
         return squared_BK, ids_BK
 
     def _candidates(self, k: int, settings: SearchSettings) -> int:
-        reordered = self.form.weighs or self.type == "ivfpq"
+        reordered = self.form.weighs or self.type in ("ivfpq", "binary")
         return max(k + _SPARE, settings.candidates if reordered else 0)
 
     @cached_property

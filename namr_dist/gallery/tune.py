@@ -35,6 +35,7 @@ ROUNDS = 5
 _EF_SEARCH = (16, 32, 64, 128, 256, 512)
 _NPROBE = (4, 8, 16, 32, 64, 128, 256)
 _PQ_CANDIDATES = (100, 400)
+_BINARY_CANDIDATES = (100, 400, 1600)
 _LEAST_QUERIES, _SHARE = 10, 5
 _CLEARLY = 1.1
 """Times the speed of flat from which an index that may miss something is worth it."""
@@ -302,6 +303,8 @@ def _settings(kind: str, gallery: Gallery, own: SearchSettings) -> list[dict[str
             for candidates in ((own.candidates,) if gallery.form.weighs else _PQ_CANDIDATES)
             for value in probes
         ]
+    if kind == "binary" and not gallery.form.weighs:
+        return [{"candidates": candidates} for candidates in _BINARY_CANDIDATES]
     return [{}]
 
 

@@ -57,6 +57,18 @@ def test_flat_gives_the_order_of_the_definition(mode: str) -> None:
     np.testing.assert_allclose(squared_QK, expected_QK, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "rerank"])
+def test_more_copies_than_candidates(mode: str) -> None:
+    """faiss finds any of them, the flat index the first ones."""
+    queries, stored = _both(mode)
+    for asked, column in zip(queries, stored, strict=True):
+        column[100:380:2] = column[100]
+        asked[:] = column[100]
+    gallery = gallery_of(*stored, MODES[mode], mode=mode)
+    _, ids_QK = gallery.nearest(*queries, K)
+    np.testing.assert_array_equal(ids_QK, _expected(mode, queries, stored, 100))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "flat"])
 def test_a_type_that_looks_at_everything_finds_all(mode: str, kind: str) -> None:
