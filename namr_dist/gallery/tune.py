@@ -37,7 +37,7 @@ _NPROBE = (4, 8, 16, 32, 64, 128, 256)
 _PQ_CANDIDATES = (100, 400)
 _BINARY_CANDIDATES = (100, 400, 1600)
 _LEAST_QUERIES, _SHARE = 10, 5
-_CLEARLY = 1.1
+_CLEARLY = 1.25
 """Times the speed of flat from which an index that may miss something is worth it."""
 _SEED = 1234
 
