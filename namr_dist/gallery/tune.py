@@ -173,24 +173,28 @@ class Tuned:
         )
 
     def _chart(self) -> Markup | None:
-        def line(name: str, css: str, some: Sequence[Measured], *, dots: bool) -> Line:
+        def line(name: str, css: str, some: Sequence[Measured], *, shown: bool) -> Line:
             return Line(
                 name=name,
                 xs=[100 * one.recall for one in some],
                 ys=[one.queries_per_s for one in some],
                 css=css,
-                dots=dots,
-                label=dots,
+                dots=css != "front",
+                label=shown,
             )
 
         best = sorted((one for one in self.measured if one.best), key=lambda one: one.recall)
-        lines = [line("best", "front", best, dots=False)]
+        lines = [line("best", "front", best, shown=False)]
+        # A line joins the settings that differ in one number.
         series: dict[tuple[str, int | None], list[Measured]] = {}
         for one in self.measured:
-            series.setdefault((one.type, one.settings.get("candidates")), []).append(one)
-        for (kind, candidates), some in series.items():
-            name = kind if candidates is None else f"{kind} {candidates}"
-            lines.append(line(name, f"t{list(TYPES).index(kind)}", some, dots=True))
+            fixed = one.settings.get("candidates") if len(one.settings) > 1 else None
+            series.setdefault((one.type, fixed), []).append(one)
+        named = set()
+        for (kind, _), some in series.items():
+            css = f"t{list(TYPES).index(kind)}"
+            lines.append(line(kind, css, some, shown=kind not in named))
+            named.add(kind)
         return line_chart(
             lines,
             title="Queries a second by recall",
