@@ -71,11 +71,11 @@ class Progress:
             self._console.print(plain(f"{self._name}  {note}"), soft_wrap=True)
 
 
-def pictures(name: str, total: int, *, shown: bool) -> Progress:
-    """Of pictures that are embedded."""
+def counted(name: str, total: int, what: str, *, shown: bool) -> Progress:
+    """Of so many things, called `what`."""
 
     def note(done: int, rate: float) -> str:
         left = f"  {duration((total - done) / rate)} left" if rate else ""
-        return f"{done:,}/{total:,} pictures  {rate:.0f}/s{left}"
+        return f"{done:,}/{total:,} {what}  {rate:.0f}/s{left}"
 
     return Progress(name, total, note, shown=shown)

@@ -76,7 +76,7 @@ def _add_index(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--type",
         default="flat",
         metavar="TYPE",
-        help="flat (exact), hnsw, ivf, ivfpq, sq8 or fp16 (%(default)s)",
+        help="flat (exact), hnsw, ivf, ivfpq, sq8, fp16 or binary (%(default)s)",
     )
     build.add_argument(
         "--mode",
@@ -105,6 +105,91 @@ def _add_index(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _add_place(info)
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(verb=_info)
+
+    _add_tune(actions)
+    _add_duplicates(actions)
+    _add_push(actions)
+
+
+def _add_tune(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tune = actions.add_parser(
+        "tune",
+        help="measure which type and settings suit one's own items",
+        description="Measure recall, speed, size and build time of all types of index with one's own "
+        "embeddings: held-out items query indexes of the others. Prints a table and advice, and "
+        "writes a page with a chart.",
+    )
+    tune.add_argument("index", type=Path, nargs="?", metavar="INDEX", help="folder of an index")
+    tune.add_argument(
+        "--run", type=Path, metavar="RUN", help="instead, a run or export, with --vectors"
+    )
+    tune.add_argument(
+        "--vectors", type=Path, metavar="FILE", help="what `namr embed` wrote with that run"
+    )
+    tune.add_argument("--mode", metavar="MODE", help="with --run: retrieval mode (the run's first)")
+    tune.add_argument(
+        "--queries", type=int, default=500, metavar="Q", help="held-out items (%(default)s)"
+    )
+    tune.add_argument(
+        "--batch-size", type=int, default=1, metavar="B", help="queries at a time (%(default)s)"
+    )
+    tune.add_argument(
+        "--threads", type=int, default=1, metavar="T", help="threads that search (%(default)s)"
+    )
+    tune.add_argument(
+        "--recall",
+        type=float,
+        default=0.99,
+        metavar="R",
+        help="recall@10 that the advice is to have (%(default)s)",
+    )
+    tune.add_argument("--json", action="store_true", help="print JSON")
+    tune.add_argument(
+        "--html", type=Path, metavar="FILE", help="the page to write (INDEX.tune.html)"
+    )
+    _add_allow_code(tune)
+    tune.set_defaults(verb=_tune)
+
+
+def _add_duplicates(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    duplicates = actions.add_parser(
+        "duplicates",
+        help="list groups of near-duplicate items",
+        description="List groups of items that lie nearly at the same place by plain distance of the "
+        "embeddings, the largest group first.",
+    )
+    _add_place(duplicates)
+    how = duplicates.add_mutually_exclusive_group()
+    how.add_argument("--threshold", type=float, metavar="D", help="distance up to which two count")
+    how.add_argument(
+        "--ratio",
+        type=float,
+        metavar="R",
+        help="the same as a share of the items' spacing, the median distance to the tenth neighbour",
+    )
+    duplicates.add_argument("--json", action="store_true", help="print JSON")
+    duplicates.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a contact sheet of them, in one file"
+    )
+    duplicates.set_defaults(verb=_duplicates)
+
+
+def _add_push(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    push = actions.add_parser(
+        "push",
+        help="copy an index's vectors to Milvus",
+        description="Copy an index's vectors, ids, labels, paths and sources to a collection of "
+        "Milvus. A token is read from the environment variable MILVUS_TOKEN.",
+    )
+    _add_place(push)
+    push.add_argument(
+        "uri", metavar="URI", help="http://HOST:19530, https://…, or a file .db of Milvus Lite"
+    )
+    push.add_argument("--collection", metavar="NAME", help="its name (as the index's)")
+    push.add_argument(
+        "--overwrite", action="store_true", help="replace the collection that is there"
+    )
+    push.set_defaults(verb=_push)
 
 
 def _add_search(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -190,7 +275,7 @@ def _add_settings(parser: argparse.ArgumentParser, when: str) -> None:
     for name, text in (
         ("ef_search", "hnsw: candidates that a walk keeps"),
         ("nprobe", "ivf, ivfpq: cells that are looked through"),
-        ("candidates", "ivfpq, rerank: items that are ordered by exact distance"),
+        ("candidates", "ivfpq, binary, rerank: items that are ordered by exact distance"),
     ):
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{text}; {when}"
@@ -403,6 +488,108 @@ def _info(parsed: argparse.Namespace, _: list[str]) -> None:
     for name, value in about.items():
         table.add_row(plain(name.replace("_", " ")), plain(str(value)))
     Console().print(table)
+
+
+def _tune(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.atomic import check_target, write_atomic
+    from namr_dist.gallery.tune import HEADINGS, Plan, tune
+
+    plan = Plan(
+        queries=parsed.queries,
+        batch_size=parsed.batch_size,
+        threads=parsed.threads,
+        recall=parsed.recall,
+    )
+    of_run = (parsed.run is not None, parsed.vectors is not None)
+    if all(of_run) == (parsed.index is not None) or any(of_run) != all(of_run):
+        raise InputError("give an INDEX, or --run RUN with --vectors FILE")
+    if parsed.mode is not None and parsed.index is not None:
+        raise InputError(f"--mode is {parsed.mode}, which goes with --run: an index has its mode")
+    place: Path = parsed.index or parsed.vectors
+    page: Path = parsed.html or place.absolute().with_name(f"{place.absolute().name}.tune.html")
+    check_target("--html", page)
+    tuned = tune(_tuned_gallery(parsed), plan)
+    write_atomic(page, tuned.page())
+    if parsed.json:
+        print(json.dumps(tuned.to_json(), indent=2))
+        return
+    from rich import box
+    from rich.table import Table
+
+    from namr_dist.terminal import Console, plain
+
+    table = Table(title=plain(tuned.about), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number > 1 else "left", no_wrap=True)
+    for row in tuned.rows():
+        table.add_row(*map(plain, row))
+    Console().print(table)
+    say(*(f"left out: {line}" for line in tuned.left_out), tuned.advice, str(parsed.html or page))
+
+
+def _tuned_gallery(parsed: argparse.Namespace) -> Gallery:
+    from namr_dist.gallery import vectors_file
+    from namr_dist.gallery.embedder import Embedder
+    from namr_dist.gallery.gallery import build, open_index
+
+    if parsed.index is not None:
+        return open_index(parsed.index)
+    named_code.allow(parsed.allow_code)
+    model = Embedder.load(parsed.run)
+    made, items = vectors_file.read(parsed.vectors, model)
+    return build(model, made, items, mode=parsed.mode)
+
+
+def _duplicates(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.atomic import check_target, write_atomic
+    from namr_dist.gallery.duplicates import near_duplicates
+    from namr_dist.gallery.gallery import open_index
+
+    if parsed.html is not None:
+        check_target("--html", parsed.html)
+    gallery = open_index(parsed.index)
+    found = near_duplicates(gallery, threshold=parsed.threshold, ratio=parsed.ratio, progress=True)
+    if parsed.html is not None:
+        write_atomic(parsed.html, found.page(gallery))
+    if parsed.json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    from rich.table import Table
+
+    from namr_dist.terminal import Console, plain
+
+    table = Table("", "distance", "label", "id", title=plain(found.about), title_justify="left")
+    for number, group in enumerate(found.groups, 1):
+        for place, (one, label) in enumerate(zip(group.ids, group.labels, strict=True)):
+            first = (str(number), f"{group.least:.3g}–{group.most:.3g}") if not place else ("", "")
+            table.add_row(*map(plain, (*first, label or "", one)))
+    Console().print(table)
+    if parsed.html is not None:
+        say(str(parsed.html))
+
+
+def _push(parsed: argparse.Namespace, _: list[str]) -> None:
+    from namr_dist.data.remote.address import shown
+    from namr_dist.gallery.gallery import open_index
+    from namr_dist.gallery.milvus import push
+
+    gallery = open_index(parsed.index)
+    name = push(
+        gallery,
+        parsed.uri,
+        collection=parsed.collection,
+        overwrite=parsed.overwrite,
+        progress=True,
+    )
+    say(
+        f"{len(gallery):,} items, mode {gallery.mode}: collection {name} of {shown(parsed.uri)}",
+        "search it with MilvusClient.search and gallery.queries(pictures): docs/indexes.md",
+    )
+    if gallery.form.weighs:
+        say(
+            f"mode {gallery.mode} orders what is found again: ask for {gallery.settings.candidates} and sort "
+            "them by gallery.distances, as docs/indexes.md shows"
+        )
 
 
 def _search(parsed: argparse.Namespace, _: list[str]) -> None:

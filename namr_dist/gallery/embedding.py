@@ -27,7 +27,7 @@ from namr_dist.json_file import json_object
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.meeting import Meeting
 from namr_dist.parallel.ranks import Rank
-from namr_dist.progress import pictures as progress_of_pictures
+from namr_dist.progress import counted
 from namr_dist.retrieval.arrays import Float32, Int64
 from namr_dist.text import say
 from namr_dist.train.checkpoints.verified_file import read_tensors, write_tensors
@@ -91,7 +91,7 @@ def embed_all(
             kept_N=np.empty(0, dtype=np.int64),
         )
     parts = []
-    with progress_of_pictures("embedding", len(images), shown=progress) as bar:
+    with counted("embedding", len(images), "pictures", shown=progress) as bar:
         for z_bD, s_bS, index_b, _ in _batches(
             model, images, _cut(range(len(images)), batch_size), workers
         ):
@@ -165,7 +165,7 @@ def _embed_chunks(
     batches = [batch for number in missing for batch in _cut(chunks[number], batch_size)]
     total = sum(len(chunks[number]) for number in missing)
     made = _batches(model, Sparing(collection.images), batches, workers)
-    with progress_of_pictures("embedding", total, shown=rank.first) as bar:
+    with counted("embedding", total, "pictures", shown=rank.first) as bar:
         for number in missing:
             parts, left = [], len(chunks[number])
             faults: list[str] = []

@@ -25,6 +25,7 @@ TYPES = {
     "ivfpq": "cells of product-quantised vectors: fewest bytes",
     "sq8": "exact over vectors of 8 bits a number",
     "fp16": "exact over vectors of 16 bits a number",
+    "binary": "a bit a number, then --candidates by exact distance",
 }
 """Name of a type → what it is."""
 
@@ -48,10 +49,11 @@ class SearchSettings:
 
     ef_search: int = 128
     """hnsw: candidates that the walk keeps"""
-    nprobe: int = 16
+    nprobe: int = 128
     """ivf, ivfpq: cells that are looked through"""
     candidates: int = 100
-    """of ivfpq and the rerank mode: what the index finds and is then ordered by exact distance"""
+    """of ivfpq, binary and the rerank mode: what the index finds and is then ordered by exact
+    distance"""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -93,6 +95,8 @@ def shape_of(kind: str, width: int, items: int) -> Shape:
         "ivfpq": f"IVF{cells},PQ{padded // _PQ_NUMBERS}x8",
         "sq8": "SQ8",
         "fp16": "SQfp16",
+        # A bit says whether a number is above its median over the items.
+        "binary": "LSHt",
     }[kind]
     return Shape(type=kind, factory=factory, width=padded)
 
@@ -203,7 +207,7 @@ class Engine:
         """The index on all GPUs, cut into shards, where faiss has any and the type; else as it
         is."""
         if (
-            self.shape.type == "hnsw"
+            self.shape.type in ("hnsw", "binary")
             or count > FAISS_GPU_LARGEST_K
             or search_backend().name != "faiss-gpu"
         ):

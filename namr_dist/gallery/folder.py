@@ -52,7 +52,7 @@ class Header:
     model: str
     """name of the run or export that embedded the items"""
     model_digest: str
-    """gallery.model.Model.digest"""
+    """gallery.embedder.Embedder.digest"""
     model_place: str
     """where that was"""
     mode: str

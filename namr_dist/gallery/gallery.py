@@ -27,7 +27,7 @@ from namr_dist.gallery.pictures import picture_of
 from namr_dist.gallery.sheet import contact_sheet, search_page
 from namr_dist.retrieval.arrays import Float32, Float64, Int64
 from namr_dist.retrieval.forms import Form, mode_named
-from namr_dist.retrieval.modes import CALIBRATED, Side
+from namr_dist.retrieval.modes import CALIBRATED, SAMPLE, Side
 from namr_dist.retrieval.search import search_excluding_self
 from namr_dist.retrieval.vectors import DENSITY_NEIGHBOURS, local_density
 
@@ -178,22 +178,36 @@ class Gallery:
         return squared_QK, ids_QK
 
     def _nearest(self, queries: Side, k: int, settings: SearchSettings) -> tuple[Float32, Int64]:
-        asked_BV = self.form.queries(queries)
-        count = min(len(self), self._candidates(k, settings))
+        if not self.form.weighs:
+            return self._first(self.form, queries, k, settings)
+        count = min(len(self), max(k, settings.candidates))
+        _, ids_BC = self._first(replace(self.form, mode=SAMPLE), queries, count, settings)
+        squared_BC = self.distances(queries, ids_BC)
+        order_BK = self._order(squared_BC, ids_BC)[:, :k]
+        return np.take_along_axis(squared_BC, order_BK, 1), np.take_along_axis(ids_BC, order_BK, 1)
+
+    def _order(self, squared_QC: Float32, ids_QC: Int64) -> Int64:
+        """(Q, C) columns by (distance, position), −1 last."""
+        return np.lexsort((np.where(ids_QC < 0, len(self), ids_QC), squared_QC), axis=-1)
+
+    def _first(
+        self, form: Form, queries: Side, k: int, settings: SearchSettings
+    ) -> tuple[Float32, Int64]:
+        """By a form whose vectors say all."""
+        asked_BV = form.queries(queries)
+        by_codes = self.type in ("ivfpq", "binary")
+        count = min(len(self), max(k + _SPARE, settings.candidates if by_codes else 0))
         squared_BK = np.empty((len(asked_BV), k), dtype=np.float32)
         ids_BK = np.empty((len(asked_BV), k), dtype=np.int64)
         open_M = np.arange(len(asked_BV))
         while len(open_M):
             found_MC, ids_MC = self.engine.search(asked_BV[open_M], count, settings)
-            exact_MC = self.distances(
-                queries.at(open_M) if len(open_M) < len(asked_BV) else queries, ids_MC
-            )
-            order_MK = np.lexsort((np.where(ids_MC < 0, len(self), ids_MC), exact_MC), axis=-1)[
-                :, :k
-            ]
-            squared_BK[open_M] = np.take_along_axis(exact_MC, order_MK, 1)
+            some = queries.at(open_M) if len(open_M) < len(asked_BV) else queries
+            squared_MC = self._distances(form, some, ids_MC)
+            order_MK = self._order(squared_MC, ids_MC)[:, :k]
+            squared_BK[open_M] = np.take_along_axis(squared_MC, order_MK, 1)
             ids_BK[open_M] = np.take_along_axis(ids_MC, order_MK, 1)
-            if self.type != "flat" or self.form.weighs or count == len(self):
+            if self.type != "flat" or count == len(self):
                 break
             # Whatever was not found is, in the index's own numbers, at least as far as the last one
             # found: with room for their rounding, no such item belongs to the first k.
@@ -203,10 +217,6 @@ class Gallery:
             open_M = open_M[found_MC[:, -1] - reached_M <= 2 * slack_M]
             count = min(len(self), 4 * count)
         return squared_BK, ids_BK
-
-    def _candidates(self, k: int, settings: SearchSettings) -> int:
-        reordered = self.form.weighs or self.type == "ivfpq"
-        return max(k + _SPARE, settings.candidates if reordered else 0)
 
     @cached_property
     def _longest(self) -> float:
@@ -220,12 +230,13 @@ class Gallery:
 
     def distances(self, queries: Side, ids_QC: Int64) -> Float32:
         """(Q, C) the mode's squared distances of chosen pairs; +inf at −1."""
+        return self._distances(self.form, queries, ids_QC)
+
+    def _distances(self, form: Form, queries: Side, ids_QC: Int64) -> Float32:
         chosen_P, places_QC = np.unique(ids_QC, return_inverse=True)
         places_QC = places_QC.reshape(ids_QC.shape)
         first = int(chosen_P[0] < 0)  # −1, of which no row is read
-        squared_QC = self.form.squared_distances(
-            queries, self.side(chosen_P[first:]), places_QC - first
-        )
+        squared_QC = form.squared_distances(queries, self.side(chosen_P[first:]), places_QC - first)
         return squared_QC.astype(np.float32)
 
     def side(self, positions: Int64) -> Side:
@@ -234,6 +245,18 @@ class Gallery:
 
     def _side_of(self, rows: Float32) -> Side:
         return side_of(rows, self.geometry, self.name)
+
+    def vectors(self, positions: Int64) -> Float32:
+        """(P, V) of the items at these positions: what an l2 index of another program stores."""
+        return self.form.items(self.side(positions))
+
+    def queries(self, pictures: Picture | list[Picture]) -> Float32:
+        """(Q, V) of pictures: what such an index is asked for. Its squared distance less
+        `form.offset` is the mode's, or, in the modes adaptive and symmetric, in its order. Raises
+        as `search`."""
+        z_QD, s_QS = self.model.embed(as_list(pictures), structure=True)
+        queries = self.geometry.side(z_QD, self.geometry.kept(s_QS), name="queries")
+        return self.form.queries(queries)
 
     def embeddings(self) -> tuple[Float32, Float32]:
         """z (N, D) and what is kept of s (N, E), float32."""
@@ -310,6 +333,19 @@ class Gallery:
         self._contents = replace(self._contents, items=items, embeddings=embeddings)
         self.__dict__.pop("_longest", None)
 
+    def rebuilt(self, positions: Int64, type: str) -> Gallery:
+        """Some of the items, in that order, in an index of a type, with the vectors that they have
+        here. Raises InputError if the type does not serve so few."""
+        embeddings = np.asarray(self._contents.embeddings[positions])
+        shape = shape_of(type, self.form.width, len(positions))
+        contents = folder.Contents(
+            header=replace(self.header, shape=shape, settings=self.settings),
+            engine=Engine.built(shape, self.form.items(self._side_of(embeddings))),
+            items=self.items.at(positions),
+            embeddings=embeddings,
+        )
+        return Gallery(contents, name=self.name, model=self._model)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it into a new folder, or over the index that is there; return the folder. Raises
         InputError if something else is there, and OSError; the index that was there then still
@@ -345,10 +381,7 @@ class Gallery:
             "gamma": header.geometry.gamma,
             "rho_max": header.geometry.rho_max,
             **asdict(header.settings),
-            "sources": [
-                " ".join(filter(None, (source.kind, source.place, source.split)))
-                for source in self.items.sources
-            ],
+            "sources": [source.text for source in self.items.sources],
             "first_ids": list(self.items.ids[:3]),
         }
 

@@ -43,6 +43,11 @@ class Source:
     split: str = ""
     """of shards"""
 
+    @property
+    def text(self) -> str:
+        """In words."""
+        return " ".join(filter(None, (self.kind, self.place, self.split)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Items:

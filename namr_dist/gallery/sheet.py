@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from namr_dist.data.picture import Picture
 from namr_dist.errors import InputError
 from namr_dist.gallery.items import Hit
+from namr_dist.gallery.page import template
 from namr_dist.gallery.pictures import name_of, shown_picture
 from namr_dist.text import printable
 
@@ -72,26 +71,19 @@ def search_page(
     pictures: Pictures,
 ) -> str:
     """The same for several queries as one HTML file that needs nothing else."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     rows = [
         {
             "query": _data_url(shown_picture(query)),
             "name": name_of(query, number),
-            "hits": [(_shown(pictures, hit.id), hit) for hit in hits],
+            "hits": [(shown_small(pictures, hit.id), hit) for hit in hits],
         }
         for number, (query, hits) in enumerate(zip(queries, found, strict=True))
     ]
-    return environment.get_template("search.html").render(name=name, about=about, rows=rows)
+    return template("search.html").render(name=name, about=about, rows=rows)
 
 
-def _shown(pictures: Pictures, id: str) -> str | None:
+def shown_small(pictures: Pictures, id: str) -> str | None:
+    """A data URL of an item's picture; None where it cannot be had."""
     try:
         return _data_url(pictures(id))
     except InputError:
