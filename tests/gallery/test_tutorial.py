@@ -13,7 +13,6 @@ import pytest
 from conftest import REPOSITORY, launch
 from nbclient import NotebookClient
 
-
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -66,7 +65,7 @@ def test_the_lines_of_the_readme_run(
     worked: tuple[Path, nbformat.NotebookNode], tmp_path: Path
 ) -> None:
     readme = (REPOSITORY / "README.md").read_text()
-    (lines,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    lines = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     assert 'namr_dist.load("runs/demo")' in lines
     for name, source in (("runs/demo", "runs/mine"), ("photos", "photos")):
         shutil.copytree(worked[0] / source, tmp_path / name)

@@ -23,7 +23,8 @@ from namr_dist.parallel.ranks import Rank
 from namr_dist.retrieval.evaluate import evaluate_sample
 from namr_dist.structure.centres import HEAD_ROOM, Centres
 from namr_dist.train.checkpoints.chosen import network_at
-from namr_dist.train.embed import embed, test_transform
+from namr_dist.train.embed import embed
+from namr_dist.train.embed import test_transform as transform_of
 from namr_dist.train.structure_fit import DEFAULT_GAMMA, Embedded, fit_structure
 
 CENTRES = 9
@@ -91,7 +92,7 @@ def checkpoint_scores_as_validation_did(folder: Path, manifest: Manifest, *, ste
     assert (trained["steps"], trained["ranks"], trained["zero_stage"]) == (step, 2, 3)
     index = manifest.index("val")
     rank = Rank(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-    images = ShardImages(manifest, index, test_transform(config))
+    images = ShardImages(manifest, index, transform_of(config))
     z_ND, s_ND = embed(network, images, rank=rank, batch_size=36, workers=0)
     entry, fitted = (
         next(line[block] for line in entries(folder) if line.get("step") == step and block in line)
