@@ -316,7 +316,9 @@ class _Embedding:
         self._parsed = parsed
         self.rank = discover()
         self._meeting = Meeting(self.rank)
+        self._out = out
         self._work = out.absolute().with_name(f".{out.name}.partial")
+        self._lock_path = self._work.with_name(f"{self._work.name}.lock")
 
     def model(self, place: Path) -> Embedder:
         """Loaded by all ranks, or by none."""
@@ -335,6 +337,8 @@ class _Embedding:
         from namr_dist.gallery.embedding import embed_resumably
 
         with self._meeting.all_or_none():
+            if self.rank.first:
+                self._claim()
             collection = _collection(self._parsed, model)
         made = embed_resumably(
             model,
@@ -352,9 +356,20 @@ class _Embedding:
             say(f"left out: {fault}", file=sys.stderr)
         return made, collection
 
+    def _claim(self) -> None:
+        """Keep others from embedding for the same place, as long as this process lives."""
+        from namr_dist.gallery.folder import lock
+
+        self._lock = open(self._lock_path, "ab")  # noqa: SIM115 (open until this process ends)
+        if not lock(self._lock):
+            raise InputError(
+                f"another process embeds pictures for {self._out}; wait until it has ended"
+            )
+
     def finish(self) -> None:
         """Remove what an interrupted command would have gone on from."""
         shutil.rmtree(self._work, ignore_errors=True)
+        self._lock_path.unlink(missing_ok=True)
 
 
 def _embed(parsed: argparse.Namespace, _: list[str]) -> None:
@@ -376,9 +391,13 @@ def _build(parsed: argparse.Namespace, _: list[str]) -> None:
     from namr_dist.gallery.engine import TYPES, SearchSettings
     from namr_dist.gallery.folder import is_index
     from namr_dist.gallery.gallery import build
+    from namr_dist.results.export import is_export
     from namr_dist.retrieval.forms import mode_named
+    from namr_dist.run.folder import RunFolder
 
     _check_pictures(parsed)
+    if parsed.out is None and (is_export(parsed.run) or not RunFolder(parsed.run).config.is_file()):
+        raise InputError(f"{parsed.run} is not a run's folder; say by --out where the index goes")
     out: Path = parsed.out or parsed.run / _INDEX
     if parsed.type not in TYPES:
         raise InputError(f"--type is {parsed.type}; take one of {', '.join(TYPES)}")

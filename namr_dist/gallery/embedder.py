@@ -199,6 +199,6 @@ def _run_of_checkpoint(place: Path) -> Path | None:
 
 def as_list(pictures: Picture | Sequence[Picture]) -> Sequence[Picture]:
     """One picture as a list of one."""
-    if isinstance(pictures, Sequence) and not isinstance(pictures, (str, bytes)):
+    if isinstance(pictures, Sequence) and not isinstance(pictures, (str, bytes, bytearray)):
         return pictures
     return [pictures]

@@ -23,7 +23,6 @@ from namr_dist.config import Config
 from namr_dist.data.read.stream import ImageSource, stream
 from namr_dist.errors import DamagedFileError, InputError
 from namr_dist.gallery.pictures import Collection, Sparing
-from namr_dist.json_file import json_object
 from namr_dist.model.network import EmbeddingNetwork
 from namr_dist.parallel.meeting import Meeting
 from namr_dist.parallel.ranks import Rank
@@ -125,14 +124,21 @@ def embed_resumably(
     count = len(collection.images)
     rows = max(1, _CHUNK // batch_size) * batch_size
     chunks = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
+    plan = json.dumps(_plan(model, collection, batch_size))
     with meeting.all_or_none():
         if rank.first:
-            _prepare(work, _plan(model, collection, batch_size))
+            _prepare(work, plan)
     with meeting.all_or_none():
-        _embed_chunks(model, collection, work, chunks, batch_size, workers, rank)
+        if _planned(work) != plan:
+            raise InputError(
+                f"rank {rank.rank} has another network or other pictures than the first one; of a run "
+                "that goes on, name a checkpoint, and let nothing change the pictures"
+            )
+    with meeting.all_or_none():
+        _embed_chunks(model, collection, work, chunks, plan, batch_size, workers, rank)
     if not rank.first:
         return None
-    parts = [_read_chunk(work, number) for number in range(len(chunks))]
+    parts = [_read_chunk(work, number, plan) for number in range(len(chunks))]
     faults = tuple(fault for part in parts for fault in part.faults)
     if faults and not skip_damaged:
         say(*(f"damaged: {fault}" for fault in faults), file=sys.stderr)
@@ -153,12 +159,13 @@ def _embed_chunks(
     collection: Collection,
     work: Path,
     chunks: list[range],
+    plan: str,
     batch_size: int,
     workers: int | None,
     rank: Rank,
 ) -> None:
     own = range(rank.rank, len(chunks), rank.world_size)
-    missing = [number for number in own if not _is_whole(work, number)]
+    missing = [number for number in own if not _is_whole(work, number, plan)]
     done = sum(len(chunks[number]) for number in own) - sum(len(chunks[n]) for n in missing)
     if done and rank.first:
         say(f"{done:,} pictures were embedded before; going on", file=sys.stderr)
@@ -183,7 +190,7 @@ def _embed_chunks(
                     "s": torch.from_numpy(s_NS),
                     "kept": torch.from_numpy(kept_N),
                 },
-                {"faults": json.dumps(faults)},
+                {"faults": json.dumps(faults), "plan": plan},
             )
 
 
@@ -227,39 +234,45 @@ def _plan(model: Network, collection: Collection, batch_size: int) -> dict[str, 
     }
 
 
-def _prepare(work: Path, plan: dict[str, object]) -> None:
-    path = work / _PLAN
+def _prepare(work: Path, plan: str) -> None:
     if work.exists():
-        try:
-            if json_object(path.read_bytes(), str(path), "") == plan:
-                return
-        except (OSError, InputError):
-            pass
+        if _planned(work) == plan:
+            return
         say(
             f"{work} was begun with other pictures, another model or batch size; starting over",
             file=sys.stderr,
         )
         shutil.rmtree(work)
     work.mkdir()
-    write_atomic(path, json.dumps(plan))
+    write_atomic(work / _PLAN, plan)
+
+
+def _planned(work: Path) -> str | None:
+    """The plan that the chunks there are of."""
+    try:
+        return (work / _PLAN).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _chunk(work: Path, number: int) -> Path:
     return work / f"chunk-{number:06d}.safetensors"
 
 
-def _is_whole(work: Path, number: int) -> bool:
+def _is_whole(work: Path, number: int, plan: str) -> bool:
     try:
-        _read_chunk(work, number)
+        _read_chunk(work, number, plan)
     except InputError:
         return False
     return True
 
 
-def _read_chunk(work: Path, number: int) -> Embeddings:
+def _read_chunk(work: Path, number: int, plan: str) -> Embeddings:
     path = _chunk(work, number)
     try:
         tensors, metadata = read_tensors(path)
+        if metadata["plan"] != plan:
+            raise ValueError("it is of other pictures")
         faults = json.loads(metadata["faults"])
         return Embeddings(
             z_ND=tensors["z"].numpy(),

@@ -45,7 +45,7 @@ _ITEMS_A_CELL = 39
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How hard an approximate index looks. Stored with it; may be given anew for a search."""
+    """How hard an approximate index looks. Stored with it; a search may have its own."""
 
     ef_search: int = 128
     """hnsw: candidates that the walk keeps"""
@@ -159,7 +159,9 @@ class Engine:
         """As a file that plain faiss reads."""
         import faiss
 
-        faiss.write_index(self.index, str(path))
+        callback: Any = faiss
+        with open(path, "wb") as file:  # faiss by a name says nothing where closing fails
+            faiss.write_index(self.index, callback.PyCallbackIOWriter(file.write))
 
     def __len__(self) -> int:
         return int(self.index.ntotal)
@@ -204,10 +206,10 @@ class Engine:
                 faiss.GpuParameterSpace().set_index_parameter(index, "nprobe", cells)
 
     def _placed(self, count: int) -> Any:
-        """The index on all GPUs, cut into shards, where faiss has any and the type; else as it
-        is."""
+        """The index on all GPUs, cut into shards, where faiss has any, and shards of the type; else
+        as it is."""
         if (
-            self.shape.type in ("hnsw", "binary")
+            self.shape.type not in ("flat", "ivf")
             or count > FAISS_GPU_LARGEST_K
             or search_backend().name != "faiss-gpu"
         ):

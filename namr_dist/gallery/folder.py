@@ -14,13 +14,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from errno import EACCES, EAGAIN
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -83,6 +85,8 @@ class Contents:
     items: Items
     embeddings: Float32
     """(N, D + E [+ 1]); a memory map where it was read"""
+    read_from: tuple[Path, str] | None = None
+    """folder that this was read from, and the SHA-256 of its index.json then"""
 
 
 def is_index(path: Path) -> bool:
@@ -103,12 +107,36 @@ def write(path: Path, contents: Contents) -> None:
         return
     if not is_index(path):
         raise InputError(f"{path} exists and is no index; give a folder that does not exist")
+    was, now = contents.read_from, origin(path)
+    if was is not None and was != now and was[0] == now[0]:
+        raise InputError(
+            f"{path} has been changed since it was opened; open it again and repeat the change"
+        )
     generation = 1 + max(
         (int(number) for name in os.listdir(path) for number in re.findall(r"-(\d+)\.", name)),
         default=1,
     )
-    _write_files(path, contents, f"-{generation}")
-    _remove_others(path)
+    try:
+        _write_files(path, contents, f"-{generation}")
+    finally:  # of a disk that is full too, what was begun is to go
+        _remove_others(path)
+
+
+def origin(path: Path) -> tuple[Path, str]:
+    """Of an index as it is now: `Contents.read_from`."""
+    return path.resolve(), _digest(path)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256((path / HEADER).read_bytes()).hexdigest()
+
+
+class _Writes:
+    """A file that can only be written to: NumPy hands others to the C library, and what goes wrong
+    there has no error number."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write = file.write
 
 
 def _write_files(folder: Path, contents: Contents, suffix: str) -> None:
@@ -117,8 +145,10 @@ def _write_files(folder: Path, contents: Contents, suffix: str) -> None:
     names = [_named(name, suffix) for name in (_FAISS, _ITEMS, _EMBEDDINGS)]
     faiss_file, items_file, embeddings_file = (folder / name for name in names)
     contents.engine.write(faiss_file)
-    pyarrow.parquet.write_table(contents.items.table(), items_file)
-    np.save(embeddings_file, contents.embeddings, allow_pickle=False)
+    with open(items_file, "wb") as file:
+        pyarrow.parquet.write_table(contents.items.table(), file)
+    with open(embeddings_file, "wb") as file:
+        np.save(_Writes(file), contents.embeddings, allow_pickle=False)
     files = {}
     for name in names:
         flush(folder / name)
@@ -148,7 +178,20 @@ def _as_json(contents: Contents, files: Mapping[str, Any]) -> dict[str, Any]:
 def read(path: Path) -> Contents:
     """All of an index, every byte compared with its hash. Raises InputError, naming the file, for
     one that is missing, damaged or not what index.json says."""
-    about = read_about(path)
+    before = None
+    while True:
+        about = read_about(path)
+        now = origin(path)
+        try:
+            return dataclasses.replace(_read(path, about), read_from=now)
+        except InputError:
+            # Another process may just have put a new generation of files in place.
+            if now in (before, origin(path)):
+                raise
+            before = now
+
+
+def _read(path: Path, about: Mapping[str, Any]) -> Contents:
     header, files = _header(about, path / HEADER), about.get("files")
     where = {ending: _checked(path, files, ending) for ending in ("faiss", "parquet", "npy")}
     engine = Engine.read(where["faiss"], header.shape)
@@ -256,11 +299,19 @@ def _remove_others(path: Path) -> None:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Within it, no other process changes the index. Raises InputError if one does."""
-    with open(path / _LOCK, "ab") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+    with open(path / _LOCK, "ab") as file:
+        if not lock(file):
             raise InputError(
                 f"index {path} is being changed by another process; wait until it has ended"
-            ) from None
+            )
         yield
+
+
+def lock(file: BinaryIO) -> bool:
+    """Whether the file is this process's from now on, until it is closed; true where the file
+    system has no locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (EACCES, EAGAIN)
+    return True

@@ -33,11 +33,15 @@ from namr_dist.retrieval.vectors import DENSITY_NEIGHBOURS, local_density
 
 _SPARE = 16
 """Candidates of an exact index beyond those asked for, by which its order is checked."""
+_CANDIDATES = 1 << 22
+"""That are looked at together, of all queries."""
 _QUERIES = 1024
 """That are searched for at a time."""
 _BLOCK = 1 << 16
 """Items whose float64 copies are held at a time."""
 _ROUNDING = 2.0**-23
+_LEAST, _MOST = 1e-12, 1e12
+"""Of the largest number in embeddings."""
 
 
 class Gallery:
@@ -131,9 +135,14 @@ class Gallery:
         Fewer where the gallery has fewer. A picture that is itself an item is found like any other.
         Raises InputError for what is no picture, and as `model` does.
         """
-        alone = not isinstance(pictures, (list, tuple))
-        z_QD, s_QS = self.model.embed(as_list(pictures), structure=True)
-        squared_QK, ids_QK = self.nearest(z_QD, self.geometry.kept(s_QS), k)
+        asked = as_list(pictures)
+        alone = asked is not pictures
+        if k < 1:
+            raise InputError(f"k is {k}; ask for at least one neighbour")
+        if not asked:
+            return []
+        z_QD, s_QS = self.model.embed(asked, structure=True)
+        squared_QK, ids_QK = self.nearest(z_QD, self.geometry.kept(s_QS), min(k, max(1, len(self))))
         hits = [
             self._hits(squared_K, ids_K)
             for squared_K, ids_K in zip(squared_QK, ids_QK, strict=True)
@@ -196,11 +205,15 @@ class Gallery:
         """By a form whose vectors say all."""
         asked_BV = form.queries(queries)
         by_codes = self.type in ("ivfpq", "binary")
-        count = min(len(self), max(k + _SPARE, settings.candidates if by_codes else 0))
+        first_count = min(len(self), max(k + _SPARE, settings.candidates if by_codes else 0))
         squared_BK = np.empty((len(asked_BV), k), dtype=np.float32)
         ids_BK = np.empty((len(asked_BV), k), dtype=np.int64)
-        open_M = np.arange(len(asked_BV))
-        while len(open_M):
+        waiting = [(np.arange(len(asked_BV)), first_count)]
+        while waiting:
+            open_M, count = waiting.pop()
+            if (most := max(1, _CANDIDATES // count)) < len(open_M):
+                waiting += [(open_M[most:], count), (open_M[:most], count)]
+                continue
             found_MC, ids_MC = self.engine.search(asked_BV[open_M], count, settings)
             some = queries.at(open_M) if len(open_M) < len(asked_BV) else queries
             squared_MC = self._distances(form, some, ids_MC)
@@ -208,14 +221,15 @@ class Gallery:
             squared_BK[open_M] = np.take_along_axis(squared_MC, order_MK, 1)
             ids_BK[open_M] = np.take_along_axis(ids_MC, order_MK, 1)
             if self.type != "flat" or count == len(self):
-                break
+                continue
             # Whatever was not found is, in the index's own numbers, at least as far as the last one
             # found: with room for their rounding, no such item belongs to the first k.
             lengths_M = np.linalg.norm(asked_BV[open_M].astype(np.float64), axis=1)
             slack_M = (asked_BV.shape[1] + 8) * _ROUNDING * (lengths_M + self._longest) ** 2
             reached_M = np.take_along_axis(found_MC, order_MK, 1).max(axis=1)
-            open_M = open_M[found_MC[:, -1] - reached_M <= 2 * slack_M]
-            count = min(len(self), 4 * count)
+            doubtful_M = open_M[found_MC[:, -1] - reached_M <= 2 * slack_M]
+            if len(doubtful_M):
+                waiting.append((doubtful_M, min(len(self), 4 * count)))
         return squared_BK, ids_BK
 
     @cached_property
@@ -236,6 +250,8 @@ class Gallery:
         chosen_P, places_QC = np.unique(ids_QC, return_inverse=True)
         places_QC = places_QC.reshape(ids_QC.shape)
         first = int(chosen_P[0] < 0)  # −1, of which no row is read
+        if first == len(chosen_P):
+            return np.full(ids_QC.shape, np.inf, dtype=np.float32)
         squared_QC = form.squared_distances(queries, self.side(chosen_P[first:]), places_QC - first)
         return squared_QC.astype(np.float32)
 
@@ -296,6 +312,8 @@ class Gallery:
         """Items behind those that are there; `items` has one for each picture that was embedded,
         damaged ones included. Raises InputError for ids that are there already, and for items
         unlike all that the index was built with."""
+        if not len(made.kept_N):
+            raise InputError("there is no picture to add; give one at least")
         joined = self.items.joined(items.at(made.kept_N))
         rows = _rows(self.geometry, made)
         if self.form.mode is CALIBRATED:
@@ -363,6 +381,7 @@ class Gallery:
         """As `save`, where the caller has locked the index that is there (gallery.folder)."""
         header = replace(self.header, settings=self.settings)
         folder.write(path, replace(self._contents, header=header))
+        self._contents = replace(self._contents, read_from=folder.origin(path))
 
     def about(self) -> dict[str, Any]:
         """What `namr index info` shows."""
@@ -402,6 +421,8 @@ def build(
     if not len(made.z_ND):
         raise InputError("there is no picture to index; give one at least")
     geometry = model.geometry
+    if geometry.distance == "euclidean":
+        _check_range(made.z_ND, model.name)
     chosen = geometry.served(mode)
     rows = _rows(geometry, made)
     if chosen is CALIBRATED:
@@ -455,6 +476,16 @@ def open_index(
     if model is not None:
         contents.header.check_model(model.digest, str(model.place), f"index {where}")
     return Gallery(contents, name=where.absolute().name, model=model)
+
+
+def _check_range(z_ND: Float32, name: str) -> None:
+    """Raise InputError for embeddings whose squared distances fp32 does not hold."""
+    largest = float(np.abs(z_ND).max())
+    if largest and not _LEAST <= largest <= _MOST:
+        raise InputError(
+            f"the embeddings of {name} reach {largest:.1e}, beyond {_LEAST:.0e} to {_MOST:.0e}, within which "
+            "an index computes in fp32; train with distance cosine, or at another scale"
+        )
 
 
 def side_of(rows: Float32, geometry: Geometry, name: str) -> Side:

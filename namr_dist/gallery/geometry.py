@@ -72,10 +72,10 @@ class Geometry:
         """Queries or items as retrieval takes them. Raises InputError, naming them, for values that
         are not finite."""
         if not self.has_centres:
-            side = Side.of(z_ND, s_ND=kept_NE, distance=self.distance, name=name)
+            side = Side.of(z_ND, s_ND=kept_NE, distance=self.distance, name=name, whole=False)
             return replace(side, density=density_N)
         assert self.gamma is not None and self.rho_max is not None
         rho_N = np.asarray(kept_NE, dtype=np.float64)[:, 0]
         bonus_N = self.gamma * np.minimum(rho_N, self.rho_max)
-        side = Side.of(z_ND, bonus_N=bonus_N, distance=self.distance, name=name)
+        side = Side.of(z_ND, bonus_N=bonus_N, distance=self.distance, name=name, whole=False)
         return replace(side, density=density_N, limit=self.gamma * self.rho_max)

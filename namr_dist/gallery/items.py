@@ -5,6 +5,7 @@ Shapes: N items.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -81,7 +82,7 @@ class Items:
         """Of a picture in a folder, its path; else the item's id."""
         source = self.sources[self.source_N[position]]
         return (
-            str(Path(source.place, self.ids[position]))
+            os.path.abspath(Path(source.place, self.ids[position]))
             if source.kind == "folder"
             else self.ids[position]
         )
@@ -96,7 +97,7 @@ class Items:
             seen: set[str] = set()
             twice = [one for one in self.ids if one in seen or seen.add(one)]  # type: ignore[func-returns-value]
             raise InputError(
-                f"{len(twice):,} ids stand for two items each, such as {_some(twice)}; give every item its own"
+                f"items share ids, such as {_some(twice)} ({len(twice):,} in all); give every item its own"
             )
 
     def joined(self, more: Items) -> Items:
@@ -117,12 +118,14 @@ class Items:
             )
         sources = tuple(dict.fromkeys((*self.sources, *more.sources)))
         renumbered = np.array([sources.index(source) for source in more.sources], dtype=np.int64)
-        return Items(
+        both = Items(
             ids=self.ids + ids,
             labels=self.labels + more.labels,
             source_N=np.concatenate([self.source_N, renumbered[more.source_N]]),
             sources=sources,
         )
+        both.check_ids()
+        return both
 
     def at(self, positions: Int64) -> Items:
         """Some of them, in that order."""

@@ -132,7 +132,7 @@ class Collection:
 
 
 def collect(places: Sequence[Path], transform: TestTransform) -> Collection:
-    """All image files below folders, and image files by themselves, or lists of them: text files
+    """All image files below folders, and image files, or lists of them: text files
     (.txt) with a path a line.
 
     An id is a path below its folder; of a file, the path as given. A picture's label is the folder
@@ -142,20 +142,20 @@ def collect(places: Sequence[Path], transform: TestTransform) -> Collection:
     items = Items.none()
     for are_files, group in itertools.groupby(places, _is_one_file):
         if are_files:
-            items = items.joined(_files(tuple(map(str, group))))
+            items = _with(items, _files(tuple(map(str, group))))
         else:
             for place in group:
-                items = items.joined(
-                    _of_folder(place, transform) if place.is_dir() else _files(_listed(place))
-                )
+                found = _of_folder(place, transform) if place.is_dir() else _files(_listed(place))
+                items = _with(items, found)
     paths = [Path(items.path(position)) for position in range(len(items))]
     digest = hashlib.sha256()
     for path, one in zip(paths, items.ids, strict=True):
         try:
             status = path.stat()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path with a NUL is the latter
+            why = error.strerror if isinstance(error, OSError) else error
             raise InputError(
-                f"{path} cannot be read ({error.strerror}); give image files, folders, or lists of files"
+                f"{path} cannot be read ({why}); give image files, folders, or lists of files"
             ) from None
         digest.update(
             f"{one}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape")
@@ -163,6 +163,17 @@ def collect(places: Sequence[Path], transform: TestTransform) -> Collection:
     return Collection(
         images=PictureList(paths, transform), items=items, fingerprint=digest.hexdigest()
     )
+
+
+def _with(items: Items, more: Items) -> Items:
+    """Both, each picture once, however often it was named."""
+    seen = {items.path(position) for position in range(len(items))}
+    kept = []
+    for position in range(len(more)):
+        if (path := more.path(position)) not in seen:
+            seen.add(path)
+            kept.append(position)
+    return items.joined(more.at(np.array(kept, dtype=np.int64)))
 
 
 def _is_one_file(place: Path) -> bool:
@@ -173,7 +184,7 @@ def _of_folder(folder: Path, transform: TestTransform) -> Items:
     names = FolderImages(folder, transform).names
     holders = [str(Path(name).parent) for name in names]
     labels = tuple(None if holder == "." else holder for holder in holders)
-    return _in(folder.absolute(), names, labels)
+    return _in(Path(os.path.abspath(folder)), names, labels)
 
 
 def _files(paths: tuple[str, ...]) -> Items:
@@ -181,19 +192,17 @@ def _files(paths: tuple[str, ...]) -> Items:
 
 
 def _in(root: Path, ids: tuple[str, ...], labels: tuple[str | None, ...]) -> Items:
-    items = Items(
+    return Items(
         ids=ids,
         labels=labels,
         source_N=np.zeros(len(ids), dtype=np.int64),
         sources=(Source(kind="folder", place=str(root)),),
     )
-    items.check_ids()
-    return items
 
 
 def _listed(file: Path) -> tuple[str, ...]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(
             f"{file} cannot be read as a list of paths ({error}); give one a line"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from namr_dist.data.picture import Picture
-from namr_dist.errors import InputError
+from namr_dist.errors import ReportedError
 from namr_dist.gallery.items import Hit
 from namr_dist.gallery.page import template
 from namr_dist.gallery.pictures import name_of, shown_picture
@@ -32,7 +32,7 @@ def contact_sheet(picture: Picture, hits: Sequence[Hit], pictures: Pictures) -> 
     for hit in hits:
         try:
             shown: Image.Image | None = pictures(hit.id)
-        except InputError:
+        except ReportedError:
             shown = None
         cells.append((shown, hit.label or hit.id, f"{hit.distance:.3g}"))
     columns = min(len(cells), _COLUMNS)
@@ -86,7 +86,7 @@ def shown_small(pictures: Pictures, id: str) -> str | None:
     """A data URL of an item's picture; None where it cannot be had."""
     try:
         return _data_url(pictures(id))
-    except InputError:
+    except ReportedError:
         return None
 
 

@@ -28,6 +28,8 @@ from namr_dist.json_file import parse_json
 from namr_dist.train.checkpoints.verified_file import read_tensors, write_tensors
 
 ENDINGS = (".safetensors", ".parquet", ".npy")
+_MOST_METADATA = 90_000_000
+"""Characters; readers refuse a header of 100 MB."""
 _AGAIN = "write it again with `namr embed`"
 
 
@@ -39,7 +41,8 @@ def check_file(path: Path) -> None:
 
 
 def write(path: Path, made: Embeddings, collection: Collection, model: Embedder) -> None:
-    """Embeddings of a collection, by the file's ending. Atomic."""
+    """Embeddings of a collection, by the file's ending; each file is whole or not there. Raises
+    InputError for names that the file cannot hold."""
     items = collection.items.at(made.kept_N)
     about = {"run": model.name, "model_digest": model.digest}
     if path.suffix == ".safetensors":
@@ -48,6 +51,11 @@ def write(path: Path, made: Embeddings, collection: Collection, model: Embedder)
             if values_N is not None:
                 tensors[name] = torch.from_numpy(values_N[made.kept_N])
         metadata = {"names": json.dumps(items.ids), "classes": json.dumps(items.labels), **about}
+        if (size := sum(map(len, metadata.values()))) > _MOST_METADATA:
+            raise InputError(
+                f"--out {path} would have {size / 1e6:.0f} MB of names, more than readers of safetensors take; "
+                "give a file that ends with .parquet: nothing is embedded again"
+            )
         write_tensors(path, tensors, metadata)
     elif path.suffix == ".parquet":
         write_atomic(path, _parquet(made, items, about))

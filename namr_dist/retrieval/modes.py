@@ -59,20 +59,29 @@ class Side:
 
     @classmethod
     def of(
-        cls, z_ND: Any, *, s_ND: Any = None, bonus_N: Any = None, distance: Distance, name: str
+        cls,
+        z_ND: Any,
+        *,
+        s_ND: Any = None,
+        bonus_N: Any = None,
+        distance: Distance,
+        name: str,
+        whole: bool = True,
     ) -> Side:
         """All images, checked; by "cosine", rows of z are scaled to length 1. `name` is for
         errors. Raises InputError on bad shapes, values that are not finite, s ≤ 0, γ ρ < 0.
 
         Where squared differences of z would leave the range of fp32, z is multiplied by a power of
-        two, and γ ρ by its square: no order changes."""
+        two, and γ ρ by its square: no order changes. Not `whole`: these are some of several sides
+        that are compared, of which none may be multiplied by a power of its own.
+        """
         if distance not in ("euclidean", "cosine"):
             raise InputError(f"distance = {distance!r}: take 'euclidean' or 'cosine'")
         z = as_matrix(z_ND, f"{name} z")
         bonus = None if bonus_N is None else as_bonus(bonus_N, len(z), f"{name} γ ρ")
         if distance == "cosine":
             z = unit_rows(_times_power(z, _power(z)))
-        power = _power(z)
+        power = _power(z) if whole else 0
         z = _times_power(z, power)
         bonus = None if bonus is None else _times_power(bonus, 2 * power)
         return cls(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,7 +20,10 @@ from PIL import Image
 
 import namr_dist
 from namr_dist.errors import InputError
+from namr_dist.gallery.embedding import Embeddings
+from namr_dist.gallery.engine import SearchSettings
 from namr_dist.gallery.folder import read_about
+from namr_dist.gallery.gallery import build
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +254,112 @@ def test_items_come_and_go(
     assert len(namr_dist.open_index(saved)) == 6
     told = json.loads(forked_namr("index", "info", saved, "--json").stdout)
     assert (told["items"], told["type"], told["labels"]) == (6, "hnsw (HNSW32,Flat)", 1)
+
+
+def test_embeddings_of_pictures_that_are_there_are_refused(
+    run: Path, saved: Path, photos: Path, forked_namr: Callable, tmp_path: Path
+) -> None:
+    vectors = tmp_path / "photos.parquet"
+    assert forked_namr("embed", run, photos, "--out", vectors).returncode == 0
+    done = forked_namr("index", "add", saved, "--vectors", vectors)
+    assert done.returncode == 2 and "items share ids" in done.stderr
+    assert len(namr_dist.open_index(saved)) == 70
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_places_that_overlap_count_once(
+    model: namr_dist.Model,
+    run: Path,
+    saved: Path,
+    photos: Path,
+    forked_namr: Callable,
+    tmp_path: Path,
+) -> None:
+    first = sorted(photos.rglob("*.jpg"))[0]
+    listed = tmp_path / "list.txt"
+    listed.write_text(
+        f"{first}\n{photos / 'class 1' / '..' / first.relative_to(photos)}\n", "utf-8-sig"
+    )
+    done = forked_namr("search", saved, photos, first, first, listed, "-k", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 70
+    again = photos / ".." / photos.name
+    done = forked_namr("index", "add", saved, again)
+    assert done.returncode == 2 and "70 of 70 items are in the index already" in done.stderr
+    (tmp_path / "nul.txt").write_text("a\0b.jpg\n")
+    done = forked_namr("search", saved, tmp_path / "nul.txt")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_a_change_of_what_was_changed_meanwhile_is_refused(
+    model: namr_dist.Model, saved: Path, photos: Path
+) -> None:
+    first, second = namr_dist.open_index(saved), namr_dist.open_index(saved)
+    first.remove(first.items.ids[:5])
+    first.save(saved)
+    second.remove(second.items.ids[-7:])
+    with pytest.raises(InputError, match="has been changed since it was opened"):
+        second.save(saved)
+    first.remove(first.items.ids[:5])
+    first.save(saved)
+    assert len(namr_dist.open_index(saved)) == 60
+    gone = namr_dist.open_index(saved)
+    gone.remove(gone.items.ids)
+    assert gone.search([], 3) == [] and gone.search(next(photos.rglob("*.jpg")), 3) == []
+    gone.save(saved)
+    assert len(namr_dist.open_index(saved)) == 0
+
+
+@pytest.mark.parametrize("share", [0.2, 0.98, 1.0])
+def test_a_disk_without_room_leaves_the_index_as_it_was(
+    saved: Path, photos: Path, share: float
+) -> None:
+    gallery = namr_dist.open_index(saved)
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    # Of the files, items.parquet is the smallest and embeddings.npy the largest.
+    size = (
+        int(share * len(before["index.faiss"])) if share < 1 else len(before["embeddings.npy"]) - 9
+    )
+    gallery.remove(gallery.items.ids[:1] if share < 1 else [])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(OSError) as failed:
+            gallery.save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.errno == errno.EFBIG
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == {
+        **before,
+        ".index.lock": b"",
+    }
+    assert len(namr_dist.open_index(saved)) == 70
+
+
+def test_cells_may_be_empty(model: namr_dist.Model, photos: Path) -> None:
+    gallery = model.index(photos, type="ivf", mode="sample")
+    gallery.settings = SearchSettings(nprobe=1)
+    query = gallery.items.ids[0]
+    gallery.remove(gallery.items.ids[1:])
+    paths = sorted(photos.rglob("*.jpg"))
+    found = gallery.search(paths, 10**12)
+    assert found[0][0].id == query
+    assert {len(hits) for hits in found} <= {0, 1}
+
+
+def test_one_long_row_does_not_hide_the_nearest(model: namr_dist.Model, photos: Path) -> None:
+    gallery = model.index(photos, mode="sample")
+    z_ND, kept_NE = gallery.embeddings()
+    z_ND = z_ND.copy()
+    z_ND[7] *= 300
+    made = Embeddings(z_ND=z_ND, s_NS=np.repeat(kept_NE, 4, axis=1), kept_N=np.arange(70))
+    long = build(model, made, gallery.items, mode="sample")
+    _, ids_QK = long.nearest(z_ND, kept_NE, 5)
+    squared_NN = ((z_ND[:, None].astype(np.float64) - z_ND) ** 2).sum(2)
+    assert np.array_equal(ids_QK, np.argsort(squared_NN, axis=1, kind="stable")[:, :5])
+    far = Embeddings(z_ND=z_ND * np.float32(1e20), s_NS=made.s_NS, kept_N=made.kept_N)
+    with pytest.raises(InputError, match="beyond 1e-12 to 1e"):
+        build(model, far, gallery.items, mode="sample")
 
 
 def test_the_command_finds_what_the_program_finds(
