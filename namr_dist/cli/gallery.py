@@ -315,7 +315,7 @@ class _Embedding:
 
         self._parsed = parsed
         self.rank = discover()
-        self._meeting = Meeting(self.rank)
+        self._meeting = Meeting(self.rank, until="embedding ended")
         self._work = out.absolute().with_name(f".{out.name}.partial")
 
     def model(self, place: Path) -> Embedder:

@@ -128,7 +128,7 @@ def embed_resumably(
     with meeting.all_or_none():
         if rank.first:
             _prepare(work, _plan(model, collection, batch_size))
-    with meeting.all_or_none():
+    with meeting.all_or_none(longest=None):  # ranks may differ by hours
         _embed_chunks(model, collection, work, chunks, batch_size, workers, rank)
     if not rank.first:
         return None
