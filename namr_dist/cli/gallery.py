@@ -315,7 +315,7 @@ class _Embedding:
 
         self._parsed = parsed
         self.rank = discover()
-        self._meeting = Meeting(self.rank)
+        self._meeting = Meeting(self.rank, until="embedding ended")
         self._out = out
         self._work = out.absolute().with_name(f".{out.name}.partial")
         self._lock_path = self._work.with_name(f"{self._work.name}.lock")

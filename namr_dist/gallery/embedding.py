@@ -134,7 +134,7 @@ def embed_resumably(
                 f"rank {rank.rank} has another network or other pictures than the first one; of a run "
                 "that goes on, name a checkpoint, and let nothing change the pictures"
             )
-    with meeting.all_or_none():
+    with meeting.all_or_none(longest=None):  # ranks may differ by hours
         _embed_chunks(model, collection, work, chunks, plan, batch_size, workers, rank)
     if not rank.first:
         return None

@@ -3,7 +3,7 @@
 A process group is made by all ranks or by none: if one never comes, the others wait for half an
 hour. So they meet first, on a key-value store at the same address. A rank that cannot go on says
 why, once for all that have the same to say, and all end with its exit code; so they do if one on
-the same machine is killed meanwhile. Evaluation, which is short, meets so until its end.
+the same machine is killed meanwhile. Evaluation and embedding meet so until their end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from namr_dist.parallel.host import lost_contact
 from namr_dist.parallel.ranks import Rank
 from namr_dist.text import say
 
+_SHORTEST_POLL_S = 0.02
 _LONGEST_POLL_S = 0.5
 _COME = timedelta(minutes=10)
 """For a rank to come at all: as long as torchrun waits for nodes."""
@@ -103,16 +104,21 @@ class Meeting:
         return store
 
     @contextlib.contextmanager
-    def all_or_none(self) -> Iterator[None]:
+    def all_or_none(self, *, longest: timedelta | None = _TIMEOUT) -> Iterator[None]:
         """Afterwards all ranks have come so far, and none met an error that ends it; else all end,
-        with one exit code, and each different error is printed once."""
+        with one exit code, and each different error is printed once.
+
+        longest: for how long a rank that is done waits for one that is here but not done; None, for
+        work of any length: until it is done or, on the same machine, has died. Ten minutes, as
+        always, for one that has never been here.
+        """
         if self._rank.world_size == 1:
             yield
             return
         self._stage += 1
         try:
             yield
-            self._await_all()
+            self._await_all(longest)
         except dist.DistError as error:
             raise self._lost(error) from None
         except Exception as error:
@@ -196,14 +202,31 @@ class Meeting:
         with contextlib.suppress(dist.DistError):
             self._store.set(f"left/{self._rank.rank}", "")
             until_s = time.monotonic() + (_LEAVE_S if self._listens else 0)
-            others = [rank for rank in self._ranks if rank != self._rank.rank]
-            while time.monotonic() < until_s and not all(
-                self._store.check([f"left/{rank}"]) or self._has_died(rank) for rank in others
-            ):
+            while time.monotonic() < until_s and self._lacks("left/{}".format):
                 time.sleep(_LONGEST_POLL_S / 5)
 
-    def _await_all(self) -> None:
-        began_s, said, poll_s = time.monotonic(), False, 0.02
+    def _let_all_see(self) -> None:
+        """What each rank does once it has seen that all are ready: after the last stage the first
+        one may end, and the store with it, while the others have yet to look."""
+        self._store.set(self._seen(self._rank.rank), "")
+        if not self._listens:
+            return  # and look no more: the store may be gone
+        until_s = time.monotonic() + _LEAVE_S
+        while time.monotonic() < until_s and self._lacks(self._seen):
+            self._end_with_the_others()
+            time.sleep(_SHORTEST_POLL_S)
+        self._end_with_the_others()  # one may have given up just before all were ready
+
+    def _lacks(self, key: Callable[[int], str]) -> bool:
+        """Whether another rank, not known to be dead, has yet to set its key."""
+        return not self._store.check([key(rank) for rank in self._ranks]) and not all(
+            self._store.check([key(rank)]) or self._has_died(rank)
+            for rank in self._ranks
+            if rank != self._rank.rank
+        )
+
+    def _await_all(self, longest: timedelta | None) -> None:
+        began_s, said, poll_s = time.monotonic(), False, _SHORTEST_POLL_S
         self._store.set(self._ready(self._rank.rank), "")
         while missing := self._missing():
             self._end_with_the_others()
@@ -216,8 +239,8 @@ class Meeting:
                 if self._has_died(one) and one in self._missing():
                     self._end_with_the_others()
                     raise TransientError(self._ended([one]))
-            come = all(self._place(one) for one in missing)
-            if waited_s > (_TIMEOUT if come else _COME).total_seconds():
+            limit = longest if all(self._place(one) for one in missing) else _COME
+            if limit is not None and waited_s > limit.total_seconds():
                 raise TransientError(
                     f"{self._described(missing)} did not come within {waited_s:.0f} s; see what keeps "
                     "them, and start all ranks again"
@@ -225,6 +248,7 @@ class Meeting:
             time.sleep(poll_s)
             poll_s = min(1.5 * poll_s, _LONGEST_POLL_S)
         self._end_with_the_others()
+        self._let_all_see()
 
     def _end_with_the_others(self) -> None:
         if self._store.check(["code"]):
@@ -240,6 +264,9 @@ class Meeting:
 
     def _ready(self, rank: int) -> str:
         return f"ready/{self._stage}/{rank}"
+
+    def _seen(self, rank: int) -> str:
+        return f"seen/{self._stage}/{rank}"
 
     def _place(self, rank: int) -> dict | None:
         """Where a rank is, if it has come."""

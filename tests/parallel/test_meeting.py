@@ -16,24 +16,36 @@ from training_runs import Program, start_parent
 pytestmark = pytest.mark.dist
 
 # A word for each rank says what becomes of it: "ends", "waits", "groups", which waits for the
-# others in making a process group, "dies" before it, or the name of a mistake.
+# others in making a process group, "dies" before it, or the name of a mistake. One that is "late"
+# takes 2 s for the last stage, when the others look every 0.5 s; "hurried" gives up on it before,
+# "patient" does not, though others would.
 RANK = """
 import os, signal, sys, time
+from datetime import timedelta
 import torch.distributed as dist
 from namr_dist.errors import InputError, ReportedError
+from namr_dist.parallel import meeting as module
 from namr_dist.parallel.meeting import Meeting
 from namr_dist.parallel.ranks import discover
 
 rank = discover()
 word = sys.argv[1 + rank.rank]
+how = {}
+if word == "hurried":
+    how = {"longest": timedelta(seconds=0.5)}
+if word == "patient":
+    how = {"longest": None}
+    module._TIMEOUT = timedelta(seconds=0.5)  # of the store, too
 try:
     meeting = Meeting(rank)
     print("here", flush=True)
     for stage in range(2):
-        with meeting.all_or_none():
+        with meeting.all_or_none(**how if stage else {}):
             if word == "waits":
                 time.sleep(1000)
-            if word not in ("ends", "groups", "dies"):
+            if word == "late" and stage:
+                time.sleep(2)
+            if word not in ("ends", "groups", "dies", "late", "hurried", "patient"):
                 raise InputError(word)
     with meeting.watched():
         if word == "dies":
@@ -44,8 +56,6 @@ except ReportedError as error:
     print(f"namr: error: {error}")
     sys.exit(error.exit_code)
 print("met")
-if rank.first:  # in training, it waits for the others in making the process group
-    time.sleep(2)
 """
 
 
@@ -91,9 +101,17 @@ def until_here(rank: Program) -> None:
 
 
 def test_all_are_here(tmp_path: Path) -> None:
-    with met(tmp_path, "ends", "ends", "ends") as ranks:
+    """Also for one that looks when the first, which has the store, could have ended."""
+    with met(tmp_path, "late", "ends", "patient") as ranks:
         codes, said = ends(ranks)
-    assert codes == [0, 0, 0] and said.count("met") == 3
+    assert codes == [0, 0, 0] and said.count("met") == 3, said
+
+
+def test_one_that_takes_too_long_ends_all(tmp_path: Path) -> None:
+    with met(tmp_path, "late", "hurried") as ranks:
+        codes, said = ends(ranks)
+    assert codes == [74, 74] and "met" not in said
+    assert said.count("namr: error: ") == 1 and f"(pid {ranks[0].pid}) did not come within" in said
 
 
 @pytest.mark.parametrize(
