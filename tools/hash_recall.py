@@ -40,8 +40,8 @@ def cropped(image: Image.Image, share: float) -> Image.Image:
 
 
 CHANGES: dict[str, tuple[Callable[[Image.Image], Image.Image], int]] = {
-    "encoded anew at quality 75": (lambda image: image, 75),
-    "encoded anew at quality 50": (lambda image: image, 50),
+    "encoded again at quality 75": (lambda image: image, 75),
+    "encoded again at quality 50": (lambda image: image, 50),
     "half the size": (lambda image: scaled(image, 0.5), 90),
     "0.7 of the size": (lambda image: scaled(image, 0.7), 90),
     "twice the size": (lambda image: scaled(image, 2.0), 90),

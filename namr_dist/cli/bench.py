@@ -19,7 +19,7 @@ def add_parser(
     )
     bench_verbs = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     kernels = bench_verbs.add_parser(
-        "kernels", help="time and memory of the losses beside other implementations"
+        "kernels", help="time and memory of the losses compared with other implementations"
     )
     # The options live with the benchmark, which imports torch.
     if words[:2] == ["bench", "kernels"]:
@@ -30,8 +30,8 @@ def add_parser(
     gather = bench_verbs.add_parser(
         "gather",
         help="bytes and time of a loss over many ranks",
-        description="Bytes on the sockets and time of a loss over many CPU ranks, beside a gather that autograd "
-        "differentiates.",
+        description="Bytes on the sockets and time of a loss over many CPU ranks, compared with a gather that "
+        "autograd differentiates.",
     )
     gather.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="W", help="(2 4)")
     gather.add_argument(
@@ -46,8 +46,8 @@ def add_parser(
     data = bench_verbs.add_parser(
         "data",
         help="images a second of one core",
-        description="Images a second of one core, from shards to augmented batches, beside plain WebDataset and "
-        "torchvision's ImageFolder.",
+        description="Images a second of one core, from shards to augmented batches, compared with plain WebDataset "
+        "and torchvision's ImageFolder.",
     )
     data.add_argument(
         "folder",
@@ -77,10 +77,10 @@ def _add_train(bench_verbs: argparse._SubParsersAction[argparse.ArgumentParser])
         "train",
         help="training end to end, and where its time goes",
         description="Real runs of `namr train` on this machine's first GPU, or its CPU: images a second, the time of "
-        "each phase of a step, waiting for images, memory, and the loss beside its plain PyTorch form. Settings are "
-        "changed as those of `namr train`, with --set.SECTION.FIELD VALUE. The smallest batch passes the backbone at "
-        "once and larger ones in pieces of that size (--set.train.micro_batch changes it). Weights of timm: backbones "
-        "are random.",
+        "each phase of a step, waiting for images, memory, and the loss next to its plain PyTorch form. Settings "
+        "are changed as those of `namr train`, with --set.SECTION.FIELD VALUE. The smallest batch passes the backbone "
+        "at once and larger ones in pieces of that size (--set.train.micro_batch changes it). Weights of timm: "
+        "backbones are random.",
     )
     train.add_argument(
         "recipe", nargs="?", default="homeware", metavar="RECIPE", help="(%(default)s)"
@@ -127,13 +127,13 @@ def _add_search(bench_verbs: argparse._SubParsersAction[argparse.ArgumentParser]
         "search",
         help="seconds of an exact search",
         description="Seconds of an exact leave-one-out search among random rows in clusters, by every back end that "
-        "works here, beside faiss's plain index and a bare matrix product with its largest entries.",
+        "works here, compared with faiss's plain index and a bare matrix product with its largest entries.",
     )
     search.add_argument("--queries", type=int, metavar="Q", help="(as many as items)")
     search.add_argument("--items", type=int, default=15000, metavar="N", help="(%(default)s)")
     search.add_argument("--width", type=int, nargs="+", default=[512], metavar="D", help="(512)")
     search.add_argument(
-        "-k", type=int, nargs="+", default=[32], metavar="K", help="neighbours (32)"
+        "-k", type=int, nargs="+", default=[32], metavar="K", help="numbers of neighbours (32)"
     )
     search.add_argument(
         "--backends",

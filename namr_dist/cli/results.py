@@ -60,7 +60,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         action="append",
         default=[],
         metavar="MODULE:NAME",
-        help="measure a retrieval mode of your own, a Mode, beside the others; may be given again",
+        help="measure a retrieval mode of your own, a Mode, with the others; may be given again",
     )
     _add_allow_code(evaluate)
     evaluate.add_argument(

@@ -122,7 +122,7 @@ def _add_build(shard_verbs: argparse._SubParsersAction[argparse.ArgumentParser])
         type=int,
         default=95,
         metavar="Q",
-        help="of JPEGs that are encoded anew (%(default)s)",
+        help="of JPEGs that are encoded again (%(default)s)",
     )
     build.add_argument(
         "--validation",

@@ -31,6 +31,8 @@ SPACING_NEIGHBOUR = 10
 """The spacing is the median distance of an item to this neighbour."""
 _SAMPLE = 2_000
 _BLOCK = 1_024
+_BLOCK_PAIRS = 2**26
+"""At most, that a block of items may find before they are counted; 12 bytes each in faiss."""
 _MOST_PAIRS = 20_000_000
 _ROUNDING = 2.0**-23
 _SHOWN_GROUPS, _SHOWN_ITEMS = 100, 12
@@ -168,11 +170,14 @@ def _pairs(
     # faiss subtracts squares from each other, in fp32; what it finds is measured again.
     longest = float(np.linalg.norm(z_ND, axis=1).max())
     slack = (stored_ND.shape[1] + 8) * _ROUNDING * (2 * longest) ** 2
+    # faiss takes what is nearer than the radius, not what is as near: copies are at 0.
+    radius = float(np.nextafter(np.float32(threshold * threshold + slack), np.float32(np.inf)))
+    rows = max(1, min(_BLOCK, _BLOCK_PAIRS // len(z_ND)))
     parts, distances, total = [np.empty((0, 2), dtype=np.int64)], [np.empty(0)], 0
     with counted("comparing", len(z_ND), "items", shown=progress) as bar:
-        for start in range(0, len(z_ND), _BLOCK):
-            block_BD = stored_ND[start : start + _BLOCK]
-            limits, _, others_P = index.range_search(block_BD, threshold**2 + slack)
+        for start in range(0, len(z_ND), rows):
+            block_BD = stored_ND[start : start + rows]
+            limits, _, others_P = index.range_search(block_BD, radius)
             own_P = start + np.repeat(np.arange(len(block_BD)), np.diff(limits.astype(np.int64)))
             after_P = own_P < others_P
             own_P, others_P = own_P[after_P], others_P[after_P]

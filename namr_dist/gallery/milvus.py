@@ -52,8 +52,9 @@ def push(
     """Write all items into a collection, and return its name, once Milvus counts as many.
 
     uri: http:// or https:// of a server, or a file that ends with .db, of Milvus Lite. Items are
-    written under another name, which is changed in the end: a collection of this name is whole, and
-    one that is replaced stands until then.
+    written under another name, which is changed in the end: a collection of this name is whole. One
+    that is replaced stands until then and is dropped last; if Milvus refuses the change of names,
+    it gets its own back.
     Raises InputError for another uri, an existing collection without `overwrite`, and without
     pymilvus; TransientError where Milvus does not answer or refuses.
     """
@@ -80,14 +81,11 @@ def push(
                 raise TransientError(
                     f"Milvus counts {counted:,} items where {len(gallery):,} were pushed; push again"
                 )
-            if there:
-                client.drop_collection(name)
-            client.rename_collection(written, name)
-            client.load_collection(name)  # Milvus Lite releases what it renames
         except BaseException:
             with contextlib.suppress(Exception):
                 client.drop_collection(written)
             raise
+        _name(client, written, name, replaces=there)
     return name
 
 
@@ -165,6 +163,37 @@ def _insert(client: Any, gallery: Gallery, name: str, *, progress: bool) -> None
                 ],
             )
             bar.advance(len(positions))
+
+
+def _name(client: Any, written: str, name: str, *, replaces: bool) -> None:
+    """Name a whole collection; the one that it replaces is dropped once the new one is loaded."""
+    aside = f"{written}_old"
+    try:
+        if replaces:
+            client.rename_collection(name, aside)
+        client.rename_collection(written, name)
+    except BaseException:
+        if replaces:
+            _restore(client, written, name, aside)
+        with contextlib.suppress(Exception):
+            client.drop_collection(written)
+        raise
+    client.load_collection(name)  # Milvus Lite releases what it renames
+    if replaces:
+        client.drop_collection(aside)
+
+
+def _restore(client: Any, written: str, name: str, aside: str) -> None:
+    try:
+        if not client.has_collection(name):
+            client.rename_collection(aside, name)
+            client.load_collection(name)
+    except Exception as error:
+        raise TransientError(
+            f"Milvus refuses to rename collections ({_without_secrets(error)}); nothing was dropped: the old "
+            f"one is {name} or {aside}, the new one {written}; see that Milvus runs, rename the one to keep "
+            f"to {name}, and drop the other"
+        ) from None
 
 
 def _count(client: Any, name: str) -> int:

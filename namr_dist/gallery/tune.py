@@ -47,7 +47,7 @@ class Plan:
     """What is measured."""
 
     queries: int = 500
-    """at most; never more than a fifth of the items"""
+    """at least 10; no more than a fifth of the items are taken"""
     batch_size: int = 1
     """queries that are searched for in one call"""
     threads: int = 1
@@ -55,10 +55,10 @@ class Plan:
     """that an advised setting must have"""
 
     def __post_init__(self) -> None:
-        for name in ("queries", "batch_size", "threads"):
+        for name, least in (("queries", _LEAST_QUERIES), ("batch_size", 1), ("threads", 1)):
             value = getattr(self, name)
-            if value < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {value}; take at least 1")
+            if value < least:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; take at least {least}")
         if not 0 < self.recall <= 1:
             raise InputError(f"--recall is {self.recall:g}; take a share above 0, up to 1")
 

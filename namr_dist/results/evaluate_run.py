@@ -108,7 +108,7 @@ def evaluate_run(
     as in `network_at`; the files of a training state are named metrics-step-100.json and so on.
     recall_at: the k of R@k; none: the configuration's.
     modes: module:NAME of retrieval modes of a user's own (named_code.allow them first), measured
-        beside the others.
+        with the others.
     also: further metrics, and without_own_group: items of the query's class and group are left out
         of its results, both as in `evaluate`.
     out: folder that the files go to instead of the run's; it is made if its parent is there.
@@ -391,7 +391,7 @@ def _embedded(
 
 
 def _facts(index: SplitIndex) -> dict[str, Tensor]:
-    """What is known of the images, to lie beside their embeddings; roles only where there are
+    """What is known of the images, to be stored with their embeddings; roles only where there are
     any."""
     facts = {"labels": torch.from_numpy(index.label_N)}
     return facts | {"roles": torch.from_numpy(index.role_N)} if index.role_N.any() else facts

@@ -123,7 +123,8 @@ class Service:
                     id=hit.id,
                     label=hit.label,
                     distance=hit.distance,
-                    thumbnail=f"thumbnails/{quote(hit.id)}",
+                    # Slashes too: a browser takes `..` out of an address that has them.
+                    thumbnail=f"thumbnails/{quote(hit.id, safe='')}",
                 )
                 for hit in hits
             ],

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import uvicorn
@@ -171,18 +171,27 @@ def bind(host: str, port: int) -> socket.socket:
             f"--host {host} is no address of this machine ({error}); give 127.0.0.1, or 0.0.0.0 for "
             "all of its addresses"
         ) from None
-    family, kind, protocol, _, address = found[0]
+    reasons: list[str] = []
+    for family, kind, protocol, _, address in found:
+        try:
+            return _bound(family, kind, protocol, address)
+        except OSError as error:
+            reasons.append(error.strerror or str(error))
+    raise InputError(
+        f"--port {port} of --host {host} cannot be had ({', '.join(dict.fromkeys(reasons))}); give another "
+        "port, or another host"
+    )
+
+
+def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
-    # A port whose last service has just ended is free.
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        # A port whose last service has just ended is free.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OSError as error:
+    except OSError:
         bound.close()
-        raise InputError(
-            f"--port {port} of --host {host} cannot be had ({error.strerror}); give another port, or "
-            "another host"
-        ) from None
+        raise
     return bound
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 from made_up_items import CENTRES, WEIGHTS, gallery_of, rows
@@ -83,6 +84,14 @@ def test_a_threshold_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not near_duplicates(gallery, threshold=float(np.sqrt(squared)) - 1e-3).groups
 
 
+def test_items_that_are_all_the_same_are_one_group() -> None:
+    """Spacing, threshold and rounding are 0, and so are all distances."""
+    z_ND, s_NE = (np.repeat(one, 5, axis=0) for one in rows(1, WEIGHTS, seed=1))
+    found = near_duplicates(gallery_of(np.zeros_like(z_ND), s_NE, WEIGHTS, mode="sample"))
+    assert found.threshold == 0
+    assert [len(group.ids) for group in found.groups] == [5]
+
+
 def test_the_default_finds_copies_and_few_others() -> None:
     """Copies that moved a little are with their originals; hardly any other of 300 items is."""
     z_ND, s_NE = rows(300, WEIGHTS, seed=11)
@@ -109,9 +118,22 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         near_duplicates(gallery, ratio=float("nan"))
     with pytest.raises(InputError, match="both given"):
         near_duplicates(gallery, ratio=1, threshold=1)
+    # However far the threshold reaches, a block finds few pairs before they are counted.
     monkeypatch.setattr(duplicates, "_MOST_PAIRS", 100)
-    with pytest.raises(InputError, match="more than 100 pairs lie within 50"):
-        near_duplicates(gallery, threshold=50)
+    monkeypatch.setattr(duplicates, "_BLOCK_PAIRS", 130)
+    found, original = [], faiss.IndexFlatL2.range_search
+
+    def watched(self, x, thresh, **options):
+        limits, squared_P, others_P = original(self, x, thresh, **options)
+        found.append(len(others_P))
+        return limits, squared_P, others_P
+
+    monkeypatch.setattr(faiss.IndexFlatL2, "range_search", watched)
+    for threshold in (50, 1e200):
+        found.clear()
+        with pytest.raises(InputError, match="more than 100 pairs lie within"):
+            near_duplicates(gallery, threshold=threshold)
+        assert found == [3 * 40]
     with pytest.raises(InputError, match="has 1 items"):
         near_duplicates(gallery_of(z_ND[:1], s_NE[:1], WEIGHTS, mode="sample"))
 

@@ -168,6 +168,7 @@ def test_few_items(tmp_path: Path) -> None:
         (["INDEX", "--vectors", "FILE"], "give an INDEX, or --run RUN"),
         (["INDEX", "--mode", "sample"], "--mode is sample, which goes with --run"),
         (["INDEX", "--threads", "0"], "--threads is 0; take at least 1"),
+        (["INDEX", "--queries", "9"], "--queries is 9; take at least 10"),
         (["INDEX", "--recall", "1.5"], "--recall is 1.5"),
         (["INDEX", "--html", "nowhere/page.html"], "--html nowhere/page.html"),
         (["INDEX"], "INDEX is no index"),

@@ -103,6 +103,42 @@ def test_a_push_that_fails_leaves_the_old_collection(
     assert client.query("kept", filter="", output_fields=["count(*)"])[0]["count(*)"] == 40
 
 
+@pytest.mark.parametrize("failures", [1, 2], ids=["put back", "not even put back"])
+def test_a_rename_that_fails_drops_no_last_copy(
+    failures: int, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real client's, but for the first renames to the final name."""
+    name = f"renamed_{failures}"
+    old, new = (
+        gallery_of(*rows(count, MODES["sample"], seed=1), MODES["sample"], mode="sample")
+        for count in (40, 30)
+    )
+    push(old, database, collection=name)
+    left, original = failures, pymilvus.MilvusClient.rename_collection
+
+    def failing(self, old_name, new_name, *words, **options):
+        nonlocal left
+        if new_name == name and left:
+            left -= 1
+            raise pymilvus.MilvusException(message="not now")
+        return original(self, old_name, new_name, *words, **options)
+
+    monkeypatch.setattr(pymilvus.MilvusClient, "rename_collection", failing)
+    with pytest.raises(TransientError, match="not now") as caught:
+        push(new, database, collection=name, overwrite=True)
+    client = pymilvus.MilvusClient(uri=database)
+    found = sorted(one for one in client.list_collections() if name in one)
+    if failures == 1:
+        assert found == [name]
+        assert client.query(name, filter="", output_fields=["count(*)"])[0]["count(*)"] == 40
+        push(new, database, collection=name, overwrite=True)
+        assert [one for one in client.list_collections() if name in one] == [name]
+        assert client.query(name, filter="", output_fields=["count(*)"])[0]["count(*)"] == 30
+    else:
+        assert len(found) == 2 and all(one in str(caught.value) for one in found)
+        assert [client.get_collection_stats(one)["row_count"] for one in found] == [30, 40]
+
+
 @pytest.fixture
 def gallery() -> Gallery:
     return gallery_of(*rows(20, MODES["sample"], seed=1), MODES["sample"], mode="sample")

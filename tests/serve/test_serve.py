@@ -32,6 +32,9 @@ from PIL import Image
 
 from namr_dist import Gallery, Hit, load, open_index
 from namr_dist.cli.main import main
+from namr_dist.errors import InputError
+from namr_dist.gallery.embedding import embed_all
+from namr_dist.gallery.pictures import collect
 from namr_dist.recipes.overrides import configure_quietly
 from namr_dist.run.folder import RunFolder
 from namr_dist.serve.app import make_app
@@ -42,6 +45,8 @@ from namr_dist.train.checkpoints.network import initial_network, save_network
 
 CLASSES, VIEWS = 6, 4
 NASTY = "<b>thing & 100% #1</b>"
+OUTSIDE = "../others/3.png"
+"""A picture's id is the path that it was given by."""
 BODY_SECONDS, WAITING = 3, 24
 MIB = 1 << 20
 
@@ -109,7 +114,8 @@ def serving(index: Path, folder: Path, *options: object) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of four views of six things, one of them twice, by a network as it was drawn."""
+    """An index of four views of six things, one of them twice, by a network as it was drawn. One
+    picture lies outside of the folder."""
     folder = tmp_path_factory.mktemp("gallery")
     for label in range(CLASSES):
         things = folder / "pictures" / (NASTY if label == 0 else f"thing {label}")
@@ -126,7 +132,15 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network = initial_network(config, device=torch.device("cpu"), pretrained=False, centres=0)
     save_network(run.final, network.state_dict(), config, trained={"steps": 0})
-    return load(run.path).index(folder / "pictures").save(folder / "things")
+    (folder / "others").mkdir()
+    (folder / "pictures" / "thing 5" / "3.png").rename(folder / "others" / "3.png")
+    model = load(run.path)
+    gallery = model.index(folder / "pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "pictures")
+        outside = collect([Path(OUTSIDE)], model.transform)
+    gallery.add(embed_all(model, outside.images), outside.items)
+    return gallery.save(folder / "things")
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +198,9 @@ def test_a_tie_keeps_the_order_of_the_gallery(service: Service, gallery: Gallery
 def test_thumbnails_are_of_indexed_pictures_alone(service: Service, gallery: Gallery) -> None:
     _, body, _ = service.ask("POST", "/search?k=100", query(0), Content_Type="image/jpeg")
     found = json.loads(body)["neighbours"]
-    assert len(found) == CLASSES * VIEWS + 1
+    assert len(found) == CLASSES * VIEWS + 1 and OUTSIDE in {one["id"] for one in found}
     for one in found:
+        # As browsers join addresses: without `..`.
         target = urlsplit(urljoin(f"{service.url}search", one["thumbnail"])).path
         status, jpeg, headers = service.ask("GET", target)
         assert (status, headers["content-type"]) == (200, "image/jpeg"), one
@@ -408,6 +423,22 @@ def test_an_error_of_ours_is_in_the_log_alone(
     assert "log says why" in json.loads(sent[1]["body"])["detail"]
     log = capsys.readouterr().err
     assert "Traceback" in log and "ZeroDivisionError" in log and "/search  500" in log
+
+
+def test_the_first_address_that_can_be_had_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a name that has an address of another machine (RFC 5737) too."""
+    here, elsewhere = (
+        socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        for host in ("127.0.0.1", "192.0.2.1")
+    )
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [elsewhere, here])
+    with bind("two.example", 0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [elsewhere, elsewhere])
+    with pytest.raises(
+        InputError, match=r"--host two\.example cannot be had \(Cannot assign[^,]*\)"
+    ):
+        bind("two.example", 0)
 
 
 def test_what_comes_in_the_last_moment_is_answered(index: Path) -> None:

@@ -1,9 +1,9 @@
 """Any image file → a JPEG that a shard may hold: upright, RGB or greyscale, read whole by a strict
 decoder.
 
-What already is one keeps its bytes. All else is encoded anew, at 4:4:4: chroma that a PNG or a
+What already is one keeps its bytes. All else is encoded again, at 4:4:4: chroma that a PNG or a
 smaller copy has in full is not thrown away. Colour profiles are not applied, and go with all other
-metadata when an image is encoded anew.
+metadata when an image is encoded again.
 """
 
 from __future__ import annotations

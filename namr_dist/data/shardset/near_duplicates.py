@@ -1,7 +1,7 @@
 """Which images of a split show, nearly pixel by pixel, what an image of another split shows.
 
 Each image is reduced to a difference hash: 16 × 16 bits that say where its brightness rises from
-left to right. Copies that were encoded anew, resized or slightly cropped differ in few bits.
+left to right. Copies that were encoded again, resized or slightly cropped differ in few bits.
 """
 
 from __future__ import annotations
