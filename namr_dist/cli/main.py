@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from namr_dist import __version__
-from namr_dist.cli import bench, gallery, jobs, results, serve, shards
+from namr_dist.cli import bench, gallery, index, jobs, results, serve, shards
 from namr_dist.config import Config
 from namr_dist.errors import InputError, ReportedError, exit_code_of, in_one_line
 from namr_dist.recipes.overrides import configure, configure_quietly, split_overrides
@@ -96,6 +96,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     jobs.add_parser(verbs)
     results.add_parser(verbs)
     gallery.add_parser(verbs)
+    index.add_parser(verbs)
     shards.add_parser(verbs)
     serve.add_parser(verbs)
     bench.add_parser(verbs, words)

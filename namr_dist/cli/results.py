@@ -10,6 +10,7 @@ from pathlib import Path
 
 from namr_dist import named_code
 from namr_dist.atomic import check_target
+from namr_dist.cli.pictures import add_allow_code
 from namr_dist.errors import InputError
 from namr_dist.run.folder import (
     EMBEDDINGS,
@@ -62,7 +63,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="MODULE:NAME",
         help="measure a retrieval mode of your own, a Mode, with the others; may be given again",
     )
-    _add_allow_code(evaluate)
+    add_allow_code(evaluate)
     evaluate.add_argument(
         "--recall-at",
         type=int,
@@ -99,7 +100,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "runs", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs, or of runs"
     )
     _add_shards(report)
-    _add_allow_code(report)
+    add_allow_code(report)
     report.add_argument(
         "--split", metavar="NAME", help="another split that was evaluated (the runs' test split)"
     )
@@ -133,7 +134,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--out", type=Path, required=True, metavar="FOLDER", help="the folder to make"
     )
     _add_shards(export)
-    _add_allow_code(export)
+    add_allow_code(export)
     formats = ("safetensors", "torch", "onnx")
     export.add_argument(
         "--formats",
@@ -157,16 +158,6 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
         "--shards",
         metavar="FOLDER",
         help="where the run's shard set is now, a folder or a URL (where it was trained from)",
-    )
-
-
-def _add_allow_code(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--allow-code",
-        action="append",
-        default=[],
-        metavar="MODULE:NAME",
-        help="import this code, which the run was trained with; may be given again",
     )
 
 

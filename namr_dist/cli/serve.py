@@ -10,6 +10,7 @@ from pathlib import Path
 
 from namr_dist import named_code
 from namr_dist.bounds import check_bounds
+from namr_dist.cli.pictures import add_model
 from namr_dist.errors import InputError
 from namr_dist.serve.limits import Limits
 
@@ -26,16 +27,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "and then answers what it has accepted.",
     )
     serve.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
-    serve.add_argument(
-        "--model", type=Path, metavar="RUN", help="the run or export it was built with, if moved"
-    )
-    serve.add_argument(
-        "--allow-code",
-        action="append",
-        default=[],
-        metavar="MODULE:NAME",
-        help="import this code, which the run was trained with; may be given again",
-    )
+    add_model(serve)
     serve.add_argument(
         "--host",
         default="127.0.0.1",
