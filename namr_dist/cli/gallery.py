@@ -38,7 +38,7 @@ def _add_embed(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="embed pictures with a trained run",
         description="Embed pictures, or a split of a shard set, into a file: .safetensors or .parquet "
         "with z, s, names and the model's hash, or .npy with z alone. Started by a launcher, on all ranks. "
-        "The same command goes on where it was interrupted.",
+        "Interrupted, the same command resumes.",
     )
     add_run(embed)
     add_pictures(embed, vectors=False)

@@ -46,8 +46,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     build = actions.add_parser(
         "build",
         help="embed pictures and index them",
-        description="Embed pictures and write an index. Started by a launcher, all ranks embed. The "
-        "same command goes on where it was interrupted.",
+        description="Embed pictures and write an index. Started by a launcher, all ranks embed. "
+        "Interrupted, the same command resumes.",
     )
     add_run(build)
     add_pictures(build)

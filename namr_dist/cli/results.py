@@ -94,7 +94,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "report",
         help=f"write a run's {REPORT}, or one table over many runs",
         description=f"Write a run's {REPORT}. Of several runs, or a folder that holds runs: "
-        "one table with a row a setting, over its seeds, as text and as a page.",
+        "one table with one row per setting, over its seeds, as text and as a page.",
     )
     report.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folders of evaluated runs, or of runs"

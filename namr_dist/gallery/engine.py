@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,9 @@ class Engine:
         self._on_gpu: Any = None
 
     @classmethod
-    def trained(cls, shape: Shape, some_NV: Float32) -> Engine:
-        """Empty, with what its type learns from vectors like those that it will hold; SAMPLE of
-        them are enough."""
+    def trained(cls, shape: Shape, some: Callable[[], Float32]) -> Engine:
+        """Empty, with what its type learns, if anything, from vectors (N, V) like those that it
+        will hold; SAMPLE of them are enough."""
         import faiss
 
         index: Any = faiss.index_factory(shape.width, shape.factory, faiss.METRIC_L2)
@@ -127,13 +127,13 @@ class Engine:
                 clustering.min_points_per_centroid = 1
                 clustering.max_points_per_centroid = SAMPLE
                 clustering.seed = _SEED
-            index.train(engine._padded(some_NV))
+            index.train(engine._padded(some()))
         return engine
 
     @classmethod
     def built(cls, shape: Shape, vectors_NV: Float32) -> Engine:
         """Trained on these vectors, or a sample of them, and filled with them."""
-        engine = cls.trained(shape, vectors_NV[sample(len(vectors_NV))])
+        engine = cls.trained(shape, lambda: vectors_NV[sample(len(vectors_NV))])
         engine.add(vectors_NV)
         return engine
 

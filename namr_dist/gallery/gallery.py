@@ -29,7 +29,7 @@ from namr_dist.retrieval.arrays import Float32, Float64, Int64
 from namr_dist.retrieval.forms import Form, mode_named
 from namr_dist.retrieval.modes import CALIBRATED, SAMPLE, Side
 from namr_dist.retrieval.search import search_excluding_self
-from namr_dist.retrieval.vectors import DENSITY_NEIGHBOURS, local_density
+from namr_dist.retrieval.vectors import DENSITY_NEIGHBOURS, local_density, mean_of_nearest
 
 _SPARE = 16
 """Candidates of an exact index beyond those asked for, by which its order is checked."""
@@ -332,8 +332,7 @@ class Gallery:
         if count < 1:
             return np.zeros(len(rows))
         squared_MK, _ = search_excluding_self(every[new_M], every, count, query_ids_Q=new_M)
-        density_M: Float64 = squared_MK.astype(np.float64).mean(axis=1)
-        return density_M
+        return mean_of_nearest(squared_MK)
 
     def remove(self, ids: Iterable[str]) -> None:
         """Items by their ids. Raises InputError if one is not there."""
@@ -436,7 +435,7 @@ def build(
     form = Form.fitted(chosen, blocks, delta=geometry.delta)
     shape = shape_of(type, form.width, len(rows))
     engine = Engine.trained(
-        shape, form.items(side_of(rows[sample(len(rows))], geometry, model.name))
+        shape, lambda: form.items(side_of(rows[sample(len(rows))], geometry, model.name))
     )
     for side in blocks():
         engine.add(form.items(side))
