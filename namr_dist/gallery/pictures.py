@@ -22,7 +22,7 @@ from namr_dist.data.build.normalise import BrokenImageError, viewed
 from namr_dist.data.location import open_shards
 from namr_dist.data.picture import Picture
 from namr_dist.data.read.augment import TestTransform
-from namr_dist.data.read.image_folder import FolderImages, read_picture
+from namr_dist.data.read.image_folder import image_names, read_picture
 from namr_dist.data.read.stream import Batch, ImageSource, ShardImages
 from namr_dist.data.remote.address import is_command, is_url, shown
 from namr_dist.data.shardset.manifest import Manifest
@@ -145,7 +145,7 @@ def collect(places: Sequence[Path], transform: TestTransform) -> Collection:
             items = _with(items, _files(tuple(map(str, group))))
         else:
             for place in group:
-                found = _of_folder(place, transform) if place.is_dir() else _files(_listed(place))
+                found = _of_folder(place) if place.is_dir() else _files(_listed(place))
                 items = _with(items, found)
     paths = [Path(items.path(position)) for position in range(len(items))]
     digest = hashlib.sha256()
@@ -180,8 +180,8 @@ def _is_one_file(place: Path) -> bool:
     return place.suffix.lower() != ".txt" and not place.is_dir()
 
 
-def _of_folder(folder: Path, transform: TestTransform) -> Items:
-    names = FolderImages(folder, transform).names
+def _of_folder(folder: Path) -> Items:
+    names = image_names(folder)
     holders = [str(Path(name).parent) for name in names]
     labels = tuple(None if holder == "." else holder for holder in holders)
     return _in(Path(os.path.abspath(folder)), names, labels)
@@ -232,7 +232,7 @@ def of_shards(
         items=Items(
             ids=index.keys,
             labels=tuple(
-                name if len(classes_of[name]) == 1 else f"{name} ({label})"
+                name if len(classes_of[name]) == 1 else f"{name} #{label}"
                 for name, label in zip(names, index.label_N.tolist(), strict=True)
             ),
             source_N=np.zeros(len(index), dtype=np.int64),

@@ -20,8 +20,9 @@ from PIL import Image
 
 from namr_dist.config import Config, DataConfig
 from namr_dist.data.picture import Picture, prepare
-from namr_dist.data.read.image_folder import FolderImages, read_picture
+from namr_dist.data.read.image_folder import read_picture
 from namr_dist.errors import InputError
+from namr_dist.gallery.pictures import collect
 from namr_dist.results.export import describe, export_run
 from namr_dist.results.model_card import model_card
 from namr_dist.train.embed import test_transform as transform_of
@@ -252,7 +253,8 @@ def test_the_card_prepares_pictures_as_the_product_does(tmp_path: Path) -> None:
     pictures.mkdir()
     for number, data in enumerate(_files()):
         (pictures / f"{number:03}.png").write_bytes(data)  # what a file is, its content says
-    images = FolderImages(pictures, transform_of(CONFIG))
+    collection = collect([pictures], transform_of(CONFIG))
+    images = collection.images
     batch = images.__getitems__([(position, 0) for position in range(len(images))])
     assert not isinstance(batch, Exception), batch
     packages = tmp_path / "packages"
@@ -261,7 +263,7 @@ def test_the_card_prepares_pictures_as_the_product_does(tmp_path: Path) -> None:
         folder = Path(module.__file__).parents[1] / name
         if folder.is_dir():  # .libs: the shared libraries of a wheel
             (packages / name).symlink_to(folder)
-    files = [str(pictures / name) for name in images.names]
+    files = [str(pictures / name) for name in collection.items.ids]
     script = tmp_path / "prepare.py"
     script.write_text(
         f"""import importlib.util, sys
@@ -278,7 +280,9 @@ np.save({str(tmp_path / "images.npy")!r}, images)
     assert by_card.dtype == np.uint8 and by_card.shape == by_us.shape
     assert len(by_us) > 60
     wrong = [
-        name for name, a, b in zip(images.names, by_card, by_us, strict=True) if (a != b).any()
+        name
+        for name, a, b in zip(collection.items.ids, by_card, by_us, strict=True)
+        if (a != b).any()
     ]
     assert not wrong
 

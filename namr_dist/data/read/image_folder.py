@@ -3,71 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from namr_dist.data.build.formats.lists import ENDINGS
 from namr_dist.data.build.normalise import BrokenImageError, viewed
 from namr_dist.data.picture import Picture, middle
-from namr_dist.data.read.augment import TestTransform
-from namr_dist.data.read.stream import Batch, ImageSource
-from namr_dist.errors import InputError, ReportedError, TransientError, is_transient
+from namr_dist.errors import InputError, TransientError, is_transient
 
 
-class FolderImages(ImageSource):
-    """All image files below a folder, ordered by path. Labels are −1.
-
-    `names` are paths relative to the folder. Raises InputError if there is no folder or no image in
-    it.
-    """
-
-    def __init__(self, folder: Path, transform: TestTransform) -> None:
-        if not folder.is_dir():
-            raise InputError(f"{folder} is no folder; give one with image files")
-        self._folder = folder
-        self._transform = transform
-        self.side = transform.size
-        self.names = tuple(
-            sorted(
-                str(path.relative_to(folder))
-                for path in folder.rglob("*")
-                if path.suffix.lower() in ENDINGS and path.is_file()
-            )
+def image_names(folder: Path) -> tuple[str, ...]:
+    """Paths of all image files below a folder, relative to it, sorted. Raises InputError if there
+    is none."""
+    names = tuple(
+        sorted(
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.suffix.lower() in ENDINGS and path.is_file()
         )
-        if not self.names:
-            raise InputError(f"{folder} holds no image ({', '.join(ENDINGS)})")
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def files(self, positions: Iterable[int]) -> list[str]:
-        """The image files themselves, with the folder before their names."""
-        return sorted({str(self._folder / self.names[position]) for position in positions})
-
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch | ReportedError:
-        positions = [position for position, _ in items]
-        try:
-            images = np.stack(
-                [
-                    read_picture(
-                        self._folder / self.names[position],
-                        size=self.side,
-                        share=self._transform.crop_share,
-                    )
-                    for position in positions
-                ]
-            )
-        except ReportedError as error:
-            return error
-        return Batch(
-            images_bHW3=torch.from_numpy(images),
-            labels_b=torch.full((len(positions),), -1),
-            index_b=torch.tensor(positions),
-        )
+    )
+    if not names:
+        raise InputError(f"{folder} holds no image ({', '.join(ENDINGS)})")
+    return names
 
 
 def read_picture(picture: Picture, *, size: int, share: float) -> np.ndarray:
